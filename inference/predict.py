@@ -1,0 +1,209 @@
+"""Streamed posterior predictive: draws of every cell and gene exist only block by block, summaries leave.
+
+For draw d = 1..S: chain c = d mod C; global sites g_d ~ q_c once per draw, shared by all blocks (so draws are joint over cells and genes); then per
+block of cells the local sites ~ q_c(. | block), the rate and one count ~ p(count | g_d, local). With S draws of a block in memory at once the
+summaries are exact functions of the draws:
+
+    rate_mean, rate_sd     mean and sd over draws of the rate                                        (epistemic)
+    count_sd               sqrt(E[Var(count | draw)] + Var(rate)): the law of total variance          (epistemic + observation noise)
+    q05, q50, q95          quantiles of the count draws
+    scores of a truth      log mean_d p(x | d), fair CRPS of the count draws, randomised-PIT bounds
+
+Peak memory is about S x cells x genes x 12 bytes of one block plus the result; ``memory_gb`` bounds the block.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyro.poutine as poutine
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_st.inference.pair import Pair
+from ppl_st.inference.randomness import rng_scope
+
+__all__ = ["QUANTILES", "Predictor", "Scores", "Summary", "count_draws", "draw_globals", "posterior_predictive"]
+
+QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+BYTES_PER_DRAW = 16  # rate, count, sorted copy, workspace
+
+
+class Predictor(Protocol):
+    """What a fitted method offers for prediction; one object per set of cells."""
+
+    n_cells: int
+
+    def blocks(self, max_cells: int) -> Iterable[Any]:
+        """Batches that own every cell exactly once."""
+
+    def rows(self, batch: Any) -> NDArray[np.int64]:
+        """Rows of the result that the batch owns."""
+
+    def local(self, batch: Any, chain: int) -> Any:
+        """Whatever is computed once per block and chain (the local posterior)."""
+
+    def count_dist(self, batch: Any, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
+        """p(count | one draw) of the owned cells, [rows, genes]; draws the local sites with torch's generator."""
+
+
+class Summary(NamedTuple):
+    """Posterior predictive of n cells x g genes, float32."""
+
+    rate_mean: NDArray[np.float32]
+    rate_sd: NDArray[np.float32]
+    count_sd: NDArray[np.float32]
+    quantiles: dict[str, NDArray[np.float32]]
+
+
+class Scores(NamedTuple):
+    """Scores of a truth [n, g] under the predictive."""
+
+    log_prob: NDArray[np.float32]  # log predictive probability of the observed count
+    crps: NDArray[np.float32]
+    pit_low: NDArray[np.float32]  # P(X < x)
+    pit_high: NDArray[np.float32]  # P(X <= x)
+
+
+def draw_globals(chains: Sequence[Pair], draws: int, seed: int) -> list[dict[str, Tensor]]:
+    """``draws`` draws of the global sites, draw d from chain d mod C."""
+    drawn = []
+    for d in range(draws):
+        with torch.no_grad(), rng_scope(seed, "globals", d):
+            trace = poutine.trace(chains[d % len(chains)].guide.globals).get_trace()  # type: ignore[attr-defined,union-attr]
+        drawn.append({name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"})
+    return drawn
+
+
+def block_sizes(n_genes: int, draws: int, memory_gb: float) -> tuple[int, int]:
+    """Cells and genes per block whose draws fit into ``memory_gb``."""
+    entries = max(1.0, memory_gb * 1e9 / (BYTES_PER_DRAW * draws))
+    genes = int(min(n_genes, max(1, entries // 64), 1024))
+    return int(np.clip(entries // genes, 1, 2048)), genes
+
+
+def posterior_predictive(
+    predictor: Predictor,
+    chains: Sequence[Pair],
+    genes: NDArray[np.int64],
+    *,
+    draws: int,
+    seed: int,
+    memory_gb: float = 1.0,
+    truth: sp.csr_matrix | None = None,
+) -> tuple[Summary, Scores | None]:
+    """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given.
+
+    The stream of random numbers depends on ``seed``, ``draws`` and the block sizes, hence on ``memory_gb``; on nothing else.
+    """
+    n, g = predictor.n_cells, len(genes)
+    empty = lambda: np.zeros((n, g), dtype=np.float32)  # noqa: E731
+    summary = Summary(empty(), empty(), empty(), {name: empty() for name in QUANTILES})
+    scores = None if truth is None else Scores(empty(), empty(), empty(), empty())
+    drawn = draw_globals(chains, draws, seed)
+    cells, width = block_sizes(g, draws, memory_gb)
+    for b, batch in enumerate(predictor.blocks(cells)):
+        rows = predictor.rows(batch)
+        local = [predictor.local(batch, c) for c in range(min(draws, len(chains)))]
+        for start in range(0, g, width):
+            part = slice(start, min(start + width, g))
+            x = None if truth is None else truth[rows, part].toarray()
+            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x)
+            where = np.ix_(rows, np.arange(part.start, part.stop))
+            for target, value in zip(summary[:3], block[:3], strict=True):
+                target[where] = value
+            for name in QUANTILES:
+                summary.quantiles[name][where] = block.quantiles[name]
+            if scores is not None and score is not None:
+                for target, value in zip(scores, score, strict=True):
+                    target[where] = value
+    return summary, scores
+
+
+def count_draws(
+    predictor: Predictor, chains: Sequence[Pair], genes: NDArray[np.int64], *, draws: int, seed: int, max_cells: int = 1024
+) -> Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Joint posterior predictive count draws block by block: (rows, counts [draws, rows, genes])."""
+    drawn = draw_globals(chains, draws, seed)
+    for b, batch in enumerate(predictor.blocks(max_cells)):
+        local = [predictor.local(batch, c) for c in range(min(draws, len(chains)))]
+        counts = [
+            _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), (seed, b), sample=True)[1] for d in range(draws)
+        ]
+        yield predictor.rows(batch), torch.stack(counts).numpy()
+
+
+def _count_dist(
+    predictor: Predictor,
+    chains: Sequence[Pair],
+    batch: Any,
+    local: list[Any],
+    drawn: list[dict[str, Tensor]],
+    d: int,
+    genes: Tensor,
+    stream: tuple[int, int],
+    *,
+    sample: bool,
+) -> tuple[Any, Tensor]:
+    """p(count | draw d) and one draw of it; local sites use a stream of their own, so they agree between gene blocks."""
+    chain = d % len(chains)
+    with torch.no_grad(), rng_scope(stream[0], "local", stream[1], d):
+        dist = predictor.count_dist(batch, chain, drawn[d], local[chain], genes)
+    with torch.no_grad(), rng_scope(stream[0], "count", stream[1], d, int(genes[0])):
+        return dist, dist.sample()
+
+
+def _block(
+    predictor: Predictor,
+    chains: Sequence[Pair],
+    batch: Any,
+    local: list[Any],
+    drawn: list[dict[str, Tensor]],
+    genes: NDArray[np.int64],
+    stream: tuple[int, int],
+    x: NDArray[np.float32] | None,
+) -> tuple[Summary, Scores | None]:
+    draws = len(drawn)
+    genes_t = torch.from_numpy(genes)
+    count = variance = mean = square = log_p = None
+    truth = None if x is None else torch.from_numpy(x)
+    for d in range(draws):
+        dist, sample = _count_dist(predictor, chains, batch, local, drawn, d, genes_t, stream, sample=True)
+        rate = dist.mean.double()
+        if count is None:
+            count = torch.empty((draws, *sample.shape))
+            mean, square, variance = torch.zeros_like(rate), torch.zeros_like(rate), torch.zeros_like(rate)
+            log_p = torch.full_like(rate, -torch.inf)
+        count[d] = sample
+        delta = rate - mean  # Welford
+        mean += delta / (d + 1)
+        square += delta * (rate - mean)
+        variance += dist.variance
+        if truth is not None:
+            log_p = torch.logaddexp(log_p, dist.log_prob(truth).double())
+    assert count is not None and mean is not None and square is not None and variance is not None and log_p is not None
+    between = square / max(1, draws - 1)
+    ordered = np.sort(count.numpy(), axis=0)  # [S, n, g]
+    quantiles = {name: _quantile(ordered, q) for name, q in QUANTILES.items()}
+    summary = Summary(
+        mean.float().numpy(), between.sqrt().float().numpy(), (variance / draws + between).sqrt().float().numpy(), quantiles
+    )
+    if x is None:
+        return summary, None
+    low, high = (ordered < x).mean(0, dtype=np.float32), (ordered <= x).mean(0, dtype=np.float32)
+    return summary, Scores((log_p - np.log(draws)).float().numpy(), _crps(ordered, x), low, high)
+
+
+def _quantile(ordered: NDArray[np.float32], q: float) -> NDArray[np.float32]:
+    """Smallest drawn count whose empirical distribution function reaches q."""
+    return ordered[min(len(ordered) - 1, max(0, int(np.ceil(q * len(ordered))) - 1))]
+
+
+def _crps(ordered: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Fair CRPS of sorted draws [S, n, g]: E|X - x| - E|X - X'| / 2 without the self-pairs."""
+    s = len(ordered)
+    weight = (2 * np.arange(s) - s + 1).astype(np.float32)  # sum_{i<j} (x_j - x_i) = sum_i weight_i x_i
+    spread = np.tensordot(weight, ordered, axes=(0, 0)) / (s * (s - 1)) if s > 1 else 0.0
+    return np.asarray(np.abs(ordered - x).mean(0) - spread, dtype=np.float32)

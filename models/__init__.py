@@ -1,0 +1,56 @@
+"""The zoo: one file per method, listed in ``METHODS``.
+
+The folder lives at the top of the repository and is imported as ``ppl_st.models``. This file imports no
+method (each loads torch), so the list of methods can be shown at once; ``load_method`` imports the one that
+is asked for.
+"""
+
+if __name__ != "ppl_st.models":
+    raise ImportError(
+        "import ppl_st.models, not models: the bare name would load a second copy of every module"
+    )
+
+from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+from ppl_st.errors import UserError
+
+__all__ = ["METHODS", "Method", "load_method"]
+
+
+class Method(NamedTuple):
+    """What a reader of ``ppl-st methods`` wants to know about one method, and where its file is."""
+
+    module: str
+    summary: str
+    needs: str
+    gives: str
+
+
+METHODS = {
+    "siid": Method(
+        module="ppl_st.models.siid",
+        summary="joint factor model of a single-cell and a spot-based platform in one coordinate frame",
+        needs="target: cells with a gene panel (Xenium-like); reference: spots with more genes (Visium-like)",
+        gives="unmeasured genes in every cell, cell-to-factor assignment, proportions of every spot",
+    ),
+}
+
+
+def load_method(name: str) -> ModuleType:
+    """Import and return the file of one method.
+
+    Raises
+    ------
+    UserError
+        If ``name`` is not in ``METHODS``; the message names the closest one.
+    """
+    if name not in METHODS:
+        close = get_close_matches(name.lower(), METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(
+            f"unknown method {name!r}{hint} Available: {', '.join(METHODS)} (see `ppl-st methods`)"
+        )
+    return import_module(METHODS[name].module)

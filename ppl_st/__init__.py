@@ -1,0 +1,44 @@
+"""ppl_st: spatial-transcriptomics methods as explicit Pyro model/guide pairs.
+
+The public face. Names are looked up on first use (PEP 562), so ``import ppl_st`` costs milliseconds and loads
+neither torch nor anndata.
+
+Examples
+--------
+>>> import ppl_st
+>>> run = ppl_st.fit("siid", target="cells.h5ad", reference="spots.h5ad", seed=0)  # doctest: +SKIP
+>>> imputed = run.predict(genes=["Gad1"])  # doctest: +SKIP
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppl_st.api import fit, load
+    from ppl_st.errors import UserError
+    from ppl_st.models import METHODS
+    from ppl_st.posterior import Run
+
+__version__ = "0.1.0"
+
+__all__ = ["METHODS", "Run", "UserError", "__version__", "fit", "load"]
+
+# `evaluate` is absent on purpose: a function of that name would be hidden by the submodule as soon as that is
+# imported.
+_HOME = {
+    "METHODS": "ppl_st.models",
+    "Run": "ppl_st.posterior",
+    "UserError": "ppl_st.errors",
+    "fit": "ppl_st.api",
+    "load": "ppl_st.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ppl_st' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,219 @@
+"""fit and load: from files or AnnData to a `Run`. The only room that knows data, methods and inference at once."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from ppl_st import config as configs
+from ppl_st import posterior, prepare
+from ppl_st.data import Counts, read_counts, read_genes
+from ppl_st.errors import UserError
+from ppl_st.inference.svi import fit as run_svi
+from ppl_st.inference.svi import load_state
+from ppl_st.models import load_method
+from ppl_st.posterior import Run
+
+Source = str | Path | AnnData
+INTERRUPTED = "interrupted"
+
+
+class Interrupted(RuntimeError):
+    """The fit was stopped by a signal; its state is saved (if it has a folder)."""
+
+
+def fit(
+    method: str,
+    *,
+    target: Source | None = None,
+    reference: Source | None = None,
+    hold_out: Sequence[str] | NDArray[np.str_] | str | Path | None = None,
+    preset: str = "default",
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Literal["auto", "quiet"] = "quiet",
+    say: Callable[[str], None] | None = None,
+    command: str | None = None,
+) -> Run:
+    """Fit a method of the zoo.
+
+    Parameters
+    ----------
+    method
+        Name in ``ppl_st.METHODS``.
+    target, reference
+        AnnData, ``.h5ad`` or ``.zarr`` with raw counts (``layers["counts"]``, else ``X``); never modified. For SIID: cells and spots.
+    hold_out
+        Genes (or a file with one per line) taken out of the target before the fit, to be predicted and judged.
+    preset, config, overrides
+        Named settings, a TOML file over them, ``"key=value"`` over both.
+    seed, device
+        One seed for everything; "auto" uses a GPU where there is one.
+    out
+        Run folder; None keeps the run in memory.
+    resume
+        Continue the interrupted run in ``out`` with its own data and settings.
+    progress, say
+        Progress bar of the training loop; a function that receives one line per event.
+
+    Raises
+    ------
+    UserError
+        Wrong input, settings or folder.
+    Interrupted
+        After SIGTERM or Ctrl-C; with ``out`` the state is saved and ``resume=True`` goes on.
+    """
+    module = load_method(method)
+    folder = None if out is None else Path(out)
+    talk = say or (lambda line: None)
+    if resume:
+        return _resume(method, module, folder, progress, talk)
+    if target is None or reference is None:
+        raise UserError(f"{method} needs target and reference (see `ppl-st methods`); give both")
+    if folder is not None:
+        _refuse_used(folder)
+    settings = configs.pick_preset(module.PRESETS, preset)
+    if config is not None:
+        settings = configs.read(config, settings)
+    settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
+    cells = read_counts(target, role="target", layer=settings.layer)
+    if hold_out is not None:
+        cells = prepare.hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
+    spots = read_counts(reference, role="reference", layer=settings.layer)
+    data, cells, spots = prepare.siid(cells, spots, settings, talk)
+    manifest = configs.manifest(seed=seed, device=device, inputs={"target": target, "reference": reference}, command=command)
+    manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
+    if folder is not None:
+        posterior.write_inputs(folder, settings, manifest, cells, spots)
+    return _train(method, module, settings, data, cells, spots, manifest, folder, None, progress, talk)
+
+
+def load(path: str | Path) -> Run:
+    """Open a finished run folder; needs nothing but the folder."""
+    folder = Path(path)
+    if not (folder / "weights.safetensors").is_file():
+        what = "was interrupted: continue it with --resume" if (folder / "config.toml").is_file() else "is not a run folder"
+        raise UserError(f"{folder}: {what}" + ("" if folder.exists() else " (it does not exist)"))
+    method, module, settings, data, cells, spots, manifest = _stored(folder)
+    record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    spec = module.spec_from(record["spec"])
+    pair = module.empty(settings, spec, data, record["chains"])
+    posterior.load_weights(folder, pair)
+    return _run(method, module, settings, spec, pair, data, cells, spots, manifest, record, folder)
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give a folder for the run (--out)")
+    if folder.is_dir() and any(folder.iterdir()):
+        known = (folder / "config.toml").is_file()
+        remedy = "add --resume to continue it, or choose another --out" if known else "choose an empty or new folder (--out)"
+        raise UserError(f"{folder}: {'already holds a run' if known else 'is not empty and not a run'}; {remedy}")
+
+
+def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str, Any]]:
+    """Method, settings and data of a run folder."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / 'manifest.json'}: cannot be read ({error}); is {folder} a run folder?") from error
+    method = manifest["method"]
+    module = load_method(method)
+    settings = configs.read(folder / "config.toml", module.PRESETS["default"])
+    cells = read_counts(folder / "target.h5ad", role="target", layer="X")
+    spots = read_counts(folder / "reference.h5ad", role="reference", layer="X")
+    data, cells, spots = prepare.siid(cells, spots, settings, lambda line: None)
+    return method, module, settings, data, cells, spots, manifest
+
+
+def _resume(method: str, module: Any, folder: Path | None, progress: Literal["auto", "quiet"], say: Callable[[str], None]) -> Run:
+    if folder is None or not (folder / "config.toml").is_file():
+        raise UserError(f"--resume: {folder} is not a run folder; name the folder of the interrupted run (--out)")
+    if (folder / "weights.safetensors").is_file():
+        say("the run is already finished")
+        return load(folder)
+    stored, module, settings, data, cells, spots, manifest = _stored(folder)
+    if stored != method:
+        raise UserError(f"--resume: {folder} holds a run of {stored}, not of {method}")
+    record = None
+    if (folder / "fit.json").is_file() and (folder / "state.pt").is_file():
+        record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    return _train(stored, module, settings, data, cells, spots, manifest, folder, record, progress, say)
+
+
+def _train(
+    method: str,
+    module: Any,
+    settings: Any,
+    data: Any,
+    cells: Counts,
+    spots: Counts,
+    manifest: dict[str, Any],
+    folder: Path | None,
+    record: dict[str, Any] | None,
+    progress: Literal["auto", "quiet"],
+    say: Callable[[str], None],
+) -> Run:
+    """Warm start (or the stored state), SVI, selection, storage."""
+    seed = settings.fit.seed
+    state = None
+    if record is None:
+        pair, spec = module.start(data, settings, seed, say)
+        record = {"spec": module.spec_to(spec), "chains": settings.chains, "status": "training"}
+        if folder is not None:
+            posterior.write_json(folder / "fit.json", record)
+    else:
+        spec = module.spec_from(record["spec"])
+        pair = module.empty(settings, spec, data, record["chains"])
+        assert folder is not None
+        state = load_state(folder / "state.pt")
+        say(f"resuming at step {state.step} of {settings.fit.steps}")
+    batches = module.Batches(data, settings.batch_spots, seed)
+    scale = 1.0 / (data.counts.shape[0] * data.counts.shape[1])
+    state, info = run_svi(pair, batches, settings.fit, state, folder=folder, scale=scale, progress=progress)
+    if info.stop_reason == INTERRUPTED and state.step < settings.fit.steps:
+        kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
+        raise Interrupted(f"interrupted at step {state.step} of {settings.fit.steps}; {kept}")
+    pair = module.select(pair, data, settings, seed)
+    say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {info.stop_reason}")
+    record = {
+        "spec": record["spec"],
+        "chains": len(module.chains_of(pair)),
+        "status": "done",
+        "steps": state.step,
+        "stop_reason": info.stop_reason,
+        "seconds": info.seconds,
+        "peak_memory_bytes": info.peak_memory,
+        "skipped": [list(entry) for entry in info.skipped],
+        "losses": [float(loss) for loss in info.losses],
+    }
+    if folder is not None:
+        posterior.write_result(folder, pair, record)
+    return _run(method, module, settings, spec, pair, data, cells, spots, manifest, record, folder)
+
+
+def _run(
+    method: str,
+    module: Any,
+    settings: Any,
+    spec: Any,
+    pair: Any,
+    data: Any,
+    cells: Counts,
+    spots: Counts,
+    manifest: dict[str, Any],
+    record: dict[str, Any],
+    folder: Path | None,
+) -> Run:
+    def new_cells(counts: Counts) -> tuple[Any, Counts]:
+        return prepare.siid_new_cells(counts, cells.genes, data)
+
+    return Run(method, module, settings, spec, pair, data, cells, spots, manifest, record, new_cells, folder)

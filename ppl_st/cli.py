@@ -1,0 +1,419 @@
+"""The command line ``ppl-st``: arguments in, library calls, messages out.
+
+Nothing heavy is imported before a command needs it. Results go to stdout, progress and errors to stderr. Exit
+codes: 0 done, 2 a mistake that the message tells how to mend (or a machine that refused), 130 interrupted.
+Output paths are tried before any computation. No statistics here.
+"""
+
+import errno
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+from typer.core import TyperGroup
+
+from ppl_st.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["app", "main"]
+
+FAILED, INTERRUPTED = 2, 130
+_SUFFIXES = {"predict": (".h5ad", ".zarr"), "export": (".nc", ".zarr"), "report": (".html",)}
+
+
+class Commands(TyperGroup):
+    """The group of commands; turns what goes wrong outside the program into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            with _sigterm_as_interrupt():
+                return super().invoke(ctx)
+        except UserError as error:
+            raise _failed(str(error)) from None
+        except KeyboardInterrupt:
+            more = "; repeat the command with --resume to continue" if ctx.invoked_subcommand == "fit" else ""
+            typer.echo(f"interrupted{more}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except MemoryError:
+            raise _failed(_OUT_OF_MEMORY) from None
+        except BrokenPipeError:  # `ppl-st methods | head`
+            raise
+        except OSError as error:
+            raise _failed(f"{error}; check the path, its permissions and the space left") from None
+        except RuntimeError as error:
+            _fail_of_runtime(error)
+            raise
+
+
+_OUT_OF_MEMORY = (
+    "out of memory: lower --memory-gb or --draws, take fewer cells or genes, or --set batch_spots=16 in a fit"
+)
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Spatial-transcriptomics methods as explicit Pyro models, with posterior predictive uncertainty.",
+)
+
+Target = Annotated[Path | None, typer.Option("--target", help="The spatial data to improve (.h5ad, .zarr).")]
+Reference = Annotated[
+    Path | None, typer.Option("--reference", help="What knows more genes; for SIID: spots (.h5ad, .zarr).")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="One seed for everything.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Preset = Annotated[str, typer.Option("--preset", help="Named settings: default, paper, ...")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings over the preset.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value over preset and file; repeatable.")]
+Draws = Annotated[int, typer.Option("--draws", min=2, help="Posterior draws behind every summary.")]
+MemoryGb = Annotated[float, typer.Option("--memory-gb", min=0.01, help="Bound on the memory of the draws.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+@app.command()
+def methods() -> None:
+    """The zoo: what each method needs and gives."""
+    from ppl_st.models import METHODS
+
+    for name, method in METHODS.items():
+        typer.echo(f"{name}: {method.summary}\n  needs  {method.needs}\n  gives  {method.gives}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="New folder for data, run, figures and report.")],
+    method: Annotated[str, typer.Argument(help="Name of the method.")] = "siid",
+    seed: Seed = 0,
+    cells: Annotated[int, typer.Option("--cells", min=100, help="Cells to simulate.")] = 6000,
+    types: Annotated[int, typer.Option("--types", help="h: cell types.")] = 8,
+    squares: Annotated[int, typer.Option("--squares", min=1, help="l: squares per side.")] = 20,
+    rho: Annotated[float, typer.Option("--rho", min=0.001, help="Depth of the cells, 1 = 150 counts.")] = 1.0,
+    mixing: Annotated[float, typer.Option("--mixing", min=0, help="Dirichlet of mixed cells.")] = 0.0,
+    overrides: Set = None,
+    device: Device = "auto",
+    draws: Draws = 100,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate, fit, predict, judge and report; all defaults, under two minutes on two cores."""
+    _check_folder(out)
+    from ppl_st.demo import demo as run_demo
+
+    done = run_demo(
+        method, out=out, seed=seed, cells=cells, types=types, squares=squares, rho=rho, mixing=mixing,
+        draws=draws, device=device, overrides=overrides or (), progress=_progress(quiet), say=_say(quiet),
+        command=_command(),
+    )  # fmt: skip
+    _print_table("Genes that the cells never measured (means over genes)", done.scores)
+    _print_table("Factors against the true types, matched one to one", done.deconvolution)
+    typer.echo(f"{done.seconds:.0f} s; see {out / 'report.html'}, {out / 'figures'} and run {out / 'run'}")
+
+
+@app.command()
+def simulate(
+    protocol: Annotated[str, typer.Argument(help="checkerboard or blocks.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for target.h5ad, reference.h5ad, truth.h5ad.")],
+    seed: Seed = 0,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Knob, as n_cells=2000.")] = None,
+) -> None:
+    """Write a simulated pair and its truth."""
+    _check_folder(out)
+    from ppl_st.io import write_adata
+    from ppl_st.simulate import PROTOCOLS
+
+    if protocol not in PROTOCOLS:
+        raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(PROTOCOLS)}")
+    paths = {name: out / f"{name}.h5ad" for name in ("target", "reference", "truth")}
+    taken = [str(path) for path in paths.values() if path.exists()]
+    if taken:
+        raise UserError(f"{', '.join(taken)}: already there; choose another --out or remove them")
+    simulator = cast(Callable[..., Any], PROTOCOLS[protocol])
+    world = simulator(seed=seed, **_knobs(simulator, protocol, overrides or []))
+    for name, path in paths.items():
+        write_adata(getattr(world, name), path)
+        typer.echo(path)
+
+
+@app.command()
+def fit(
+    method: Annotated[str, typer.Argument(help="Name of the method (see `ppl-st methods`).")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder.")],
+    target: Target = None,
+    reference: Reference = None,
+    hold_out: Annotated[
+        Path | None, typer.Option("--hold-out", help="Genes to hide from the fit, one per line.")
+    ] = None,
+    preset: Preset = "default",
+    config: ConfigFile = None,
+    overrides: Set = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a method and write the run folder."""
+    from ppl_st.models import METHODS, load_method
+
+    if method not in METHODS:
+        load_method(method)  # says which name is closest
+    _check_folder(out)
+    from ppl_st import api
+
+    run = api.fit(
+        method, target=target, reference=reference, hold_out=hold_out, preset=preset, config=config,
+        overrides=overrides or (), seed=seed, device=device, out=out, resume=resume,
+        progress=_progress(quiet), say=_say(quiet), command=_command(),
+    )  # fmt: skip
+    known = int(run.measured.sum())
+    unknown = len(run.genes) - known
+    typer.echo(f"{out}: {known} measured and {unknown} unmeasured genes; next: ppl-st predict {out}")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Output .h5ad or .zarr.")],
+    genes: Annotated[Path | None, typer.Option("--genes", help="Gene list; default: unmeasured.")] = None,
+    target: Annotated[Path | None, typer.Option("--target", help="Other cells of the same panel.")] = None,
+    draws: Draws = 100,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="Also K joint count draws.")] = 0,
+    seed: Seed = 0,
+    memory_gb: MemoryGb = 1.0,
+    proportions: Annotated[bool, typer.Option("--proportions", help="Deconvolve the spots.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Impute genes in every cell, or (--proportions) deconvolve the spots of the run."""
+    _check_file(out, "predict", inputs=[target, run / "target.h5ad", run / "reference.h5ad"])
+    store = out.with_name(f"{out.stem}.samples.zarr")
+    if proportions and (genes or target or samples):
+        raise UserError("--proportions goes without --genes, --target and --samples; run predict twice")
+    if samples and target:
+        raise UserError("--samples draws for the cells of the run; leave out --target")
+    from ppl_st.api import load
+    from ppl_st.data import read_genes
+    from ppl_st.io import write_adata
+
+    names = None if genes is None else read_genes(genes)
+    fitted = load(run)
+    say = _say(quiet)
+    if proportions:
+        result = fitted.proportions(draws=draws, seed=seed)
+    else:
+        if names is None and fitted.measured.all():
+            raise UserError(f"{run}: its target measured every gene; name genes with --genes")
+        number = int((~fitted.measured).sum()) if names is None else len(names)
+        say(f"predicting {number} genes, {draws} draws")
+        result = fitted.predict(names, target=target, draws=draws, seed=seed, memory_gb=memory_gb)
+    write_adata(result, out)
+    typer.echo(f"{out}: {result.n_obs} x {result.n_vars}")
+    if samples:
+        say(f"{samples} joint draws")
+        fitted.write_samples(store, None if names is None else list(names), samples, seed)
+        typer.echo(f"{store}: count[{samples}, {result.n_obs}, {result.n_vars}]")
+
+
+@app.command()
+def evaluate(
+    methods: Annotated[str, typer.Option("--methods", help="Names, separated by commas.")],
+    target: Annotated[Path, typer.Option("--target", help="The spatial data (.h5ad, .zarr).")],
+    reference: Annotated[Path, typer.Option("--reference", help="What knows more genes (.h5ad, .zarr).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for scores.csv and summary.csv.")],
+    folds: Annotated[str, typer.Option("--folds", help="A number, or a file of lines gene<TAB>fold.")] = "5",
+    truth: Annotated[
+        Path | None, typer.Option("--truth", help="No folds: counts of other genes in the same cells.")
+    ] = None,
+    max_folds: Annotated[int | None, typer.Option("--max-folds", min=1, help="Only the first N.")] = None,
+    baselines: Annotated[bool, typer.Option(help="Run the cheap baselines on the same split.")] = True,
+    seed: Seed = 0,
+    preset: Preset = "default",
+    config: ConfigFile = None,
+    overrides: Set = None,
+    device: Device = "auto",
+    draws: Draws = 100,
+    memory_gb: MemoryGb = 1.0,
+    quiet: Quiet = False,
+) -> None:
+    """Score methods on genes they were not shown, with baselines on the same split."""
+    _check_folder(out)
+    from ppl_st.evaluate import evaluate as run_evaluation
+    from ppl_st.report import overview
+
+    done = run_evaluation(
+        [name.strip() for name in methods.split(",") if name.strip()], target, reference,
+        folds=int(folds) if folds.lstrip("-").isdigit() else folds, truth=truth, max_folds=max_folds,
+        baselines=baselines, seed=seed, preset=preset, config=config, overrides=overrides or (),
+        device=device, draws=draws, memory_gb=memory_gb, out=out, progress=_progress(quiet), say=_say(quiet),
+        command=_command(),
+    )  # fmt: skip
+    for title, table in overview(done.summary).items():
+        _print_table(title, table)
+    typer.echo("mean / median over genes, [95 % bootstrap interval of the mean], #rank")
+    typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {out} --out report.html")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", help="posterior.nc or posterior.zarr.")],
+    draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per chain.")] = 100,
+    seed: Seed = 0,
+) -> None:
+    """Write the posterior in ArviZ's schema."""
+    _check_file(out, "export", inputs=[])
+    from ppl_st.api import load
+
+    load(run).export(out, draws=draws, seed=seed)
+    typer.echo(out)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Run folder or evaluation folder.")],
+    out: Annotated[Path, typer.Option("--out", help="The .html file to write.")],
+) -> None:
+    """Write one self-contained HTML page about a run or an evaluation."""
+    _check_file(out, "report", inputs=[])
+    from ppl_st.report import report_folder
+
+    report_folder(folder, out)
+    typer.echo(out)
+
+
+def main() -> None:
+    """Entry point of ``ppl-st``."""
+    app(prog_name="ppl-st")
+
+
+# ---- failing ----
+
+
+def _failed(message: str) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(FAILED)
+
+
+def _fail_of_runtime(error: RuntimeError) -> None:
+    """Exit for the three runtime errors that are no bug; whatever else returns and keeps its traceback."""
+    from ppl_st.api import Interrupted
+    from ppl_st.inference.faults import FitError
+
+    if isinstance(error, Interrupted):
+        typer.echo(str(error), err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if isinstance(error, FitError):
+        raise _failed(str(error)) from None
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        raise _failed(_OUT_OF_MEMORY) from None
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that temporary files go; a fit has its own handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+def _check_file(path: Path, command: str, inputs: list[Path | None]) -> None:
+    suffixes = _SUFFIXES[command]
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"--out {path}: name it *{' or *'.join(suffixes)}")
+    if path.suffix.lower() != ".zarr" and path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name a file")
+    if path.resolve() in [given.resolve() for given in inputs if given is not None]:
+        raise UserError(f"--out {path}: is also an input, which is never changed; choose another name")
+    _check_folder(path.parent)
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written, by writing into the part of it that exists."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: cannot write in {existing} ({error.strerror}); choose another path"
+        ) from error
+
+
+# ---- small helpers ----
+
+
+def _knobs(protocol: Callable[..., Any], name: str, items: list[str]) -> dict[str, Any]:
+    """``key=value`` texts as arguments of a protocol, each of the type of its default."""
+    from difflib import get_close_matches
+    from inspect import signature
+
+    defaults = {key: one.default for key, one in signature(protocol).parameters.items() if key != "seed"}
+    knobs = {}
+    for item in items:
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals or key not in defaults:
+            close = get_close_matches(key, defaults, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"--set {item!r}: no such knob of {name}{hint} Knobs: {', '.join(defaults)}")
+        kind = type(defaults[key])
+        try:
+            knobs[key] = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"--set {item!r}: {key} must be {what}") from None
+    return knobs
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+
+
+def _progress(quiet: bool) -> Literal["auto", "quiet"]:
+    return "quiet" if quiet else "auto"
+
+
+def _command() -> str:
+    return shlex.join(["ppl-st", *sys.argv[1:]])
+
+
+def _print_table(title: str, frame: "pd.DataFrame") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column(str(frame.index.name or ""))
+    for column in frame.columns:
+        table.add_column(str(column), justify="right")
+    for name, row in frame.iterrows():
+        table.add_row(str(name), *(_cell(value) for value in row))
+    # A file or pipe has no width: wide enough for every table here.
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.3f}"
+    return str(value)

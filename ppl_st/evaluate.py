@@ -1,0 +1,389 @@
+"""Judge methods on genes that they were not shown, beside cheap baselines on the same split.
+
+Two ways to know the truth:
+
+- k folds over the genes that target and reference share: `gene_folds` with a seed, or a file of lines
+  ``gene<TAB>fold``. Each fold is taken out of the target, predicted, and compared with what was measured.
+- a truth file: genes that the target never measured, counted in the same cells. One fit on the whole target.
+
+With folds, cells without a count in the training genes of any fold are dropped for everybody (they have no
+depth). Every competitor sees the target's training genes and the whole reference. `supervised_ridge` is the exception
+and says so: an upper reference that sees the truth in other cells.
+
+Scores are per gene over cells (`ppl_st.metrics.score_table`, ``raw`` and ``log`` scale); methods add the log
+score, CRPS and randomised coverage of their predictive distribution. Ranks use `RANKED` only: rmse_z and js
+reward a constant. Intervals are bootstraps over genes. Memory: predictions are made in blocks of genes within
+``memory_gb``; a baseline builds cells x held-out genes once.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ppl_st import config as configs
+from ppl_st.api import Source, fit
+from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
+from ppl_st.data import Counts, gene_folds, read_counts, shared_genes
+from ppl_st.errors import UserError
+from ppl_st.io import atomic
+from ppl_st.metrics import bootstrap_mean, score_table
+from ppl_st.models import load_method
+
+__all__ = ["RANKED", "Evaluation", "evaluate", "read_folds", "summarise"]
+
+RANKED = (
+    "raw_pcc", "raw_scc", "raw_partial_pcc", "log_pcc", "log_scc", "log_partial_pcc", "log_score",
+)  # fmt: skip
+UPPER = "upper reference (sees truth)"
+SPOT_METHODS = {"siid"}  # their reference is a second spatial platform
+_BYTES_PER_PREDICTION = 32  # seven float32 layers and X
+
+
+class Evaluation(NamedTuple):
+    """``scores``: a row per method and gene. ``summary``: a row per method and metric, over genes."""
+
+    scores: pd.DataFrame
+    summary: pd.DataFrame
+
+
+class _Task(NamedTuple):
+    """One split: what is hidden, what was really counted there, and what may be seen."""
+
+    fold: str
+    held_out: NDArray[np.str_]
+    truth: Counts
+    target: Counts
+
+
+def evaluate(
+    methods: Sequence[str],
+    target: Source,
+    reference: Source,
+    *,
+    folds: int | str | Path = 5,
+    truth: Source | None = None,
+    max_folds: int | None = None,
+    baselines: bool = True,
+    seed: int = 0,
+    preset: str = "default",
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    draws: int = 100,
+    memory_gb: float = 1.0,
+    out: str | Path | None = None,
+    progress: Literal["auto", "quiet"] = "quiet",
+    say: Callable[[str], None] | None = None,
+    command: str | None = None,
+) -> Evaluation:
+    """Fit and score every method on every split.
+
+    Parameters
+    ----------
+    methods
+        Names in ``ppl_st.METHODS``.
+    target, reference
+        As in `ppl_st.fit`.
+    folds
+        Number of folds, or a file of lines ``gene<TAB>fold``.
+    truth
+        Counts of the same cells; its genes that the target lacks and the reference has are scored instead of
+        folds.
+    max_folds
+        Run only the first so many folds; cells are still dropped as if all were run.
+    baselines
+        Whether to run the baselines and the upper reference as well.
+    seed
+        Seeds folds, fits, draws and bootstraps.
+    preset, config, overrides, device, progress
+        Of every fit, as in `ppl_st.fit`.
+    draws, memory_gb
+        Posterior draws of a prediction, and the bound on their memory.
+    out
+        Folder for ``scores.csv`` (rewritten after every split), ``summary.csv`` and ``evaluation.json``.
+    say
+        Receives one line per event.
+
+    Raises
+    ------
+    UserError
+        Wrong input or settings, or a folder that already holds an evaluation.
+    """
+    talk = say or (lambda line: None)
+    if not methods or len(set(methods)) < len(methods):
+        raise UserError(f"evaluate: methods are {', '.join(methods) or 'none'}; name each method once")
+    spots = _reference_is_spots(methods)
+    layer = _layer(methods, preset, config, overrides)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        if (folder / "scores.csv").exists():
+            raise UserError(f"{folder}: already holds an evaluation; choose another --out or remove it")
+        inputs = {"target": target, "reference": reference} | ({} if truth is None else {"truth": truth})
+        record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
+        record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
+        record |= {"folds": str(folds) if truth is None else None, "draws": draws}
+        _write_json(record, folder / "evaluation.json")  # says at once if the folder cannot be written
+    cells = read_counts(target, role="target", layer=layer)
+    other = read_counts(reference, role="reference", layer=layer, need_spatial=spots)
+    tasks = _tasks(cells, other, folds, truth, seed, talk)[:max_folds]
+
+    parts = []
+    for task in tasks:
+        talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
+        split = Split(task.target, other, task.held_out, seed)
+        for method in methods:
+            # The counts handed over lie in X, whatever layer they came from.
+            options: dict[str, Any] = {"overrides": [*overrides, "layer=X"], "config": config}
+            options |= {"preset": preset, "seed": seed, "device": device, "progress": progress, "say": say}
+            parts.append(_score_method(method, task, split, options, draws, memory_gb))
+            talk(_line(parts[-1]))
+        if baselines:
+            for table in _score_baselines(task, split, SPOT_BASELINES if spots else REFERENCE_BASELINES):
+                parts.append(table)
+                talk(_line(table))
+        if folder is not None:
+            _write_csv(pd.concat(parts, ignore_index=True), folder / "scores.csv")
+    scores = pd.concat(parts, ignore_index=True)
+    summary = summarise(scores, seed)
+    if folder is not None:
+        _write_csv(summary, folder / "summary.csv")
+    return Evaluation(scores, summary)
+
+
+def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Mean, median and 95 % bootstrap interval over genes of every metric of every method, and ranks.
+
+    Returns
+    -------
+    DataFrame
+        Columns method, kind, metric, mean, median, lo, hi, genes, rank. ``rank`` (1 is best, by the mean) is
+        given for `RANKED`, among methods and baselines. ``seconds`` is per fold, ``peak_gb`` the largest.
+    """
+    labels = {"method", "kind", "fold", "gene", "seconds", "peak_gb"}
+    rows = []
+    for (method, kind), table in scores.groupby(["method", "kind"], sort=False):
+        row = {"method": method, "kind": kind, "genes": len(table)}
+        for metric in [column for column in scores.columns if column not in labels]:
+            values = table[metric].to_numpy(dtype=np.float64)
+            if np.isnan(values).all():  # a baseline has no predictive distribution
+                continue
+            # The same resamples of genes for every method.
+            interval = bootstrap_mean(values, np.random.default_rng(seed))
+            rows.append(row | {"metric": metric} | interval._asdict())
+        per_fold = table.drop_duplicates("fold")
+        rows.append(row | {"metric": "seconds", "mean": per_fold["seconds"].mean()})
+        rows.append(row | {"metric": "peak_gb", "mean": per_fold["peak_gb"].max()})
+    summary = pd.DataFrame(rows)[["method", "kind", "metric", "mean", "median", "lo", "hi", "genes"]]
+    ranked = summary["metric"].isin(RANKED) & (summary["kind"] != UPPER)
+    ranks = summary[ranked].groupby("metric")["mean"].rank(ascending=False, method="min")
+    return summary.assign(rank=ranks.astype("Int64"))
+
+
+def read_folds(path: str | Path) -> dict[str, NDArray[np.str_]]:
+    """Fold label -> sorted genes, from lines ``gene<TAB>fold``; blank lines and ``#`` lines are ignored."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--folds {path}: cannot be read ({error}); give a number, or a text file of lines gene<TAB>fold"
+        ) from error
+    found: dict[str, list[str]] = {}
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        gene, _, fold = (part.strip() for part in line.partition("\t"))
+        if not (gene and fold):
+            raise UserError(f"--folds {path}, line {number}: {line!r} is not gene<TAB>fold")
+        if gene in seen:
+            raise UserError(f"--folds {path}, line {number}: {gene} is already in line {seen[gene]}")
+        seen[gene] = number
+        found.setdefault(fold, []).append(gene)
+    if not found:
+        raise UserError(f"--folds {path}: names no gene; write lines gene<TAB>fold")
+    labels = sorted(found, key=lambda label: (not label.isdigit(), label.zfill(9)))
+    return {label: np.sort(np.array(found[label])) for label in labels}
+
+
+# ---- splits ----
+
+
+def _reference_is_spots(methods: Sequence[str]) -> bool:
+    for method in methods:
+        load_method(method)
+    spots = [method for method in methods if method in SPOT_METHODS]
+    if spots and len(spots) < len(methods):
+        rest = ", ".join(method for method in methods if method not in SPOT_METHODS)
+        raise UserError(
+            f"evaluate: {', '.join(spots)} takes spots as reference, {rest} dissociated cells; evaluate apart"
+        )
+    return bool(spots)
+
+
+def _layer(methods: Sequence[str], preset: str, config: Any, overrides: Sequence[str]) -> str | None:
+    """The layer that the settings name; also checks preset, file and overrides before any work."""
+    layers = []
+    for method in methods:
+        settings = configs.pick_preset(load_method(method).PRESETS, preset)
+        settings = settings if config is None else configs.read(config, settings)
+        layers.append(configs.with_overrides(settings, overrides).layer)
+    return layers[0]
+
+
+def _tasks(
+    cells: Counts,
+    other: Counts,
+    folds: int | str | Path,
+    truth: Source | None,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[_Task]:
+    shared = np.sort(shared_genes(cells, other))
+    if truth is not None:
+        counted = _same_cells(read_counts(truth, role="truth", need_spatial=False), cells)
+        wanted = np.setdiff1d(np.intersect1d(counted.genes, other.genes), cells.genes)
+        if not wanted.size:
+            raise UserError(
+                f"truth ({counted.source}): none of its {len(counted.genes)} genes is new to the target and "
+                "in the reference; without --truth the target's own genes are held out in folds"
+            )
+        parts = {"0": wanted}
+    elif isinstance(folds, int):
+        counted = cells
+        parts = {str(i): genes for i, genes in enumerate(gene_folds(shared, folds, seed))}
+    else:
+        counted, parts = cells, read_folds(folds)
+        unknown = np.setdiff1d(np.concatenate(list(parts.values())), shared)
+        if unknown.size:
+            raise UserError(
+                f"--folds {folds}: {unknown.size} genes are not shared by target and reference, e.g. "
+                f"{', '.join(unknown[:3])}; list shared genes only"
+            )
+    keep = np.ones(len(cells.names), dtype=bool)
+    for genes in parts.values():
+        training = shared[~np.isin(shared, genes)]
+        if not training.size:
+            raise UserError("evaluate: a fold holds every shared gene; nothing is left to train on")
+        if truth is None:
+            keep &= cells.take_genes(training).totals > 0
+    if not keep.all():
+        say(f"{int((~keep).sum())} cells have no count in the training genes of some fold and are dropped")
+    cells, counted = cells.take_rows(keep), counted.take_rows(keep)
+    tasks = []
+    for fold, genes in parts.items():
+        seen = cells.take_genes(cells.genes[~np.isin(cells.genes, genes)])
+        tasks.append(_Task(fold, genes, counted.take_genes(genes), seen))
+    return tasks
+
+
+def _same_cells(truth: Counts, cells: Counts) -> Counts:
+    index = pd.Index(truth.names).get_indexer(pd.Index(cells.names))
+    if (index < 0).any():
+        missing = cells.names[index < 0]
+        raise UserError(
+            f"truth ({truth.source}): {len(missing)} of the target's {len(index)} cells are not in it, e.g. "
+            f"{', '.join(missing[:3])}; the truth must count the same cells (obs_names)"
+        )
+    return truth.take_rows(index)
+
+
+# ---- scoring ----
+
+
+def _score_method(
+    method: str, task: _Task, split: Split, options: dict[str, Any], draws: int, memory_gb: float
+) -> pd.DataFrame:
+    _reset_peak()
+    began = time.perf_counter()
+    run = fit(method, target=_adata(task.target), reference=_adata(split.reference), **options)
+    width = max(1, int(memory_gb * 1e9 / (_BYTES_PER_PREDICTION * len(task.target.names))))
+    parts = []
+    seconds = time.perf_counter() - began
+    for start in range(0, len(task.held_out), width):
+        genes = task.held_out[start : start + width]
+        began = time.perf_counter()
+        predicted = run.predict(genes, draws=draws, seed=options["seed"], memory_gb=memory_gb)
+        seconds += time.perf_counter() - began
+        assert (np.asarray(predicted.obs_names) == task.truth.names).all()
+        truth = task.truth.take_genes(genes)
+        table = score_table(truth.matrix, np.asarray(predicted.X), split.training_total, genes)
+        proper = run.score(truth, draws=draws, seed=options["seed"], memory_gb=memory_gb)
+        parts.append(table.join(proper.drop(columns="mean_count")))
+        del predicted
+    del run
+    gc.collect()  # models hold cycles; the next fit should not find them in memory
+    return _labelled(pd.concat(parts), method, "method", task.fold, seconds)
+
+
+def _score_baselines(task: _Task, split: Split, table: dict[str, Any]) -> list[pd.DataFrame]:
+    competitors = [(name, "baseline", one.estimate, one.scale) for name, one in table.items()]
+    upper = ("supervised_ridge", UPPER, lambda split: supervised_ridge(split, task.truth.matrix), "log")
+    parts = []
+    for name, kind, estimate, scale in [*competitors, upper]:
+        _reset_peak()
+        began = time.perf_counter()
+        values = estimate(split)
+        seconds = time.perf_counter() - began
+        scores = score_table(task.truth.matrix, values, split.training_total, task.held_out, scale=scale)
+        parts.append(_labelled(scores, name, kind, task.fold, seconds))
+    return parts
+
+
+def _labelled(scores: pd.DataFrame, method: str, kind: str, fold: str, seconds: float) -> pd.DataFrame:
+    labels = pd.DataFrame({"method": method, "kind": kind, "fold": fold, "gene": scores.index})
+    cost = pd.DataFrame({"seconds": round(seconds, 3), "peak_gb": _peak_gb()}, index=labels.index)
+    return pd.concat([labels, scores.reset_index(drop=True), cost], axis=1)
+
+
+def _line(table: pd.DataFrame) -> str:
+    first = table.iloc[0]
+    return (
+        f"fold {first['fold']}: {first['method']}: raw PCC {table['raw_pcc'].mean():.3f}, "
+        f"log PCC {table['log_pcc'].mean():.3f}, {first['seconds']:.1f} s"
+    )
+
+
+def _adata(counts: Counts) -> ad.AnnData:
+    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes))
+    adata.obs_names = counts.names
+    if counts.xy is not None:
+        adata.obsm["spatial"] = counts.xy
+    return adata
+
+
+def _reset_peak() -> None:
+    """Forget the process's peak memory where the system can (Linux); elsewhere peaks are those so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _peak_gb() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _write_json(record: dict[str, Any], path: Path) -> None:
+    import json
+
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""A run as xarray Datasets in ArviZ's schema, built by hand so that ArviZ 0.x (InferenceData) and 1.x (DataTree) read the same file.
+
+    posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat)
+    posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells
+    observed_data         x [cell, panel_gene] what was measured there
+    predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many)
+    log_likelihood        cell [chain, draw, cell]: log p(x_cell | draw) summed over measured genes
+    constant_data         coordinates of the cells, whether a gene was measured
+"""
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ppl_st.inference.predict import draw_globals
+from ppl_st.inference.svi import rng_scope
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from ppl_st.posterior import Run
+
+MAX_PREDICTED = 50  # unmeasured genes whose draws are exported
+
+
+def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[str, xr.Dataset]":
+    """See the module's docstring; ``draws`` per chain."""
+    import xarray as xr
+
+    predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
+    chains = predictor.chains
+    panel = np.flatnonzero(run.measured)
+    unmeasured = np.flatnonzero(~run.measured)[:MAX_PREDICTED]
+    cells = np.sort(np.random.default_rng([seed, 7]).permutation(predictor.n_cells)[:max_cells])
+    drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
+    observed = run.target.take_genes(run.genes[panel]).matrix[cells].toarray()
+    shape = (len(chains), draws, len(cells))
+    counts = np.zeros((*shape, len(panel)), np.float32)
+    log_lik = np.zeros(shape, np.float32)
+    predicted = {name: np.zeros((*shape, len(unmeasured)), np.float32) for name in ("count", "rate")}
+    place = np.full(predictor.n_cells, -1)
+    place[cells] = np.arange(len(cells))
+    for b, batch in enumerate(predictor.blocks(1024)):
+        rows = predictor.rows(batch)
+        here = place[rows] >= 0
+        if not here.any():
+            continue
+        to = place[rows][here]
+        for c in range(len(chains)):
+            local = predictor.local(batch, c)
+            for d in range(draws):
+                for genes, wanted in ((panel, "panel"), (unmeasured, "rest")):
+                    if not len(genes):
+                        continue
+                    with torch.no_grad(), rng_scope(seed, "export", b, c, d):  # the same local draw for both sets of genes
+                        dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(genes))
+                        sample = dist.sample()
+                    if wanted == "panel":
+                        counts[c, d, to] = sample.numpy()[here]
+                        x = torch.zeros(sample.shape)
+                        x[torch.from_numpy(here)] = torch.from_numpy(observed[to])
+                        log_lik[c, d, to] = dist.log_prob(x).sum(1).numpy()[here]
+                    else:
+                        predicted["count"][c, d, to], predicted["rate"][c, d, to] = sample.numpy()[here], dist.mean.numpy()[here]
+    names = {"cell": run.target.names[cells], "panel_gene": run.genes[panel], "gene": run.genes[unmeasured]}
+    frames: dict[str, Any] = {
+        "posterior": _posterior(run, drawn),
+        "posterior_predictive": xr.Dataset({"x": (("chain", "draw", "cell", "panel_gene"), counts)}),
+        "observed_data": xr.Dataset({"x": (("cell", "panel_gene"), observed)}),
+        "log_likelihood": xr.Dataset({"x": (("chain", "draw", "cell"), log_lik)}),
+        "constant_data": _constant(run, cells),
+    }
+    if len(unmeasured):
+        frames["predictions"] = xr.Dataset({name: (("chain", "draw", "cell", "gene"), values) for name, values in predicted.items()})
+    return {name: _finish(frame, names, run, name) for name, frame in frames.items()}
+
+
+def _posterior(run: "Run", drawn: list[list[dict[str, Any]]]) -> "xr.Dataset":
+    import xarray as xr
+
+    sites = drawn[0][0]
+    dims = run.module.Model.DIMS
+    stacked = {name: np.stack([[d[name].numpy() for d in chain] for chain in drawn]) for name in sites}
+    all_genes = {"factors": "factor", "genes": "any_gene"}
+    data = {name: (("chain", "draw", *(all_genes[d] for d in dims[name])), values) for name, values in stacked.items()}
+    return xr.Dataset(data, coords={"any_gene": run.genes.astype(object)})
+
+
+def _constant(run: "Run", cells: NDArray[np.int64]) -> "xr.Dataset":
+    import xarray as xr
+
+    xy = np.zeros((len(cells), 2)) if run.target.xy is None else run.target.xy[cells]
+    return xr.Dataset(
+        {"spatial": (("cell", "axis"), xy), "measured": (("any_gene",), run.measured.astype(np.int8))},
+        coords={"axis": np.array(["x", "y"], dtype=object), "any_gene": run.genes.astype(object)},
+    )
+
+
+def _finish(frame: "xr.Dataset", names: dict[str, NDArray[np.str_]], run: "Run", group: str) -> "xr.Dataset":
+    """Coordinates for every dimension, attributes that say what was fitted (netCDF knows no dicts: JSON)."""
+    coords: dict[str, Any] = {dim: values.astype(object) for dim, values in names.items() if dim in frame.dims}
+    coords |= {dim: np.arange(frame.sizes[dim]) for dim in ("chain", "draw", "factor") if dim in frame.dims}
+    versions = run.manifest.get("versions", {})
+    attrs = {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "creation_library": "ppl_st",
+        "creation_library_version": str(versions.get("ppl_st", "")),
+        "inference_library": "pyro",
+        "inference_library_version": str(versions.get("pyro-ppl", "")),
+        "method": run.method,
+        "chains": "independent variational fits",
+        "group": group,
+        "manifest": json.dumps(run.manifest),
+    }
+    return frame.assign_coords(coords).assign_attrs(attrs)

@@ -1,0 +1,336 @@
+"""Figures: spatial maps of truth, mean and sd; loss; calibration; metrics per method; proportions.
+
+Every function takes arrays or a table and returns a matplotlib ``Figure``; nothing is shown, saved or
+remembered (no ``pyplot``, so no display is needed and nothing leaks). Save with ``figure.savefig("map.png",
+dpi=150)``; scatter layers are rasterised, so PDF and SVG stay small with many cells. Colour maps are viridis
+and cividis, line colours those of Okabe and Ito: all readable with colour-blindness.
+
+Images (histology) and interactive views are not here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ppl_st.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["calibration_curve", "gene_maps", "loss_curve", "metric_strip", "proportion_maps"]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_PANEL = 3.2  # inches, longer side of one map
+
+
+def gene_maps(
+    xy: "NDArray[np.floating]",
+    truth: "ArrayLike | None",
+    mean: "ArrayLike",
+    sd: "ArrayLike",
+    genes: Sequence[str],
+    unit: str,
+    *,
+    xy_unit: str = "coordinate units",
+) -> "Figure":
+    """One row per gene: truth, posterior mean (same limits, one bar) and posterior sd (own bar).
+
+    Parameters
+    ----------
+    xy
+        Positions, [n, 2].
+    truth, mean, sd
+        Values, [n, g]; all in ``unit``. Without a truth (``None``) the rows have two maps.
+    genes
+        Row titles, [g].
+    unit
+        What the values are, written at the bars: ``"counts per cell"``, ``"log1p CPM"``.
+    xy_unit
+        Unit of ``xy``, written at the scale bar.
+
+    Notes
+    -----
+    Upper limits are the 99.5 % quantile of the non-zero values, so that one extreme cell does not blank the
+    map; a pointed bar says that values were cut. y grows downwards, as in images. Where cells overlap, a
+    random but fixed one is on top, the same in every map: drawing the highest last would flatter dense
+    regions.
+    """
+    shared = {"truth": _matrix(truth, genes, xy)} if truth is not None else {}
+    shared["mean"] = _matrix(mean, genes, xy)
+    spread = _matrix(sd, genes, xy)
+    figure, axes, size = _grid(xy, len(genes), len(shared) + 1)
+    for row, gene in enumerate(genes):
+        values = np.stack([matrix[:, row] for matrix in shared.values()])
+        top = _upper(values)
+        for ax, name, value in zip(axes[row], shared, values, strict=False):
+            points = _scatter(ax, xy, value, top, "viridis", size)
+            ax.set_title(f"{gene}: {name}", fontsize="medium")
+        _bar(figure, points, list(axes[row, :-1]), unit, cut=values.max() > top)
+        top = _upper(spread[:, row])
+        points = _scatter(axes[row, -1], xy, spread[:, row], top, "cividis", size)
+        axes[row, -1].set_title(f"{gene}: sd", fontsize="medium")
+        _bar(figure, points, [axes[row, -1]], f"sd ({unit})", cut=spread[:, row].max() > top)
+    _scale_bar(axes[-1, 0], xy, xy_unit)
+    return figure
+
+
+def proportion_maps(
+    xy: "NDArray[np.floating]",
+    proportions: "ArrayLike",
+    names: Sequence[str],
+    *,
+    columns: int = 4,
+    xy_unit: str = "coordinate units",
+) -> "Figure":
+    """One map per cell type or factor, all on one scale from 0 to the largest proportion.
+
+    Parameters
+    ----------
+    xy
+        Positions of the spots, [s, 2].
+    proportions
+        Shares of each spot, [s, K], rows sum to 1; NaN rows (spots without cells) are drawn grey.
+    names
+        Titles, [K].
+    """
+    values = _matrix(proportions, names, xy)
+    columns = min(columns, len(names))
+    figure, axes, size = _grid(xy, -(-len(names) // columns), columns)
+    top = float(np.nanmax(values))
+    for ax, name, value in zip(axes.flat, names, values.T, strict=False):
+        points = _scatter(ax, xy, value, top, "viridis", size)
+        ax.set_title(name, fontsize="medium")
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    _bar(figure, points, list(axes.flat), "proportion of the spot (0 to 1)", cut=False)
+    _scale_bar(axes[0, 0], xy, xy_unit)
+    return figure
+
+
+def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)") -> "Figure":
+    """Loss against step, with its running median.
+
+    Parameters
+    ----------
+    losses
+        [steps], or [restarts, steps] (NaN where a restart ended early). Non-finite entries leave gaps.
+    unit
+        Label of the loss.
+
+    Notes
+    -----
+    The loss axis covers what comes after the first tenth of the steps: the start is orders of magnitude
+    higher and would flatten the rest.
+    """
+    runs = np.atleast_2d(np.asarray(losses, dtype=float))
+    if not np.isfinite(runs).any():
+        raise UserError("loss_curve: there is no finite loss to draw; look at the log of the fit")
+    figure, ax = _single(5.5, 3.4)
+    steps = np.arange(1, runs.shape[1] + 1)
+    for i, run in enumerate(runs):
+        color, name = COLORS[i % len(COLORS)], f"restart {i + 1}" if len(runs) > 1 else "running median"
+        if len(runs) == 1:
+            ax.plot(steps, run, color=color, alpha=0.3, linewidth=0.8, label="each step")
+        ax.plot(steps, _running_median(run), color=color, linewidth=1.5, label=name)
+    late = runs[:, runs.shape[1] // 10 :]
+    late = late[np.isfinite(late)] if np.isfinite(late).any() else runs[np.isfinite(runs)]
+    margin = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max()) or 1.0
+    ax.set_ylim(late.min() - margin, late.max() + margin)
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def calibration_curve(
+    levels: "ArrayLike",
+    coverage: "ArrayLike | Mapping[str, ArrayLike]",
+    per_gene: "ArrayLike | None" = None,
+) -> "Figure":
+    """Observed against nominal coverage of central intervals; the diagonal is perfect calibration.
+
+    Parameters
+    ----------
+    levels
+        Nominal levels in (0, 1), [L].
+    coverage
+        Randomised coverage over all entries, [L], or several such curves by name (``{"raw": ..., "conformal":
+        ...}``).
+    per_gene
+        Coverage of every gene, [L, G], of the first curve: drawn as the band of the middle 80 % of genes,
+        because one overall number hides badly covered genes.
+    """
+    curves = coverage if isinstance(coverage, Mapping) else {"all genes": coverage}
+    x = np.asarray(levels, dtype=float)
+    figure, ax = _single(4.0, 4.0)
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="perfect calibration")
+    if per_gene is not None:
+        genes = np.asarray(per_gene, dtype=float)
+        low, high = np.nanquantile(genes, [0.1, 0.9], axis=1)
+        label = f"middle 80 % of {genes.shape[1]} genes"
+        ax.fill_between(x, low, high, color=COLORS[0], alpha=0.2, linewidth=0, label=label)
+    for (name, curve), color in zip(curves.items(), COLORS, strict=False):
+        ax.plot(x, np.asarray(curve, dtype=float), color=color, marker="o", markersize=3.5, label=name)
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.set_xlabel("nominal coverage of the interval")
+    ax.set_ylabel("share of held-out counts inside (randomised)")
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    return figure
+
+
+def metric_strip(
+    table: "pd.DataFrame", metrics: Sequence[str] | Mapping[str, str], *, by: str = "method"
+) -> "Figure":
+    """One panel per metric, one row per method, one dot per gene, a bar and a number at the median.
+
+    Parameters
+    ----------
+    table
+        One row per method and gene, with the column ``by`` and one column per metric.
+    metrics
+        Columns to draw, or column -> axis label with unit and direction (``{"pcc": "Pearson r (higher is
+        better)"}``).
+
+    Notes
+    -----
+    Methods are ordered by the median of the first metric, highest on top. A metric that is missing for
+    a method leaves its row empty.
+    """
+    labels = dict(metrics) if isinstance(metrics, Mapping) else {name: name for name in metrics}
+    missing = [name for name in (by, *labels) if name not in table]
+    if missing:
+        raise UserError(
+            f"metric_strip: no column {missing[0]!r} in the table, which has {', '.join(map(str, table))}"
+        )
+    order = table.groupby(by)[next(iter(labels))].median().sort_values(na_position="first").index
+    figure = _figure(1.2 + 2.8 * len(labels), 0.9 + 0.36 * len(order))
+    panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
+    for ax, (metric, label) in zip(panels, labels.items(), strict=True):
+        for row, name in enumerate(order):
+            values = table.loc[table[by] == name, metric].to_numpy(dtype=float)
+            values = values[np.isfinite(values)]
+            if not len(values):
+                continue
+            spread = 0.28 * np.sin(2.4 * np.arange(len(values)))  # fixed jitter: same table, same picture
+            ax.scatter(values, row + spread, s=9, color=COLORS[0], alpha=0.35, linewidths=0, rasterized=True)
+            middle = float(np.median(values))
+            ax.plot([middle, middle], [row - 0.38, row + 0.38], color=COLORS[1], linewidth=2.5)
+            ax.annotate(
+                f"{middle:.3g}",
+                (1.01, row),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize="small",
+                color=COLORS[1],
+            )
+        ax.set_xlabel(label)
+        ax.grid(axis="x", color="0.9")
+        ax.set_axisbelow(True)
+    panels[0].set_yticks(range(len(order)), [str(name) for name in order])
+    return figure
+
+
+# ---- helpers ----
+
+
+def _figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def _single(width: float, height: float) -> "tuple[Figure, Axes]":
+    figure = _figure(width, height)
+    ax = figure.subplots()
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure, ax
+
+
+def _grid(xy: "NDArray[np.floating]", rows: int, columns: int) -> "tuple[Figure, NDArray[Any], float]":
+    """Figure, axes [rows, columns], and the marker area (points^2) at which n markers tile the tissue."""
+    extent = np.maximum(np.ptp(xy, axis=0), 1e-12)
+    width, height = _PANEL * np.clip(extent / extent.max(), 0.35, 1)
+    # "compressed" is the constrained layout for axes of fixed aspect.
+    figure = _figure(columns * (width + 0.55), rows * (height + 0.5) + 0.2, layout="compressed")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    # The share of a coarse raster that holds any cell: tissue rarely fills its bounding box.
+    bins = max(2, min(64, int(np.sqrt(len(xy) / 4))))
+    filled = (np.histogram2d(xy[:, 0], xy[:, 1], bins=bins)[0] > 0).mean()
+    side = 72 * 0.85 * np.sqrt(width * height * filled / len(xy))
+    return figure, axes, float(np.clip(side**2, 0.15, 60))
+
+
+def _scatter(
+    ax: "Axes",
+    xy: "NDArray[np.floating]",
+    value: "NDArray[np.floating]",
+    top: float,
+    colors: str,
+    size: float,
+) -> Any:
+    known = np.isfinite(value)
+    grey = xy[~known]
+    ax.scatter(grey[:, 0], grey[:, 1], s=size, color="0.85", linewidths=0, rasterized=True)
+    order = np.random.default_rng(0).permutation(np.flatnonzero(known))
+    x, y = xy[order].T
+    points = ax.scatter(
+        x, y, c=value[order], s=size, cmap=colors, vmin=0, vmax=top, linewidths=0, rasterized=True
+    )
+    ax.set_aspect("equal")
+    ax.invert_yaxis()
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    return points
+
+
+def _bar(figure: "Figure", points: Any, axes: "list[Axes]", label: str, *, cut: bool) -> None:
+    figure.colorbar(points, ax=axes, label=label, extend="max" if cut else "neither", shrink=0.9, pad=0.02)
+
+
+def _scale_bar(ax: "Axes", xy: "NDArray[np.floating]", unit: str) -> None:
+    """A bar of a round length, about a quarter of the width, under the map."""
+    target = 0.25 * max(float(np.ptp(xy[:, 0])), 1e-12)
+    power = 10.0 ** np.floor(np.log10(target))
+    length = power * max(step for step in (1, 2, 5) if step * power <= target)
+    left = float(xy[:, 0].min())
+    below = ("data", "axes fraction")
+    ax.annotate(
+        "",
+        (left, -0.03),
+        (left + length, -0.03),
+        xycoords=below,
+        arrowprops={"arrowstyle": "-", "linewidth": 2},
+    )
+    ax.annotate(
+        f"{length:g} {unit}", (left, -0.05), xycoords=below, va="top", fontsize="small", annotation_clip=False
+    )
+
+
+def _matrix(values: "ArrayLike", names: Sequence[str], xy: "NDArray[np.floating]") -> "NDArray[np.floating]":
+    matrix = np.asarray(values, dtype=float)
+    if matrix.shape != (len(xy), len(names)):
+        raise UserError(
+            f"plots: values of shape {matrix.shape} do not fit {len(xy)} positions and {len(names)} names"
+        )
+    return matrix
+
+
+def _upper(values: "NDArray[np.floating]") -> float:
+    """The 99.5 % quantile of the positive values; 1 without any, as an all-zero gene needs a scale too."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    return float(np.quantile(positive, 0.995)) if len(positive) else 1.0
+
+
+def _running_median(values: "NDArray[np.floating]") -> "NDArray[np.floating]":
+    import pandas as pd
+
+    window = max(1, len(values) // 50)
+    middle = pd.Series(values).rolling(window, center=True, min_periods=1).median().to_numpy()
+    return np.where(np.isfinite(values), middle, np.nan)  # do not draw past the end of a run

@@ -1,0 +1,343 @@
+"""The fitted run: predictions as AnnData, scores, ArviZ, save and load.
+
+A run folder:
+
+    config.toml         the effective settings
+    manifest.json       versions, seed, hashes, device, command
+    genes.txt           genes that can be predicted, in order; "gene<TAB>measured" (1: measured in the target)
+    target.h5ad         the counts that the fit saw (training genes only), coordinates, obs
+    reference.h5ad      the same of the reference
+    fit.json            specification and record of the fit (status, seconds, losses live in log.jsonl)
+    state.pt, log.jsonl resume point and log of the training loop
+    weights.safetensors parameters and buffers of the fitted pair: a folder with this file is a finished run
+
+Loading needs no other file and never unpickles.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from ppl_st.data import Counts, read_counts
+from ppl_st.errors import UserError
+from ppl_st.inference.predict import Summary, count_draws, posterior_predictive
+from ppl_st.inference.svi import Pair
+from ppl_st.io import atomic
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+LEVELS = (0.5, 0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fitted method on its data.
+
+    Attributes
+    ----------
+    method, module
+        Name and file of the method.
+    config, spec
+        Effective settings and sizes.
+    pair
+        The fitted model and guide (all chains).
+    data
+        The method's problem.
+    target, reference
+        The counts it was made from.
+    manifest, record
+        Provenance; record of the fit (seconds, losses, stop_reason, ...).
+    new_cells
+        Turns other counts of the same panel into a problem of the same kind.
+    folder
+        Where the run is stored, if anywhere.
+    """
+
+    method: str
+    module: ModuleType
+    config: Any
+    spec: Any
+    pair: Pair
+    data: Any
+    target: Counts
+    reference: Counts
+    manifest: dict[str, Any]
+    record: dict[str, Any]
+    new_cells: Callable[[Counts], tuple[Any, Counts]]
+    folder: Path | None = None
+
+    @property
+    def genes(self) -> NDArray[np.str_]:
+        """Every gene that can be predicted."""
+        return self.reference.genes
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """Whether the target measured each of `genes`."""
+        return np.isin(self.genes, self.target.genes)
+
+    @property
+    def fit_info(self) -> dict[str, Any]:
+        """Record of the fit: seconds, losses, stop_reason, chains, settings chosen."""
+        return self.record
+
+    def predict(
+        self,
+        genes: Sequence[str] | NDArray[np.str_] | None = None,
+        *,
+        target: str | Path | ad.AnnData | None = None,
+        draws: int = 100,
+        samples: int = 0,
+        seed: int = 0,
+        memory_gb: float = 1.0,
+    ) -> ad.AnnData:
+        """Posterior predictive of ``genes`` in every cell.
+
+        Parameters
+        ----------
+        genes
+            Names; None = every gene that the target did not measure.
+        target
+            Other cells with the same panel (path or AnnData), predicted without refitting; None = the cells of the fit.
+        draws
+            Posterior draws behind the summaries.
+        samples
+            Also keep this many joint count draws in ``layers["sample_<k>"]`` (for many, use `write_samples`).
+        seed, memory_gb
+            Seed of the draws; bound on the memory of one block of draws.
+
+        Returns
+        -------
+        AnnData
+            ``X`` posterior mean count; layers ``rate_mean``, ``rate_sd`` (epistemic), ``count_sd`` (with observation noise), ``q05``, ``q50``,
+            ``q95`` of the count; ``var`` measured, trust (expected squared correlation of the prediction with the counts, under the model).
+        """
+        index = self._index(genes)
+        data, counts = (self.data, self.target) if target is None else self._other(target)
+        predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
+        chains = predictor.chains
+        summary, _ = posterior_predictive(predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb)
+        result = self._table(summary, index, counts)
+        if samples:
+            kept = np.zeros((samples, *result.shape), dtype=np.float32)
+            for rows, drawn in count_draws(predictor, chains, index, draws=samples, seed=seed):
+                kept[:, rows] = drawn
+            for k in range(samples):
+                result.layers[f"sample_{k}"] = kept[k]
+        if target is None:
+            self._add_factors(result)
+        return result
+
+    def write_samples(self, path: str | Path, genes: Sequence[str] | None, draws: int, seed: int = 0) -> None:
+        """Write ``count[sample, cell, gene]``, joint posterior predictive draws, as a zarr store, block by block."""
+        import zarr
+
+        index = self._index(genes)
+        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
+        with atomic(path) as temporary:
+            group = zarr.open_group(str(temporary), mode="w")
+            shape = (draws, predictor.n_cells, len(index))
+            array = group.create_array(
+                "count", shape=shape, chunks=(1, min(2048, shape[1]), min(256, shape[2])), dtype="f4", dimension_names=("sample", "cell", "gene")
+            )
+            for rows, drawn in count_draws(predictor, predictor.chains, index, draws=draws, seed=seed):
+                array.oindex[:, rows, :] = drawn
+            group.attrs.update(cells=self.target.names.tolist(), genes=self.genes[index].tolist(), manifest=json.dumps(self.manifest))
+
+    def score(
+        self,
+        truth: str | Path | ad.AnnData | Counts,
+        *,
+        genes: Sequence[str] | None = None,
+        draws: int = 100,
+        seed: int = 0,
+        memory_gb: float = 1.0,
+    ) -> pd.DataFrame:
+        """Proper scores and coverage of the predictive on counts of the same cells.
+
+        Returns
+        -------
+        DataFrame
+            One row per gene: mean_count, log_score (mean log predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected
+            randomised coverage of the central interval).
+        """
+        from ppl_st.calibration import coverage
+
+        counts = truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)
+        names = counts.genes if genes is None else np.asarray(genes, dtype=str)
+        counts = counts.take_genes(names)
+        order = pd.Index(counts.names).get_indexer(pd.Index(self.target.names))
+        if (order < 0).any():
+            raise UserError(f"truth ({counts.source}) lacks {(order < 0).sum()} of the run's {len(order)} cells, e.g. {self.target.names[order < 0][0]}")
+        matrix = sp.csr_matrix(counts.matrix[order])
+        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
+        _, scores = posterior_predictive(
+            predictor, predictor.chains, self._index(names), draws=draws, seed=seed, memory_gb=memory_gb, truth=matrix
+        )
+        assert scores is not None
+        table = pd.DataFrame(index=pd.Index(names, name="gene"))
+        table["mean_count"] = np.asarray(matrix.mean(0)).ravel()
+        table["log_score"] = scores.log_prob.mean(0, dtype=np.float64)
+        table["crps"] = scores.crps.mean(0, dtype=np.float64)
+        covered = coverage(scores.pit_low, scores.pit_high, LEVELS)
+        for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
+            table[f"coverage_{round(100 * level)}"] = per_gene
+        return table
+
+    def proportions(self, *, draws: int = 100, seed: int = 0) -> ad.AnnData:
+        """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
+        _, _, spots, profiles = self.module.compositions(self.pair, self.data, self.config, draws, seed)
+        factors = pd.DataFrame(index=[f"factor{k}" for k in range(profiles.shape[0])])
+        result = ad.AnnData(spots.mean(0), obs=self.reference.obs.copy(), var=factors)
+        result.obs_names = self.reference.names
+        result.layers["sd"] = spots.std(0)
+        for name, q in (("q05", 0.05), ("q95", 0.95)):
+            result.layers[name] = np.quantile(spots, q, axis=0).astype(np.float32)
+        result.varm["profile"] = pd.DataFrame(profiles, index=factors.index, columns=self.genes)
+        result.obsm["spatial"] = self.reference.xy
+        result.uns["ppl_st"] = json.dumps(self.manifest)
+        return result
+
+    def to_arviz(self, *, draws: int = 100, seed: int = 0, max_cells: int = 1000) -> Any:
+        """InferenceData (ArviZ 0.x) or DataTree (ArviZ 1.x); see `arviz_groups`."""
+        import xarray as xr
+
+        groups = self.arviz_groups(draws=draws, seed=seed, max_cells=max_cells)
+        try:
+            from arviz import InferenceData
+        except ImportError:
+            return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+        return InferenceData(**groups)
+
+    def export(self, path: str | Path, *, draws: int = 100, seed: int = 0) -> None:
+        """Write the ArviZ groups as ``.nc`` (netCDF4) or ``.zarr``; ``az.from_netcdf`` and xarray read them back."""
+        import xarray as xr
+
+        from ppl_st.io import hdf5_target
+
+        path = Path(path)
+        if path.suffix not in (".nc", ".zarr"):
+            raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
+        tree = xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in self.arviz_groups(draws=draws, seed=seed).items()})
+        with atomic(path) as temporary:
+            if path.suffix == ".zarr":
+                tree.to_zarr(temporary, consolidated=False, zarr_format=2)
+            else:
+                with hdf5_target(temporary) as file:
+                    tree.to_netcdf(file, engine="h5netcdf")
+
+    def arviz_groups(self, *, draws: int = 100, seed: int = 0, max_cells: int = 1000) -> "dict[str, xr.Dataset]":
+        """Datasets posterior (global sites), posterior_predictive and observed_data (measured genes), predictions (unmeasured genes),
+        constant_data; chain = independent variational fits, draw = draws of each. Cells are a seeded subset of ``max_cells``.
+        """
+        from ppl_st.export import arviz_groups
+
+        return arviz_groups(self, draws=draws, seed=seed, max_cells=max_cells)
+
+    # ---- helpers ----
+
+    def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
+        if genes is None:
+            return np.flatnonzero(~self.measured)
+        index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
+        if (index < 0).any():
+            missing = np.asarray(genes, dtype=str)[index < 0]
+            raise UserError(
+                f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
+                f"{len(self.genes)} genes of its reference (genes.txt)"
+            )
+        return index.astype(np.int64)
+
+    def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
+        return self.new_cells(read_counts(target, role="target", layer=self.config.layer, need_spatial=False))
+
+    def _table(self, summary: Summary, index: NDArray[np.int64], counts: Counts) -> ad.AnnData:
+        result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=pd.DataFrame(index=self.genes[index]))
+        result.obs_names = counts.names
+        result.layers["rate_mean"] = summary.rate_mean.copy()
+        result.layers["rate_sd"], result.layers["count_sd"] = summary.rate_sd, summary.count_sd
+        for name, values in summary.quantiles.items():
+            result.layers[name] = values
+        result.var["measured"] = self.measured[index]
+        explained = summary.rate_mean.var(0, dtype=np.float64)
+        result.var["trust"] = explained / np.maximum(explained + np.square(summary.count_sd, dtype=np.float64).mean(0), 1e-12)
+        if counts.xy is not None:
+            result.obsm["spatial"] = counts.xy
+        result.uns["ppl_st"] = json.dumps(self.manifest)
+        return result
+
+    def _add_factors(self, result: ad.AnnData) -> None:
+        cells, sizes, _, _ = self.module.compositions(self.pair, self.data, self.config, 0, 0)
+        result.obsm["proportions"] = cells
+        result.obs["factor"] = pd.Categorical.from_codes(cells.argmax(1), [f"factor{k}" for k in range(cells.shape[1])])
+        result.obs["size"], result.obs["captured"] = sizes[:, 0], sizes[:, 1]
+
+
+# ---- the run folder ----
+
+
+def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], target: Counts, reference: Counts) -> None:
+    """Begin a run folder: everything that a resumed fit needs except the state."""
+    from ppl_st import config as configs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, counts in (("target", target), ("reference", reference)):
+        write_counts(counts, folder / f"{name}.h5ad")
+    configs.write(config, folder / "config.toml")
+    lines = [f"{gene}\t{int(known)}" for gene, known in zip(reference.genes, np.isin(reference.genes, target.genes), strict=True)]
+    write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *lines]) + "\n")
+    write_json(folder / "manifest.json", manifest)
+
+
+def write_counts(counts: Counts, path: Path) -> None:
+    """Store counts so that `read_counts` gives them back."""
+    from ppl_st.io import write_adata
+
+    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes))
+    adata.obs_names = counts.names
+    if counts.xy is not None:
+        adata.obsm["spatial"] = counts.xy
+    adata.uns["source"] = counts.source
+    write_adata(adata, path)
+
+
+def write_result(folder: Path, pair: Pair, record: dict[str, Any]) -> None:
+    """Finish a run folder: weights last, so that their presence means a finished run."""
+    from safetensors.torch import save_file
+
+    write_json(folder / "fit.json", record)
+    tensors = {}
+    for side, module in zip(("model", "guide"), pair, strict=True):
+        tensors |= {f"{side}.{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    with atomic(folder / "weights.safetensors") as temporary:
+        save_file(tensors, str(temporary))
+
+
+def load_weights(folder: Path, pair: Pair) -> None:
+    """Read the weights of a finished run into ``pair``."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(folder / "weights.safetensors"))
+    for side, module in zip(("model", "guide"), pair, strict=True):
+        module.load_state_dict({name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, whole or not at all."""
+    with atomic(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")

@@ -1,0 +1,269 @@
+"""The command line: every command once, exit codes, one message and no traceback, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import ppl_st.api
+from ppl_st.cli import app
+from ppl_st.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = [f"--set={item}" for item in ("factors=3", "chains=1", "sparsity=0", "sweeps=3", "fit.steps=3")]
+KNOBS = {"n_cells": 250, "side": 6, "squares": 4, "n_types": 3, "n_genes": 40, "n_panel": 30}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="ppl-st")
+
+
+def ok(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def refused(*arguments, code=2):
+    """The one message of a command that must fail without a traceback."""
+    result = run(*arguments)
+    assert result.exit_code == code and isinstance(result.exception, SystemExit), result.output
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Simulated data and a fitted run, made by the commands themselves."""
+    base = tmp_path_factory.mktemp("cli")
+    ok("simulate", "checkerboard", "--out", base / "data", *[f"--set={k}={v}" for k, v in KNOBS.items()])
+    ok("fit", "siid", *pair(base), "--out", base / "run", *FAST)
+    return base
+
+
+def pair(base):
+    return ["--target", base / "data/target.h5ad", "--reference", base / "data/reference.h5ad"]
+
+
+def test_simulate_writes_what_its_knobs_say(folder):
+    target = ad.read_h5ad(folder / "data" / "target.h5ad")
+    assert target.shape == (250, 30) and ad.read_h5ad(folder / "data" / "reference.h5ad").n_obs == 36
+    assert "already there" in refused("simulate", "checkerboard", "--out", folder / "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chess"], "unknown protocol 'chess'; available: checkerboard, blocks"),
+        (["checkerboard", "--set", "n_cell=3"], "did you mean 'n_cells'"),
+        (["checkerboard", "--set", "n_cells=many"], "n_cells must be a whole number"),
+        (["checkerboard", "--set", "rho=x"], "rho must be a number"),
+        (["checkerboard", "--set", "n_panel=900"], "n_panel=900"),
+    ],
+)
+def test_simulate_refuses(tmp_path, arguments, message):
+    assert message in refused("simulate", *arguments, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_methods_lists_the_zoo():
+    assert "siid:" in ok("methods").output
+
+
+def test_fit_leaves_a_run_with_its_command(folder):
+    manifest = json.loads((folder / "run" / "manifest.json").read_text())
+    assert manifest["command"].startswith("ppl-st") and manifest["seed"] == 0
+    assert 'factors = 3' in (folder / "run" / "config.toml").read_text()
+
+
+def test_predict_writes_unmeasured_genes_by_default(folder, tmp_path):
+    ok("predict", folder / "run", "--out", tmp_path / "imputed.h5ad", "--draws", 10)
+    imputed = ad.read_h5ad(tmp_path / "imputed.h5ad")
+    truth = ad.read_h5ad(folder / "data" / "truth.h5ad")
+    assert set(imputed.var_names) == set(truth.var_names) and imputed.n_obs == 250
+    assert {"rate_mean", "rate_sd", "count_sd", "q05", "q50", "q95"} <= set(imputed.layers)
+
+
+def test_predict_samples_proportions_and_zarr(folder, tmp_path):
+    genes = tmp_path / "genes.txt"
+    genes.write_text("gene0035\ngene0001\n")
+    ok("predict", folder / "run", "--out", tmp_path / "some.zarr", "--genes", genes, "--draws", 5, "--samples", 3)
+    assert list(ad.read_zarr(tmp_path / "some.zarr").var_names) == ["gene0035", "gene0001"]
+    import zarr
+
+    count = zarr.open_group(str(tmp_path / "some.samples.zarr"), mode="r")["count"]
+    assert count.shape == (3, 250, 2)
+    ok("predict", folder / "run", "--out", tmp_path / "spots.h5ad", "--proportions", "--draws", 5)
+    spots = ad.read_h5ad(tmp_path / "spots.h5ad")
+    assert spots.n_obs == 36
+    np.testing.assert_allclose(np.asarray(spots.X).sum(1), 1, atol=1e-4)
+
+
+def test_export_and_report(folder, tmp_path):
+    ok("export", folder / "run", "--out", tmp_path / "posterior.nc", "--draws", 2)
+    import xarray as xr
+
+    with xr.open_datatree(tmp_path / "posterior.nc", engine="h5netcdf") as tree:
+        assert "posterior" in tree and "predictions" in tree
+    ok("report", folder / "run", "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "fit.steps" in page and "data:image/png" in page and '"seed": 0' in page
+
+
+def test_evaluate_prints_and_writes(folder, tmp_path):
+    result = ok(
+        "evaluate", "--methods", "siid", *pair(folder), "--folds", 3, "--max-folds", 1, "--no-baselines",
+        "--out", tmp_path / "scores", "--draws", 10, *FAST,
+    )  # fmt: skip
+    assert "PCC given depth" in result.output and "siid" in result.output
+    assert (tmp_path / "scores" / "summary.csv").exists()
+
+
+def test_demo_refuses_a_method_without_a_protocol(tmp_path):
+    assert "no simulated protocol for 'vista'" in refused("demo", "vista", "--out", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "sid"], "did you mean 'siid'"),
+        (["fit", "siid"], "needs target and reference"),
+        (["fit", "siid", "--target", "absent.h5ad", "--reference", "absent.h5ad"], "no such file: absent.h5ad"),
+        (["fit", "siid", "--resume"], "not a run folder"),
+        (["predict", "absent"], "name it *.h5ad or *.zarr"),
+        (["report", "absent"], "name it *.html"),
+        (["export", "absent"], "name it *.nc or *.zarr"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments, "--out", tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_settings_of_a_fit_are_named(folder, tmp_path):
+    out = tmp_path / "new"
+    assert "'likelihod'; did you mean 'likelihood'" in refused(
+        "fit", "siid", *pair(folder), "--out", out, "--set", "likelihod=nb"
+    )
+    assert "unknown preset 'papr'; did you mean 'paper'" in refused(
+        "fit", "siid", *pair(folder), "--out", out, "--preset", "papr"
+    )
+    assert not out.exists()
+
+
+def test_a_used_run_folder_is_refused_and_a_finished_one_resumes(folder):
+    assert "add --resume to continue it" in refused("fit", "siid", *pair(folder), "--out", folder / "run")
+    assert "already finished" in ok("fit", "siid", "--resume", "--out", folder / "run").output
+
+
+def test_predict_refuses_what_it_cannot_do(folder, tmp_path):
+    out = tmp_path / "x.h5ad"
+    genes = tmp_path / "genes.txt"
+    genes.write_text("Gfap\n")
+    assert "does not exist" in refused("predict", tmp_path / "absent", "--out", out)
+    assert "Gfap" in refused("predict", folder / "run", "--out", out, "--genes", genes)
+    assert "run predict twice" in refused(
+        "predict", folder / "run", "--out", out, "--genes", genes, "--proportions"
+    )
+    target = folder / "data" / "target.h5ad"
+    before = target.read_bytes()
+    assert "is also an input" in refused("predict", folder / "run", "--target", target, "--out", target)
+    assert target.read_bytes() == before and not out.exists()
+
+
+def test_an_unwritable_output_is_refused_before_any_work(folder, tmp_path, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("the computation had begun")
+
+    monkeypatch.setattr(ppl_st.api, "fit", never)
+    monkeypatch.setattr(ppl_st.api, "load", never)
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "run"
+    assert "Not a directory" in refused("fit", "siid", *pair(folder), "--out", inside)
+    assert "Not a directory" in refused("predict", folder / "run", "--out", inside / "x.h5ad")
+    assert "Not a directory" in refused("export", folder / "run", "--out", inside / "x.nc")
+    full = Path("/dev/full").parent / "nothing-may-be-made-here"
+    if not os.access(full.parent, os.W_OK):
+        assert "cannot write" in refused("fit", "siid", *pair(folder), "--out", full)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "--resume"),
+        (MemoryError(), 2, "out of memory"),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (UserError("mend this"), 2, "error: mend this"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
+        ("FitError", 2, "step 3 was not finite"),
+        ("Interrupted", 130, "interrupted at step 3"),
+    ],
+)
+def test_failures_become_messages_and_exit_codes(tmp_path, monkeypatch, error, code, message):
+    from ppl_st.inference.faults import FitError
+
+    named = {"FitError": FitError("step 3 was not finite")}
+    named["Interrupted"] = ppl_st.api.Interrupted("interrupted at step 3 of 9")
+
+    def fail(*arguments, **options):
+        raise named.get(error, error) if isinstance(error, str) else error
+
+    monkeypatch.setattr(ppl_st.api, "fit", fail)
+    assert message in refused("fit", "siid", "--out", tmp_path / "new", code=code)
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def bug(*arguments, **options):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(ppl_st.api, "fit", bug)
+    result = run("fit", "siid", "--out", tmp_path / "new")
+    assert isinstance(result.exception, RuntimeError) and result.exit_code == 1
+
+
+def shell(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from ppl_st.cli import main; main()", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT)
+
+
+def test_the_program_starts_fast_and_exits_with_its_codes(tmp_path):
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        process = shell("--help")
+        out, err = process.communicate()
+        times.append(time.perf_counter() - began)
+        assert process.returncode == 0 and "evaluate" in out and not err
+    assert min(times) < 1
+    process = shell("fit", "sid", "--out", tmp_path / "new")
+    _, err = process.communicate()
+    assert process.returncode == 2 and err.count("\n") == 1 and err.startswith("error: unknown method")
+    process = shell("fit", "siid", "--sett", "a=b")
+    _, err = process.communicate()
+    assert process.returncode == 2 and "--sett" in err and "Traceback" not in err
+
+
+def test_sigterm_in_the_middle_leaves_a_run_that_resumes(folder, tmp_path):
+    out = tmp_path / "run"
+    process = shell("fit", "siid", *pair(folder), "--out", out, *FAST[:-1], "--set=fit.steps=100000")
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert (out / "state.pt").exists() and not [p for p in out.iterdir() if ".tmp" in p.name]
+    assert "was interrupted: continue it with --resume" in refused("predict", out, "--out", tmp_path / "x.h5ad")
+    assert "not finished" in refused("report", out, "--out", tmp_path / "x.html")

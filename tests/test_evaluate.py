@@ -1,0 +1,188 @@
+"""evaluate: the protocol's splits, baselines equal to direct calls, truth files, ranks, files, refusals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import ppl_st.evaluate as ev
+from ppl_st.baselines import SPOT_BASELINES, Split, supervised_ridge
+from ppl_st.data import gene_folds, read_counts
+from ppl_st.errors import UserError
+from ppl_st.metrics import score_table
+from ppl_st.report import overview, report_folder
+from ppl_st.simulate import checkerboard
+
+FAST = ["factors=3", "chains=1", "sparsity=0", "sweeps=3", "fit.steps=3", "batch_spots=0"]
+CELLS, PANEL, GENES = 250, 30, 40
+
+
+@pytest.fixture(scope="module")
+def world():
+    return checkerboard(
+        seed=1, n_cells=CELLS, side=6, squares=4, n_types=3, n_genes=GENES, n_panel=PANEL, contrast=1
+    )
+
+
+class Stub:
+    """A run that repeats the counts of the reference's mean, or the truth: evaluation without a fit."""
+
+    seen: list = []  # noqa: RUF012
+
+    def __init__(self, target, truth):
+        self.target, self.truth = read_counts(target, role="target"), truth
+        Stub.seen.append(self.target)
+
+    def predict(self, genes, **options):
+        import anndata as ad
+
+        answer = self.truth[self.target.names, list(genes)].X.toarray()
+        return ad.AnnData(answer, obs=pd.DataFrame(index=self.target.names), var=pd.DataFrame(index=genes))
+
+    def score(self, truth, **options):
+        columns = ["mean_count", "log_score", "crps", "coverage_90"]
+        return pd.DataFrame(0.5, index=truth.genes, columns=columns)
+
+
+@pytest.fixture
+def perfect(world, monkeypatch):
+    import anndata as ad
+
+    both = ad.concat([world.target, world.truth], axis=1)
+    Stub.seen = []
+    monkeypatch.setattr(ev, "fit", lambda method, target, reference, **options: Stub(target, both))
+
+
+def test_folds_hide_their_genes_and_follow_the_protocol(world, perfect):
+    done = ev.evaluate(["siid"], world.target, world.reference, folds=3, seed=4, baselines=False)
+    folds = gene_folds(world.target.var_names, 3, 4)
+    assert [set(seen.genes) for seen in Stub.seen] == [
+        set(world.target.var_names) - set(fold) for fold in folds
+    ]
+    assert list(done.scores["gene"]) == [gene for fold in folds for gene in fold]
+    np.testing.assert_allclose(done.scores["raw_pcc"], 1)
+    assert (done.scores["raw_rmse"] == 0).all()
+
+
+def test_cells_without_training_counts_are_dropped_for_every_fold(world, perfect):
+    target = world.target.copy()
+    fold = gene_folds(target.var_names, 3, 0)[1]
+    matrix = target.X.tolil()
+    matrix[7] = 0
+    matrix[7, target.var_names.get_loc(fold[0])] = 9  # counts in one fold only: empty when that fold is hidden
+    target.X = matrix.tocsr()
+    said = []
+    ev.evaluate(
+        ["siid"], target, world.reference, folds=3, max_folds=1, baselines=False, say=said.append
+    )
+    assert len(Stub.seen) == 1 and "cell7" not in Stub.seen[0].names and len(Stub.seen[0].names) == CELLS - 1
+    assert said[0].startswith("1 cells have no count")
+
+
+def test_baselines_equal_direct_calls_and_the_upper_reference_is_marked(world, perfect):
+    done = ev.evaluate(["siid"], world.target, world.reference, folds=3, max_folds=1)
+    held_out = gene_folds(world.target.var_names, 3, 0)[0]
+    target = read_counts(world.target, role="target")
+    seen = target.take_genes(target.genes[~np.isin(target.genes, held_out)])
+    split = Split(seen, read_counts(world.reference, role="reference"), held_out)
+    truth = target.take_genes(held_out).matrix
+    tables = {n: (one.estimate(split), one.scale) for n, one in SPOT_BASELINES.items()}
+    tables["supervised_ridge"] = (supervised_ridge(split, truth), "log")
+    for name, (estimate, scale) in tables.items():
+        want = score_table(truth, estimate, split.training_total, held_out, scale=scale)
+        got = done.scores[done.scores["method"] == name].set_index("gene")[want.columns]
+        pd.testing.assert_frame_equal(got.astype(float), want.astype(float), check_names=False)
+    kinds = done.summary.drop_duplicates("method").set_index("method")["kind"]
+    assert kinds["supervised_ridge"] == ev.UPPER and kinds["spot_copy"] == "baseline"
+    ranked = done.summary.dropna(subset="rank")
+    assert set(ranked["metric"]) == set(ev.RANKED) and "supervised_ridge" not in set(ranked["method"])
+    assert (ranked[ranked["method"] == "siid"]["rank"] == 1).all()  # it knows the truth
+    everything = set(SPOT_BASELINES) | {"siid"}
+    assert set(ranked[ranked["metric"] == "log_scc"]["method"]) == everything
+
+
+def test_a_folds_file_is_followed(world, perfect, tmp_path):
+    genes = list(world.target.var_names)
+    file = tmp_path / "folds.tsv"
+    file.write_text(f"# mine\n{genes[3]}\t10\n{genes[1]}\t2\n\n{genes[0]}\t10\n")
+    done = ev.evaluate(["siid"], world.target, world.reference, folds=file, baselines=False)
+    assert [tuple(row) for row in done.scores[["fold", "gene"]].to_numpy()] == [
+        ("2", genes[1]), ("10", genes[0]), ("10", genes[3]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gene0001 2\n", "line 1.*not gene<TAB>fold"),
+        ("gene0001\t1\ngene0001\t2\n", "line 2: gene0001 is already in line 1"),
+        ("# nothing\n", "names no gene"),
+        ("gene0001\t1\nGfap\t1\n", "1 genes are not shared.*Gfap"),
+    ],
+)
+def test_a_bad_folds_file_is_refused(world, tmp_path, text, message):
+    file = tmp_path / "folds.tsv"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        ev.evaluate(["siid"], world.target, world.reference, folds=file)
+
+
+def test_a_real_fit_against_a_truth_file(world, tmp_path):
+    # The truth may list cells in another order, and genes that the reference does not know.
+    truth = world.truth[::-1].copy()
+    reference = world.reference[:, :-1].copy()
+    out = tmp_path / "evaluation"
+    done = ev.evaluate(["siid"], world.target, reference, truth=truth, overrides=FAST, draws=20, out=out)
+    ours = done.scores[done.scores["method"] == "siid"]
+    assert sorted(ours["gene"]) == sorted(world.truth.var_names[:-1])
+    assert np.isfinite(ours.select_dtypes("number").to_numpy()).all()
+    assert {"log_score", "crps", "coverage_90", "seconds", "peak_gb"} <= set(ours)
+    assert (ours["peak_gb"] > 0).all() and (ours["seconds"] > 0).all()
+    # Aligned by name: a fit beats chance on genes with a contrast of 1, which shuffled cells would not.
+    assert ours["raw_pcc"].mean() > 0.3
+    means = done.summary.set_index(["method", "metric"])["mean"]
+    assert means["siid", "raw_pcc"] == pytest.approx(ours["raw_pcc"].mean())
+    # The files hold the same numbers, and the report is made from them alone.
+    np.testing.assert_allclose(pd.read_csv(out / "summary.csv")["mean"], done.summary["mean"])
+    assert len(pd.read_csv(out / "scores.csv")) == len(done.scores)
+    tables = overview(pd.read_csv(out / "summary.csv"))
+    assert "siid\n(method)" in tables["Raw counts"].index
+    assert tables["Predictive distribution"].shape[0] == 1  # baselines have no distribution
+    report_folder(out, tmp_path / "report.html")
+    assert "supervised_ridge" in (tmp_path / "report.html").read_text()
+    with pytest.raises(UserError, match="already holds an evaluation"):
+        ev.evaluate(["siid"], world.target, reference, truth=truth, out=out)
+
+
+def test_memory_blocks_do_not_change_the_accuracy(world, perfect):
+    a, b = (
+        ev.evaluate(["siid"], world.target, world.reference, folds=3, baselines=False, memory_gb=gb).scores
+        for gb in (1.0, 2 * 32 * CELLS / 1e9)
+    )
+    columns = ["gene", "fold", "raw_pcc", "log_scc", "raw_partial_pcc"]
+    pd.testing.assert_frame_equal(a[columns], b[columns])
+
+
+def test_ranks_come_from_the_mean_over_genes():
+    rows = [
+        {"method": m, "kind": "method", "fold": "0", "gene": g, "raw_pcc": v, "raw_js": v, "seconds": 2.0, "peak_gb": 1.0}
+        for m, values in {"worse": (0.1, 0.2), "better": (0.4, 0.1)}.items()
+        for g, v in zip("ab", values, strict=True)
+    ]  # fmt: skip
+    summary = ev.summarise(pd.DataFrame(rows)).set_index(["method", "metric"])
+    assert summary.loc[("better", "raw_pcc"), "rank"] == 1 and summary.loc[("worse", "raw_pcc"), "rank"] == 2
+    assert summary.loc[("better", "raw_pcc"), "median"] == 0.25
+    assert pd.isna(summary.loc[("better", "raw_js"), "rank"])
+    assert summary.loc[("worse", "seconds"), "mean"] == 2
+
+
+def test_wrong_requests_are_refused_before_any_fit(world):
+    with pytest.raises(UserError, match="did you mean 'siid'"):
+        ev.evaluate(["sid"], world.target, world.reference)
+    with pytest.raises(UserError, match="name each method once"):
+        ev.evaluate([], world.target, world.reference)
+    with pytest.raises(UserError, match="no_such_knob"):
+        ev.evaluate(["siid"], world.target, world.reference, overrides=["no_such_knob=1"])
+    with pytest.raises(UserError, match="none of its 30 genes is new"):
+        ev.evaluate(["siid"], world.target, world.reference, truth=world.target)
+    with pytest.raises(UserError, match="10 of the target's 250 cells are not in it"):
+        ev.evaluate(["siid"], world.target, world.reference, truth=world.truth[10:].copy())

@@ -1,0 +1,219 @@
+"""Product forms against their dense twins: value, gradient, layouts, memory, and inside a Pyro plate."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.sparse
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoDelta
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ppl_st import product
+from ppl_st.data import to_torch_csr
+from ppl_st.errors import UserError
+from ppl_st.likelihoods import NegativeBinomial, Poisson
+from ppl_st.product import ProductNegativeBinomial, ProductPoisson
+
+
+@pytest.fixture(autouse=True)
+def _own_seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _example(dtype=torch.float32, n=40, genes=30, h=4, scale=0.3, seed=1):
+    """Parameters, and counts with an empty row, an empty column and cells without activity."""
+    rng = np.random.default_rng(seed)
+    activity, loadings = rng.gamma(0.5, 1, (n, h)), rng.gamma(0.5, 1, (h, genes)) * scale
+    counts = rng.poisson(activity @ loadings)
+    counts[3] = 0
+    counts[:, 5] = 0
+    activity[7] = 0  # a cell whose rate is zero, with and without counts
+    activity[8] = 0
+    counts[7, 2] = 2
+    counts[8] = 0
+    log_theta = rng.normal(size=genes)
+    leaves = [torch.tensor(a, dtype=dtype).requires_grad_() for a in (activity, loadings, log_theta)]
+    return leaves, counts.astype(np.float64)
+
+
+def _values(counts, dtype):
+    matrix = scipy.sparse.csr_matrix(counts.astype(np.float32))
+    return {"csr": to_torch_csr(matrix), "dense": torch.tensor(counts, dtype=dtype)}
+
+
+def _product(kind, activity, loadings, log_theta):
+    return (
+        ProductPoisson(activity, loadings)
+        if kind == "poisson"
+        else ProductNegativeBinomial(activity, loadings, log_theta)
+    )
+
+
+def _dense(kind, activity, loadings, log_theta):
+    rate = activity @ loadings
+    d = Poisson(rate) if kind == "poisson" else NegativeBinomial(rate, log_theta=log_theta)
+    return d.to_event(1)
+
+
+@pytest.mark.parametrize("form", ["sparse", "blocks", "no_mkl"])
+@pytest.mark.parametrize("layout", ["csr", "dense"])
+@pytest.mark.parametrize("kind", ["poisson", "nb"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_product_equals_dense(kind, layout, dtype, form, monkeypatch):
+    if form == "no_mkl":
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(product, "DENSE_ABOVE", 0.0 if form == "blocks" else 1.0)
+    monkeypatch.setattr(product, "BLOCK", 100)  # several blocks of rows, the last one short
+    leaves, counts = _example(dtype)
+    weight = torch.linspace(0.2, 2.0, len(counts), dtype=dtype)
+    used = leaves[:2] if kind == "poisson" else leaves
+    want = _dense(kind, *leaves).log_prob(torch.tensor(counts, dtype=dtype))
+    got = _product(kind, *leaves).log_prob(_values(counts, dtype)[layout])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    assert got.shape == (len(counts),) and got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), used),
+        torch.autograd.grad((want * weight).sum(), used),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@pytest.mark.parametrize("layout", ["csr", "dense"])
+@pytest.mark.parametrize("kind", ["poisson", "nb"])
+def test_product_gradcheck(kind, layout):
+    leaves, counts = _small()
+    value = _values(counts, torch.float64)[layout]
+    used = leaves[:2] if kind == "poisson" else leaves
+    rest = leaves[len(used) :]
+    assert torch.autograd.gradcheck(lambda *a: _product(kind, *a, *rest).log_prob(value), tuple(used))
+
+
+def _small():
+    rng = np.random.default_rng(4)
+    activity, loadings = rng.uniform(0.3, 1, (6, 2)), rng.uniform(0.3, 1, (2, 9))
+    counts = rng.poisson(activity @ loadings * 0.4)
+    leaves = [torch.tensor(a, requires_grad=True) for a in (activity, loadings, rng.normal(size=9))]
+    return leaves, counts.astype(np.float64)
+
+
+def test_stored_zeros_and_duplicate_free_order_do_not_matter():
+    leaves, counts = _small()
+    matrix = scipy.sparse.csr_matrix(counts.astype(np.float32))
+    rows, cols = np.nonzero(counts == 0)
+    padded = scipy.sparse.csr_matrix(
+        (
+            np.r_[matrix.data, np.zeros(len(rows), np.float32)],
+            (np.r_[matrix.tocoo().row, rows], np.r_[matrix.indices, cols]),
+        )
+    )
+    assert padded.nnz == counts.size
+    for kind in ("poisson", "nb"):
+        a, b = (_product(kind, *leaves).log_prob(to_torch_csr(m)) for m in (matrix, padded))
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns while active."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
+                self.numel = max(self.numel, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind, dense_above", [("poisson", 1.0), ("poisson", 0.0), ("nb", 1.0)])
+def test_memory_is_the_nonzeros_plus_a_block(kind, dense_above, monkeypatch):
+    monkeypatch.setattr(product, "DENSE_ABOVE", dense_above)
+    monkeypatch.setattr(product, "BLOCK", 2000)
+    leaves, counts = _example(n=600, genes=100, scale=0.05)
+    value = _values(counts, torch.float32)["csr"]
+    nonzeros = int((counts > 0).sum())
+    assert nonzeros < counts.size / 10
+    with _Largest() as largest:
+        _product(kind, *leaves).log_prob(value).sum().backward()
+    assert largest.numel <= max(nonzeros, 2000, 600 * 4), "something of size cells x genes was formed"
+    with _Largest() as largest:
+        _dense(kind, *leaves).log_prob(torch.tensor(counts, dtype=torch.float32)).sum().backward()
+    assert largest.numel >= counts.size  # the measure sees what it should see
+
+
+@pytest.mark.parametrize("kind", ["poisson", "nb"])
+def test_product_draws_moments_and_shapes(kind):
+    leaves, _ = _small()
+    d = _product(kind, *leaves)
+    x = d.sample((20000,))
+    assert (
+        x.shape == (20000, 6, 9)
+        and d.batch_shape == (6,)
+        and d.event_shape == (9,)
+        and torch.equal(x, x.floor())
+    )
+    z = (x.mean(0) - d.mean) / (d.variance / 20000).sqrt()
+    assert z.abs().max() < 5
+    torch.testing.assert_close(x.var(0), d.variance.detach(), rtol=0.3, atol=0)
+    wide = d.expand((2, 6))
+    assert wide.batch_shape == (2, 6) and wide.activity is leaves[0] and wide.log_prob(x[0]).shape == (2, 6)
+    torch.testing.assert_close(d.log_prob(x[:3]), torch.stack([d.log_prob(v) for v in x[:3]]))
+
+
+def test_product_refuses_what_does_not_fit():
+    leaves, counts = _small()
+    d = ProductPoisson(*leaves[:2], validate_args=True)
+    with pytest.raises(UserError, match="do not fit 6 cells x 9 genes"):
+        d.log_prob(torch.tensor(counts[:1]))
+    with pytest.raises(UserError, match="whole numbers"):
+        d.log_prob(to_torch_csr(scipy.sparse.csr_matrix((counts + 0.5).astype(np.float32))))
+    with pytest.raises(UserError, match="do not multiply"):
+        ProductPoisson(leaves[0], leaves[1].T)
+    with pytest.raises(UserError, match="log_theta"):
+        ProductNegativeBinomial(*leaves[:2], torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(UserError, match="dtypes"):
+        ProductNegativeBinomial(*leaves[:2], torch.zeros(9))
+    with pytest.raises(ValueError):
+        ProductPoisson(-leaves[0], leaves[1], validate_args=True)
+    with pytest.raises(UserError, match="cannot expand"):
+        d.expand((6, 2))
+
+
+@pytest.mark.parametrize("kind", ["poisson", "nb"])
+def test_in_a_subsampled_plate_with_sparse_observations(kind):
+    """Validation on, Trace_ELBO: minibatch losses and gradients over a partition average to the full ones."""
+    (activity, loadings, log_theta), counts = _example(torch.float64)
+    matrix = scipy.sparse.csr_matrix(counts.astype(np.float32))
+    activity = activity.detach()
+    n, genes = counts.shape
+
+    def model(rows):
+        q = pyro.sample("loadings", dist.Gamma(torch.ones(4, genes, dtype=torch.float64), 1.0).to_event(2))
+        t = pyro.sample("log_theta", dist.Normal(torch.zeros(genes, dtype=torch.float64), 1.0).to_event(1))
+        with pyro.plate("cells", n, subsample=torch.as_tensor(rows)) as index:
+            pyro.sample("x", _product(kind, activity[index], q, t), obs=to_torch_csr(matrix[rows]))
+
+    with pyro.validation_enabled(True), pyro.settings.context(module_local_params=True):
+        start = {"loadings": loadings.detach(), "log_theta": log_theta.detach()}
+        guide = AutoDelta(model, init_loc_fn=lambda site: start[site["name"]])
+        guide(np.arange(n))
+
+        def loss(rows):
+            guide.zero_grad()
+            value = Trace_ELBO().differentiable_loss(model, guide, rows)
+            value.backward()
+            return value.item(), guide.loadings_unconstrained.grad.clone()
+
+        full, full_grad = loss(np.arange(n))
+        parts = [loss(rows) for rows in np.array_split(np.arange(n), 4)]
+    assert full == pytest.approx(np.mean([p[0] for p in parts]), rel=1e-10)
+    torch.testing.assert_close(full_grad, torch.stack([p[1] for p in parts]).mean(0), rtol=1e-9, atol=1e-9)
