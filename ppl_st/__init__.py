@@ -10,6 +10,7 @@ Examples
 >>> imputed = run.predict(genes=["Gad1"])  # doctest: +SKIP
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from ppl_st.posterior import Run
 
 __version__ = "0.1.0"
+
+# torch's threads spin while they wait; on a shared machine that cost a factor of seven (BENCHMARKS.md). Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["METHODS", "Run", "UserError", "__version__", "fit", "load"]
 

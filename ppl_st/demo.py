@@ -121,8 +121,8 @@ def demo(
         command=command,
     )
     talk(f"predicting {world.truth.n_vars} genes that the cells never measured")
-    predicted = run.predict(world.truth.var_names, draws=draws, seed=seed)
-    proper = run.score(world.truth, draws=draws, seed=seed)
+    predicted = run.predict(world.truth.var_names, draws=draws, seed=seed, truth=world.truth)
+    proper = predicted.var.drop(columns=["measured", "trust"])
     spots = run.proportions(draws=draws, seed=seed)
     talk("baselines and oracle")
     tables = _score_all(world, predicted, proper, seed)
@@ -190,8 +190,8 @@ def _deconvolution(
     world: Simulation, predicted: ad.AnnData, spots: ad.AnnData, matched: np.ndarray, scores: pd.DataFrame
 ) -> pd.DataFrame:
     composition, found = world.truth.obsm["composition"], predicted.obsm["proportions"]
-    used = world.proportions.sum(1) > 0  # a spot without cells has no truth
-    js = metrics.proportion_js(world.proportions[used], np.asarray(spots.X)[used], matched)
+    # Spots without counts are not in the fit.
+    js = metrics.proportion_js(_true_proportions(world, spots), np.asarray(spots.X), matched)
     rows = {
         "held-out R2, share of the oracle's": scores["R2"].iloc[0] / scores["R2"].iloc[1],
         "cells whose largest factor is right (share)": metrics.matched_accuracy(composition, found),
@@ -202,6 +202,12 @@ def _deconvolution(
         "spots: JS divergence of proportions (bits, worst tenth above)": float(np.quantile(js, 0.9)),
     }
     return pd.DataFrame({"value": rows}).rename_axis("quantity")
+
+
+def _true_proportions(world: Simulation, spots: ad.AnnData) -> np.ndarray:
+    """The truth of the fitted spots, in their order."""
+    index = world.reference.obs_names.get_indexer(spots.obs_names)
+    return np.asarray(world.proportions[index])
 
 
 def _figures(
@@ -224,9 +230,9 @@ def _figures(
     estimate = np.where(matched >= 0, np.asarray(spots.X)[:, matched], np.nan)
     names = [f"type {k}" for k in range(len(matched))]
     xy, unit = np.asarray(world.target.obsm["spatial"]), "expected counts per cell"
-    spot_xy = np.asarray(world.reference.obsm["spatial"])
+    spot_xy, true = np.asarray(spots.obsm["spatial"]), _true_proportions(world, spots)
     maps = plots.gene_maps(xy, rate, mean, sd, genes, unit, xy_unit="um")
-    shares = [plots.proportion_maps(spot_xy, p, names, xy_unit="um") for p in (estimate, world.proportions)]
+    shares = [plots.proportion_maps(spot_xy, p, names, xy_unit="um") for p in (estimate, true)]
     return {
         "genes": ("Genes that the cells never measured: true rate, posterior mean and sd of the rate", maps),
         "calibration": (

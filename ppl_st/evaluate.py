@@ -4,11 +4,11 @@ Two ways to know the truth:
 
 - k folds over the genes that target and reference share: `gene_folds` with a seed, or a file of lines
   ``gene<TAB>fold``. Each fold is taken out of the target, predicted, and compared with what was measured.
-- a truth file: genes that the target never measured, counted in the same cells. One fit on the whole target.
+- a truth file: genes that the target never measured, counted in the same cells. One fit on all of the target.
 
 With folds, cells without a count in the training genes of any fold are dropped for everybody (they have no
-depth). Every competitor sees the target's training genes and the whole reference. `supervised_ridge` is the exception
-and says so: an upper reference that sees the truth in other cells.
+depth). Every competitor sees the target's training genes and the whole reference. `supervised_ridge` is the
+exception and says so: an upper reference that sees the truth in other cells.
 
 Scores are per gene over cells (`ppl_st.metrics.score_table`, ``raw`` and ``log`` scale); methods add the log
 score, CRPS and randomised coverage of their predictive distribution. Ranks use `RANKED` only: rmse_z and js
@@ -41,7 +41,7 @@ __all__ = ["RANKED", "Evaluation", "evaluate", "read_folds", "summarise"]
 RANKED = (
     "raw_pcc", "raw_scc", "raw_partial_pcc", "log_pcc", "log_scc", "log_partial_pcc", "log_score",
 )  # fmt: skip
-UPPER = "upper reference (sees truth)"
+UPPER = "upper reference: sees truth"
 SPOT_METHODS = {"siid"}  # their reference is a second spatial platform
 _BYTES_PER_PREDICTION = 32  # seven float32 layers and X
 
@@ -309,13 +309,12 @@ def _score_method(
     for start in range(0, len(task.held_out), width):
         genes = task.held_out[start : start + width]
         began = time.perf_counter()
-        predicted = run.predict(genes, draws=draws, seed=options["seed"], memory_gb=memory_gb)
-        seconds += time.perf_counter() - began
-        assert (np.asarray(predicted.obs_names) == task.truth.names).all()
         truth = task.truth.take_genes(genes)
+        predicted = run.predict(genes, draws=draws, seed=options["seed"], memory_gb=memory_gb, truth=truth)
+        seconds += time.perf_counter() - began  # proper scores included
+        assert (np.asarray(predicted.obs_names) == task.truth.names).all()
         table = score_table(truth.matrix, np.asarray(predicted.X), split.training_total, genes)
-        proper = run.score(truth, draws=draws, seed=options["seed"], memory_gb=memory_gb)
-        parts.append(table.join(proper.drop(columns="mean_count")))
+        parts.append(table.join(predicted.var.drop(columns=["measured", "mean_count"])))
         del predicted
     del run
     gc.collect()  # models hold cycles; the next fit should not find them in memory

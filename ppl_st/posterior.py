@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
-from ppl_st.inference.predict import Summary, count_draws, posterior_predictive
+from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
 from ppl_st.io import atomic
 
@@ -100,6 +100,7 @@ class Run:
         samples: int = 0,
         seed: int = 0,
         memory_gb: float = 1.0,
+        truth: str | Path | ad.AnnData | Counts | None = None,
     ) -> ad.AnnData:
         """Posterior predictive of ``genes`` in every cell.
 
@@ -115,6 +116,8 @@ class Run:
             Also keep this many joint count draws in ``layers["sample_<k>"]`` (for many, use `write_samples`).
         seed, memory_gb
             Seed of the draws; bound on the memory of one block of draws.
+        truth
+            Counts of the same cells and genes to judge by: the columns of `score` are added to ``var``.
 
         Returns
         -------
@@ -126,8 +129,11 @@ class Run:
         data, counts = (self.data, self.target) if target is None else self._other(target)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
-        summary, _ = posterior_predictive(predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb)
+        observed = None if truth is None else _matched(truth, counts, self.genes[index])
+        summary, scores = posterior_predictive(predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed)
         result = self._table(summary, index, counts)
+        if scores is not None and observed is not None:
+            result.var = result.var.join(_score_columns(scores, observed, result.var_names))
         if samples:
             kept = np.zeros((samples, *result.shape), dtype=np.float32)
             for rows, drawn in count_draws(predictor, chains, index, draws=samples, seed=seed):
@@ -171,28 +177,9 @@ class Run:
             One row per gene: mean_count, log_score (mean log predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected
             randomised coverage of the central interval).
         """
-        from ppl_st.calibration import coverage
-
-        counts = truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)
-        names = counts.genes if genes is None else np.asarray(genes, dtype=str)
-        counts = counts.take_genes(names)
-        order = pd.Index(counts.names).get_indexer(pd.Index(self.target.names))
-        if (order < 0).any():
-            raise UserError(f"truth ({counts.source}) lacks {(order < 0).sum()} of the run's {len(order)} cells, e.g. {self.target.names[order < 0][0]}")
-        matrix = sp.csr_matrix(counts.matrix[order])
-        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
-        _, scores = posterior_predictive(
-            predictor, predictor.chains, self._index(names), draws=draws, seed=seed, memory_gb=memory_gb, truth=matrix
-        )
-        assert scores is not None
-        table = pd.DataFrame(index=pd.Index(names, name="gene"))
-        table["mean_count"] = np.asarray(matrix.mean(0)).ravel()
-        table["log_score"] = scores.log_prob.mean(0, dtype=np.float64)
-        table["crps"] = scores.crps.mean(0, dtype=np.float64)
-        covered = coverage(scores.pit_low, scores.pit_high, LEVELS)
-        for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
-            table[f"coverage_{round(100 * level)}"] = per_gene
-        return table
+        names = (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).genes if genes is None else genes
+        table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
+        return table.drop(columns=["measured", "trust"]).rename_axis("gene")
 
     def proportions(self, *, draws: int = 100, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
@@ -281,6 +268,28 @@ class Run:
         result.obsm["proportions"] = cells
         result.obs["factor"] = pd.Categorical.from_codes(cells.argmax(1), [f"factor{k}" for k in range(cells.shape[1])])
         result.obs["size"], result.obs["captured"] = sizes[:, 0], sizes[:, 1]
+
+
+def _matched(truth: str | Path | ad.AnnData | Counts, cells: Counts, genes: NDArray[np.str_]) -> sp.csr_matrix:
+    """The truth's counts in the order of the cells and genes predicted."""
+    counts = (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).take_genes(genes)
+    order = pd.Index(counts.names).get_indexer(pd.Index(cells.names))
+    if (order < 0).any():
+        raise UserError(f"truth ({counts.source}) lacks {(order < 0).sum()} of the {len(order)} cells, e.g. {cells.names[order < 0][0]}")
+    return sp.csr_matrix(counts.matrix[order])
+
+
+def _score_columns(scores: Scores, truth: sp.csr_matrix, genes: pd.Index) -> pd.DataFrame:
+    from ppl_st.calibration import coverage
+
+    table = pd.DataFrame(index=genes)
+    table["mean_count"] = np.asarray(truth.mean(0)).ravel()
+    table["log_score"] = scores.log_prob.mean(0, dtype=np.float64)
+    table["crps"] = scores.crps.mean(0, dtype=np.float64)
+    covered = coverage(scores.pit_low, scores.pit_high, LEVELS)
+    for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
+        table[f"coverage_{round(100 * level)}"] = per_gene
+    return table
 
 
 # ---- the run folder ----

@@ -1,16 +1,19 @@
-"""Gamma and Poisson draws for tensors: on a CPU by NumPy's samplers (2 to 3 times as fast as torch's), seeded from torch's stream.
+"""Gamma and Poisson draws for tensors: on a CPU by NumPy's samplers (2 to 3 times as fast as torch's), on all of torch's threads.
 
 The stream of torch's default generator decides every draw, so `torch.manual_seed` or `rng_scope` repeats them; NumPy's global state is not used.
-No gradients.
+Work is cut into pieces of fixed size with a generator each, so the draws do not depend on the number of threads. No gradients.
 """
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-
-def _generator() -> np.random.Generator:
-    return np.random.Generator(np.random.SFC64(int(torch.randint(2**62, (1,)))))
+PIECE = 2**16  # values drawn by one generator
 
 
 def standard_gamma(shape: Tensor) -> Tensor:
@@ -18,8 +21,8 @@ def standard_gamma(shape: Tensor) -> Tensor:
     shape = shape.detach()
     if shape.device.type != "cpu":
         return torch._standard_gamma(shape)
-    dtype = np.float64 if shape.dtype == torch.float64 else np.float32
-    return torch.from_numpy(np.asarray(_generator().standard_gamma(shape.numpy(), dtype=dtype)))
+    dtype: Any = np.float64 if shape.dtype == torch.float64 else np.float32
+    return _in_pieces(shape, dtype, lambda rng, part: rng.standard_gamma(part, dtype=dtype))
 
 
 def poisson(rate: Tensor) -> Tensor:
@@ -27,4 +30,24 @@ def poisson(rate: Tensor) -> Tensor:
     rate = rate.detach().clamp(max=1e18)
     if rate.device.type != "cpu":
         return torch.poisson(rate)
-    return torch.from_numpy(np.asarray(_generator().poisson(rate.numpy()))).to(rate.dtype)
+    dtype: Any = np.float64 if rate.dtype == torch.float64 else np.float32
+    return _in_pieces(rate, dtype, lambda rng, part: rng.poisson(part))
+
+
+def _in_pieces(parameter: Tensor, dtype: Any, draw: Callable[[np.random.Generator, NDArray[Any]], NDArray[Any]]) -> Tensor:
+    flat = parameter.contiguous().numpy().reshape(-1)
+    result = np.empty(flat.shape, dtype)
+    seed = int(torch.randint(2**62, (1,)))
+
+    def fill(piece: int) -> None:
+        rows = slice(piece * PIECE, (piece + 1) * PIECE)
+        result[rows] = draw(np.random.Generator(np.random.SFC64([seed, piece])), flat[rows])
+
+    pieces = range(-(-len(flat) // PIECE))
+    if len(pieces) > 1 and torch.get_num_threads() > 1:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy draws without holding the interpreter
+            list(pool.map(fill, pieces))
+    else:
+        for piece in pieces:
+            fill(piece)
+    return torch.from_numpy(result.reshape(parameter.shape))

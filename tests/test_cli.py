@@ -96,7 +96,8 @@ def test_predict_writes_unmeasured_genes_by_default(folder, tmp_path):
 def test_predict_samples_proportions_and_zarr(folder, tmp_path):
     genes = tmp_path / "genes.txt"
     genes.write_text("gene0035\ngene0001\n")
-    ok("predict", folder / "run", "--out", tmp_path / "some.zarr", "--genes", genes, "--draws", 5, "--samples", 3)
+    store = tmp_path / "some.zarr"
+    ok("predict", folder / "run", "--out", store, "--genes", genes, "--draws", 5, "--samples", 3)
     assert list(ad.read_zarr(tmp_path / "some.zarr").var_names) == ["gene0035", "gene0001"]
     import zarr
 
@@ -116,7 +117,7 @@ def test_export_and_report(folder, tmp_path):
         assert "posterior" in tree and "predictions" in tree
     ok("report", folder / "run", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "fit.steps" in page and "data:image/png" in page and '"seed": 0' in page
+    assert "seconds of training" in page and "fit.clip_norm" in page and "data:image/png" in page
 
 
 def test_evaluate_prints_and_writes(folder, tmp_path):
@@ -137,7 +138,7 @@ def test_demo_refuses_a_method_without_a_protocol(tmp_path):
     [
         (["fit", "sid"], "did you mean 'siid'"),
         (["fit", "siid"], "needs target and reference"),
-        (["fit", "siid", "--target", "absent.h5ad", "--reference", "absent.h5ad"], "no such file: absent.h5ad"),
+        (["fit", "siid", "--target", "no.h5ad", "--reference", "no.h5ad"], "no such file: no.h5ad"),
         (["fit", "siid", "--resume"], "not a run folder"),
         (["predict", "absent"], "name it *.h5ad or *.zarr"),
         (["report", "absent"], "name it *.html"),
@@ -265,5 +266,5 @@ def test_sigterm_in_the_middle_leaves_a_run_that_resumes(folder, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
     assert (out / "state.pt").exists() and not [p for p in out.iterdir() if ".tmp" in p.name]
-    assert "was interrupted: continue it with --resume" in refused("predict", out, "--out", tmp_path / "x.h5ad")
+    assert "was interrupted: continue it" in refused("predict", out, "--out", tmp_path / "x.h5ad")
     assert "not finished" in refused("report", out, "--out", tmp_path / "x.html")

@@ -41,6 +41,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.models.siid.activity import Local, aggregate
@@ -48,7 +49,7 @@ from ppl_st.models.siid.batches import Batch, Batches, Data
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start
 from ppl_st.models.siid.regional import regional_posterior
 from ppl_st.sampling import standard_gamma
-from ppl_st.models.siid.warm_start import Hyper, default_hyper, learn_hyper, run_em
+from ppl_st.models.siid.warm_start import EM_CELLS, Hyper, default_hyper, learn_hyper, run_em, subset
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
@@ -60,6 +61,11 @@ MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn set
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, run EM for every chain, and return the initialised ensemble with its specification."""
+    if (config.cells == "softmax") == config.warm_start:
+        raise UserError(
+            f"cells={config.cells!r} with warm_start={str(config.warm_start).lower()} does not exist: the paper's form (softmax) starts at random, "
+            "the conjugate form from EM; set warm_start=false with softmax, true with conjugate"
+        )
     n, genes = data.counts.shape[0], data.spot_counts.shape[1]
     if config.warm_start and len(data.panel) >= MIN_INNER_PANEL:
         hyper = learn_hyper(data, config, seed, say)
@@ -70,7 +76,8 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     for chain in range(config.chains):
         pair = build(config, spec, data)
         if config.warm_start:
-            em, _, _ = run_em(data, config, hyper.factors, hyper.sparsity, seed + chain, config.sweeps)
+            some = subset(data, EM_CELLS, np.random.default_rng([seed, 6, chain]))
+            em, _, _ = run_em(some, config, hyper.factors, hyper.sparsity, seed + chain, config.sweeps)
             say(f"chain {chain}: EM log-likelihood {em.log_likelihood:.6g}")
             initialise(pair, em)
         else:
@@ -112,6 +119,8 @@ class Predictor:
     """Posterior predictive of cells; see `ppl_st.inference.predict.Predictor`."""
 
     def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
+        if config.cells == "softmax" and data.counts.shape[0] and not data.spot_counts.shape[0]:
+            raise UserError("the paper's form (cells='softmax') has parameters for the cells of the fit alone: it cannot predict new cells; refit")
         self.chains, self.data, self.config = chains_of(pair), data, config
         self.n_cells = data.counts.shape[0]
         self.batches = Batches(data, config.batch_spots, 0)
@@ -152,6 +161,7 @@ class Predictor:
         if self.mixed:
             key = (int(genes[0]), len(genes))
             if key not in effects:
+                effects.clear()  # one block of genes at a time: memory must not grow with the genes asked for
                 effects[key] = self._effect(batch, chain, genes)
             shape, rate = effects[key]
             effect = standard_gamma(shape) / rate

@@ -29,8 +29,9 @@ class Config:
     chains: int = field(default=4, metadata={"ge": 1})  # independent starts, all kept as modes of the posterior
     keep: Literal["all", "best"] = "all"  # best: only the chain with the lowest loss (the paper's restarts)
     cells: Literal["conjugate", "softmax"] = "conjugate"  # form of the local latents; softmax = the paper's N, P, M
+    local_guide: Literal["point", "gamma"] = "point"  # in training; the predictive always draws from the gamma posterior
     likelihood: Literal["nb", "poisson"] = "nb"  # of the cells
-    spot_likelihood: Literal["nb", "poisson"] = "nb"
+    spot_likelihood: Literal["nb", "poisson"] = "poisson"  # nb down-weights strong spots; measured worse for imputation
     platform: Literal["hierarchical", "paper", "none"] = "hierarchical"  # phi of unmeasured genes: from a hyper-prior, or fixed to 1
     radius: float | None = field(default=None, metadata={"gt": 0})  # of a spot, coordinate units; none = inferred from the counts
     map_neighbors: int = field(default=1, metadata={"ge": 1})  # spots a cell may contribute to
@@ -57,7 +58,7 @@ class Config:
     local_steps: int = field(default=12, metadata={"ge": 1})  # sweeps of the local posterior in a training step
     predict_steps: int = field(default=18, metadata={"ge": 1})  # and in prediction
     batch_spots: int = field(default=64, metadata={"ge": 0})  # spots per minibatch, with their cells; 0 = all
-    fit: FitConfig = FitConfig(steps=120, lr=0.01, schedule="cosine", clip_norm=1e3, window=20, checkpoint_every=50)
+    fit: FitConfig = FitConfig(steps=120, lr=0.005, schedule="cosine", clip_norm=1e3, window=20, checkpoint_every=50)
 
 
 _paper_fit = FitConfig(steps=5000, lr=0.05, clip_norm=float("inf"), checkpoint_every=500)
@@ -146,7 +147,8 @@ class Model(PyroModule):
             x = pyro.sample("x", x_dist, obs=batch.counts if observe else None)  # [n, P]
         v = None
         if batch.spots.numel():
-            with pyro.plate("spots", batch.n_spots, subsample=batch.spots):
+            covered = torch.zeros_like(batch.spots, dtype=torch.bool).index_fill(0, batch.link_spot, True)  # no cell: no mean, no likelihood
+            with pyro.plate("spots", batch.n_spots, subsample=batch.spots), poutine.mask(mask=covered):
                 mixed = aggregate(batch, capture[:, None] * activity)  # [s, h]
                 v_dist = self._observation(self.config.spot_likelihood, mixed, spot_loadings, log_theta_spots)
                 v = pyro.sample("v", v_dist, obs=batch.spot_counts if observe else None)  # [s, G]
@@ -228,24 +230,29 @@ class Guide(PyroModule):
         if config.spot_likelihood == "nb":
             self.log_theta_spots_loc = nn.Parameter(torch.full((genes,), 2.3))
         if config.cells == "softmax":
-            self.eta = nn.Parameter(torch.zeros(spec.n_cells, h))
-            self.log_n = nn.Parameter(torch.ones(spec.n_cells))
-            self.log_m = nn.Parameter(torch.ones(spec.n_cells))
+            self.eta_loc = nn.Parameter(torch.zeros(spec.n_cells, h))
+            self.log_n_loc = nn.Parameter(torch.ones(spec.n_cells))
+            self.log_m_loc = nn.Parameter(torch.ones(spec.n_cells))
 
     def forward(self, batch: Batch, *, observe: bool = True) -> None:
         """Sample all latent sites of one minibatch."""
         xi, log_phi = self.globals()
         with pyro.plate("cells", batch.n_cells, subsample=batch.cells), poutine.mask(mask=batch.owned):
             if self.config.cells == "softmax":
-                pyro.sample("eta", dist.Delta(self.eta[batch.cells], event_dim=1))  # [n, h]
-                pyro.sample("log_n", dist.Delta(self.log_n[batch.cells]))  # [n]
-                pyro.sample("log_m", dist.Delta(self.log_m[batch.cells]))  # [n]
+                pyro.sample("eta", dist.Delta(self.eta_loc[batch.cells], event_dim=1))  # [n, h]
+                pyro.sample("log_n", dist.Delta(self.log_n_loc[batch.cells]))  # [n]
+                pyro.sample("log_m", dist.Delta(self.log_m_loc[batch.cells]))  # [n]
                 return
             with torch.no_grad():  # the fixed point is a stationary point of the bound: no gradient flows through it
                 local = LocalPosterior(batch).solve(self.conditioning(xi, log_phi), self.config.local_steps)
-            pyro.sample("activity", dist.Gamma(local.shape, local.rate).to_event(1))  # [n, h]
+            if self.config.local_guide == "point":
+                activity, capture = dist.Delta(local.activity, event_dim=1), dist.Delta(local.capture)
+            else:
+                activity = dist.Gamma(local.shape, local.rate).to_event(1)
+                capture = dist.Gamma(local.capture_shape, local.capture_rate)
+            pyro.sample("activity", activity)  # [n, h]
             if np.isfinite(self.config.capture_concentration):
-                pyro.sample("capture", dist.Gamma(local.capture_shape, local.capture_rate))  # [n]
+                pyro.sample("capture", capture)  # [n]
 
     def globals(self) -> tuple[Tensor, Tensor]:
         """Sample the global sites; unmeasured genes draw log phi and log theta from their hyper-priors."""
@@ -273,8 +280,9 @@ class Guide(PyroModule):
         c = self.config
         profiles = torch.softmax(xi, -1)
         gain = (-log_phi).exp() if c.platform == "hierarchical" else torch.ones_like(log_phi)
+        seen = profiles * (log_phi * self.measured).exp() if c.platform == "paper" else profiles  # as in Model.loadings
         return Globals(
-            profiles, profiles[:, self.panel] * gain[self.panel], self.usage, float(self.capture), c.concentration, c.capture_concentration,
+            seen, profiles[:, self.panel] * gain[self.panel], self.usage, float(self.capture), c.concentration, c.capture_concentration,
             self.spec.hyper.sparsity, c.label_weight,
         )  # fmt: skip
 
@@ -282,10 +290,10 @@ class Guide(PyroModule):
         """The local posterior at the posterior mean of the globals."""
         with torch.no_grad():
             if self.config.cells == "softmax":
-                activity = self.log_n[batch.cells].exp()[:, None] * torch.softmax(self.eta[batch.cells], -1)
+                activity = self.log_n_loc[batch.cells].exp()[:, None] * torch.softmax(self.eta_loc[batch.cells], -1)
                 ones = torch.ones_like(batch.total)
                 big = 1e12  # a point mass, as a very sharp gamma
-                return Local(activity * big, ones[:, None] * big, (self.log_m - self.log_n)[batch.cells].exp() * big, ones * big)
+                return Local(activity * big, ones[:, None] * big, (self.log_m_loc - self.log_n_loc)[batch.cells].exp() * big, ones * big)
             return LocalPosterior(batch).solve(self.conditioning(self.xi_loc, self.log_phi_loc), steps)
 
 
@@ -301,14 +309,25 @@ def build(config: Config, spec: Spec, data: Data) -> Pair:
 def initialise(pair: Pair, start: Start) -> None:
     """Write an EM result into the pair: means of the globals, their spread from the counts behind each entry, usage and capture."""
     model, guide = pair
+    profiles, usage = start.g.profiles / start.g.profiles.sum(1, keepdim=True), start.g.usage
+    if model.config.platform == "paper":  # Q on the cells' scale: rows to sum 1 again, their scale into the activities
+        profiles = profiles.index_copy(1, model.panel, profiles[:, model.panel] * (-start.log_phi).exp())
+        usage = usage * profiles.sum(1) / (usage @ profiles.sum(1))
+        profiles = profiles / profiles.sum(1, keepdim=True)
     with torch.no_grad():
         for module in pair:
-            module.usage.copy_(start.g.usage)
+            module.usage.copy_(usage)
             module.capture.fill_(start.g.capture)
         sd = (1.0 / (start.evidence + 1.0 / model.config.loading_scale**2)).sqrt().clamp(1e-3, 1.0)
-        guide.xi_loc.copy_((start.g.profiles / start.g.profiles.sum(1, keepdim=True)).clamp_min(1e-12).log() - 0.5 * sd**2)
-        guide.xi_log_scale.copy_(sd.log())
+        guide.xi_loc.copy_(profiles.clamp_min(1e-12).log())
+        if model.config.posterior == "normal":
+            guide.xi_loc.sub_(0.5 * sd**2)
+            guide.xi_log_scale.copy_(sd.log())
         guide.log_phi_loc[model.panel] = start.log_phi
+        if model.config.likelihood == "nb":
+            guide.log_theta_loc[model.panel] = start.log_theta
+        if model.config.spot_likelihood == "nb":
+            guide.log_theta_spots_loc.copy_(start.log_theta_spots)
 
 
 def random_start(pair: Pair, seed: int) -> None:
@@ -316,7 +335,7 @@ def random_start(pair: Pair, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     guide = pair.guide
     with torch.no_grad():
-        for logits in (guide.xi_loc, guide.eta):
+        for logits in (guide.xi_loc, guide.eta_loc):
             bound = float(np.sqrt(6.0 / sum(logits.shape)))
             logits.uniform_(-bound, bound, generator=generator)
         guide.log_phi_loc.normal_(generator=generator)

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from ppl_st.models.siid.model import Config
 
 Say = Callable[[str], None]
-CANDIDATES = (5, 10, 20, 40, 80, 160, 320)  # numbers of factors that are tried
+CANDIDATES = (5, 10, 20, 40, 80, 160)  # numbers of factors that are tried
 SPARSITIES = (0.0, 0.1, 0.3)
 COMPONENTS = 50  # directions of the cells' counts that are clustered
 LLOYD_LIMIT = 1_000_000  # cells x factors up to which full k-means is affordable
+SELECTION_CELLS = 15_000  # cells on which settings are chosen
+EM_CELLS = 60_000  # cells on which a chain's profiles are started
 INNER_CELLS = 5000  # cells on which gain and dispersion of inner genes are learned
 INNER_DRAWS = 4  # posterior draws per start there
 LOG_THETA_GRID = np.linspace(-4.0, 6.0, 41)
@@ -46,6 +48,8 @@ class Start(NamedTuple):
     g: Globals
     evidence: Tensor  # [h, G] counts attributed to each entry of Q
     log_phi: Tensor  # [P]
+    log_theta: Tensor  # [P] inverse dispersion of the cells' counts around the fitted rates, by moments
+    log_theta_spots: Tensor  # [G] the same of the spots
     log_likelihood: float  # Poisson, without constants, of the last sweep
 
 
@@ -123,9 +127,23 @@ def run_em(data: Data, config: "Config", factors: int, sparsity: float, seed: in
         ramp = max(0.0, (2 * (sweep + 1) - sweeps) / sweeps) if sparsity else 0.0
         local = problem.update(local, g, ramp, 1.0)
     score = problem.cells.log_likelihood(local.activity, g.panel_profiles)
+    log_theta = _dispersion(data.counts, local.activity, g.panel_profiles)
+    log_theta_spots = torch.zeros(q0.shape[1])
     if problem.spots is not None:
-        score += problem.spots.log_likelihood(aggregate(batch, local.capture[:, None] * local.activity), g.profiles)
-    return Start(g, evidence, log_phi, score), local, problem
+        mixed = aggregate(batch, local.capture[:, None] * local.activity)
+        score += problem.spots.log_likelihood(mixed, g.profiles)
+        log_theta_spots = _dispersion(data.spot_counts, mixed, g.profiles)
+    return Start(g, evidence, log_phi, log_theta, log_theta_spots, score), local, problem
+
+
+def _dispersion(counts: sp.csr_matrix, activity: Tensor, loadings: Tensor) -> Tensor:
+    """log theta_g with sum_n (x - rate)^2 = sum_n rate + rate^2 / theta; sums of rate^2 and x rate come from h x h and h x G products."""
+    a, q = activity.double(), loadings.double()
+    rate, square = a.sum(0) @ q, torch.einsum("kg,kl,lg->g", q, a.T @ a, q)
+    cross = (torch.from_numpy(counts.T @ a.numpy()).T * q).sum(0)
+    x_square = torch.from_numpy(np.asarray(counts.multiply(counts).sum(0), dtype=np.float64).ravel())
+    excess = (x_square - 2 * cross + square - rate).clamp_min(1e-3 * square + 1e-12)
+    return (square.clamp_min(1e-12) / excess).log().clamp(-3.0, 6.0).float()
 
 
 def prior_profiles(data: Data, factors: int) -> NDArray[np.float64]:
@@ -162,9 +180,10 @@ def _clustered(data: Data, g: Globals, total: Tensor, factors: int, seed: int) -
 
 
 def _capture(batch, activity: Tensor, config: "Config", g: Globals) -> float:  # type: ignore[no-untyped-def]
-    """rho: counts of the spots per expected count at capture 1."""
-    expected = float(aggregate(batch, activity).sum())
-    return float(batch.spot_counts.values().sum()) / max(expected, 1.0)
+    """rho: counts of the spots that have cells per expected count at capture 1."""
+    expected = aggregate(batch, activity).sum(1)  # [s]
+    observed = batch.spot_counts @ torch.ones(batch.spot_counts.shape[1], 1)  # [s, 1]
+    return float(observed[expected > 0].sum()) / max(float(expected.sum()), 1.0)
 
 
 # ---- inner held-out genes ----
@@ -188,33 +207,56 @@ def inner_split(data: Data, rng: np.random.Generator, fold: int, share: float = 
 
 def learn_hyper(data: Data, config: "Config", seed: int, say: Say) -> Hyper:
     """Choose settings and learn hyper-priors on inner held-out genes; see the file's docstring."""
+    data = subset(data, SELECTION_CELLS, np.random.default_rng([seed, 5]))
     split, inner = inner_split(data, np.random.default_rng([seed, 1]), 0)
-    truth = data.counts[:, inner]
+    truth = sp.csr_matrix(data.counts[:, inner])
     candidates: list[dict[str, float]] = []
 
-    def inner_score(factors: int, sparsity: float) -> float:
+    def inner_score(factors: int, sparsity: float) -> NDArray[np.float64]:
         start, _, problem = run_em(split, config, factors, sparsity, seed, config.sweeps)
         rate = problem.solve(start.g, config.predict_steps).activity @ start.g.profiles[:, torch.from_numpy(data.panel[inner])]
         score = _poisson_score(truth, rate, fit_level=True)
-        candidates.append({"factors": factors, "sparsity": sparsity, "inner genes": score})
-        say(f"{factors} factors, sparsity {sparsity:g}: inner held-out genes score {score:.4f} nats per count")
+        candidates.append({"factors": factors, "sparsity": sparsity, "inner genes": float(score.sum())})
+        say(f"{factors} factors, sparsity {sparsity:g}: inner held-out genes score {score.sum():.4f} nats per count")
         return score
 
-    factors, best = config.factors, -np.inf
+    factors, best = config.factors, None
     if factors == 0:
         limit = max(CANDIDATES[0], min(data.counts.shape[0] // 20, data.spot_counts.shape[0], 8 * len(data.panel)))
         for candidate in (c for c in CANDIDATES if c <= limit):
             score = inner_score(candidate, 0.0)
-            if score < best:
+            if best is not None and _clearly_worse(score, best):
                 break
-            best, factors = score, candidate
+            best, factors = score, candidate  # in doubt the larger number: chains are averaged, which favors it
     if config.sparsity != "auto":
         return _learn_priors(data, config, factors, float(config.sparsity), seed, candidates, say)
-    best = inner_score(factors, 0.0) if best == -np.inf else best
+    best = inner_score(factors, 0.0) if best is None else best
     sparsity = _choose_sparsity(data, config, factors, seed, candidates, say)
-    while sparsity > 0 and inner_score(factors, sparsity) < best:  # both must gain: the other genes, and the other molecules of the same genes
+    # Both must gain: other molecules of the same genes, and other genes.
+    while sparsity > 0 and inner_score(factors, sparsity).sum() < best.sum():
         sparsity = max((s for s in SPARSITIES if s < sparsity), default=0.0)
     return _learn_priors(data, config, factors, sparsity, seed, candidates, say)
+
+
+def subset(data: Data, cells: int, rng: np.random.Generator) -> Data:
+    """At most about ``cells`` cells: random spots with their cells, and as large a share of the cells between spots."""
+    n = data.counts.shape[0]
+    if n <= cells:
+        return data
+    spots = np.arange(data.mapping.shape[1])
+    mapped = np.diff(data.mapping.indptr) > 0
+    if mapped.sum() > cells / 2:  # else keep every spot: the spots teach the unmeasured genes
+        share = cells / 2 / mapped.sum()
+        spots = np.sort(rng.permutation(spots)[: max(2, int(share * len(spots)))])
+    inside = np.flatnonzero(np.asarray(data.mapping[:, spots].sum(1)).ravel() > 0)
+    outside = rng.permutation(np.flatnonzero(~mapped))[: max(0, cells - len(inside))]
+    return data.take_rows(np.sort(np.concatenate([inside, outside])), spots)
+
+
+def _clearly_worse(score: NDArray[np.float64], best: NDArray[np.float64]) -> bool:
+    """Whether the sum over genes is worse by more than one standard error of the paired differences."""
+    difference = score - best
+    return bool(difference.sum() < -np.sqrt(len(difference)) * difference.std(ddof=1))
 
 
 def _choose_sparsity(data: Data, config: "Config", factors: int, seed: int, candidates: list[dict[str, float]], say: Say) -> float:
@@ -226,7 +268,7 @@ def _choose_sparsity(data: Data, config: "Config", factors: int, seed: int, cand
     for sparsity in SPARSITIES:
         start, _, problem = run_em(data._replace(counts=kept), config, factors, sparsity, seed, config.sweeps)
         local = problem.solve(start.g, config.predict_steps)
-        score = _poisson_score(rest, local.activity @ start.g.panel_profiles, fit_level=False)
+        score = float(_poisson_score(rest, local.activity @ start.g.panel_profiles, fit_level=False).sum())
         candidates.append({"factors": factors, "sparsity": sparsity, "thinned counts": score})
         say(f"sparsity {sparsity:g}: thinned counts score {score:.4f} nats per count")
         if score < best:
@@ -235,17 +277,17 @@ def _choose_sparsity(data: Data, config: "Config", factors: int, seed: int, cand
     return chosen
 
 
-def _poisson_score(truth: sp.csr_matrix, rate: Tensor, *, fit_level: bool) -> float:
-    """Poisson log-likelihood per count; with ``fit_level`` each gene's level is fitted (the level is the gain's business)."""
-    total, observed = 0.0, max(float(truth.sum()), 1.0)
+def _poisson_score(truth: sp.csr_matrix, rate: Tensor, *, fit_level: bool) -> NDArray[np.float64]:
+    """Each gene's part of the Poisson log-likelihood per count; ``fit_level`` fits each gene's level (the level is the gain's business)."""
+    total = torch.zeros(rate.shape[1], dtype=torch.float64)
     level = torch.ones(rate.shape[1])
     if fit_level:
         level = (torch.from_numpy(np.asarray(truth.sum(0), dtype=np.float32).ravel()) + 0.5) / (rate.sum(0) + 0.5)
     for rows in range(0, rate.shape[0], 4096):
         x = torch.from_numpy(truth[rows : rows + 4096].toarray())
         scaled = (rate[rows : rows + 4096] * level).clamp_min(FLOOR)
-        total += float((x * scaled.log() - scaled).double().sum())
-    return total / observed
+        total += (x * scaled.log() - scaled).double().sum(0)
+    return total.numpy() / max(float(truth.sum()), 1.0)
 
 
 def _learn_priors(

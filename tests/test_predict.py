@@ -1,0 +1,276 @@
+"""Streamed posterior predictive against the closed form of a Gamma-Poisson pair, and ensembles of pairs."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.sparse as sp
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule
+from scipy import stats
+from torch import nn
+
+from ppl_st.calibration import coverage
+from ppl_st.inference import predict
+from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.predict import block_sizes, count_draws, draw_globals, posterior_predictive
+from ppl_st.inference.svi import FitConfig, Pair, fit
+from ppl_st.likelihoods import Poisson
+from ppl_st.sampling import standard_gamma
+
+torch.set_num_threads(1)
+RATE = 2.0  # b of the local posterior Gamma(a_ig, b)
+
+
+class Level(nn.Module):
+    """Guide with one global site: level ~ Gamma(sharpness, sharpness), mean 1; or the constants given."""
+
+    def __init__(self, sharpness=None, constant=1.0):
+        super().__init__()
+        self.sharpness, self.constant = sharpness, constant
+
+    def globals(self):
+        if self.sharpness is None:
+            pyro.sample("level", dist.Delta(torch.tensor(self.constant)))
+        else:
+            pyro.sample("level", dist.Gamma(self.sharpness, self.sharpness))
+
+
+class Conjugate:
+    """lambda_ig ~ Gamma(a_ig, RATE), count ~ Poisson(level lambda_ig): negative binomial at level 1."""
+
+    def __init__(self, shape, block_of_rows=None):
+        self.shape = torch.as_tensor(shape, dtype=torch.float32)
+        self.n_cells = len(shape)
+        self.asked, self.calls = [], 0
+        self.order = np.arange(self.n_cells) if block_of_rows is None else block_of_rows
+
+    def blocks(self, max_cells):
+        self.asked.append(max_cells)
+        for start in range(0, self.n_cells, max_cells):
+            yield self.order[start : start + max_cells]
+
+    def rows(self, batch):
+        return batch
+
+    def local(self, batch, chain):
+        return self.shape[torch.from_numpy(batch)]
+
+    def count_dist(self, batch, chain, drawn, local, genes):
+        self.calls += 1
+        return Poisson(drawn["level"] * standard_gamma(local[:, genes]) / RATE)
+
+
+def chain(**kwargs):
+    return Pair(nn.Module(), Level(**kwargs))
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    shape = rng.gamma(2.0, 2.0, (12, 5)) + 0.3
+    truth = rng.poisson(shape / RATE * rng.uniform(0.5, 2, shape.shape))
+    return shape, truth, stats.nbinom(shape, RATE / (1 + RATE))
+
+
+def test_summaries_and_scores_equal_the_closed_form(case):
+    shape, truth, exact = case
+    order = np.random.default_rng(1).permutation(12)  # blocks need not come in the order of the rows
+    draws = 2500
+    summary, scores = posterior_predictive(
+        Conjugate(shape, order),
+        [chain(), chain()],
+        np.arange(5),
+        draws=draws,
+        seed=0,
+        truth=sp.csr_matrix(truth.astype(np.float32)),
+    )
+    error = 5 / np.sqrt(draws)
+    mean, sd = shape / RATE, np.sqrt(shape) / RATE
+    assert np.abs(summary.rate_mean - mean).max() < error * sd.max()
+    np.testing.assert_allclose(summary.rate_sd, sd, rtol=0.1)
+    np.testing.assert_allclose(summary.count_sd, np.sqrt(mean + sd**2), rtol=0.06)
+    np.testing.assert_allclose(summary.count_sd, exact.std(), rtol=0.06)
+    for name, q in predict.QUANTILES.items():
+        got = summary.quantiles[name]
+        assert (got == np.floor(got)).all()
+        # the right quantile, or its neighbor where q falls on a step of the distribution function
+        assert (exact.cdf(got) >= q - 0.015).all() and (exact.cdf(got - 1) <= q + 0.015).all()
+    np.testing.assert_allclose(scores.log_prob, exact.logpmf(truth), atol=0.15)
+    np.testing.assert_allclose(scores.pit_low, exact.cdf(truth - 1), atol=0.03)
+    np.testing.assert_allclose(scores.pit_high, exact.cdf(truth), atol=0.03)
+    k = np.arange(400)[:, None, None]
+    crps = np.square(exact.cdf(k) - (k >= truth)).sum(0)
+    np.testing.assert_allclose(scores.crps, crps, atol=0.1)
+    assert np.abs(scores.crps - crps).mean() < 0.02 and crps.mean() > 0.5
+
+
+def test_crps_and_quantiles_of_known_draws():
+    draws = np.array([1.0, 2.0, 4.0, 8.0], np.float32)[:, None, None]
+    x = np.array([[3.0]], np.float32)
+    pairs = np.abs(draws.ravel()[:, None] - draws.ravel()[None]).sum() / (4 * 3)
+    assert predict._crps(draws, x)[0, 0] == pytest.approx(np.abs(draws - 3).mean() - pairs / 2)
+    assert [predict._quantile(draws, q)[0, 0] for q in (0.0, 0.25, 0.26, 0.5, 1.0)] == [1, 1, 2, 2, 8]
+
+
+def test_fair_crps_is_unbiased_for_few_draws(case):
+    """With self-pairs E|X - x| - E|X - X'| / 2 is too large by E|X - X'| / (2 S): at S = 4 that shows."""
+    shape, truth, exact = case
+    found = np.mean(
+        [
+            posterior_predictive(
+                Conjugate(shape),
+                [chain()],
+                np.arange(5),
+                draws=4,
+                seed=seed,
+                truth=sp.csr_matrix(truth.astype(np.float32)),
+            )[1].crps
+            for seed in range(200)
+        ],
+        axis=0,
+    )
+    k = np.arange(400)[:, None, None]
+    crps = np.square(exact.cdf(k) - (k >= truth)).sum(0)
+    assert found.mean() == pytest.approx(crps.mean(), rel=0.02)
+
+
+def test_coverage_of_the_true_model_is_nominal():
+    rng = np.random.default_rng(2)
+    shape = rng.gamma(1.0, 1.0, (400, 6)) + 0.2
+    truth = rng.poisson(rng.gamma(shape) / RATE)
+    _, scores = posterior_predictive(
+        Conjugate(shape),
+        [chain()],
+        np.arange(6),
+        draws=200,
+        seed=0,
+        truth=sp.csr_matrix(truth.astype(np.float32)),
+    )
+    found = coverage(scores.pit_low, scores.pit_high, (0.5, 0.9))
+    assert found.overall == pytest.approx([0.5, 0.9], abs=0.025)
+
+
+def test_memory_bounds_the_block_not_the_answer(case):
+    shape, _, _ = case
+    wide = np.tile(shape, (10, 20))  # 120 x 100
+    results, asked = [], []
+    for memory in (1.0, 0.0005):
+        predictor = Conjugate(wide)
+        results.append(
+            posterior_predictive(predictor, [chain()], np.arange(100), draws=60, seed=0, memory_gb=memory)[0]
+        )
+        asked.append((predictor.asked, predictor.calls))
+        cells, genes = block_sizes(100, 60, memory)
+        assert cells * genes * 60 * predict.BYTES_PER_DRAW <= memory * 1e9
+    assert asked[0][0][0] > asked[1][0][0] and asked[1][1] > asked[0][1]
+    for a, b in zip(results[0][:3], results[1][:3], strict=True):
+        assert a.mean() == pytest.approx(b.mean(), rel=0.01) and not np.array_equal(a, b)
+        assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.8
+    again = posterior_predictive(Conjugate(wide), [chain()], np.arange(100), draws=60, seed=0, memory_gb=1.0)[
+        0
+    ]
+    np.testing.assert_array_equal(again.rate_mean, results[0].rate_mean)
+    other = posterior_predictive(Conjugate(wide), [chain()], np.arange(100), draws=60, seed=1, memory_gb=1.0)[
+        0
+    ]
+    assert not np.array_equal(other.rate_mean, results[0].rate_mean)
+
+
+@pytest.mark.parametrize("draws, memory", [(1, 1.0), (100, 1e-9), (10000, 0.001)])
+def test_block_sizes_are_never_empty(draws, memory):
+    cells, genes = block_sizes(7, draws, memory)
+    assert cells >= 1 and 1 <= genes <= 7
+
+
+def test_global_draws_are_shared_between_blocks_and_genes(case):
+    """One level per draw for all cells and genes: counts of different blocks correlate as it makes them."""
+    shape = np.full((6, 2), 40.0)
+    level, draws = 4.0, 800
+    predictor = Conjugate(shape)
+    parts = list(
+        count_draws(predictor, [chain(sharpness=level)], np.arange(2), draws=draws, seed=0, max_cells=2)
+    )
+    assert len(parts) == 3 and sorted(np.concatenate([rows for rows, _ in parts])) == list(range(6))
+    counts = np.concatenate([values for _, values in parts], axis=1)  # [draws, 6, 2]
+    m, v = 20.0, 40.0 / RATE**2
+    total = m + v + (v + m**2) / level  # E level = 1, Var level = 1 / 4
+    want = m**2 / level / total
+    found = np.corrcoef(counts.reshape(draws, -1).T)[~np.eye(12, dtype=bool)]
+    assert want > 0.6 and found == pytest.approx(np.full(132, want), abs=0.1)
+    # and at a fixed level nothing is shared
+    alone = np.concatenate(
+        [c for _, c in count_draws(predictor, [chain()], np.arange(2), draws=500, seed=0, max_cells=2)],
+        axis=1,
+    )
+    assert np.abs(np.corrcoef(alone.reshape(500, -1).T)[~np.eye(12, dtype=bool)]).max() < 0.25
+
+
+def test_draws_alternate_between_chains():
+    drawn = draw_globals([chain(constant=1.0), chain(constant=5.0)], 5, 0)
+    assert [float(d["level"]) for d in drawn] == [1, 5, 1, 5, 1]
+    shape = np.full((3, 2), 400.0)
+    summary, _ = posterior_predictive(
+        Conjugate(shape), [chain(constant=1.0), chain(constant=5.0)], np.arange(2), draws=400, seed=0
+    )
+    assert summary.rate_mean == pytest.approx(np.full((3, 2), 600.0), rel=0.03)
+    assert summary.rate_sd == pytest.approx(np.full((3, 2), 400.0), rel=0.1)  # between modes
+
+
+def test_prediction_leaves_the_random_state_alone(case):
+    before = torch.get_rng_state()
+    posterior_predictive(Conjugate(case[0]), [chain(sharpness=2.0)], np.arange(5), draws=3, seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- ensembles ----
+
+
+class Mean(PyroModule):
+    """m ~ N(0, 1), x_i ~ N(m, 1); the guide's mean starts at `start`."""
+
+    def __init__(self, start=None):
+        super().__init__()
+        if start is not None:
+            self.loc = nn.Parameter(torch.tensor(float(start)))
+        self.guide = start is not None
+
+    def forward(self, batch, *, observe=True):
+        if self.guide:
+            pyro.sample("m", dist.Normal(self.loc, 0.3))
+        else:
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            with pyro.plate("cells", len(batch)):
+                pyro.sample("x", dist.Normal(m, 1.0), obs=batch if observe else None)
+
+
+class Whole:
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return 1
+
+    def at(self, step):
+        return self.x
+
+
+def test_ensemble_is_the_sum_of_its_chains_and_trains_them_apart():
+    x = torch.tensor([1.0, 2.0, 1.5])
+    pairs = [Pair(Mean(), Mean(start)) for start in (-1.0, 0.5)]
+    both = ensemble(pairs)
+    trace = poutine.trace(both.model).get_trace(x)
+    assert {"chain0/m", "chain1/m", "chain0/x", "chain1/x", "chain0/cells"} <= set(trace.nodes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        many = np.mean([Trace_ELBO().loss(both.model, both.guide, x) for _ in range(200)])
+        each = sum(np.mean([Trace_ELBO().loss(p.model, p.guide, x) for _ in range(200)]) for p in pairs)
+    assert many == pytest.approx(each, rel=0.1)
+    config = FitConfig(steps=200, lr=0.05, schedule="cosine")
+    _, info = fit(both, Whole(x), config)
+    assert info.untrained == () and len(chains_of(both)) == 2
+    for one in chains_of(both):  # exact posterior mean
+        assert one.guide.loc.item() == pytest.approx(4.5 / 4, abs=0.1)
+    assert chains_of(both)[0].guide is pairs[0].guide
