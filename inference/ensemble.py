@@ -35,4 +35,5 @@ def ensemble(pairs: Sequence[Pair]) -> Pair:
 
 def chains_of(pair: Pair) -> list[Pair]:
     """The pairs that `ensemble` was made of."""
+    assert isinstance(pair.model, _Chains) and isinstance(pair.guide, _Chains)
     return [Pair(model, guide) for model, guide in zip(pair.model.members, pair.guide.members, strict=True)]

@@ -13,7 +13,7 @@ Peak memory is about S x cells x genes x 12 bytes of one block plus the result; 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import pyro.poutine as poutine
@@ -72,8 +72,9 @@ def draw_globals(chains: Sequence[Pair], draws: int, seed: int) -> list[dict[str
     drawn = []
     for d in range(draws):
         with torch.no_grad(), rng_scope(seed, "globals", d):
-            trace = poutine.trace(chains[d % len(chains)].guide.globals).get_trace()  # type: ignore[attr-defined,union-attr]
-        drawn.append({name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"})
+            sample_globals: Any = chains[d % len(chains)].guide.globals
+            trace = poutine.trace(sample_globals).get_trace()
+        drawn.append({name: cast(Tensor, site["value"]) for name, site in trace.nodes.items() if site["type"] == "sample"})
     return drawn
 
 
@@ -130,7 +131,7 @@ def count_draws(
     for b, batch in enumerate(predictor.blocks(max_cells)):
         local = [predictor.local(batch, c) for c in range(min(draws, len(chains)))]
         counts = [
-            _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), (seed, b), sample=True)[1] for d in range(draws)
+            _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), (seed, b))[1] for d in range(draws)
         ]
         yield predictor.rows(batch), torch.stack(counts).numpy()
 
@@ -144,8 +145,6 @@ def _count_dist(
     d: int,
     genes: Tensor,
     stream: tuple[int, int],
-    *,
-    sample: bool,
 ) -> tuple[Any, Tensor]:
     """p(count | draw d) and one draw of it; local sites use a stream of their own, so they agree between gene blocks."""
     chain = d % len(chains)
@@ -165,25 +164,20 @@ def _block(
     stream: tuple[int, int],
     x: NDArray[np.float32] | None,
 ) -> tuple[Summary, Scores | None]:
-    draws = len(drawn)
-    genes_t = torch.from_numpy(genes)
-    count = variance = mean = square = log_p = None
+    draws, shape = len(drawn), (len(predictor.rows(batch)), len(genes))
     truth = None if x is None else torch.from_numpy(x)
+    count = torch.empty((draws, *shape))
+    mean, square, variance = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    log_p = torch.full(shape, -torch.inf, dtype=torch.float64)
     for d in range(draws):
-        dist, sample = _count_dist(predictor, chains, batch, local, drawn, d, genes_t, stream, sample=True)
+        dist, count[d] = _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), stream)
         rate = dist.mean.double()
-        if count is None:
-            count = torch.empty((draws, *sample.shape))
-            mean, square, variance = torch.zeros_like(rate), torch.zeros_like(rate), torch.zeros_like(rate)
-            log_p = torch.full_like(rate, -torch.inf)
-        count[d] = sample
         delta = rate - mean  # Welford
         mean += delta / (d + 1)
         square += delta * (rate - mean)
         variance += dist.variance
         if truth is not None:
             log_p = torch.logaddexp(log_p, dist.log_prob(truth).double())
-    assert count is not None and mean is not None and square is not None and variance is not None and log_p is not None
     between = square / max(1, draws - 1)
     ordered = np.sort(count.numpy(), axis=0)  # [S, n, g]
     quantiles = {name: _quantile(ordered, q) for name, q in QUANTILES.items()}

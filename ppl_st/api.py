@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from anndata import AnnData
@@ -18,7 +18,7 @@ from ppl_st.inference.svi import load_state
 from ppl_st.models import load_method
 from ppl_st.posterior import Run
 
-Source = str | Path | AnnData
+Source: TypeAlias = str | Path | AnnData
 INTERRUPTED = "interrupted"
 
 

@@ -241,7 +241,7 @@ def _figures(
         ),
         "loss": (
             "Loss of the variational fit",
-            plots.loss_curve(run.fit_info["losses"], unit="loss per entry"),
+            plots.loss_curve(run.record["losses"], unit="loss per entry"),
         ),
         "proportions": ("Spots: estimated proportions, factors matched to the true types", shares[0]),
         "proportions_truth": ("Spots: true proportions", shares[1]),

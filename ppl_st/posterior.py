@@ -86,11 +86,6 @@ class Run:
         """Whether the target measured each of `genes`."""
         return np.isin(self.genes, self.target.genes)
 
-    @property
-    def fit_info(self) -> dict[str, Any]:
-        """Record of the fit: seconds, losses, stop_reason, chains, settings chosen."""
-        return self.record
-
     def predict(
         self,
         genes: Sequence[str] | NDArray[np.str_] | None = None,
@@ -204,7 +199,8 @@ class Run:
             from arviz import InferenceData
         except ImportError:
             return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
-        return InferenceData(**groups)
+        container: Any = InferenceData
+        return container(**groups)
 
     def export(self, path: str | Path, *, draws: int = 100, seed: int = 0) -> None:
         """Write the ArviZ groups as ``.nc`` (netCDF4) or ``.zarr``; ``az.from_netcdf`` and xarray read them back."""
@@ -220,8 +216,9 @@ class Run:
             if path.suffix == ".zarr":
                 tree.to_zarr(temporary, consolidated=False, zarr_format=2)
             else:
+                write: Any = tree.to_netcdf
                 with hdf5_target(temporary) as file:
-                    tree.to_netcdf(file, engine="h5netcdf")
+                    write(file, engine="h5netcdf")
 
     def arviz_groups(self, *, draws: int = 100, seed: int = 0, max_cells: int = 1000) -> "dict[str, xr.Dataset]":
         """Datasets posterior (global sites), posterior_predictive and observed_data (measured genes), predictions (unmeasured genes),
@@ -266,7 +263,8 @@ class Run:
     def _add_factors(self, result: ad.AnnData) -> None:
         cells, sizes, _, _ = self.module.compositions(self.pair, self.data, self.config, 0, 0)
         result.obsm["proportions"] = cells
-        result.obs["factor"] = pd.Categorical.from_codes(cells.argmax(1), [f"factor{k}" for k in range(cells.shape[1])])
+        names = np.array([f"factor{k}" for k in range(cells.shape[1])])
+        result.obs["factor"] = pd.Categorical(names[cells.argmax(1)], categories=names)
         result.obs["size"], result.obs["captured"] = sizes[:, 0], sizes[:, 1]
 
 
@@ -325,7 +323,7 @@ def write_result(folder: Path, pair: Pair, record: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     write_json(folder / "fit.json", record)
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for side, module in zip(("model", "guide"), pair, strict=True):
         tensors |= {f"{side}.{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     with atomic(folder / "weights.safetensors") as temporary:

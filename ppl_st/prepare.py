@@ -81,10 +81,14 @@ def siid_new_cells(target: Counts, panel_genes: NDArray[np.str_], data: SiidData
         )
     target = target.take_genes(panel_genes)
     n = target.matrix.shape[0]
-    nothing = sp.csr_matrix((0, data.spot_counts.shape[1]), dtype=np.float32)
-    xy = np.zeros((n, 2)) if target.xy is None else target.xy
+    nowhere: Any = (n, 0)  # the stubs do not know csr_matrix(shape)
     empty = data._replace(
-        counts=target.matrix, spot_counts=nothing, mapping=sp.csr_matrix((n, 0), dtype=np.float32), cell_xy=xy, spot_xy=np.zeros((0, 2)), labels=None
+        counts=target.matrix,
+        spot_counts=data.spot_counts[:0],
+        mapping=sp.csr_matrix(nowhere, dtype=np.float32),
+        cell_xy=np.zeros((n, 2)) if target.xy is None else target.xy,
+        spot_xy=np.zeros((0, 2)),
+        labels=None,
     )
     return empty, target
 

@@ -117,7 +117,7 @@ def checkerboard(
     spot_counts = rng.poisson(phi * (mapping.T @ mean)).astype(np.float32)
     cell_counts = rng.poisson(mean).astype(np.float32)
 
-    weight = mapping.T @ (totals[:, None] * composition)  # [s, h]
+    weight = np.asarray(mapping.T @ (totals[:, None] * composition))  # [s, h]
     proportions = weight / np.maximum(weight.sum(1, keepdims=True), 1e-300)
     return _simulation(cell_counts, spot_counts, mean, composition, xy, spots, n_panel, proportions, f"checkerboard, seed {seed}")
 

@@ -25,9 +25,7 @@ LAYERS = {"rate_mean", "rate_sd", "count_sd", "q05", "q50", "q95"}
 
 @pytest.fixture(scope="module")
 def sim():
-    return checkerboard(
-        seed=2, n_cells=250, side=6, squares=6, n_types=4, n_genes=40, n_panel=30, contrast=1.0
-    )
+    return checkerboard(seed=2, n_cells=250, side=6, squares=6, n_types=4, n_genes=40, n_panel=30, contrast=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +76,7 @@ def test_run_folder_is_complete_and_readable_by_eye(run):
     )
     assert "torch" in manifest["versions"]
     rows = [line.split("\t") for line in (run.folder / "genes.txt").read_text().splitlines()[1:]]
-    assert [row[0] for row in rows] == run.genes.tolist() and [
-        row[1] == "1" for row in rows
-    ] == run.measured.tolist()
+    assert [row[0] for row in rows] == run.genes.tolist() and [row[1] == "1" for row in rows] == run.measured.tolist()
     record = json.loads((run.folder / "fit.json").read_text())
     assert record["status"] == "done" and record["steps"] == 4 and len(record["losses"]) == 4
     torch.load(run.folder / "state.pt", weights_only=True)  # no code in it
@@ -125,11 +121,7 @@ def test_predict_contract(run, sim):
         table.var_names.tolist() == sim.truth.var_names.tolist()
         and table.obs_names.tolist() == sim.target.obs_names.tolist()
     )
-    assert (
-        set(table.layers) == LAYERS
-        and not table.var["measured"].any()
-        and table.var["trust"].between(0, 1).all()
-    )
+    assert set(table.layers) == LAYERS and not table.var["measured"].any() and table.var["trust"].between(0, 1).all()
     assert (table.obs["batch"] == "A").all() and "factor" in table.obs
     np.testing.assert_array_equal(table.X, table.layers["rate_mean"])
     np.testing.assert_array_equal(table.obsm["spatial"], sim.target.obsm["spatial"])
@@ -220,9 +212,7 @@ def test_write_samples(run, tmp_path):
         and group.attrs["cells"] == run.target.names.tolist()
     )
     mean = run.predict(["gene0035", "gene0001", "gene0036"], draws=40).X
-    assert (
-        np.corrcoef(counts.mean(0).ravel(), mean.ravel())[0, 1] > 0.8
-    )  # rows and columns are where they belong
+    assert np.corrcoef(counts.mean(0).ravel(), mean.ravel())[0, 1] > 0.8  # rows and columns are where they belong
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.zarr"]
 
 
@@ -295,6 +285,9 @@ def test_predictions_and_predict_agree(run, exported, quiet_arviz):
         fitted["posterior_predictive"]["x"].values.mean((0, 1)),
     )
     assert simulated.sum() == pytest.approx(x.sum(), rel=0.1)
+    # log p of a cell given a draw, against the log score of its genes one by one
+    score = run.score(run.target, draws=60)["log_score"].sum()
+    assert fitted["log_likelihood"]["x"].values.mean() == pytest.approx(score, rel=0.1)
 
 
 def test_zarr_export_is_readable_by_xarray(run, tmp_path, quiet_arviz):
@@ -317,7 +310,7 @@ def test_export_refuses_other_formats_and_leaves_nothing(run, tmp_path):
 
 def test_run_in_memory_has_no_folder(sim):
     run = api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST)
-    assert run.folder is None and run.fit_info["status"] == "done"
+    assert run.folder is None and run.record["status"] == "done"
 
 
 def test_hold_out(sim):

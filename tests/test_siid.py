@@ -114,9 +114,7 @@ def equation_2(data, p, step, entropy, lam):
     mixed = kernel.T @ (p["log_m_loc"].exp()[:, None] * composition)
     covered = kernel.sum(0) > 0  # a spot without cells has mean 0: it says nothing
     seen = log_phi.exp() * (mixed[covered] @ profiles)
-    poisson = sum(
-        (m - x * m.log() + torch.lgamma(x + 1)).sum() for x, m in ((counts, cells), (spots[covered], seen))
-    )
+    poisson = sum((m - x * m.log() + torch.lgamma(x + 1)).sum() for x, m in ((counts, cells), (spots[covered], seen)))
     rows = -(composition * composition.log()).sum(1)
     weight = np.exp(step / lam)
     penalty = {"none": 0.0, "sum": weight * rows.sum(), "mean": weight * rows.mean()}[entropy]
@@ -223,15 +221,11 @@ def test_poisson_additivity_of_spots():
     xy = np.zeros((2, 2))
 
     def log_p(mapping, spots):
-        data = Data(
-            cells, sp.csr_matrix(np.atleast_2d(spots)), mapping, np.array([0, 1]), xy, xy[: mapping.shape[1]]
-        )
+        data = Data(cells, sp.csr_matrix(np.atleast_2d(spots)), mapping, np.array([0, 1]), xy, xy[: mapping.shape[1]])
         pair = build(config, spec_of(data, config, 2), data)
         with torch.no_grad():
             for name, parameter in pair.guide.named_parameters():
-                parameter.copy_(
-                    torch.linspace(-1, 1 + len(name) / 9, parameter.numel()).reshape(parameter.shape)
-                )
+                parameter.copy_(torch.linspace(-1, 1 + len(name) / 9, parameter.numel()).reshape(parameter.shape))
         model, _ = traces(pair, Batches(data, 0, 0).at(0))
         model.compute_log_prob()
         return model.nodes["v"]["log_prob_sum"].item()
@@ -254,15 +248,33 @@ def em_problem():
 def test_em_never_loses_likelihood(kappa, platform):
     """Plain sweeps from one start, flat priors: log-likelihood after 1, 2, ... sweeps."""
     data = em_problem()
-    config = Config(
-        concentration=1e-6, profile_concentration=1e-6, capture_concentration=kappa, platform=platform
-    )
-    values = np.array(
-        [warm_start.run_em(data, config, 4, 0.0, 1, sweeps)[0].log_likelihood for sweeps in range(1, 21)]
-    )
+    config = Config(concentration=1e-6, profile_concentration=1e-6, capture_concentration=kappa, platform=platform)
+    values = np.array([warm_start.run_em(data, config, 4, 0.0, 1, sweeps)[0].log_likelihood for sweeps in range(1, 21)])
     steps = np.diff(values)
     assert steps.min() >= -1e-6 * abs(values[0]), steps
     assert values[-1] > values[0] + 10
+
+
+@pytest.mark.parametrize("platform", ["none", "hierarchical"])
+def test_em_ends_at_a_stationary_point(platform):
+    """Gradient of the Poisson log-likelihood by log Q and log phi after many sweeps, flat priors."""
+    data = em_problem()
+    config = Config(concentration=1e-6, profile_concentration=1e-6, platform=platform)
+
+    def slope(sweeps):
+        start, local, problem = warm_start.run_em(data, config, 2, 0.0, 1, sweeps)
+        log_q = start.g.profiles.double().log().requires_grad_()
+        log_phi = start.log_phi.double().requires_grad_()
+        mixed = aggregate(problem.batch, local.capture[:, None] * local.activity).double()
+        x, v = (torch.from_numpy(m.toarray()).double() for m in (data.counts, data.spot_counts[:-1]))
+        cells = local.activity.double() @ log_q.exp()[:, data.panel] * torch.exp(-log_phi)
+        spots = mixed[:-1] @ log_q.exp()
+        ((x * cells.log() - cells).sum() + (v * spots.log() - spots).sum()).backward()
+        return float(log_q.grad.abs().max()), float(log_phi.grad.abs().max())
+
+    by_q, by_phi = slope(800)
+    assert by_q < 2.0 and (platform == "none" or by_phi < 2.0), (by_q, by_phi)  # counts, of hundreds per entry
+    assert slope(2)[0] > 20
 
 
 @pytest.mark.parametrize("density", [0.05, 0.6])
@@ -312,9 +324,7 @@ def globals_of(data, kappa, sparsity, concentration=0.5):
     )
 
 
-@pytest.mark.parametrize(
-    "kappa, sparsity, mapped", [(np.inf, 0.0, True), (8.0, 0.0, True), (np.inf, 0.2, False)]
-)
+@pytest.mark.parametrize("kappa, sparsity, mapped", [(np.inf, 0.0, True), (8.0, 0.0, True), (np.inf, 0.2, False)])
 def test_local_posterior_is_a_stationary_point(kappa, sparsity, mapped):
     """Gradient of log p(x, v | W, r) + log priors (of log W, log r) + entropic prior at the fixed point."""
     data = em_problem()
@@ -333,9 +343,7 @@ def test_local_posterior_is_a_stationary_point(kappa, sparsity, mapped):
     value = (x * cells.log() - cells).sum() + (g.concentration * log_w - beta * w).sum()
     if mapped:
         covered = torch.from_numpy(data.mapping.toarray().sum(0) > 0)
-        seen = (torch.from_numpy(data.mapping.T.toarray()).double() @ (r[:, None] * w) @ g.profiles.double())[
-            covered
-        ]
+        seen = (torch.from_numpy(data.mapping.T.toarray()).double() @ (r[:, None] * w) @ g.profiles.double())[covered]
         value = value + (v[covered] * seen.log() - seen).sum()
     if np.isfinite(kappa):
         value = value + (kappa * log_r - kappa / g.capture * r).sum()
@@ -343,10 +351,10 @@ def test_local_posterior_is_a_stationary_point(kappa, sparsity, mapped):
         composition = w / w.sum(1, keepdim=True)
         value = value + (sparsity * batch.total.double() * (composition * composition.log()).sum(1)).sum()
     value.backward()
-    # Where the start is, the same gradient is of the order of the counts (tens): the test can fail.
-    assert log_w.grad.abs().max() < 2e-2 * float(batch.total.mean()) * (5 if sparsity else 1)
+    # In counts. At the start of the iteration the same gradients are tens.
+    assert log_w.grad.abs().max() < (0.3 if sparsity else 1e-3)
     if np.isfinite(kappa):
-        assert log_r.grad.abs().max() < 0.05
+        assert log_r.grad.abs().max() < 1e-3
 
 
 def test_em_does_not_know_the_order_of_genes(monkeypatch):
@@ -392,9 +400,7 @@ def test_every_spot_and_cell_once_per_epoch(batch_spots):
             assert kernel.sum() == pytest.approx(full.sum(), rel=1e-6)
     if batch_spots == 2:
         assert any(not b.owned.all() for b in parts), "no guests: the soft map is not tested"
-        orders = [
-            [batches.at(e * len(batches) + i).spots.tolist() for i in range(len(batches))] for e in (0, 1)
-        ]
+        orders = [[batches.at(e * len(batches) + i).spots.tolist() for i in range(len(batches))] for e in (0, 1)]
         assert orders[0] != orders[1]
 
 
@@ -406,8 +412,7 @@ def test_batches_are_pure_functions_of_the_step():
         for a, b in zip(one.at(step), two.at(step), strict=True):
             assert torch.equal(a.to_dense(), b.to_dense()) if isinstance(a, torch.Tensor) else a == b
     assert (
-        torch.equal(later.spots, one.at(11).spots)
-        and Batches(data, 2, 6).at(11).spots.tolist() != later.spots.tolist()
+        torch.equal(later.spots, one.at(11).spots) and Batches(data, 2, 6).at(11).spots.tolist() != later.spots.tolist()
     )
 
 
@@ -433,9 +438,7 @@ def test_minibatch_objective_is_unbiased(preset, batch_spots):
         random_start(pair, 0)
     full = Batches(data, 0, 0).at(0)
     trace = poutine.trace(pair.guide).get_trace(full)
-    fixed = {
-        name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name not in ("cells", "spots")
-    }
+    fixed = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name not in ("cells", "spots")}
     local = {name for name in fixed if trace.nodes[name]["cond_indep_stack"]}
 
     def log_p(batch):
@@ -510,10 +513,7 @@ def test_sites_agree_and_no_parameter_appears(variant):
     if config.label_weight:
         data = data._replace(labels=np.arange(24) % 4 - 1)
     pair, spec = siid.start(data, config, 0, lambda line: None)
-    before = {
-        side: set(dict(module.named_parameters()))
-        for side, module in zip(("model", "guide"), pair, strict=True)
-    }
+    before = {side: set(dict(module.named_parameters())) for side, module in zip(("model", "guide"), pair, strict=True)}
     batch = Batches(data, 2, 0).at(0)
     with pyro.validation_enabled(True):
         model, guide = traces(pair, batch)
@@ -522,8 +522,7 @@ def test_sites_agree_and_no_parameter_appears(variant):
     assert latent - plates == set(guide.stochastic_nodes) - plates and len(latent) > len(plates)
     _, info = run_svi(pair, Batches(data, 2, 0), config.fit, scale=1e-3)
     assert before == {
-        side: set(dict(module.named_parameters()))
-        for side, module in zip(("model", "guide"), pair, strict=True)
+        side: set(dict(module.named_parameters())) for side, module in zip(("model", "guide"), pair, strict=True)
     }
     assert not before["model"] and not list(pyro.get_param_store()) and not info.skipped
     # a platform factor that is fixed has nothing to train; everything else must have moved
@@ -566,9 +565,7 @@ def test_paper_platform_starts_where_em_ended():
         cells, spots = pair.model.loadings(torch.softmax(drawn["xi"], -1), drawn["log_phi"])
         local = pair.guide.local_posterior(Batches(data, 0, 0).at(0), 60)
         mixed = aggregate(Batches(data, 0, 0).at(0), local.capture[:, None] * local.activity)
-        means[platform] = torch.cat(
-            [(local.activity @ cells[:, data.panel]).flatten(), (mixed @ spots).flatten()]
-        )
+        means[platform] = torch.cat([(local.activity @ cells[:, data.panel]).flatten(), (mixed @ spots).flatten()])
     a, b = means["hierarchical"].detach(), means["paper"].detach()
     assert float(np.corrcoef(a, b)[0, 1]) > 0.99 and float((a - b).abs().mean() / a.mean()) < 0.1
 
@@ -592,9 +589,7 @@ def sim():
 
 
 def fitted(sim, *more, **named):
-    return api.fit(
-        "siid", target=sim.target, reference=sim.reference, overrides=[*FAST, *more], seed=3, **named
-    )
+    return api.fit("siid", target=sim.target, reference=sim.reference, overrides=[*FAST, *more], seed=3, **named)
 
 
 @pytest.fixture(scope="module")
@@ -605,15 +600,11 @@ def run(sim, tmp_path_factory):
 def accuracy(run, sim):
     """Mean correlation with the true rate, as shares of the cell's total: size scores nothing."""
     mean, truth = (
-        x / x.sum(1, keepdims=True)
-        for x in (run.predict(sim.truth.var_names, draws=10).X, sim.truth.layers["rate"])
+        x / x.sum(1, keepdims=True) for x in (run.predict(sim.truth.var_names, draws=10).X, sim.truth.layers["rate"])
     )
     return float(
         np.mean(
-            [
-                np.corrcoef(mean[:, g], truth[:, g])[0, 1] if mean[:, g].std() else 0.0
-                for g in range(truth.shape[1])
-            ]
+            [np.corrcoef(mean[:, g], truth[:, g])[0, 1] if mean[:, g].std() else 0.0 for g in range(truth.shape[1])]
         )
     )
 
@@ -637,7 +628,7 @@ def test_same_seed_twice_is_bitwise_identical_and_another_is_not(run, sim):
     other = fitted(sim, "fit.lr=0.02")  # two fits in one process do not meet
     again = fitted(sim)
     assert same(run, again) and predictions_equal(run, again) and not same(run, other)
-    np.testing.assert_array_equal(run.fit_info["losses"], again.fit_info["losses"])
+    np.testing.assert_array_equal(run.record["losses"], again.record["losses"])
 
 
 def test_global_random_states_are_left_alone(sim):
@@ -666,11 +657,7 @@ def test_kill_and_resume_is_bitwise_the_same(run, sim, tmp_path):
     lines = []
     resumed = api.fit("siid", out=tmp_path / "run", resume=True, say=lines.append)
     assert any("resuming at step 4 of 10" in line for line in lines)
-    assert (
-        same(run, resumed)
-        and predictions_equal(run, resumed)
-        and predictions_equal(run, api.load(tmp_path / "run"))
-    )
+    assert same(run, resumed) and predictions_equal(run, resumed) and predictions_equal(run, api.load(tmp_path / "run"))
 
 
 def test_sigterm_saves_and_resume_goes_on(run, sim, tmp_path, monkeypatch):
@@ -698,6 +685,7 @@ def test_inputs_are_not_modified(sim):
 def test_place_matters_and_a_shuffled_reference_is_useless(run, sim):
     rng = np.random.default_rng(0)
     good = accuracy(run, sim)
+    assert good > 0.8
     moved = sim.target.copy()
     moved.obsm["spatial"] = moved.obsm["spatial"][rng.permutation(moved.n_obs)]
     shuffled = sim.reference[rng.permutation(sim.reference.n_obs)].copy()
@@ -714,9 +702,25 @@ def test_place_matters_and_a_shuffled_reference_is_useless(run, sim):
     order = np.r_[np.arange(30), 30 + rng.permutation(10)]
     scrambled.X = sp.csr_matrix(sim.reference.X[:, order])
     assert (
-        accuracy(api.fit("siid", target=sim.target, reference=scrambled, overrides=settings, seed=3), sim)
-        < 0.5 * good
+        accuracy(api.fit("siid", target=sim.target, reference=scrambled, overrides=settings, seed=3), sim) < 0.5 * good
     )
+
+
+def test_cells_on_half_of_the_slide():
+    """Spots that hold no cell must not reach the regional effect: levels at the border were 1.4 times too high."""
+    sim = checkerboard(seed=1, **(KNOBS | {"n_cells": 600, "side": 10, "squares": 10, "rho": 2.0}))
+    half = sim.target.obsm["spatial"][:, 0] < 500
+    border = sim.target.obsm["spatial"][half, 0] > 420
+    near = sim.reference.obsm["spatial"][:, 0] < 500
+    truth = sim.truth.X[half].toarray()[border].sum()
+    bandwidths = []
+    for reference in (sim.reference, sim.reference[near].copy()):
+        target, settings = sim.target[half].copy(), [*FAST, "radius=70"]
+        run = api.fit("siid", target=target, reference=reference, overrides=settings, seed=3)
+        level = run.predict(sim.truth.var_names, draws=20).X[border].sum() / truth
+        assert 0.8 < level < 1.2, level
+        bandwidths.append(run.spec.hyper.bandwidth)
+    assert bandwidths[0] == bandwidths[1]
 
 
 def test_awkward_data(sim):
@@ -738,7 +742,7 @@ def test_awkward_data(sim):
     ):
         run = api.fit("siid", target=target, reference=reference, overrides=[*FAST, *more])
         table = run.predict(run.genes, draws=6)
-        assert table.shape == (300, 40) and not run.fit_info["skipped"]
+        assert table.shape == (300, 40) and not run.record["skipped"]
         for name, layer in table.layers.items():
             assert np.isfinite(layer).all() and (layer >= 0).all(), name
         assert table[:, "gene0035"].X.mean() < 0.2 * table.X.mean()

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from ppl_st.errors import UserError
 from ppl_st.inference import monitor
-from ppl_st.inference.restarts import best_of
 from ppl_st.inference.svi import (
     FitConfig,
     FitError,
@@ -591,47 +590,6 @@ def test_min_delta_and_patience_count_windows():
     assert fit(normal_pair(), Rows(far), config)[1].stop_reason == "steps"
     state, info = fit(normal_pair(), Rows(far), replace(config, min_delta=1e6))
     assert info.stop_reason == "converged" and state.step == 20 + 3 * 20
-
-
-def test_best_of_keeps_the_lowest_loss_and_survives_a_failed_restart(tmp_path):
-    x = torch.tensor([1.0, 2.0, 4.0])
-    starts = {3: 30.0, 4: math.nan, 5: 0.5}
-
-    def make(seed):
-        pair = normal_pair()
-        pair.guide.loc.data.fill_(starts[seed])
-        return pair
-
-    config = FitConfig(steps=30, window=5, max_bad_steps=2, device="cpu")
-    with pyro.validation_enabled(False), pytest.raises((FitError, ValueError)):
-        fit(make(4), Rows(x), config)
-    starts[4] = 40.0
-    best = best_of(make, Rows(x), config, seeds=[3, 4, 5], folder=tmp_path)
-    assert best.seed == 5 and best.info.stop_reason == "steps"
-    assert same(best.state, fit(make(5), Rows(x), replace(config, seed=5))[0])
-    again = best_of(make, Rows(x), config, seeds=[3, 4, 5], folder=tmp_path, resume=True)
-    assert same(again.state, best.state) and len(again.info.losses) == 0
-
-    class Fails(NormalModel):
-        def forward(self, batch, *, observe=True):
-            super().forward(batch, observe=observe)
-            pyro.factor("wall", torch.tensor(-math.inf if batch.step else 0.0))
-
-    mixed = best_of(
-        lambda s: Pair(Fails(), NormalGuide()) if s == 1 else normal_pair(), Rows(x), config, [1, 2]
-    )
-    assert mixed.seed == 2
-    with pytest.raises(FitError, match="wall"):
-        best_of(lambda s: Pair(Fails(), NormalGuide()), Rows(x), config, [1, 2])
-
-
-def test_best_of_hands_an_interruption_through():
-    rows = Rows(torch.ones(3), hook=lambda step: signal.raise_signal(signal.SIGTERM))
-    result = best_of(lambda seed: normal_pair(), rows, FitConfig(steps=9, device="cpu"), [1, 2])
-    assert result.seed == 1 and result.info.stop_reason == "interrupted"
-
-
-# --- files ----------------
 
 
 def log_of(folder):

@@ -46,7 +46,7 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.models.siid.activity import Local, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
-from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start
+from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
 from ppl_st.models.siid.regional import regional_posterior
 from ppl_st.sampling import standard_gamma
 from ppl_st.models.siid.warm_start import EM_CELLS, Hyper, default_hyper, learn_hyper, run_em, subset
@@ -122,6 +122,7 @@ class Predictor:
         if config.cells == "softmax" and data.counts.shape[0] and not data.spot_counts.shape[0]:
             raise UserError("the paper's form (cells='softmax') has parameters for the cells of the fit alone: it cannot predict new cells; refit")
         self.chains, self.data, self.config = chains_of(pair), data, config
+        self.models, self.guides = zip(*(sides(chain) for chain in self.chains), strict=True)
         self.n_cells = data.counts.shape[0]
         self.batches = Batches(data, config.batch_spots, 0)
         self.bandwidth, self.shape = spec.hyper.bandwidth, spec.hyper.regional_shape
@@ -130,7 +131,7 @@ class Predictor:
             self.mixed = [self._mixed(c) for c in range(len(self.chains))]
 
     def _mixed(self, chain: int) -> Tensor:
-        result = torch.zeros(self.data.spot_counts.shape[0], self.chains[chain].guide.spec.factors)  # type: ignore[union-attr]
+        result = torch.zeros(self.data.spot_counts.shape[0], self.guides[chain].spec.factors)
         for batch in self.batches.in_order(2048):
             if batch.spots.numel():
                 local = self._posterior(batch, chain)
@@ -138,7 +139,7 @@ class Predictor:
         return result
 
     def _posterior(self, batch: Batch, chain: int) -> Local:
-        return self.chains[chain].guide.local_posterior(batch, self.config.predict_steps)  # type: ignore[operator,no-any-return]
+        return self.guides[chain].local_posterior(batch, self.config.predict_steps)
 
     def blocks(self, max_cells: int) -> Any:
         """Batches that own every cell once."""
@@ -165,10 +166,10 @@ class Predictor:
                 effects[key] = self._effect(batch, chain, genes)
             shape, rate = effects[key]
             effect = standard_gamma(shape) / rate
-        return self.chains[chain].model.count_dist(drawn, activity, genes, effect)  # type: ignore[operator]
+        return self.models[chain].count_dist(drawn, activity, genes, effect)
 
     def _effect(self, batch: Batch, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
-        profiles = torch.softmax(self.chains[chain].guide.xi_loc.detach(), -1)[:, genes]  # type: ignore[union-attr,operator]
+        profiles = torch.softmax(self.guides[chain].xi_loc.detach(), -1)[:, genes]
         expected = (self.mixed[chain] @ profiles).numpy()
         counts = self.data.spot_counts[:, genes.numpy()]
         where = self.data.cell_xy[self.rows(batch)]
@@ -180,14 +181,14 @@ def compositions(
     pair: Pair, data: Data, config: Config, draws: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Factors of the best chain: cells' mean composition [n, h], cells' (N, M) [n, 2], draws of spot proportions [draws, s, h], profiles [h, G]."""
-    guide = chains_of(pair)[0].guide
+    _, guide = sides(chains_of(pair)[0])
     batches = Batches(data, config.batch_spots, 0)
-    h = guide.spec.factors  # type: ignore[union-attr]
+    h = guide.spec.factors
     cells = np.zeros((data.counts.shape[0], h), np.float32)
     sizes = np.zeros((data.counts.shape[0], 2), np.float32)
     spots = np.zeros((draws, data.spot_counts.shape[0], h), np.float32)
     for b, batch in enumerate(batches.in_order(2048)):
-        local: Local = guide.local_posterior(batch, config.predict_steps)  # type: ignore[operator]
+        local: Local = guide.local_posterior(batch, config.predict_steps)
         activity = local.activity
         rows = batch.cells[batch.owned].numpy()
         cells[rows] = (activity / activity.sum(1, keepdim=True).clamp_min(1e-8))[batch.owned].numpy()
@@ -200,4 +201,4 @@ def compositions(
                     captured = standard_gamma(local.capture_shape) / local.capture_rate
                 mixed = aggregate(batch, captured[:, None] * drawn)
                 spots[d, batch.spots.numpy()] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
-    return cells, sizes, spots, torch.softmax(guide.xi_loc.detach(), -1).numpy()  # type: ignore[union-attr,operator]
+    return cells, sizes, spots, torch.softmax(guide.xi_loc.detach(), -1).numpy()

@@ -132,7 +132,7 @@ def csr_tensor(matrix: sp.csr_matrix) -> Tensor:
     """A scipy CSR matrix as a torch sparse CSR tensor of float32."""
     matrix = sp.csr_matrix(matrix, dtype=np.float32)
     matrix.sort_indices()
-    parts = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
+    crow, col = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
     with warnings.catch_warnings():  # torch calls its CSR layout a beta
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        return torch.sparse_csr_tensor(*parts, torch.from_numpy(matrix.data.copy()), size=matrix.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(crow, col, torch.from_numpy(matrix.data.copy()), size=matrix.shape, check_invariants=False)

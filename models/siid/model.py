@@ -86,7 +86,12 @@ class Spec(NamedTuple):
 class Model(PyroModule):
     """p: eq. 2 of the paper with platform scaling; see the package docstring for the story and the symbols."""
 
-    GLOBAL_SITES = ("xi", "log_phi", "log_theta", "log_theta_spots")
+    panel: Tensor  # [P] buffers
+    measured: Tensor  # [G]
+    phi_loc: Tensor  # [G]
+    theta_loc: Tensor  # [G]
+    usage: Tensor  # [h]
+    capture: Tensor  # []
     DIMS = {  # noqa: RUF012
         "xi": ("factors", "genes"), "log_phi": ("genes",), "log_theta": ("genes",), "log_theta_spots": ("genes",),
     }  # fmt: skip
@@ -141,14 +146,14 @@ class Model(PyroModule):
         profiles, log_phi, log_theta, log_theta_spots = self.globals()
         cell_loadings, spot_loadings = self.loadings(profiles, log_phi)
         panel_loadings = cell_loadings[:, self.panel]  # [h, P]
-        with pyro.plate("cells", batch.n_cells, subsample=batch.cells), poutine.mask(mask=batch.owned):
+        with pyro.plate("cells", batch.n_cells, subsample=batch.cells), poutine.mask(mask=batch.owned):  # type: ignore[call-overload]
             activity, capture = self.cell_latents(batch, panel_loadings)  # [n, h], [n]
             x_dist = self._observation(self.config.likelihood, activity, panel_loadings, log_theta[self.panel])
             x = pyro.sample("x", x_dist, obs=batch.counts if observe else None)  # [n, P]
         v = None
         if batch.spots.numel():
             covered = torch.zeros_like(batch.spots, dtype=torch.bool).index_fill(0, batch.link_spot, True)  # no cell: no mean, no likelihood
-            with pyro.plate("spots", batch.n_spots, subsample=batch.spots), poutine.mask(mask=covered):
+            with pyro.plate("spots", batch.n_spots, subsample=batch.spots), poutine.mask(mask=covered):  # type: ignore[call-overload]
                 mixed = aggregate(batch, capture[:, None] * activity)  # [s, h]
                 v_dist = self._observation(self.config.spot_likelihood, mixed, spot_loadings, log_theta_spots)
                 v = pyro.sample("v", v_dist, obs=batch.spot_counts if observe else None)  # [s, G]
@@ -214,6 +219,13 @@ class Model(PyroModule):
 class Guide(PyroModule):
     """q: normal (or delta) global sites, and the closed-form local posterior (or tables of deltas for the paper's form)."""
 
+    panel: Tensor  # [P] buffers, as in the model
+    measured: Tensor  # [G]
+    phi_loc: Tensor  # [G]
+    theta_loc: Tensor  # [G]
+    usage: Tensor  # [h]
+    capture: Tensor  # []
+
     def __init__(self, config: Config, spec: Spec, model: Model) -> None:
         super().__init__()
         self.config, self.spec = config, spec
@@ -237,7 +249,7 @@ class Guide(PyroModule):
     def forward(self, batch: Batch, *, observe: bool = True) -> None:
         """Sample all latent sites of one minibatch."""
         xi, log_phi = self.globals()
-        with pyro.plate("cells", batch.n_cells, subsample=batch.cells), poutine.mask(mask=batch.owned):
+        with pyro.plate("cells", batch.n_cells, subsample=batch.cells), poutine.mask(mask=batch.owned):  # type: ignore[call-overload]
             if self.config.cells == "softmax":
                 pyro.sample("eta", dist.Delta(self.eta_loc[batch.cells], event_dim=1))  # [n, h]
                 pyro.sample("log_n", dist.Delta(self.log_n_loc[batch.cells]))  # [n]
@@ -306,16 +318,23 @@ def build(config: Config, spec: Spec, data: Data) -> Pair:
     return Pair(model, Guide(config, spec, model))
 
 
+def sides(pair: Pair) -> tuple[Model, Guide]:
+    """The pair of one chain with its types."""
+    model, guide = pair
+    assert isinstance(model, Model) and isinstance(guide, Guide)
+    return model, guide
+
+
 def initialise(pair: Pair, start: Start) -> None:
     """Write an EM result into the pair: means of the globals, their spread from the counts behind each entry, usage and capture."""
-    model, guide = pair
+    model, guide = sides(pair)
     profiles, usage = start.g.profiles / start.g.profiles.sum(1, keepdim=True), start.g.usage
     if model.config.platform == "paper":  # Q on the cells' scale: rows to sum 1 again, their scale into the activities
         profiles = profiles.index_copy(1, model.panel, profiles[:, model.panel] * (-start.log_phi).exp())
         usage = usage * profiles.sum(1) / (usage @ profiles.sum(1))
         profiles = profiles / profiles.sum(1, keepdim=True)
     with torch.no_grad():
-        for module in pair:
+        for module in (model, guide):
             module.usage.copy_(usage)
             module.capture.fill_(start.g.capture)
         sd = (1.0 / (start.evidence + 1.0 / model.config.loading_scale**2)).sqrt().clamp(1e-3, 1.0)
@@ -333,7 +352,7 @@ def initialise(pair: Pair, start: Start) -> None:
 def random_start(pair: Pair, seed: int) -> None:
     """The released start: Xavier-uniform logits, N = M = e, log phi ~ Normal(0, 1)."""
     generator = torch.Generator().manual_seed(seed)
-    guide = pair.guide
+    _, guide = sides(pair)
     with torch.no_grad():
         for logits in (guide.xi_loc, guide.eta_loc):
             bound = float(np.sqrt(6.0 / sum(logits.shape)))

@@ -44,13 +44,16 @@ def regional_posterior(
     shape: float,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Shape and rate of delta at ``positions`` [n, 2] for the genes of ``spot_counts`` and ``expected`` [s, g]; each [n, g]."""
-    weights = kernel(positions, spots, bandwidth)
+    covered = sp.diags((expected.sum(1) > 0).astype(np.float32))  # a spot without cells has counts but nothing to compare them with
+    weights = kernel(positions, spots, bandwidth) @ covered
     seen = weights @ spot_counts
     return np.asarray(seen.todense(), dtype=np.float32) + np.float32(shape), weights @ expected + np.float32(shape)
 
 
 def choose_regional(data: Data, mixed: Tensor, profiles: Tensor) -> tuple[float, float]:
     """Bandwidth and shape by leave-one-spot-out Poisson score on genes that the cells lack; bandwidth 0 if no effect is best."""
+    covered = np.flatnonzero(mixed.sum(1).numpy() > 0)
+    data, mixed = data._replace(spot_counts=data.spot_counts[covered], spot_xy=data.spot_xy[covered]), mixed[covered]
     s, genes = data.spot_counts.shape
     unmeasured = np.setdiff1d(np.arange(genes), data.panel)
     if s < 2 or not len(unmeasured):

@@ -132,7 +132,8 @@ def run_em(data: Data, config: "Config", factors: int, sparsity: float, seed: in
     if problem.spots is not None:
         mixed = aggregate(batch, local.capture[:, None] * local.activity)
         score += problem.spots.log_likelihood(mixed, g.profiles)
-        log_theta_spots = _dispersion(data.spot_counts, mixed, g.profiles)
+        covered = np.flatnonzero(mixed.sum(1).numpy() > 0)
+        log_theta_spots = _dispersion(data.spot_counts[covered], mixed[covered], g.profiles)
     return Start(g, evidence, log_phi, log_theta, log_theta_spots, score), local, problem
 
 
