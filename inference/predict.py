@@ -74,7 +74,9 @@ def draw_globals(chains: Sequence[Pair], draws: int, seed: int) -> list[dict[str
         with torch.no_grad(), rng_scope(seed, "globals", d):
             sample_globals: Any = chains[d % len(chains)].guide.globals
             trace = poutine.trace(sample_globals).get_trace()
-        drawn.append({name: cast(Tensor, site["value"]) for name, site in trace.nodes.items() if site["type"] == "sample"})
+        drawn.append(
+            {name: cast(Tensor, site["value"]) for name, site in trace.nodes.items() if site["type"] == "sample"}
+        )
     return drawn
 
 
@@ -124,14 +126,22 @@ def posterior_predictive(
 
 
 def count_draws(
-    predictor: Predictor, chains: Sequence[Pair], genes: NDArray[np.int64], *, draws: int, seed: int, max_cells: int = 1024
+    predictor: Predictor,
+    chains: Sequence[Pair],
+    genes: NDArray[np.int64],
+    *,
+    draws: int,
+    seed: int,
+    memory_gb: float = 1.0,
 ) -> Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Joint posterior predictive count draws block by block: (rows, counts [draws, rows, genes])."""
     drawn = draw_globals(chains, draws, seed)
-    for b, batch in enumerate(predictor.blocks(max_cells)):
+    cells = int(np.clip(memory_gb * 1e9 / (BYTES_PER_DRAW * draws * len(genes)), 1, 1024))
+    for b, batch in enumerate(predictor.blocks(cells)):
         local = [predictor.local(batch, c) for c in range(min(draws, len(chains)))]
         counts = [
-            _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), (seed, b))[1] for d in range(draws)
+            _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), (seed, b))[1]
+            for d in range(draws)
         ]
         yield predictor.rows(batch), torch.stack(counts).numpy()
 
@@ -182,11 +192,16 @@ def _block(
     ordered = np.sort(count.numpy(), axis=0)  # [S, n, g]
     quantiles = {name: _quantile(ordered, q) for name, q in QUANTILES.items()}
     summary = Summary(
-        mean.float().numpy(), between.sqrt().float().numpy(), (variance / draws + between).sqrt().float().numpy(), quantiles
+        mean.float().numpy(),
+        between.sqrt().float().numpy(),
+        (variance / draws + between).sqrt().float().numpy(),
+        quantiles,
     )
     if x is None:
         return summary, None
-    low, high = (ordered < x).mean(0, dtype=np.float32), (ordered <= x).mean(0, dtype=np.float32)
+    # The truth's rank among the draws: exactly uniform for any number of draws when it is exchangeable with them.
+    low = (ordered < x).sum(0, dtype=np.float32) / (draws + 1)
+    high = ((ordered <= x).sum(0, dtype=np.float32) + 1) / (draws + 1)
     return summary, Scores((log_p - np.log(draws)).float().numpy(), _crps(ordered, x), low, high)
 
 

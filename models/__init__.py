@@ -6,9 +6,7 @@ is asked for.
 """
 
 if __name__ != "ppl_st.models":
-    raise ImportError(
-        "import ppl_st.models, not models: the bare name would load a second copy of every module"
-    )
+    raise ImportError("import ppl_st.models, not models: the bare name would load a second copy of every module")
 
 from difflib import get_close_matches
 from importlib import import_module
@@ -50,7 +48,5 @@ def load_method(name: str) -> ModuleType:
     if name not in METHODS:
         close = get_close_matches(name.lower(), METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(
-            f"unknown method {name!r}{hint} Available: {', '.join(METHODS)} (see `ppl-st methods`)"
-        )
+        raise UserError(f"unknown method {name!r}{hint} Available: {', '.join(METHODS)} (see `ppl-st methods`)")
     return import_module(METHODS[name].module)

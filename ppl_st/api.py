@@ -84,12 +84,14 @@ def fit(
     if config is not None:
         settings = configs.read(config, settings)
     settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
-    cells = read_counts(target, role="target", layer=settings.layer)
+    cells = read_counts(target, role="target", layer=settings.layer, gene_key=settings.gene_key)
     if hold_out is not None:
         cells = prepare.hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
-    spots = read_counts(reference, role="reference", layer=settings.layer)
+    spots = read_counts(reference, role="reference", layer=settings.layer, gene_key=settings.gene_key)
     data, cells, spots = prepare.siid(cells, spots, settings, talk)
-    manifest = configs.manifest(seed=seed, device=device, inputs={"target": target, "reference": reference}, command=command)
+    manifest = configs.manifest(
+        seed=seed, device=device, inputs={"target": target, "reference": reference}, command=command
+    )
     manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
     if folder is not None:
         posterior.write_inputs(folder, settings, manifest, cells, spots)
@@ -100,7 +102,11 @@ def load(path: str | Path) -> Run:
     """Open a finished run folder; needs nothing but the folder."""
     folder = Path(path)
     if not (folder / "weights.safetensors").is_file():
-        what = "was interrupted: continue it with --resume" if (folder / "config.toml").is_file() else "is not a run folder"
+        what = (
+            "was interrupted: continue it with --resume"
+            if (folder / "config.toml").is_file()
+            else "is not a run folder"
+        )
         raise UserError(f"{folder}: {what}" + ("" if folder.exists() else " (it does not exist)"))
     method, module, settings, data, cells, spots, manifest = _stored(folder)
     record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
@@ -115,7 +121,9 @@ def _refuse_used(folder: Path) -> None:
         raise UserError(f"{folder}: is a file; give a folder for the run (--out)")
     if folder.is_dir() and any(folder.iterdir()):
         known = (folder / "config.toml").is_file()
-        remedy = "add --resume to continue it, or choose another --out" if known else "choose an empty or new folder (--out)"
+        remedy = (
+            "add --resume to continue it, or choose another --out" if known else "choose an empty or new folder (--out)"
+        )
         raise UserError(f"{folder}: {'already holds a run' if known else 'is not empty and not a run'}; {remedy}")
 
 
@@ -134,7 +142,9 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
     return method, module, settings, data, cells, spots, manifest
 
 
-def _resume(method: str, module: Any, folder: Path | None, progress: Literal["auto", "quiet"], say: Callable[[str], None]) -> Run:
+def _resume(
+    method: str, module: Any, folder: Path | None, progress: Literal["auto", "quiet"], say: Callable[[str], None]
+) -> Run:
     if folder is None or not (folder / "config.toml").is_file():
         raise UserError(f"--resume: {folder} is not a run folder; name the folder of the interrupted run (--out)")
     if (folder / "weights.safetensors").is_file():

@@ -1,11 +1,11 @@
 """A run as xarray Datasets in ArviZ's schema, built by hand so that ArviZ 0.x (InferenceData) and 1.x (DataTree) read the same file.
 
-    posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat)
-    posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells
-    observed_data         x [cell, panel_gene] what was measured there
-    predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many)
-    log_likelihood        cell [chain, draw, cell]: log p(x_cell | draw) summed over measured genes
-    constant_data         coordinates of the cells, whether a gene was measured
+posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat)
+posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells
+observed_data         x [cell, panel_gene] what was measured there
+predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many)
+log_likelihood        x [chain, draw, cell]: log p(x_cell | draw) summed over measured genes
+constant_data         coordinates of the cells, whether a gene was measured
 """
 
 import json
@@ -56,7 +56,10 @@ def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[
                 for genes, wanted in ((panel, "panel"), (unmeasured, "rest")):
                     if not len(genes):
                         continue
-                    with torch.no_grad(), rng_scope(seed, "export", b, c, d):  # the same local draw for both sets of genes
+                    with (
+                        torch.no_grad(),
+                        rng_scope(seed, "export", b, c, d),
+                    ):  # the same local draw for both sets of genes
                         dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(genes))
                         sample = dist.sample()
                     if wanted == "panel":
@@ -65,7 +68,10 @@ def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[
                         x[torch.from_numpy(here)] = torch.from_numpy(observed[to])
                         log_lik[c, d, to] = dist.log_prob(x).sum(1).numpy()[here]
                     else:
-                        predicted["count"][c, d, to], predicted["rate"][c, d, to] = sample.numpy()[here], dist.mean.numpy()[here]
+                        predicted["count"][c, d, to], predicted["rate"][c, d, to] = (
+                            sample.numpy()[here],
+                            dist.mean.numpy()[here],
+                        )
     names = {"cell": run.target.names[cells], "panel_gene": run.genes[panel], "gene": run.genes[unmeasured]}
     frames: dict[str, Any] = {
         "posterior": _posterior(run, drawn),
@@ -75,7 +81,9 @@ def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[
         "constant_data": _constant(run, cells),
     }
     if len(unmeasured):
-        frames["predictions"] = xr.Dataset({name: (("chain", "draw", "cell", "gene"), values) for name, values in predicted.items()})
+        frames["predictions"] = xr.Dataset(
+            {name: (("chain", "draw", "cell", "gene"), values) for name, values in predicted.items()}
+        )
     return {name: _finish(frame, names, run, name) for name, frame in frames.items()}
 
 

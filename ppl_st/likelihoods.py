@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_st.errors import UserError
-from ppl_st.sampling import poisson, standard_gamma
 from ppl_st.likelihood_math import (
     LOG_MEAN_RANGE,
     LOG_THETA_RANGE,
@@ -44,6 +43,7 @@ from ppl_st.likelihood_math import (
     poisson_terms,
     result_dtype,
 )
+from ppl_st.sampling import poisson, standard_gamma
 
 
 def check_shape(value: Tensor, shape: torch.Size, name: str) -> None:

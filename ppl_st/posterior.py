@@ -125,7 +125,9 @@ class Run:
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
         observed = None if truth is None else _matched(truth, counts, self.genes[index])
-        summary, scores = posterior_predictive(predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed)
+        summary, scores = posterior_predictive(
+            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
+        )
         result = self._table(summary, index, counts)
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names))
@@ -149,11 +151,17 @@ class Run:
             group = zarr.open_group(str(temporary), mode="w")
             shape = (draws, predictor.n_cells, len(index))
             array = group.create_array(
-                "count", shape=shape, chunks=(1, min(2048, shape[1]), min(256, shape[2])), dtype="f4", dimension_names=("sample", "cell", "gene")
+                "count",
+                shape=shape,
+                chunks=(1, min(2048, shape[1]), min(256, shape[2])),
+                dtype="f4",
+                dimension_names=("sample", "cell", "gene"),
             )
             for rows, drawn in count_draws(predictor, predictor.chains, index, draws=draws, seed=seed):
                 array.oindex[:, rows, :] = drawn
-            group.attrs.update(cells=self.target.names.tolist(), genes=self.genes[index].tolist(), manifest=json.dumps(self.manifest))
+            group.attrs.update(
+                cells=self.target.names.tolist(), genes=self.genes[index].tolist(), manifest=json.dumps(self.manifest)
+            )
 
     def score(
         self,
@@ -172,7 +180,11 @@ class Run:
             One row per gene: mean_count, log_score (mean log predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected
             randomised coverage of the central interval).
         """
-        names = (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).genes if genes is None else genes
+        names = (
+            (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).genes
+            if genes is None
+            else genes
+        )
         table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
         return table.drop(columns=["measured", "trust"]).rename_axis("gene")
 
@@ -211,7 +223,9 @@ class Run:
         path = Path(path)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
-        tree = xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in self.arviz_groups(draws=draws, seed=seed).items()})
+        tree = xr.DataTree.from_dict(
+            {f"/{name}": dataset for name, dataset in self.arviz_groups(draws=draws, seed=seed).items()}
+        )
         with atomic(path) as temporary:
             if path.suffix == ".zarr":
                 tree.to_zarr(temporary, consolidated=False, zarr_format=2)
@@ -243,7 +257,11 @@ class Run:
         return index.astype(np.int64)
 
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
-        return self.new_cells(read_counts(target, role="target", layer=self.config.layer, need_spatial=False))
+        return self.new_cells(
+            read_counts(
+                target, role="target", layer=self.config.layer, gene_key=self.config.gene_key, need_spatial=False
+            )
+        )
 
     def _table(self, summary: Summary, index: NDArray[np.int64], counts: Counts) -> ad.AnnData:
         result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=pd.DataFrame(index=self.genes[index]))
@@ -254,7 +272,9 @@ class Run:
             result.layers[name] = values
         result.var["measured"] = self.measured[index]
         explained = summary.rate_mean.var(0, dtype=np.float64)
-        result.var["trust"] = explained / np.maximum(explained + np.square(summary.count_sd, dtype=np.float64).mean(0), 1e-12)
+        result.var["trust"] = explained / np.maximum(
+            explained + np.square(summary.count_sd, dtype=np.float64).mean(0), 1e-12
+        )
         if counts.xy is not None:
             result.obsm["spatial"] = counts.xy
         result.uns["ppl_st"] = json.dumps(self.manifest)
@@ -270,10 +290,14 @@ class Run:
 
 def _matched(truth: str | Path | ad.AnnData | Counts, cells: Counts, genes: NDArray[np.str_]) -> sp.csr_matrix:
     """The truth's counts in the order of the cells and genes predicted."""
-    counts = (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).take_genes(genes)
+    counts = (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).take_genes(
+        genes
+    )
     order = pd.Index(counts.names).get_indexer(pd.Index(cells.names))
     if (order < 0).any():
-        raise UserError(f"truth ({counts.source}) lacks {(order < 0).sum()} of the {len(order)} cells, e.g. {cells.names[order < 0][0]}")
+        raise UserError(
+            f"truth ({counts.source}) lacks {(order < 0).sum()} of the {len(order)} cells, e.g. {cells.names[order < 0][0]}"
+        )
     return sp.csr_matrix(counts.matrix[order])
 
 
@@ -301,7 +325,10 @@ def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], target: Co
     for name, counts in (("target", target), ("reference", reference)):
         write_counts(counts, folder / f"{name}.h5ad")
     configs.write(config, folder / "config.toml")
-    lines = [f"{gene}\t{int(known)}" for gene, known in zip(reference.genes, np.isin(reference.genes, target.genes), strict=True)]
+    lines = [
+        f"{gene}\t{int(known)}"
+        for gene, known in zip(reference.genes, np.isin(reference.genes, target.genes), strict=True)
+    ]
     write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *lines]) + "\n")
     write_json(folder / "manifest.json", manifest)
 
@@ -325,7 +352,9 @@ def write_result(folder: Path, pair: Pair, record: dict[str, Any]) -> None:
     write_json(folder / "fit.json", record)
     tensors: dict[str, Any] = {}
     for side, module in zip(("model", "guide"), pair, strict=True):
-        tensors |= {f"{side}.{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+        tensors |= {
+            f"{side}.{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()
+        }
     with atomic(folder / "weights.safetensors") as temporary:
         save_file(tensors, str(temporary))
 
@@ -336,7 +365,9 @@ def load_weights(folder: Path, pair: Pair) -> None:
 
     tensors = load_file(str(folder / "weights.safetensors"))
     for side, module in zip(("model", "guide"), pair, strict=True):
-        module.load_state_dict({name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")})
+        module.load_state_dict(
+            {name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")}
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -32,7 +32,9 @@ def hold_out_genes(target: Counts, genes: Sequence[str] | NDArray[np.str_]) -> C
     return target.take_genes(target.genes[~np.isin(target.genes, held)])
 
 
-def siid(target: Counts, reference: Counts, config: SiidConfig, say: Callable[[str], None]) -> tuple[SiidData, Counts, Counts]:
+def siid(
+    target: Counts, reference: Counts, config: SiidConfig, say: Callable[[str], None]
+) -> tuple[SiidData, Counts, Counts]:
     """SIID's problem from cells and spots in one coordinate frame; returns it with the counts that it uses.
 
     Genes: all of the reference; those that the target has too are the panel; genes that only the target has are left out (said through
@@ -57,7 +59,9 @@ def siid(target: Counts, reference: Counts, config: SiidConfig, say: Callable[[s
         say(info.reason)
         spot_xy = spot_xy + np.array(info.shift)
     mapping = cell_to_spot(cell_xy, spot_xy, radius=radius, k=config.map_neighbors, sigma=config.map_sigma)
-    say(f"{int((np.diff(mapping.indptr) > 0).sum())} of {mapping.shape[0]} cells lie in spots (radius {radius:g}, pitch {pitch:g})")
+    say(
+        f"{int((np.diff(mapping.indptr) > 0).sum())} of {mapping.shape[0]} cells lie in spots (radius {radius:g}, pitch {pitch:g})"
+    )
     data = SiidData(
         counts=target.matrix,
         spot_counts=reference.matrix,
@@ -102,12 +106,16 @@ def _separate_sections(
     columns = []
     for role, counts in (("target", target), ("reference", reference)):
         if key not in counts.obs:
-            raise UserError(f"{role} ({counts.source}): no obs column {key!r} (library_key); it has {', '.join(map(str, counts.obs.columns[:5]))}")
+            raise UserError(
+                f"{role} ({counts.source}): no obs column {key!r} (library_key); it has {', '.join(map(str, counts.obs.columns[:5]))}"
+            )
         columns.append(counts.obs[key].astype(str).to_numpy())
     cells, spots = columns
     alone = sorted(set(cells) ^ set(spots))
     if alone:
-        raise UserError(f"library_key {key!r}: sections {', '.join(alone[:3])} are on one side only; target and reference must hold the same sections")
+        raise UserError(
+            f"library_key {key!r}: sections {', '.join(alone[:3])} are on one side only; target and reference must hold the same sections"
+        )
     names = sorted(set(cells))
     extent = max(float(np.ptp(spot_xy, axis=0).max()), float(np.ptp(cell_xy, axis=0).max()))
     pitch = min(spot_pitch(spot_xy[spots == name]) for name in names)
@@ -122,11 +130,17 @@ def _labels(target: Counts, config: SiidConfig, say: Callable[[str], None]) -> N
     if config.label_key is None:
         return None
     if config.label_key not in target.obs:
-        raise UserError(f"target ({target.source}): no obs column {config.label_key!r} (label_key); it has {', '.join(map(str, target.obs.columns[:5]))}")
+        raise UserError(
+            f"target ({target.source}): no obs column {config.label_key!r} (label_key); it has {', '.join(map(str, target.obs.columns[:5]))}"
+        )
     codes, names = pd.factorize(target.obs[config.label_key].astype("object"), sort=True)
     if 0 < config.factors < len(names):
-        raise UserError(f"label_key {config.label_key!r} has {len(names)} labels, more than factors={config.factors}; raise factors")
-    say(f"labels: factors 0 to {len(names) - 1} are {', '.join(map(str, names[:8]))}; {(codes < 0).sum()} cells unlabelled")
+        raise UserError(
+            f"label_key {config.label_key!r} has {len(names)} labels, more than factors={config.factors}; raise factors"
+        )
+    say(
+        f"labels: factors 0 to {len(names) - 1} are {', '.join(map(str, names[:8]))}; {(codes < 0).sum()} cells unlabelled"
+    )
     return codes.astype(np.int64)
 
 
@@ -141,12 +155,12 @@ def _profiles(reference: Counts, config: SiidConfig) -> NDArray[np.float64] | No
     shared = shared_genes(reference, cells, minimum=MIN_PANEL)
     counts = cells.take_genes(shared).matrix
     known = codes >= 0
-    member = sp.csr_matrix((np.ones(known.sum()), (codes[known], np.flatnonzero(known))), shape=(len(names), len(codes)))
+    member = sp.csr_matrix(
+        (np.ones(known.sum()), (codes[known], np.flatnonzero(known))), shape=(len(names), len(codes))
+    )
     sums = np.asarray((member @ counts).todense(), dtype=np.float64) + 0.5
     profiles = np.tile((np.asarray(reference.matrix.sum(0), dtype=np.float64).ravel() + 0.5)[None], (len(names), 1))
     profiles /= profiles.sum(1, keepdims=True)
     at = pd.Index(reference.genes).get_indexer(pd.Index(shared))
     profiles[:, at] = sums / sums.sum(1, keepdims=True) * profiles[:, at].sum(1, keepdims=True)
     return profiles
-
-

@@ -34,7 +34,9 @@ def poisson(rate: Tensor) -> Tensor:
     return _in_pieces(rate, dtype, lambda rng, part: rng.poisson(part))
 
 
-def _in_pieces(parameter: Tensor, dtype: Any, draw: Callable[[np.random.Generator, NDArray[Any]], NDArray[Any]]) -> Tensor:
+def _in_pieces(
+    parameter: Tensor, dtype: Any, draw: Callable[[np.random.Generator, NDArray[Any]], NDArray[Any]]
+) -> Tensor:
     flat = parameter.contiguous().numpy().reshape(-1)
     result = np.empty(flat.shape, dtype)
     seed = int(torch.randint(2**62, (1,)))

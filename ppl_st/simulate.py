@@ -119,7 +119,9 @@ def checkerboard(
 
     weight = np.asarray(mapping.T @ (totals[:, None] * composition))  # [s, h]
     proportions = weight / np.maximum(weight.sum(1, keepdims=True), 1e-300)
-    return _simulation(cell_counts, spot_counts, mean, composition, xy, spots, n_panel, proportions, f"checkerboard, seed {seed}")
+    return _simulation(
+        cell_counts, spot_counts, mean, composition, xy, spots, n_panel, proportions, f"checkerboard, seed {seed}"
+    )
 
 
 def blocks(
@@ -155,7 +157,9 @@ def blocks(
     spot_counts = rng.poisson(spot_scale * (weight @ profiles)).astype(np.float32)
     cell_counts = rng.poisson(mean).astype(np.float32)
     proportions = weight / weight.sum(1, keepdims=True)
-    return _simulation(cell_counts, spot_counts, mean, composition, xy, spots, n_panel, proportions, f"blocks, seed {seed}")
+    return _simulation(
+        cell_counts, spot_counts, mean, composition, xy, spots, n_panel, proportions, f"blocks, seed {seed}"
+    )
 
 
 PROTOCOLS = {"checkerboard": checkerboard, "blocks": blocks}
@@ -195,12 +199,18 @@ def _simulation(
 ) -> Simulation:
     genes = np.array([f"gene{g:04d}" for g in range(mean.shape[1])])
     cells = pd.DataFrame(index=[f"cell{i}" for i in range(len(xy))])
-    target = ad.AnnData(sp.csr_matrix(cell_counts[:, :n_panel]), obs=cells.copy(), var=pd.DataFrame(index=genes[:n_panel]))
-    truth = ad.AnnData(sp.csr_matrix(cell_counts[:, n_panel:]), obs=cells.copy(), var=pd.DataFrame(index=genes[n_panel:]))
+    target = ad.AnnData(
+        sp.csr_matrix(cell_counts[:, :n_panel]), obs=cells.copy(), var=pd.DataFrame(index=genes[:n_panel])
+    )
+    truth = ad.AnnData(
+        sp.csr_matrix(cell_counts[:, n_panel:]), obs=cells.copy(), var=pd.DataFrame(index=genes[n_panel:])
+    )
     truth.layers["rate"] = mean[:, n_panel:].astype(np.float32)
     truth.obsm["composition"] = composition
     reference = ad.AnnData(
-        sp.csr_matrix(spot_counts), obs=pd.DataFrame(index=[f"spot{j}" for j in range(len(spots))]), var=pd.DataFrame(index=genes)
+        sp.csr_matrix(spot_counts),
+        obs=pd.DataFrame(index=[f"spot{j}" for j in range(len(spots))]),
+        var=pd.DataFrame(index=genes),
     )
     for table, positions in ((target, xy), (truth, xy), (reference, spots)):
         table.obsm["spatial"] = positions

@@ -19,6 +19,8 @@ ROOMS: dict[str, set[str]] = {
     "likelihood_math": set(),
     "sampling": set(),
     "likelihoods": {"likelihood_math", "sampling"},
+    "count_likelihoods": {"likelihoods", "likelihood_math", "sampling"},
+    "directional": {"likelihoods", "likelihood_math"},
     "product": {"likelihoods", "likelihood_math"},
     "factors": set(),
     "networks": set(),
@@ -29,14 +31,14 @@ ROOMS: dict[str, set[str]] = {
     "simulate": {"likelihoods"},
     "config": {"io"},
     "inference": {"io", "data"},  # the writer of files and row blocks; never a named method
-    "models": {"likelihoods", "product", "sampling", "factors", "networks", "simulate", "inference"},
+    "models": {"likelihoods", "count_likelihoods", "directional", "product", "sampling", "factors", "networks", "simulate", "inference"},
     "metrics": {"data"},
     "baselines": {"data", "spatial", "metrics"},
     "calibration": {"data", "metrics"},
     "prepare": {"data", "spatial", "models"},  # checked counts -> a method's problem
     "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "export"},
     "export": {"inference"},
-    "testing": {"data", "posterior", "metrics", "likelihoods"},
+    "testing": {"data", "posterior", "metrics", "likelihoods", "count_likelihoods", "directional"},
     "plots": {"data", "posterior", "metrics", "calibration"},
     "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},
 }
@@ -52,7 +54,7 @@ LAZY = {"arviz", "sklearn", "matplotlib", "spatialdata"}
 START = {"cli", "", "config", "errors"}
 HEAVY = LAZY | {"torch", "pyro", "anndata", "pandas", "scipy", "xarray", "zarr", "h5py", "jinja2"}
 # Tensors only: no files, tables of cells, figures or command line below these rooms.
-NUMERIC = {"likelihood_math", "likelihoods", "product", "factors", "networks", "models", "inference"}
+NUMERIC = {"likelihood_math", "likelihoods", "count_likelihoods", "directional", "product", "factors", "networks", "models", "inference"}
 NOT_NUMERIC = LAZY - {"sklearn"} | {"anndata", "zarr", "h5py", "xarray", "typer", "jinja2"}
 
 

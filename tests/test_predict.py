@@ -169,13 +169,9 @@ def test_memory_bounds_the_block_not_the_answer(case):
     for a, b in zip(results[0][:3], results[1][:3], strict=True):
         assert a.mean() == pytest.approx(b.mean(), rel=0.01) and not np.array_equal(a, b)
         assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.8
-    again = posterior_predictive(Conjugate(wide), [chain()], np.arange(100), draws=60, seed=0, memory_gb=1.0)[
-        0
-    ]
+    again = posterior_predictive(Conjugate(wide), [chain()], np.arange(100), draws=60, seed=0, memory_gb=1.0)[0]
     np.testing.assert_array_equal(again.rate_mean, results[0].rate_mean)
-    other = posterior_predictive(Conjugate(wide), [chain()], np.arange(100), draws=60, seed=1, memory_gb=1.0)[
-        0
-    ]
+    other = posterior_predictive(Conjugate(wide), [chain()], np.arange(100), draws=60, seed=1, memory_gb=1.0)[0]
     assert not np.array_equal(other.rate_mean, results[0].rate_mean)
 
 
@@ -190,9 +186,7 @@ def test_global_draws_are_shared_between_blocks_and_genes(case):
     shape = np.full((6, 2), 40.0)
     level, draws = 4.0, 800
     predictor = Conjugate(shape)
-    parts = list(
-        count_draws(predictor, [chain(sharpness=level)], np.arange(2), draws=draws, seed=0, max_cells=2)
-    )
+    parts = list(count_draws(predictor, [chain(sharpness=level)], np.arange(2), draws=draws, seed=0, memory_gb=2 * 16 * 800 * 2 / 1e9))
     assert len(parts) == 3 and sorted(np.concatenate([rows for rows, _ in parts])) == list(range(6))
     counts = np.concatenate([values for _, values in parts], axis=1)  # [draws, 6, 2]
     m, v = 20.0, 40.0 / RATE**2

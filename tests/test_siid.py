@@ -26,10 +26,12 @@ from ppl_st.inference.svi import FitConfig, rng_scope
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.models import siid
 from ppl_st.models.siid import activity as activity_room
+from ppl_st.models.siid import hyper as siid_hyper
 from ppl_st.models.siid import warm_start
 from ppl_st.models.siid.activity import Globals, LocalPosterior, Sheet, aggregate, sizes
 from ppl_st.models.siid.batches import Batches, Data, csr_tensor
 from ppl_st.models.siid.model import PRESETS, Config, Spec, build, random_start
+from ppl_st.models.siid.regional import choose_regional, regional_posterior
 from ppl_st.simulate import checkerboard
 
 torch.set_num_threads(1)
@@ -75,7 +77,7 @@ def tiny(seed=0, n=24, s=7, genes=12, panel=7, depth=2.0, soft=True):
 
 
 def spec_of(data, config, factors=3):
-    hyper = warm_start.default_hyper(data, replace(config, factors=factors))
+    hyper = siid_hyper.default_hyper(data, replace(config, factors=factors))
     return Spec(data.counts.shape[0], factors, [int(g) for g in data.panel], data.spot_counts.shape[1], hyper)
 
 
@@ -94,7 +96,7 @@ def objective(pair, batch):
 def default_pair(data, seed=0, **settings):
     config = Config(**{"factors": 3, "sweeps": 5, "sparsity": 0.0, **settings})
     pair = build(config, spec_of(data, config), data)
-    start, _, _ = warm_start.run_em(data, config, 3, 0.0, seed, config.sweeps)
+    start, _, _ = warm_start.run_em(data, config, 3, 0.0, seed, 20)
     siid.model.initialise(pair, start)
     return pair, config
 
@@ -482,8 +484,8 @@ def test_spots_without_cells_teach_nothing():
         with rng_scope(0, "noise"):
             Trace_ELBO().differentiable_loss(pair.model, pair.guide, batch).backward()
         gradients.append({name: p.grad.clone() for name, p in pair.guide.named_parameters()})
-        assert warm_start._capture(batch, torch.ones(60, 3), Config(), None) == pytest.approx(
-            warm_start._capture(Batches(without, 0, 0).at(0), torch.ones(60, 3), Config(), None), rel=1e-5
+        assert warm_start._capture(batch, torch.ones(60, 3)) == pytest.approx(
+            warm_start._capture(Batches(without, 0, 0).at(0), torch.ones(60, 3)), rel=1e-5
         )
     for name, value in gradients[0].items():
         torch.testing.assert_close(
@@ -704,6 +706,45 @@ def test_place_matters_and_a_shuffled_reference_is_useless(run, sim):
     assert (
         accuracy(api.fit("siid", target=sim.target, reference=scrambled, overrides=settings, seed=3), sim) < 0.5 * good
     )
+
+
+def test_regional_effect_is_the_conjugate_posterior_and_ignores_uncovered_spots():
+    rng = np.random.default_rng(0)
+    spots, cells = rng.uniform(0, 4, (12, 2)), rng.uniform(0, 4, (5, 2))
+    counts = sp.csr_matrix(rng.poisson(3, (12, 2)).astype(np.float32))
+    expected = rng.gamma(2, 1, (12, 2)).astype(np.float32)
+    expected[[1, 4]] = 0  # no cell there
+    shape, rate = regional_posterior(cells, spots, counts, expected, 0.6, 3.0)
+    for i in range(5):
+        distance = np.linalg.norm(spots - cells[i], axis=1)
+        weight = np.exp(-(distance**2) / (2 * 0.6**2)) * (np.argsort(np.argsort(distance)) < 7)
+        weight[[1, 4]] = 0
+        np.testing.assert_allclose(shape[i], 3 + weight @ counts.toarray(), rtol=1e-5)
+        np.testing.assert_allclose(rate[i], 3 + weight @ expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("uncovered", [0, 30])
+def test_regional_effect_is_used_where_it_extends_in_space(uncovered):
+    rng = np.random.default_rng(0)
+    xy = np.stack(np.meshgrid(np.arange(12.0), np.arange(12.0)), -1).reshape(-1, 2)
+    mixed = torch.full((144, 1), 100.0)
+    for smooth in (True, False):
+        field = np.exp(0.7 * np.sin(xy[:, :1] / 2 + np.arange(20)))
+        field /= field.mean(0)
+        counts = rng.poisson(5.0 * (field if smooth else rng.permutation(field)))
+        profiles = torch.full((1, 20), 0.05)
+        far = np.c_[12 + np.arange(uncovered) % 3, np.arange(uncovered) // 3]
+        data = Data(
+            sp.csr_matrix((0, 0), dtype=np.float32),
+            sp.csr_matrix(np.r_[counts, np.full((uncovered, 20), 40)].astype(np.float32)),
+            sp.csr_matrix((0, 144 + uncovered), dtype=np.float32),
+            np.empty(0, np.int64),
+            np.zeros((0, 2)),
+            np.r_[xy, far],
+        )
+        chosen = choose_regional(data, torch.cat([mixed, torch.zeros(uncovered, 1)]), profiles)
+        assert chosen == choose_regional(data._replace(spot_counts=data.spot_counts[:144], spot_xy=xy), mixed, profiles)
+        assert (chosen[0] > 0) == smooth
 
 
 def test_cells_on_half_of_the_slide():

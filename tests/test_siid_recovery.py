@@ -91,9 +91,7 @@ def test_hierarchical_platform_factor_keeps_coverage_where_none_fails():
             n_panel=80,
         )
         for platform, scores in found.items():
-            scores.append(
-                fit(sim, "factors=6", "chains=2", f"platform={platform}").score(sim.truth, draws=100)
-            )
+            scores.append(fit(sim, "factors=6", "chains=2", f"platform={platform}").score(sim.truth, draws=100))
     coverage = {platform: pd.concat(scores)["coverage_90"] for platform, scores in found.items()}
     assert 0.87 <= coverage["hierarchical"].mean() <= 0.93, coverage["hierarchical"].describe()
     assert coverage["none"].mean() < 0.85
@@ -121,9 +119,7 @@ def overdispersed_pair(theta, seed=0):
 
     def table(counts, which, xy):
         var, obs = pd.DataFrame(index=names[which]), pd.DataFrame(index=[f"o{i}" for i in range(len(counts))])
-        return ad.AnnData(
-            sp.csr_matrix(counts[:, which].astype(np.float32)), obs=obs, var=var, obsm={"spatial": xy}
-        )
+        return ad.AnnData(sp.csr_matrix(counts[:, which].astype(np.float32)), obs=obs, var=var, obsm={"spatial": xy})
 
     counts = rng.poisson(noisy)
     return (
@@ -137,9 +133,7 @@ def test_dispersion_of_unmeasured_genes_is_learned():
     found = {}
     for theta in (1.0, np.inf):
         target, reference, truth = overdispersed_pair(theta)
-        run = api.fit(
-            "siid", target=target, reference=reference, overrides=["factors=4", "chains=1", "fit.steps=30"]
-        )
+        run = api.fit("siid", target=target, reference=reference, overrides=["factors=4", "chains=1", "fit.steps=30"])
         table, score = run.predict(truth.var_names, draws=60), run.score(truth, draws=60)
         fano = float((table.layers["count_sd"] ** 2 / np.maximum(table.X, 1e-3)).mean())
         found[theta] = (run.spec.hyper.theta_loc, fano)

@@ -46,10 +46,11 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.models.siid.activity import Local, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
+from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
 from ppl_st.models.siid.regional import regional_posterior
+from ppl_st.models.siid.warm_start import EM_CELLS, run_em
 from ppl_st.sampling import standard_gamma
-from ppl_st.models.siid.warm_start import EM_CELLS, Hyper, default_hyper, learn_hyper, run_em, subset
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
@@ -77,7 +78,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         pair = build(config, spec, data)
         if config.warm_start:
             some = subset(data, EM_CELLS, np.random.default_rng([seed, 6, chain]))
-            em, _, _ = run_em(some, config, hyper.factors, hyper.sparsity, seed + chain, config.sweeps)
+            em, _, _ = run_em(some, config, hyper.factors, hyper.sparsity, seed + chain, hyper.sweeps)
             say(f"chain {chain}: EM log-likelihood {em.log_likelihood:.6g}")
             initialise(pair, em)
         else:
@@ -110,7 +111,12 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     losses = []
     for chain in chains:
         with torch.no_grad(), rng_scope(seed, "select"):
-            losses.append(sum(float(Trace_ELBO().loss(chain.model, chain.guide, batches.at(step))) for step in range(min(4, len(batches)))))
+            losses.append(
+                sum(
+                    float(Trace_ELBO().loss(chain.model, chain.guide, batches.at(step)))
+                    for step in range(min(4, len(batches)))
+                )
+            )
     order = np.argsort(losses, kind="stable")
     return ensemble([chains[c] for c in (order if config.keep == "all" else order[:1])])
 
@@ -120,7 +126,9 @@ class Predictor:
 
     def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
         if config.cells == "softmax" and data.counts.shape[0] and not data.spot_counts.shape[0]:
-            raise UserError("the paper's form (cells='softmax') has parameters for the cells of the fit alone: it cannot predict new cells; refit")
+            raise UserError(
+                "the paper's form (cells='softmax') has parameters for the cells of the fit alone: it cannot predict new cells; refit"
+            )
         self.chains, self.data, self.config = chains_of(pair), data, config
         self.models, self.guides = zip(*(sides(chain) for chain in self.chains), strict=True)
         self.n_cells = data.counts.shape[0]

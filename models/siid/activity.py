@@ -51,7 +51,9 @@ class Sheet:
             low, high = int(crow[start]), int(crow[stop])
             dense = torch.zeros(stop - start, genes, dtype=values.dtype, device=values.device)
             lengths = crow[start + 1 : stop + 1] - crow[start:stop]
-            dense[torch.repeat_interleave(torch.arange(stop - start, device=values.device), lengths), col[low:high]] = values[low:high]
+            dense[torch.repeat_interleave(torch.arange(stop - start, device=values.device), lengths), col[low:high]] = (
+                values[low:high]
+            )
             self.blocks.append((slice(start, stop), dense))
 
     def _ratio(self, activity: Tensor, loadings: Tensor) -> Tensor:
@@ -63,7 +65,12 @@ class Sheet:
     def rows(self, activity: Tensor, loadings: Tensor) -> Tensor:
         """sum_g x_ng / rate_ng loadings_kg, [n, h]."""
         if self.pattern is not None:
-            return _csr(self.pattern.crow_indices(), self.pattern.col_indices(), self._ratio(activity, loadings), self.shape) @ loadings.T.contiguous()
+            return (
+                _csr(
+                    self.pattern.crow_indices(), self.pattern.col_indices(), self._ratio(activity, loadings), self.shape
+                )
+                @ loadings.T.contiguous()
+            )
         result = torch.empty_like(activity)
         for rows, counts in self.blocks:
             result[rows] = (counts / (activity[rows] @ loadings).clamp_min_(FLOOR)) @ loadings.T
@@ -162,7 +169,9 @@ class LocalPosterior:
         if self.spots is not None:
             captured = self.reach[:, None] * g.profiles.sum(1)  # [n, h]
             back = self._from_spots(activity, capture, g)
-            if np.isfinite(g.capture_concentration):  # r first, then W given r: both at once would count the same evidence twice
+            if np.isfinite(
+                g.capture_concentration
+            ):  # r first, then W given r: both at once would count the same evidence twice
                 shape_r = g.capture_concentration + capture * (activity * back).sum(1)
                 rate_r = g.capture_concentration / g.capture + (activity * captured).sum(1)
                 capture = shape_r / rate_r
@@ -174,7 +183,9 @@ class LocalPosterior:
         rate = g.concentration * activity.shape[1] / sizes(self.batch.total, g)[:, None] + expected
         if stride != 1:
             target = shape / rate
-            shape = (activity * (target / activity.clamp_min(1e-30)).clamp(1e-3, 30.0) ** stride).clamp_min(1e-20) * rate
+            shape = (activity * (target / activity.clamp_min(1e-30)).clamp(1e-3, 30.0) ** stride).clamp_min(
+                1e-20
+            ) * rate
         return Local(shape, rate, shape_r, rate_r)
 
     def _from_spots(self, activity: Tensor, capture: Tensor, g: Globals) -> Tensor:
@@ -185,18 +196,19 @@ class LocalPosterior:
         return torch.zeros_like(activity).index_add(0, self.batch.link_cell, links)
 
     def _with_priors(self, counts: Tensor, activity: Tensor, g: Globals, ramp: float) -> Tensor:
-        total = counts.sum(1, keepdim=True)
+        """Labels and sparsity move counts between the factors of a cell; their sum stays."""
+        total = self.batch.total[:, None]  # n_i of the factors in the model: the cell's own counts
+        mass = counts.sum(1, keepdim=True)
         labelled = self.batch.labels >= 0
         if g.label_weight > 0 and bool(labelled.any()):
             share = torch.nn.functional.one_hot(self.batch.labels.clamp_min(0), counts.shape[1]) * labelled[:, None]
-            counts = (counts + g.label_weight * total * share) / (1 + g.label_weight * labelled[:, None])
+            counts = counts + g.label_weight * total * share
         if g.sparsity * ramp > 0:
             composition = (activity / activity.sum(1, keepdim=True).clamp_min(FLOOR)).clamp_min(1e-12)
             log_p = composition.log()
             entropy = -(composition * log_p).sum(1, keepdim=True)
             counts = (counts + g.sparsity * ramp * total * composition * (log_p + entropy)).clamp_min(1e-6)
-            counts = counts * total / counts.sum(1, keepdim=True).clamp_min(FLOOR)
-        return counts
+        return counts * mass / counts.sum(1, keepdim=True).clamp_min(FLOOR)
 
     def solve(self, g: Globals, steps: int) -> Local:
         """``steps`` sweeps from the common start."""

@@ -55,7 +55,9 @@ class Batch(NamedTuple):
     spots: Tensor  # [s] row in the data
     owned: Tensor  # [n] bool: the cell's likelihood counts in this batch
     labels: Tensor  # [n] labelled factor or -1
-    n_cells: int  # plate sizes: batch size x number of batches, so that Pyro's scale is the inverse inclusion probability
+    n_cells: (
+        int  # plate sizes: batch size x number of batches, so that Pyro's scale is the inverse inclusion probability
+    )
     n_spots: int
     step: int
 
@@ -86,7 +88,11 @@ class Batches:
     def at(self, step: int) -> Batch:
         """The minibatch of ``step``: every spot and every unmapped cell once per epoch."""
         place = step % self.n_batches
-        return self._batch(self._cut(self.data.mapping.shape[1], place, step), self.unmapped[self._cut(len(self.unmapped), place, step)], step)
+        return self._batch(
+            self._cut(self.data.mapping.shape[1], place, step),
+            self.unmapped[self._cut(len(self.unmapped), place, step)],
+            step,
+        )
 
     def in_order(self, max_cells: int) -> Iterator[Batch]:
         """Every cell exactly once as an owned cell, in batches of about ``max_cells`` cells (at least one spot's cells each)."""
@@ -135,4 +141,6 @@ def csr_tensor(matrix: sp.csr_matrix) -> Tensor:
     crow, col = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
     with warnings.catch_warnings():  # torch calls its CSR layout a beta
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        return torch.sparse_csr_tensor(crow, col, torch.from_numpy(matrix.data.copy()), size=matrix.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(
+            crow, col, torch.from_numpy(matrix.data.copy()), size=matrix.shape, check_invariants=False
+        )

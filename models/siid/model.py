@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.likelihoods import NegativeBinomial, Poisson
-from ppl_st.models.siid.activity import FLOOR, Globals, Local, LocalPosterior, aggregate, sizes
+from ppl_st.models.siid.activity import FLOOR, Globals, Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Data
-from ppl_st.models.siid.warm_start import Hyper, Start, prior_profiles
+from ppl_st.models.siid.hyper import Hyper, local_steps
+from ppl_st.models.siid.warm_start import Start, log_share, prior_profiles
 from ppl_st.product import ProductNegativeBinomial, ProductPoisson
 
 LARGE = 223.607  # sd of the normal prior that equals the paper's L2 weight 1e-5
@@ -29,32 +30,49 @@ class Config:
     chains: int = field(default=4, metadata={"ge": 1})  # independent starts, all kept as modes of the posterior
     keep: Literal["all", "best"] = "all"  # best: only the chain with the lowest loss (the paper's restarts)
     cells: Literal["conjugate", "softmax"] = "conjugate"  # form of the local latents; softmax = the paper's N, P, M
-    local_guide: Literal["point", "gamma"] = "point"  # in training; the predictive always draws from the gamma posterior
+    local_guide: Literal["point", "gamma"] = (
+        "point"  # in training; the predictive always draws from the gamma posterior
+    )
     likelihood: Literal["nb", "poisson"] = "nb"  # of the cells
     spot_likelihood: Literal["nb", "poisson"] = "poisson"  # nb down-weights strong spots; measured worse for imputation
-    platform: Literal["hierarchical", "paper", "none"] = "hierarchical"  # phi of unmeasured genes: from a hyper-prior, or fixed to 1
-    radius: float | None = field(default=None, metadata={"gt": 0})  # of a spot, coordinate units; none = inferred from the counts
+    platform: Literal["hierarchical", "paper", "none"] = (
+        "hierarchical"  # phi of unmeasured genes: from a hyper-prior, or fixed to 1
+    )
+    radius: float | None = field(
+        default=None, metadata={"gt": 0}
+    )  # of a spot, coordinate units; none = inferred from the counts
     map_neighbors: int = field(default=1, metadata={"ge": 1})  # spots a cell may contribute to
     map_sigma: float | None = field(default=None, metadata={"gt": 0})  # width of the soft map, coordinate units
-    transform: tuple[tuple[float, float, float], ...] | None = None  # 3x3 homogeneous matrix applied to the spots' coordinates
+    transform: tuple[tuple[float, float, float], ...] | None = (
+        None  # 3x3 homogeneous matrix applied to the spots' coordinates
+    )
     library_key: str | None = None  # obs column of the section, on both sides; sections share Q
     layer: str | None = None  # layer with the counts
+    gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
     label_key: str | None = None  # obs column of the cells with partial labels (semi-supervision)
     label_weight: float = field(default=0.0, metadata={"ge": 0})  # pseudo-counts of a label, share of the cell's counts
-    profiles: str | None = None  # h5ad of scRNA-seq whose mean profiles per ``profile_key`` are the prior of the first factors
+    profiles: str | None = (
+        None  # h5ad of scRNA-seq whose mean profiles per ``profile_key`` are the prior of the first factors
+    )
     profile_key: str = "cell_type"
-    profile_concentration: float = field(default=0.1, metadata={"gt": 0})  # gamma shape of Q around the spots' mean profile
+    profile_concentration: float = field(
+        default=0.1, metadata={"gt": 0}
+    )  # gamma shape of Q around the spots' mean profile
     given_profile_concentration: float = field(default=5.0, metadata={"gt": 0})  # and around given profiles
     concentration: float = field(default=0.002, metadata={"gt": 0})  # alpha: gamma shape of an activity
-    capture_concentration: float = field(default=10.0, metadata={"gt": 0})  # kappa: gamma shape of the capture ratio; inf = the same for all
+    capture_concentration: float = field(
+        default=10.0, metadata={"gt": 0}
+    )  # kappa: gamma shape of the capture ratio; inf = the same for all
     sparsity: float | Literal["auto"] = "auto"  # omega: weight of the entropy of compositions, nats per count
-    entropy: Literal["none", "sum", "mean"] = "none"  # the paper's schedule omega_t = exp(t / entropy_lambda), reading it as sum or mean
+    entropy: Literal["none", "sum", "mean"] = (
+        "none"  # the paper's schedule omega_t = exp(t / entropy_lambda), reading it as sum or mean
+    )
     entropy_lambda: float = field(default=1000.0, metadata={"gt": 0})
     regional: bool = True  # use what nearby spots say about unmeasured genes
     loading_scale: float = field(default=3.0, metadata={"gt": 0})  # prior sd of the logits xi of Q
     posterior: Literal["normal", "delta"] = "normal"  # of the global sites
     warm_start: bool = True  # EM before SVI; False = the released random start
-    sweeps: int = field(default=20, metadata={"ge": 1})  # of EM; few = early stopping
+    sweeps: int = field(default=0, metadata={"ge": 0})  # of EM; 0 = chosen on inner held-out genes
     local_steps: int = field(default=12, metadata={"ge": 1})  # sweeps of the local posterior in a training step
     predict_steps: int = field(default=18, metadata={"ge": 1})  # and in prediction
     batch_spots: int = field(default=64, metadata={"ge": 0})  # spots per minibatch, with their cells; 0 = all
@@ -104,10 +122,14 @@ class Model(PyroModule):
         measured = torch.zeros(spec.n_genes)
         measured[spec.panel] = 1.0
         self.register_buffer("measured", measured)  # [G]
-        self.register_buffer("xi_loc", prior.log() if config.posterior == "normal" else torch.zeros_like(prior))  # [h, G]
+        self.register_buffer(
+            "xi_loc", prior.log() if config.posterior == "normal" else torch.zeros_like(prior)
+        )  # [h, G]
         # Unmeasured genes need the hyper-prior of the gain; measured genes keep their own level.
         self.register_buffer("phi_loc", torch.where(measured > 0, 0.0, -hyper.gain_loc))  # [G]
-        self.register_buffer("theta_loc", hyper.theta_loc + hyper.theta_slope * (log_share - hyper.covariate_mean))  # [G]
+        self.register_buffer(
+            "theta_loc", hyper.theta_loc + hyper.theta_slope * (log_share - hyper.covariate_mean)
+        )  # [G]
         self.register_buffer("usage", torch.full((spec.factors,), 1.0 / spec.factors))
         self.register_buffer("capture", torch.ones(()))
 
@@ -126,7 +148,9 @@ class Model(PyroModule):
         if c.likelihood == "nb":
             log_theta = pyro.sample("log_theta", dist.Normal(self.theta_loc, hyper.theta_scale).to_event(1))  # [G]
         if c.spot_likelihood == "nb":
-            log_theta_spots = pyro.sample("log_theta_spots", dist.Normal(torch.full_like(log_phi, 2.3), 1.5).to_event(1))  # [G]
+            log_theta_spots = pyro.sample(
+                "log_theta_spots", dist.Normal(torch.full_like(log_phi, 2.3), 1.5).to_event(1)
+            )  # [G]
         return torch.softmax(xi, -1), log_phi, log_theta, log_theta_spots
 
     def loadings(self, profiles: Tensor, log_phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +176,9 @@ class Model(PyroModule):
             x = pyro.sample("x", x_dist, obs=batch.counts if observe else None)  # [n, P]
         v = None
         if batch.spots.numel():
-            covered = torch.zeros_like(batch.spots, dtype=torch.bool).index_fill(0, batch.link_spot, True)  # no cell: no mean, no likelihood
+            covered = torch.zeros_like(batch.spots, dtype=torch.bool).index_fill(
+                0, batch.link_spot, True
+            )  # no cell: no mean, no likelihood
             with pyro.plate("spots", batch.n_spots, subsample=batch.spots), poutine.mask(mask=covered):  # type: ignore[call-overload]
                 mixed = aggregate(batch, capture[:, None] * activity)  # [s, h]
                 v_dist = self._observation(self.config.spot_likelihood, mixed, spot_loadings, log_theta_spots)
@@ -197,11 +223,17 @@ class Model(PyroModule):
     @staticmethod
     def _observation(kind: str, activity: Tensor, loadings: Tensor, log_theta: Tensor) -> Any:
         """rate = activity @ loadings -> distribution of the counts."""
-        return ProductPoisson(activity, loadings) if kind == "poisson" else ProductNegativeBinomial(activity, loadings, log_theta)
+        return (
+            ProductPoisson(activity, loadings)
+            if kind == "poisson"
+            else ProductNegativeBinomial(activity, loadings, log_theta)
+        )
 
     # ---- prediction ----
 
-    def count_dist(self, drawn: dict[str, Tensor], activity: Tensor, genes: Tensor, effect: Tensor | None) -> Poisson | NegativeBinomial:
+    def count_dist(
+        self, drawn: dict[str, Tensor], activity: Tensor, genes: Tensor, effect: Tensor | None
+    ) -> Poisson | NegativeBinomial:
         """p(count | draw) of ``genes`` [g] in cells with the given activity [n, h]; its mean is the rate [n, g].
 
         ``drawn`` holds one draw of the global sites; ``effect`` [n, g] multiplies the rate of genes that the cells did not measure.
@@ -256,7 +288,9 @@ class Guide(PyroModule):
                 pyro.sample("log_m", dist.Delta(self.log_m_loc[batch.cells]))  # [n]
                 return
             with torch.no_grad():  # the fixed point is a stationary point of the bound: no gradient flows through it
-                local = LocalPosterior(batch).solve(self.conditioning(xi, log_phi), self.config.local_steps)
+                local = LocalPosterior(batch).solve(
+                    self.conditioning(xi, log_phi), self._steps(self.config.local_steps)
+                )
             if self.config.local_guide == "point":
                 activity, capture = dist.Delta(local.activity, event_dim=1), dist.Delta(local.capture)
             else:
@@ -270,22 +304,33 @@ class Guide(PyroModule):
         """Sample the global sites; unmeasured genes draw log phi and log theta from their hyper-priors."""
         c, hyper = self.config, self.spec.hyper
         delta = c.posterior == "delta"
-        xi_dist = dist.Delta(self.xi_loc, event_dim=2) if delta else dist.Normal(self.xi_loc, self.xi_log_scale.exp()).to_event(2)
+        xi_dist = (
+            dist.Delta(self.xi_loc, event_dim=2)
+            if delta
+            else dist.Normal(self.xi_loc, self.xi_log_scale.exp()).to_event(2)
+        )
         xi = pyro.sample("xi", xi_dist)  # [h, G]
         measured = self.measured > 0
         log_phi = torch.zeros_like(self.measured)
         if c.platform == "hierarchical":
             own = self.log_phi_log_scale.exp() if not delta else torch.full_like(log_phi, 1e-3)
             scale = torch.where(measured, own, hyper.gain_scale)
-            log_phi = pyro.sample("log_phi", dist.Normal(torch.where(measured, self.log_phi_loc, self.phi_loc), scale).to_event(1))
+            log_phi = pyro.sample(
+                "log_phi", dist.Normal(torch.where(measured, self.log_phi_loc, self.phi_loc), scale).to_event(1)
+            )
         elif c.platform == "paper":
             log_phi = pyro.sample("log_phi", dist.Delta(self.log_phi_loc * self.measured, event_dim=1))  # [G]
         if c.likelihood == "nb":  # measured genes: a point; unmeasured ones: the hyper-prior
             scale = torch.where(measured, 1e-2, hyper.theta_scale)
-            pyro.sample("log_theta", dist.Normal(torch.where(measured, self.log_theta_loc, self.theta_loc), scale).to_event(1))  # [G]
+            pyro.sample(
+                "log_theta", dist.Normal(torch.where(measured, self.log_theta_loc, self.theta_loc), scale).to_event(1)
+            )  # [G]
         if c.spot_likelihood == "nb":
             pyro.sample("log_theta_spots", dist.Normal(self.log_theta_spots_loc, 1e-2).to_event(1))  # [G]
         return xi, log_phi
+
+    def _steps(self, steps: int) -> int:
+        return local_steps(steps, self.spec.hyper.sweeps)
 
     def conditioning(self, xi: Tensor, log_phi: Tensor) -> Globals:
         """What the local posterior needs of the global sites."""
@@ -305,14 +350,17 @@ class Guide(PyroModule):
                 activity = self.log_n_loc[batch.cells].exp()[:, None] * torch.softmax(self.eta_loc[batch.cells], -1)
                 ones = torch.ones_like(batch.total)
                 big = 1e12  # a point mass, as a very sharp gamma
-                return Local(activity * big, ones[:, None] * big, (self.log_m_loc - self.log_n_loc)[batch.cells].exp() * big, ones * big)
-            return LocalPosterior(batch).solve(self.conditioning(self.xi_loc, self.log_phi_loc), steps)
+                return Local(
+                    activity * big,
+                    ones[:, None] * big,
+                    (self.log_m_loc - self.log_n_loc)[batch.cells].exp() * big,
+                    ones * big,
+                )
+            return LocalPosterior(batch).solve(self.conditioning(self.xi_loc, self.log_phi_loc), self._steps(steps))
 
 
 def build(config: Config, spec: Spec, data: Data) -> Pair:
     """A pair with every parameter in place, at the prior; `initialise` moves it to the data."""
-    from ppl_st.models.siid.warm_start import log_share
-
     share = torch.from_numpy(log_share(data)).float()
     model = Model(config, spec, share, torch.from_numpy(prior_profiles(data, spec.factors)).float())
     return Pair(model, Guide(config, spec, model))

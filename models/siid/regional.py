@@ -24,7 +24,9 @@ SHAPES = (1.0, 3.0, 10.0, 30.0)
 MAX_GENES = 300  # genes that choose
 
 
-def kernel(positions: NDArray[np.float64], spots: NDArray[np.float64], bandwidth: float, leave_out_self: bool = False) -> sp.csr_matrix:
+def kernel(
+    positions: NDArray[np.float64], spots: NDArray[np.float64], bandwidth: float, leave_out_self: bool = False
+) -> sp.csr_matrix:
     """Weights c_ij of the nearest spots, CSR [n, s]."""
     k = min(NEAREST, len(spots))
     distance, index = cKDTree(spots).query(positions, k=[*range(1, k + 1)])
@@ -44,7 +46,9 @@ def regional_posterior(
     shape: float,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Shape and rate of delta at ``positions`` [n, 2] for the genes of ``spot_counts`` and ``expected`` [s, g]; each [n, g]."""
-    covered = sp.diags((expected.sum(1) > 0).astype(np.float32))  # a spot without cells has counts but nothing to compare them with
+    covered = sp.diags(
+        (expected.sum(1) > 0).astype(np.float32)
+    )  # a spot without cells has counts but nothing to compare them with
     weights = kernel(positions, spots, bandwidth) @ covered
     seen = weights @ spot_counts
     return np.asarray(seen.todense(), dtype=np.float32) + np.float32(shape), weights @ expected + np.float32(shape)

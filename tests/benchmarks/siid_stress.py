@@ -37,7 +37,15 @@ def thinned(table: ad.AnnData, share: np.ndarray, rng: np.random.Generator) -> a
 
 
 def perturb(
-    panel: ad.AnnData, spots: ad.AnnData, truth: ad.AnnData, *, platform_sd: float = 0.0, cells: float = 1.0, spots_kept: float = 1.0, shift: float = 0.0, seed: int = 0
+    panel: ad.AnnData,
+    spots: ad.AnnData,
+    truth: ad.AnnData,
+    *,
+    platform_sd: float = 0.0,
+    cells: float = 1.0,
+    spots_kept: float = 1.0,
+    shift: float = 0.0,
+    seed: int = 0,
 ) -> tuple[ad.AnnData, ad.AnnData, ad.AnnData]:
     """The perturbed pair and its truth."""
     rng = np.random.default_rng(seed)
@@ -52,8 +60,13 @@ def perturb(
 def main(folder: Path) -> None:
     """Print one row per condition and treatment of phi."""
     torch.set_num_threads(1)
-    tables = [ad.read_h5ad(folder / f"{name}.h5ad") for name in ("xenium_like_panel", "visium_like_spots", "heldout_truth_cells")]
-    print("| condition | phi | R2 | PCC | log score | coverage 90 | per gene 5% to 95% | genes within 80-97% | gain sd | seconds |\n|---|---|---|---|---|---|---|---|---|---|")
+    tables = [
+        ad.read_h5ad(folder / f"{name}.h5ad")
+        for name in ("xenium_like_panel", "visium_like_spots", "heldout_truth_cells")
+    ]
+    print(
+        "| condition | phi | R2 | PCC | log score | coverage 90 | per gene 5% to 95% | genes within 80-97% | gain sd | seconds |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
     for name, wanted in CONDITIONS.items():
         settings = {("spots_kept" if key == "spots" else key): value for key, value in wanted.items()}
         panel, spots, truth = perturb(*tables, **settings)

@@ -1,0 +1,303 @@
+"""What SIID learns on genes that it holds out from itself.
+
+Inner held-out genes are panel genes taken from the cells but left in the spots: exactly the situation of a gene that the cells never measured.
+On them are chosen: the number of factors, the number of EM sweeps, the width and strength of the regional effect; on thinned counts: the sparsity
+of the compositions (a composition that is too sparse, or not sparse enough, predicts the other half of the same cell's molecules worse), kept only
+if the inner genes gain too. Learned on them: the hyper-priors of gain and inverse dispersion of an unmeasured gene, as the values that, *together
+with the spread of the posterior draws*, explain the inner genes' counts. Residuals of genes that the factors were fitted to would be far too small.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import gammaln, logsumexp
+from torch import Tensor
+
+from ppl_st.models.siid.activity import FLOOR, Local, aggregate
+from ppl_st.models.siid.batches import Data
+from ppl_st.models.siid.regional import choose_regional, regional_posterior
+from ppl_st.models.siid.warm_start import Start, log_share, run_em
+
+if TYPE_CHECKING:
+    from ppl_st.models.siid.model import Config
+
+Say = Callable[[str], None]
+CANDIDATES = (5, 10, 20, 40, 80, 160)  # numbers of factors that are tried
+# Sweeps of EM: few stop early, which is what many factors want; many converge, which is what mixed cells want.
+SWEEPS = (20, 60, 180)
+SPARSITIES = (0.0, 0.1, 0.3)
+SELECTION_CELLS = 15_000  # cells on which settings are chosen
+INNER_CELLS = 5000  # cells on which gain and dispersion of inner genes are learned
+INNER_DRAWS = 4  # posterior draws per start there
+LOG_THETA_GRID = np.linspace(-4.0, 6.0, 41)
+
+
+class Hyper(NamedTuple):
+    """What the inner held-out genes taught; plain numbers, stored with the run."""
+
+    factors: int
+    sweeps: int
+    sparsity: float
+    gain_loc: float  # log gain (cells per spots) of an unmeasured gene: mean
+    gain_scale: float  # and standard deviation
+    theta_loc: float  # log inverse dispersion of an unmeasured gene: at the mean of the covariate,
+    theta_slope: float  # per unit of log share of the spots' counts (centered),
+    theta_scale: float  # and standard deviation
+    covariate_mean: float
+    bandwidth: float  # regional effect: kernel width in spot pitches, 0 = none
+    regional_shape: float
+    candidates: list[dict[str, float]]  # every setting tried, with its score per inner count
+
+
+def default_hyper(data: Data, config: "Config") -> Hyper:
+    """Hyper-priors where nothing can be learned (a tiny panel, or the published settings): wide, said to be so in the report."""
+    factors = config.factors or min(20, max(2, data.counts.shape[0] // 20))
+    sparsity = 0.0 if config.sparsity == "auto" else float(config.sparsity)
+    return Hyper(
+        factors,
+        config.sweeps or SWEEPS[0],
+        sparsity,
+        0.0,
+        0.5,
+        0.0,
+        0.0,
+        1.0,
+        float(log_share(data).mean()),
+        0.0,
+        1.0,
+        [],
+    )
+
+
+def inner_split(data: Data, rng: np.random.Generator, fold: int, share: float = 0.2) -> tuple[Data, NDArray[np.int64]]:
+    """The problem without a fifth of the panel in the cells, and the positions of those genes in the panel."""
+    order = rng.permutation(len(data.panel))
+    size = max(1, round(share * len(order)))
+    inner = np.sort(order[fold * size : (fold + 1) * size])
+    kept = np.setdiff1d(np.arange(len(data.panel)), inner)
+    return data._replace(counts=data.counts[:, kept], panel=data.panel[kept]), inner
+
+
+def learn_hyper(data: Data, config: "Config", seed: int, say: Say) -> Hyper:
+    """Choose settings and learn hyper-priors on inner held-out genes; see the file's docstring."""
+    data = subset(data, SELECTION_CELLS, np.random.default_rng([seed, 5]))
+    split, inner = inner_split(data, np.random.default_rng([seed, 1]), 0)
+    truth = sp.csr_matrix(data.counts[:, inner])
+    candidates: list[dict[str, float]] = []
+
+    def inner_score(factors: int, sparsity: float, sweeps: int) -> NDArray[np.float64]:
+        start, _, problem = run_em(split, config, factors, sparsity, seed, sweeps)
+        rate = (
+            problem.solve(start.g, local_steps(config.predict_steps, sweeps)).activity
+            @ start.g.profiles[:, torch.from_numpy(data.panel[inner])]
+        )
+        score = _poisson_score(truth, rate, fit_level=True)
+        candidates.append(
+            {"factors": factors, "sparsity": sparsity, "sweeps": sweeps, "inner genes": float(score.sum())}
+        )
+        say(
+            f"{factors} factors, {sweeps} sweeps, sparsity {sparsity:g}: inner held-out genes score {score.sum():.4f} nats per count"
+        )
+        return score
+
+    factors, best = config.factors, None
+    sweeps = config.sweeps or SWEEPS[0]
+    if factors == 0:
+        limit = max(CANDIDATES[0], min(data.counts.shape[0] // 20, data.spot_counts.shape[0], 8 * len(data.panel)))
+        for candidate in (c for c in CANDIDATES if c <= limit):
+            score = inner_score(candidate, 0.0, sweeps)
+            if best is not None and _clearly_worse(score, best):
+                break
+            best, factors = score, candidate  # in doubt the larger number: chains are averaged, which favors it
+    best = inner_score(factors, 0.0, sweeps) if best is None else best
+    if config.sweeps == 0:
+        for more in SWEEPS[1:]:
+            score = inner_score(factors, 0.0, more)
+            if score.sum() <= best.sum():
+                break
+            best, sweeps = score, more
+    if config.sparsity == "auto":
+        sparsity = _choose_sparsity(data, config, factors, sweeps, seed, candidates, say)
+        # Both must gain: other molecules of the same genes, and other genes.
+        while sparsity > 0 and inner_score(factors, sparsity, sweeps).sum() < best.sum():
+            sparsity = max((s for s in SPARSITIES if s < sparsity), default=0.0)
+    else:
+        sparsity = float(config.sparsity)
+    return _learn_priors(data, config, factors, sweeps, sparsity, seed, candidates, say)
+
+
+def local_steps(steps: int, sweeps: int) -> int:
+    """Sweeps of the local posterior that go with so many sweeps of EM: both stop early or neither."""
+    return round(steps * min(3.0, max(1.0, sweeps / SWEEPS[0])))
+
+
+def subset(data: Data, cells: int, rng: np.random.Generator) -> Data:
+    """At most about ``cells`` cells: random spots with their cells, and as large a share of the cells between spots."""
+    n = data.counts.shape[0]
+    if n <= cells:
+        return data
+    spots = np.arange(data.mapping.shape[1])
+    mapped = np.diff(data.mapping.indptr) > 0
+    if mapped.sum() > cells / 2:  # else keep every spot: the spots teach the unmeasured genes
+        share = cells / 2 / mapped.sum()
+        spots = np.sort(rng.permutation(spots)[: max(2, int(share * len(spots)))])
+    inside = np.flatnonzero(np.asarray(data.mapping[:, spots].sum(1)).ravel() > 0)
+    outside = rng.permutation(np.flatnonzero(~mapped))[: max(0, cells - len(inside))]
+    return data.take_rows(np.sort(np.concatenate([inside, outside])), spots)
+
+
+def _clearly_worse(score: NDArray[np.float64], best: NDArray[np.float64]) -> bool:
+    """Whether the sum over genes is worse by more than one standard error of the paired differences."""
+    difference = score - best
+    return bool(difference.sum() < -np.sqrt(len(difference)) * difference.std(ddof=1))
+
+
+def _choose_sparsity(
+    data: Data, config: "Config", factors: int, sweeps: int, seed: int, candidates: list[dict[str, float]], say: Say
+) -> float:
+    """The sparsity under which half of a cell's molecules predict the other half best."""
+    kept = data.counts.copy()
+    kept.data = np.random.default_rng([seed, 4]).binomial(kept.data.astype(np.int64), 0.5).astype(np.float32)
+    rest = sp.csr_matrix(data.counts - kept)
+    best, chosen = -np.inf, 0.0
+    for sparsity in SPARSITIES:
+        start, _, problem = run_em(data._replace(counts=kept), config, factors, sparsity, seed, sweeps)
+        local = problem.solve(start.g, local_steps(config.predict_steps, sweeps))
+        score = float(_poisson_score(rest, local.activity @ start.g.panel_profiles, fit_level=False).sum())
+        candidates.append({"factors": factors, "sparsity": sparsity, "thinned counts": score})
+        say(f"sparsity {sparsity:g}: thinned counts score {score:.4f} nats per count")
+        if score < best:
+            break
+        best, chosen = score, sparsity
+    return chosen
+
+
+def _poisson_score(truth: sp.csr_matrix, rate: Tensor, *, fit_level: bool) -> NDArray[np.float64]:
+    """Each gene's part of the Poisson log-likelihood per count; ``fit_level`` fits each gene's level (the level is the gain's business)."""
+    total = torch.zeros(rate.shape[1], dtype=torch.float64)
+    level = torch.ones(rate.shape[1])
+    if fit_level:
+        level = (torch.from_numpy(np.asarray(truth.sum(0), dtype=np.float32).ravel()) + 0.5) / (rate.sum(0) + 0.5)
+    for rows in range(0, rate.shape[0], 4096):
+        x = torch.from_numpy(truth[rows : rows + 4096].toarray())
+        scaled = (rate[rows : rows + 4096] * level).clamp_min(FLOOR)
+        total += (x * scaled.log() - scaled).double().sum(0)
+    return total.numpy() / max(float(truth.sum()), 1.0)
+
+
+def _learn_priors(
+    data: Data,
+    config: "Config",
+    factors: int,
+    sweeps: int,
+    sparsity: float,
+    seed: int,
+    candidates: list[dict[str, float]],
+    say: Say,
+) -> Hyper:
+    share = log_share(data)
+    gains, scores, covariate = [], [], []
+    bandwidth, regional_shape = 0.0, 1.0
+    for fold in range(2):
+        split, inner = inner_split(data, np.random.default_rng([seed, 1]), fold)
+        genes = data.panel[inner]
+        rng = np.random.default_rng([seed, 2, fold])
+        rows = np.sort(rng.permutation(len(data.cell_xy))[:INNER_CELLS])
+        draws: list[Tensor] = []
+        for mode in range(2):
+            start, local, problem = run_em(split, config, factors, sparsity, seed + mode, sweeps)
+            mixed = aggregate(problem.batch, local.capture[:, None] * local.activity)  # [s, h]
+            if fold == 0 and mode == 0 and config.regional:
+                bandwidth, regional_shape = choose_regional(split, mixed, start.g.profiles)
+                say(f"regional effect: bandwidth {bandwidth:g} pitches, shape {regional_shape:g}")
+            draws += _draw_rates(
+                split, config, start, local, mixed, rows, genes, (bandwidth, regional_shape), [seed, 3, fold, mode]
+            )
+        counts = data.counts[rows][:, inner].toarray().astype(np.float64)
+        gain, score = _explain(counts, torch.stack(draws).double().numpy())
+        gains.append(gain)
+        scores.append(score)
+        covariate.append(share[genes])
+    gain, score, z = np.concatenate(gains), np.concatenate(scores, 1), np.concatenate(covariate)
+    theta_loc, theta_slope, theta_scale = _theta_prior(score, z - share.mean())
+    m = len(gain)
+    gain_scale = float(np.sqrt((gain.var(ddof=1) if m > 1 else 0.25) * (1 + 1 / m)))
+    say(
+        f"gain sd {gain_scale:.3f}, log theta {theta_loc:.2f} + {theta_slope:.2f} log share, sd {theta_scale:.2f} ({m} inner genes)"
+    )
+    return Hyper(
+        factors, sweeps, sparsity, float(gain.mean()), max(gain_scale, 1e-3), theta_loc, theta_slope, theta_scale, float(share.mean()),
+        bandwidth, regional_shape, candidates,
+    )  # fmt: skip
+
+
+def _draw_rates(
+    data: Data,
+    config: "Config",
+    start: Start,
+    local: Local,
+    mixed: Tensor,
+    rows: NDArray[np.int64],
+    genes: NDArray[np.int64],
+    regional: tuple[float, float],
+    seed: list[int],
+) -> list[Tensor]:
+    """Posterior draws of the rates of ``genes`` in the cells ``rows``: activities and regional effect, [INNER_DRAWS] of [rows, genes]."""
+    rng = np.random.default_rng(seed)
+    profiles = start.g.profiles[:, torch.from_numpy(genes)]
+    shape, rate = local.shape[rows].numpy(), local.rate[rows].numpy()
+    effect = None
+    if regional[0] > 0:
+        effect = regional_posterior(
+            data.cell_xy[rows], data.spot_xy, data.spot_counts[:, genes], (mixed @ profiles).numpy(), *regional
+        )
+    draws = []
+    for _ in range(INNER_DRAWS):
+        activity = torch.from_numpy((rng.standard_gamma(shape) / rate).astype(np.float32))
+        drawn = activity @ profiles
+        if effect is not None:
+            drawn = drawn * torch.from_numpy((rng.standard_gamma(effect[0]) / effect[1]).astype(np.float32))
+        draws.append(drawn.clamp_min(1e-6))
+    return draws
+
+
+def _explain(
+    counts: NDArray[np.float64], rates: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log gain [genes] and sum_i log mean_d NB(x_i | gain rate_d, theta) on the grid of log theta [grid, genes]."""
+    gain = np.log((counts.sum(0) + 0.5) / (rates.mean(0).sum(0) + 0.5))
+    mu = rates * np.exp(gain)
+    score = np.empty((len(LOG_THETA_GRID), counts.shape[1]))
+    for t, log_theta in enumerate(LOG_THETA_GRID):
+        theta = np.exp(log_theta)
+        fixed = gammaln(counts + theta) - gammaln(theta)
+        log_p = fixed - theta * np.log1p(mu / theta) + counts * (np.log(mu) - np.log(mu + theta))
+        top = log_p.max(0)
+        score[t] = (top + np.log(np.exp(log_p - top).mean(0))).sum(0)
+    return gain, score
+
+
+def _theta_prior(score: NDArray[np.float64], z: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Hyper-prior Normal(a + b z_g, s) of log theta_g by marginal likelihood, each gene's theta integrated over the grid.
+
+    Genes without a trace of over-dispersion have a flat likelihood for large theta, so a maximum per gene would be noise; here they only say
+    "large". Weak priors keep the fit proper: b ~ Normal(0, 0.5), log s ~ Normal(log 0.5, 0.7).
+    """
+    likelihood = score - score.max(0)
+
+    def loss(parameters: NDArray[np.float64]) -> float:
+        loc, slope, log_scale = parameters
+        scale = np.exp(np.clip(log_scale, -4.0, 2.0))
+        log_prior = -0.5 * ((LOG_THETA_GRID[:, None] - loc - slope * z) / scale) ** 2
+        log_prior -= logsumexp(log_prior, 0)  # normalised on the grid
+        penalty = 0.5 * (slope / 0.5) ** 2 + 0.5 * ((log_scale - np.log(0.5)) / 0.7) ** 2
+        return float(penalty - logsumexp(likelihood + log_prior, 0).sum())
+
+    start = np.array([np.median(LOG_THETA_GRID[score.argmax(0)]), 0.0, np.log(0.5)])
+    loc, slope, log_scale = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000}).x
+    return float(loc), float(slope), float(np.exp(np.clip(log_scale, -4.0, 2.0)) * np.sqrt(1 + 1 / score.shape[1]))
