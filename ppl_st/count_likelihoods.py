@@ -52,8 +52,9 @@ def zero_inflated_terms(log_mean: bool, log_theta: bool) -> Terms:
         base, by_base = negative_binomial(wants[:2], x, m, t)
         shape = torch.broadcast_shapes(base.shape, gate.shape)
         hit = positions(x.expand(shape).reshape(-1))
-        zero = base.expand(shape).contiguous()  # log NB where x = 0; at the hits 0 stands in, which costs nothing below
-        hits = zero.view(-1).index_select(0, hit) + _at(torch.nn.functional.logsigmoid(-gate), shape, hit)
+        gate_hits = _at(gate, shape, hit)
+        zero = base.expand(shape).contiguous()  # log NB where x = 0; at the hits 0 stands in
+        hits = zero.view(-1).index_select(0, hit) + torch.nn.functional.logsigmoid(-gate_hits)
         zero.view(-1).index_fill_(0, hit, 0.0)
         change = torch.expm1(zero).mul_(torch.sigmoid(-gate))  # p(0) - 1
         out = torch.log1p(change)
@@ -70,7 +71,7 @@ def zero_inflated_terms(log_mean: bool, log_theta: bool) -> Terms:
         by_gate = None
         if wants[2]:
             by_gate = change.mul_(of_gate).neg_()
-            by_gate.view(-1).scatter_(0, hit, -_at(torch.sigmoid(gate), shape, hit))
+            by_gate.view(-1).scatter_(0, hit, -torch.sigmoid(gate_hits))
         of_base = odds.mul_(of_gate)
         of_base.view(-1).index_fill_(0, hit, 1.0)
         return out, [*(None if slope is None else slope * of_base for slope in by_base), by_gate]
@@ -143,9 +144,7 @@ class ZeroInflatedNegativeBinomial(_Observation):
     @property
     def base(self) -> NegativeBinomial:
         """The counts before zeros are put in, on the parameters' own shape."""
-        return NegativeBinomial(
-            **{k: v for k, v in self._given.items() if k != "gate_logits"}, validate_args=False
-        )
+        return NegativeBinomial(**{k: v for k, v in self._given.items() if k != "gate_logits"}, validate_args=False)
 
     @property
     def gate_logits(self) -> Tensor:

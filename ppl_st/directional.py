@@ -76,9 +76,7 @@ class PowerSpherical(_Observation):
     support = pyro_constraints.sphere
     has_rsample = True
 
-    def __init__(
-        self, direction: Tensor, concentration: Tensor | float, *, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, direction: Tensor, concentration: Tensor | float, *, validate_args: bool | None = None) -> None:
         direction, kappa = _tensors(direction, concentration)
         if direction.dim() < 1 or direction.shape[-1] < 2:
             raise UserError(
@@ -131,18 +129,15 @@ class PowerSpherical(_Observation):
         d = self.event_shape[0]
         if value.dim() < 1 or value.shape[-1] != d:
             raise UserError(f"PowerSpherical: a value of shape {tuple(value.shape)} has not {d} coordinates.")
-        self._check(value[..., 0])
+        check_shape(value[..., 0], self.batch_shape, "PowerSpherical")
+        if self._validate_args and not torch.isfinite(value).all():
+            raise UserError("PowerSpherical: a value has coordinates that are not finite.")
         given, kappa = self._given["direction"], self.concentration.double()
         half = ((cosine(value, given) - 1) / 2).clamp(_FARTHEST, 0.0)
         b = torch.as_tensor((d - 1) / 2, dtype=torch.float64, device=kappa.device)
         constant = Elementwise.apply(_normalizer_terms, torch.is_grad_enabled(), b, kappa)
         out = kappa * torch.log1p(half) + constant
         return self._whole(out.to(result_dtype(given, self.concentration)), value[..., 0])
-
-    def _check(self, value: Tensor) -> None:
-        check_shape(value, self.batch_shape, "PowerSpherical")
-        if self._validate_args and not torch.isfinite(value).all():
-            raise UserError("PowerSpherical: a value has coordinates that are not finite.")
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Differentiable draws, [..., d]: the cosine by a Beta variable, the rest uniform around the direction.

@@ -196,7 +196,7 @@ def test_global_draws_are_shared_between_blocks_and_genes(case):
     assert want > 0.6 and found == pytest.approx(np.full(132, want), abs=0.1)
     # and at a fixed level nothing is shared
     alone = np.concatenate(
-        [c for _, c in count_draws(predictor, [chain()], np.arange(2), draws=500, seed=0, max_cells=2)],
+        [c for _, c in count_draws(predictor, [chain()], np.arange(2), draws=500, seed=0, memory_gb=2 * 16 * 500 * 2 / 1e9)],
         axis=1,
     )
     assert np.abs(np.corrcoef(alone.reshape(500, -1).T)[~np.eye(12, dtype=bool)]).max() < 0.25

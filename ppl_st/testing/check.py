@@ -108,6 +108,8 @@ def _try(subject: Subject, law: Law, examples: int, seed: int) -> Finding | None
     except LawBroken as broken:
         return Finding(subject.name, law.__name__, str(broken), last)
     except Exception as error:
+        if isinstance(error, ExceptionGroup):  # a law that fails only sometimes: Hypothesis wraps what it saw
+            error = error.exceptions[0]
         return Finding(subject.name, law.__name__, f"{type(error).__name__}: {error}", last)
     if not decided:
         return Finding(subject.name, law.__name__, "no example could decide it: narrow the parameters' ranges", last)

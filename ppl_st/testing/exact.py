@@ -145,8 +145,10 @@ def surprise(t: Table, values: Tensor, mean: float, n: int) -> float:
     g, log_mass = values[keep], (t.mass[keep] / t.mass.sum()).log()
     centre = float((log_mass.exp() * g).sum())
     sd = float((log_mass.exp() * (g - centre) ** 2).sum()) ** 0.5
-    if abs(mean - centre) <= 1e-9 * max(abs(centre), sd) or sd == 0:
-        return 1.0 if abs(mean - centre) <= 1e-9 * max(abs(centre), 1e-300) or sd > 0 else 0.0
-    tilt = torch.logspace(-2, 1.5, 28, dtype=torch.float64)[:, None] / sd * math.copysign(1.0, mean - centre)
+    if abs(mean - centre) <= 1e-9 * max(abs(centre), sd):
+        return 1.0
+    if sd == 0:  # a point mass, and draws beside it
+        return 0.0
+    tilt = torch.logspace(-4, 1.5, 45, dtype=torch.float64)[:, None] / sd * math.copysign(1.0, mean - centre)
     exponent = tilt[:, 0] * (mean - centre) - torch.logsumexp(log_mass + tilt * (g - centre), 1)
     return min(1.0, 2 * math.exp(-n * max(0.0, float(exponent.max()))))

@@ -170,9 +170,9 @@ def draw_moments(subject: Subject, row: Row) -> None:
         x, centre = draws.reshape(len(draws), -1)[:, axis], t.mean(points)
         if claimed is not None:
             # The claimed mean stands where the exact one does: the bound is for the distance between the two.
-            shifted = float(x.mean()) - float(claimed.reshape(-1)[axis]) + centre
-            p = surprise(t, points, shifted, N_DRAWS)
-            _need(p > FAILURE_RATE, f"{N_DRAWS} draws have mean {x.mean():.6g} where .mean says {centre:.6g}; p < {p:.1g}")
+            says = float(claimed.reshape(-1)[axis])
+            p = surprise(t, points, float(x.mean()) - says + centre, N_DRAWS)
+            _need(p > FAILURE_RATE, f"{N_DRAWS} draws have mean {x.mean():.6g}, .mean says {says:.6g}; p < {p:.1g}")
         squares = float(((x - centre) ** 2).mean())
         p = surprise(t, (points - centre) ** 2, squares, N_DRAWS)
         exact = t.mean((points - centre) ** 2)
@@ -220,7 +220,7 @@ def gradient(subject: Subject, row: Row, value: Any) -> None:
         if leaf.dim() or leaf == 0:
             continue
         got = 0.0 if slope is None else float(slope)
-        theta, estimates = float(leaf), []
+        theta, estimates = leaf.item(), []
         for h in (abs(theta) * 10 ** (-k / 2) for k in range(4, 13)):
             try:
                 up, down = (float(subject.at({**row, name: theta + s * h}).log_prob(x)) for s in (1, -1))
@@ -231,7 +231,7 @@ def gradient(subject: Subject, row: Row, value: Any) -> None:
         if not pairs or not all(p[0] < float("inf") for p in pairs):
             raise Inconclusive("no finite differences")
         error, h, difference = min(pairs)
-        rounding = 30 * error + 1e-14 * max(1.0, abs(float(log_p))) / h
+        rounding = 30 * error + 1e-14 * max(1.0, abs(log_p.item())) / h
         _need(_close(got, difference, 1e-4, rounding), f"d log_prob / d {name} is {got:.6g}, differences say {difference:.6g}")
 
 
@@ -240,7 +240,7 @@ def finite(subject: Subject, wide: Row, far: Any) -> None:
     for dtype in BOTH:
         leaves = {k: v.requires_grad_() for k, v in _tensors(wide, dtype).items()}
         log_p = subject.make(**leaves).log_prob(torch.as_tensor(far, dtype=dtype))
-        _need(bool(log_p.isfinite()), f"log_prob is {float(log_p)} in {dtype}")
+        _need(bool(log_p.isfinite()), f"log_prob is {log_p.item()} in {dtype}")
         if not log_p.requires_grad:
             continue
         for name, slope in zip(leaves, torch.autograd.grad(log_p, list(leaves.values()), allow_unused=True), strict=True):
