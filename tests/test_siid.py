@@ -547,13 +547,6 @@ def test_simulating_forward_draws_counts():
     assert out["x"].shape[1] == 7 and out["v"].shape[1] == 12 and (out["x"] == out["x"].floor()).all()
 
 
-def test_combinations_that_do_not_exist_are_refused():
-    data = tiny()
-    for settings in ({"warm_start": False}, {"cells": "softmax"}):
-        with pytest.raises(UserError, match="warm_start"):
-            siid.start(data, Config(factors=3, **settings), 0, lambda line: None)
-
-
 def test_paper_platform_starts_where_em_ended():
     """Q is on the cells' scale there, on the spots' scale elsewhere: the same EM must give the same means."""
     data = tiny(2, n=60, s=9, genes=20, panel=12)

@@ -62,13 +62,9 @@ MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn set
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, run EM for every chain, and return the initialised ensemble with its specification."""
-    if (config.cells == "softmax") == config.warm_start:
-        raise UserError(
-            f"cells={config.cells!r} with warm_start={str(config.warm_start).lower()} does not exist: the paper's form (softmax) starts at random, "
-            "the conjugate form from EM; set warm_start=false with softmax, true with conjugate"
-        )
     n, genes = data.counts.shape[0], data.spot_counts.shape[1]
-    if config.warm_start and len(data.panel) >= MIN_INNER_PANEL:
+    conjugate = config.cells == "conjugate"
+    if conjugate and len(data.panel) >= MIN_INNER_PANEL:
         hyper = learn_hyper(data, config, seed, say)
     else:
         hyper = default_hyper(data, config)
@@ -76,7 +72,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     pairs = []
     for chain in range(config.chains):
         pair = build(config, spec, data)
-        if config.warm_start:
+        if conjugate:
             some = subset(data, EM_CELLS, np.random.default_rng([seed, 6, chain]))
             em, _, _ = run_em(some, config, hyper.factors, hyper.sparsity, seed + chain, hyper.sweeps)
             say(f"chain {chain}: EM log-likelihood {em.log_likelihood:.6g}")

@@ -29,49 +29,40 @@ class Config:
     factors: int = field(default=0, metadata={"ge": 0})  # h; 0 = chosen on inner held-out genes
     chains: int = field(default=4, metadata={"ge": 1})  # independent starts, all kept as modes of the posterior
     keep: Literal["all", "best"] = "all"  # best: only the chain with the lowest loss (the paper's restarts)
-    cells: Literal["conjugate", "softmax"] = "conjugate"  # form of the local latents; softmax = the paper's N, P, M
-    local_guide: Literal["point", "gamma"] = (
-        "point"  # in training; the predictive always draws from the gamma posterior
-    )
+    cells: Literal["conjugate", "softmax"] = "conjugate"  # softmax: the paper's N, P, M, from the released random start
+    # in training; the predictive always draws from the gamma posterior
+    local_guide: Literal["point", "gamma"] = "point"
     likelihood: Literal["nb", "poisson"] = "nb"  # of the cells
     spot_likelihood: Literal["nb", "poisson"] = "poisson"  # nb down-weights strong spots; measured worse for imputation
-    platform: Literal["hierarchical", "paper", "none"] = (
-        "hierarchical"  # phi of unmeasured genes: from a hyper-prior, or fixed to 1
-    )
-    radius: float | None = field(
-        default=None, metadata={"gt": 0}
-    )  # of a spot, coordinate units; none = inferred from the counts
+    # phi of unmeasured genes: from a hyper-prior, or fixed to 1
+    platform: Literal["hierarchical", "paper", "none"] = "hierarchical"
+    # of a spot, coordinate units; none = inferred from the counts
+    radius: float | None = field(default=None, metadata={"gt": 0})
     map_neighbors: int = field(default=1, metadata={"ge": 1})  # spots a cell may contribute to
     map_sigma: float | None = field(default=None, metadata={"gt": 0})  # width of the soft map, coordinate units
-    transform: tuple[tuple[float, float, float], ...] | None = (
-        None  # 3x3 homogeneous matrix applied to the spots' coordinates
-    )
+    # 3x3 homogeneous matrix applied to the spots' coordinates
+    transform: tuple[tuple[float, float, float], ...] | None = None
     library_key: str | None = None  # obs column of the section, on both sides; sections share Q
     layer: str | None = None  # layer with the counts
     gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
     label_key: str | None = None  # obs column of the cells with partial labels (semi-supervision)
     label_weight: float = field(default=0.0, metadata={"ge": 0})  # pseudo-counts of a label, share of the cell's counts
-    profiles: str | None = (
-        None  # h5ad of scRNA-seq whose mean profiles per ``profile_key`` are the prior of the first factors
-    )
+    # h5ad of scRNA-seq whose mean profiles per ``profile_key`` are the prior of the first factors
+    profiles: str | None = None
     profile_key: str = "cell_type"
-    profile_concentration: float = field(
-        default=0.1, metadata={"gt": 0}
-    )  # gamma shape of Q around the spots' mean profile
+    # gamma shape of Q around the spots' mean profile
+    profile_concentration: float = field(default=0.1, metadata={"gt": 0})
     given_profile_concentration: float = field(default=5.0, metadata={"gt": 0})  # and around given profiles
     concentration: float = field(default=0.002, metadata={"gt": 0})  # alpha: gamma shape of an activity
-    capture_concentration: float = field(
-        default=10.0, metadata={"gt": 0}
-    )  # kappa: gamma shape of the capture ratio; inf = the same for all
+    # kappa: gamma shape of the capture ratio; inf = the same for all
+    capture_concentration: float = field(default=10.0, metadata={"gt": 0})
     sparsity: float | Literal["auto"] = "auto"  # omega: weight of the entropy of compositions, nats per count
-    entropy: Literal["none", "sum", "mean"] = (
-        "none"  # the paper's schedule omega_t = exp(t / entropy_lambda), reading it as sum or mean
-    )
+    # the paper's schedule omega_t = exp(t / entropy_lambda), reading it as sum or mean
+    entropy: Literal["none", "sum", "mean"] = "none"
     entropy_lambda: float = field(default=1000.0, metadata={"gt": 0})
     regional: bool = True  # use what nearby spots say about unmeasured genes
     loading_scale: float = field(default=3.0, metadata={"gt": 0})  # prior sd of the logits xi of Q
     posterior: Literal["normal", "delta"] = "normal"  # of the global sites
-    warm_start: bool = True  # EM before SVI; False = the released random start
     sweeps: int = field(default=0, metadata={"ge": 0})  # of EM; 0 = chosen on inner held-out genes
     local_steps: int = field(default=12, metadata={"ge": 1})  # sweeps of the local posterior in a training step
     predict_steps: int = field(default=18, metadata={"ge": 1})  # and in prediction
@@ -82,7 +73,7 @@ class Config:
 _paper_fit = FitConfig(steps=5000, lr=0.05, clip_norm=float("inf"), checkpoint_every=500)
 PAPER = Config(
     factors=20, chains=3, keep="best", cells="softmax", likelihood="poisson", spot_likelihood="poisson", platform="paper", radius=100.0,
-    sparsity=0.0, entropy="sum", regional=False, loading_scale=LARGE, posterior="delta", warm_start=False, batch_spots=0, fit=_paper_fit,
+    sparsity=0.0, entropy="sum", regional=False, loading_scale=LARGE, posterior="delta", batch_spots=0, fit=_paper_fit,
 )  # fmt: skip
 PRESETS = {
     "default": Config(),
