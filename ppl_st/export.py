@@ -42,35 +42,26 @@ def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[
     counts = np.zeros((*shape, len(panel)), np.float32)
     log_lik = np.zeros(shape, np.float32)
     predicted = {name: np.zeros((*shape, len(unmeasured)), np.float32) for name in ("count", "rate")}
-    place = np.full(predictor.n_cells, -1)
-    place[cells] = np.arange(len(cells))
-    for b, batch in enumerate(predictor.blocks(1024)):
-        rows = predictor.rows(batch)
-        here = place[rows] >= 0
-        if not here.any():
+    keep = np.zeros(predictor.n_cells, dtype=bool)
+    keep[cells] = True
+    for b, whole in enumerate(predictor.blocks(1024)):
+        batch = predictor.restrict(whole, keep)
+        to = np.searchsorted(cells, predictor.rows(batch))
+        if not len(to):
             continue
-        to = place[rows][here]
         for c in range(len(chains)):
             local = predictor.local(batch, c)
             for d in range(draws):
-                for genes, wanted in ((panel, "panel"), (unmeasured, "rest")):
-                    if not len(genes):
-                        continue
-                    with (
-                        torch.no_grad(),
-                        rng_scope(seed, "export", b, c, d),
-                    ):  # the same local draw for both sets of genes
-                        dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(genes))
-                        sample = dist.sample()
-                    if wanted == "panel":
-                        counts[c, d, to] = sample.numpy()[here]
-                        x = torch.zeros(sample.shape)
-                        x[torch.from_numpy(here)] = torch.from_numpy(observed[to])
-                        log_lik[c, d, to] = dist.log_prob(x).sum(1).numpy()[here]
-                    else:
+                with torch.no_grad(), rng_scope(seed, "export", b, c, d):
+                    dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(panel))
+                    counts[c, d, to] = dist.sample().numpy()
+                log_lik[c, d, to] = dist.log_prob(torch.from_numpy(observed[to])).sum(1).numpy()
+                if len(unmeasured):
+                    with torch.no_grad(), rng_scope(seed, "export", b, c, d):  # the same draw of the local sites
+                        dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(unmeasured))
                         predicted["count"][c, d, to], predicted["rate"][c, d, to] = (
-                            sample.numpy()[here],
-                            dist.mean.numpy()[here],
+                            dist.sample().numpy(),
+                            dist.mean.numpy(),
                         )
     names = {"cell": run.target.names[cells], "panel_gene": run.genes[panel], "gene": run.genes[unmeasured]}
     frames: dict[str, Any] = {

@@ -188,9 +188,9 @@ class Run:
         table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
         return table.drop(columns=["measured", "trust"]).rename_axis("gene")
 
-    def proportions(self, *, draws: int = 100, seed: int = 0) -> ad.AnnData:
+    def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
-        _, _, spots, profiles = self.module.compositions(self.pair, self.data, self.config, draws, seed)
+        spots, profiles = self.module.proportions(self.pair, self.data, self.config, draws, seed)
         factors = pd.DataFrame(index=[f"factor{k}" for k in range(profiles.shape[0])])
         result = ad.AnnData(spots.mean(0), obs=self.reference.obs.copy(), var=factors)
         result.obs_names = self.reference.names
@@ -207,11 +207,11 @@ class Run:
         import xarray as xr
 
         groups = self.arviz_groups(draws=draws, seed=seed, max_cells=max_cells)
-        try:
-            from arviz import InferenceData
-        except ImportError:
+        import arviz as az
+
+        if not az.__version__.startswith("0."):
             return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
-        container: Any = InferenceData
+        container: Any = az.InferenceData
         return container(**groups)
 
     def export(self, path: str | Path, *, draws: int = 100, seed: int = 0) -> None:
@@ -281,7 +281,7 @@ class Run:
         return result
 
     def _add_factors(self, result: ad.AnnData) -> None:
-        cells, sizes, _, _ = self.module.compositions(self.pair, self.data, self.config, 0, 0)
+        cells, sizes = self.module.compositions(self.pair, self.data, self.config)
         result.obsm["proportions"] = cells
         names = np.array([f"factor{k}" for k in range(cells.shape[1])])
         result.obs["factor"] = pd.Categorical(names[cells.argmax(1)], categories=names)

@@ -91,6 +91,10 @@ def test_lengths_do_not_matter_and_nothing_is_infinite():
     value = PowerSpherical(direction, kappa).log_prob(corners.unsqueeze(1).expand(3, 3, 5))
     assert torch.isfinite(value).all()
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(value.sum(), (corners, kappa)))
+    exactly = PowerSpherical(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0, 1e6])).log_prob(
+        torch.tensor([-1.0, 0.0])
+    )
+    assert torch.isfinite(exactly).all() and (exactly[1:] < -70).all()  # the density there is 0
     across = d.log_prob(torch.linalg.svd(direction.unsqueeze(0))[2][1])
     torch.testing.assert_close(d.log_prob(corners[0]), across, rtol=1e-12, atol=1e-12)
 

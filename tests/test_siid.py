@@ -31,7 +31,7 @@ from ppl_st.models.siid import warm_start
 from ppl_st.models.siid.activity import Globals, LocalPosterior, Sheet, aggregate, sizes
 from ppl_st.models.siid.batches import Batches, Data, csr_tensor
 from ppl_st.models.siid.model import PRESETS, Config, Spec, build, random_start
-from ppl_st.models.siid.regional import choose_regional, regional_posterior
+from ppl_st.models.siid.regional import regional_posterior
 from ppl_st.simulate import checkerboard
 
 torch.set_num_threads(1)
@@ -717,27 +717,26 @@ def test_regional_effect_is_the_conjugate_posterior_and_ignores_uncovered_spots(
 
 
 @pytest.mark.parametrize("uncovered", [0, 30])
-def test_regional_effect_is_used_where_it_extends_in_space(uncovered):
+def test_regional_effect_is_used_where_it_helps_cells(uncovered):
+    """Cells that follow the field of their spots need the effect; cells that do not are better off without."""
     rng = np.random.default_rng(0)
     xy = np.stack(np.meshgrid(np.arange(12.0), np.arange(12.0)), -1).reshape(-1, 2)
-    mixed = torch.full((144, 1), 100.0)
-    for smooth in (True, False):
-        field = np.exp(0.7 * np.sin(xy[:, :1] / 2 + np.arange(20)))
-        field /= field.mean(0)
-        counts = rng.poisson(5.0 * (field if smooth else rng.permutation(field)))
-        profiles = torch.full((1, 20), 0.05)
-        far = np.c_[12 + np.arange(uncovered) % 3, np.arange(uncovered) // 3]
-        data = Data(
-            sp.csr_matrix((0, 0), dtype=np.float32),
-            sp.csr_matrix(np.r_[counts, np.full((uncovered, 20), 40)].astype(np.float32)),
-            sp.csr_matrix((0, 144 + uncovered), dtype=np.float32),
-            np.empty(0, np.int64),
-            np.zeros((0, 2)),
-            np.r_[xy, far],
-        )
-        chosen = choose_regional(data, torch.cat([mixed, torch.zeros(uncovered, 1)]), profiles)
-        assert chosen == choose_regional(data._replace(spot_counts=data.spot_counts[:144], spot_xy=xy), mixed, profiles)
-        assert (chosen[0] > 0) == smooth
+    field = np.exp(0.7 * np.sin(xy[:, :1] / 2 + np.arange(20)))
+    field /= field.mean(0)
+    far = np.c_[12 + np.arange(uncovered) % 3, np.arange(uncovered) // 3]
+    spot_counts = np.r_[rng.poisson(5.0 * field), np.full((uncovered, 20), 40)]
+    expected = np.r_[np.full((144, 20), 5.0), np.zeros((uncovered, 20))].astype(np.float32)
+    spot = rng.integers(144, size=600)
+    data = tiny()._replace(
+        cell_xy=xy[spot] + rng.uniform(-0.4, 0.4, (600, 2)),
+        spot_xy=np.r_[xy, far],
+        spot_counts=sp.csr_matrix(spot_counts.astype(np.float32)),
+    )
+    for follows in (True, False):
+        counts = sp.csr_matrix(rng.poisson(field[spot] if follows else field[rng.permutation(spot)]).astype(np.float32))
+        rows, genes = np.arange(600), np.arange(20)
+        chosen = siid_hyper._choose_regional(data, rows, genes, torch.ones(600, 20), expected, counts)
+        assert (chosen[0] > 0) == follows
 
 
 def test_cells_on_half_of_the_slide():

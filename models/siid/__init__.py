@@ -43,8 +43,9 @@ from torch import Tensor
 
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
-from ppl_st.models.siid.activity import Local, aggregate
+from ppl_st.models.siid.activity import Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
 from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
@@ -54,9 +55,11 @@ from ppl_st.sampling import standard_gamma
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
-    "build", "chains_of", "compositions", "empty", "select", "spec_from", "spec_to", "start",
+    "build", "chains_of", "compositions", "empty", "proportions", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
+BOOTSTRAP_STEPS = 30  # sweeps from the posterior mean in one draw of the spots' proportions
+CONVERGED = 3  # compositions are read off after so many times the sweeps of imputation, which stops early
 MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn settings from
 
 
@@ -149,6 +152,10 @@ class Predictor:
         """Batches that own every cell once."""
         return self.batches.in_order(max_cells)
 
+    def restrict(self, batch: Batch, keep: NDArray[np.bool_]) -> Batch:
+        """The batch owning only cells in ``keep`` [n]; the others still inform the spots."""
+        return batch._replace(owned=batch.owned & torch.from_numpy(keep[batch.cells.numpy()]))
+
     def rows(self, batch: Batch) -> NDArray[np.int64]:
         """Rows of the result that the batch owns."""
         return batch.cells[batch.owned].numpy()
@@ -181,28 +188,51 @@ class Predictor:
         return torch.from_numpy(shape), torch.from_numpy(rate)
 
 
-def compositions(
-    pair: Pair, data: Data, config: Config, draws: int, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Factors of the best chain: cells' mean composition [n, h], cells' (N, M) [n, 2], draws of spot proportions [draws, s, h], profiles [h, G]."""
+def compositions(pair: Pair, data: Data, config: Config) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Factors of the best chain: cells' mean composition [n, h], cells' size and captured size (N, M of the paper) [n, 2]."""
     _, guide = sides(chains_of(pair)[0])
-    batches = Batches(data, config.batch_spots, 0)
-    h = guide.spec.factors
-    cells = np.zeros((data.counts.shape[0], h), np.float32)
+    cells = np.zeros((data.counts.shape[0], guide.spec.factors), np.float32)
     sizes = np.zeros((data.counts.shape[0], 2), np.float32)
-    spots = np.zeros((draws, data.spot_counts.shape[0], h), np.float32)
-    for b, batch in enumerate(batches.in_order(2048)):
-        local: Local = guide.local_posterior(batch, config.predict_steps)
-        activity = local.activity
-        rows = batch.cells[batch.owned].numpy()
-        cells[rows] = (activity / activity.sum(1, keepdim=True).clamp_min(1e-8))[batch.owned].numpy()
-        total = activity.sum(1)
+    for batch in Batches(data, config.batch_spots, 0).in_order(2048):
+        local: Local = guide.local_posterior(batch, CONVERGED * config.predict_steps)
+        rows, total = batch.cells[batch.owned].numpy(), local.activity.sum(1)
+        cells[rows] = (local.activity / total[:, None].clamp_min(1e-8))[batch.owned].numpy()
         sizes[rows] = torch.stack([total, total * local.capture], 1)[batch.owned].numpy()
-        if batch.spots.numel():
-            for d in range(draws):
-                with rng_scope(seed, "proportions", b, d):
-                    drawn = standard_gamma(local.shape) / local.rate
-                    captured = standard_gamma(local.capture_shape) / local.capture_rate
-                mixed = aggregate(batch, captured[:, None] * drawn)
-                spots[d, batch.spots.numpy()] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
-    return cells, sizes, spots, torch.softmax(guide.xi_loc.detach(), -1).numpy()
+    return cells, sizes
+
+
+def proportions(
+    pair: Pair, data: Data, config: Config, draws: int, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Draws of the spots' factor proportions [draws, s, h] and mean profiles [h, G], of the best chain.
+
+    A draw weighs every count by Gamma(count, 1) / count (weighted likelihood bootstrap), draws the profiles from the guide and solves for the
+    activities again: unlike independent gamma posteriors of the activities it keeps the trade-off between factors that explain the same
+    counts, which is most of the uncertainty of a proportion.
+    """
+    _, guide = sides(chains_of(pair)[0])
+    spots = np.zeros((draws, data.spot_counts.shape[0], guide.spec.factors), np.float32)
+    drawn = draw_globals(chains_of(pair)[:1], draws, seed)
+    for b, batch in enumerate(Batches(data, config.batch_spots, 0).in_order(8192)):
+        if not batch.spots.numel():
+            continue
+        mean = guide.local_posterior(batch, CONVERGED * config.predict_steps)
+        for d in range(draws):
+            local = mean
+            if config.cells == "conjugate":
+                log_phi = drawn[d].get("log_phi", torch.zeros_like(guide.measured))
+                with torch.no_grad(), rng_scope(seed, "proportions", b, d):
+                    again = batch._replace(counts=_reweighted(batch.counts), spot_counts=_reweighted(batch.spot_counts))
+                    local = LocalPosterior(again).refine(
+                        mean, guide.conditioning(drawn[d]["xi"], log_phi), BOOTSTRAP_STEPS
+                    )
+            mixed = aggregate(batch, local.capture[:, None] * local.activity)
+            spots[d, batch.spots.numpy()] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
+    return spots, torch.softmax(guide.xi_loc.detach(), -1).numpy()
+
+
+def _reweighted(counts: Tensor) -> Tensor:
+    values = standard_gamma(counts.values())
+    return torch.sparse_csr_tensor(
+        counts.crow_indices(), counts.col_indices(), values, size=counts.shape, check_invariants=False
+    )

@@ -210,6 +210,12 @@ class LocalPosterior:
             counts = (counts + g.sparsity * ramp * total * composition * (log_p + entropy)).clamp_min(1e-6)
         return counts * mass / counts.sum(1, keepdim=True).clamp_min(FLOOR)
 
+    def refine(self, local: Local, g: Globals, steps: int) -> Local:
+        """``steps`` more sweeps from ``local``, with the whole sparsity."""
+        for t in range(steps):
+            local = self.update(local, g, 1.0, STRIDE if t < steps - 3 and not g.sparsity else 1.0)
+        return local
+
     def solve(self, g: Globals, steps: int) -> Local:
         """``steps`` sweeps from the common start."""
         local = self.start(g)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ppl_st.models.siid.activity import FLOOR, Local, aggregate
 from ppl_st.models.siid.batches import Data
-from ppl_st.models.siid.regional import choose_regional, regional_posterior
+from ppl_st.models.siid.regional import BANDWIDTHS, SHAPES, regional_posterior
 from ppl_st.models.siid.warm_start import Start, log_share, run_em
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ SPARSITIES = (0.0, 0.1, 0.3)
 SELECTION_CELLS = 15_000  # cells on which settings are chosen
 INNER_CELLS = 5000  # cells on which gain and dispersion of inner genes are learned
 INNER_DRAWS = 4  # posterior draws per start there
+MIN_SCALE = 0.05  # no two platforms agree better than this: 5 % per gene
 LOG_THETA_GRID = np.linspace(-4.0, 6.0, 41)
 
 
@@ -85,6 +86,7 @@ def inner_split(data: Data, rng: np.random.Generator, fold: int, share: float = 
 
 def learn_hyper(data: Data, config: "Config", seed: int, say: Say) -> Hyper:
     """Choose settings and learn hyper-priors on inner held-out genes; see the file's docstring."""
+    mapped_share = float((np.diff(data.mapping.indptr) > 0).mean())
     data = subset(data, SELECTION_CELLS, np.random.default_rng([seed, 5]))
     split, inner = inner_split(data, np.random.default_rng([seed, 1]), 0)
     truth = sp.csr_matrix(data.counts[:, inner])
@@ -128,7 +130,7 @@ def learn_hyper(data: Data, config: "Config", seed: int, say: Say) -> Hyper:
             sparsity = max((s for s in SPARSITIES if s < sparsity), default=0.0)
     else:
         sparsity = float(config.sparsity)
-    return _learn_priors(data, config, factors, sweeps, sparsity, seed, candidates, say)
+    return _learn_priors(data, config, factors, sweeps, sparsity, mapped_share, seed, candidates, say)
 
 
 def local_steps(steps: int, sweeps: int) -> int:
@@ -196,44 +198,82 @@ def _learn_priors(
     factors: int,
     sweeps: int,
     sparsity: float,
+    mapped_share: float,
     seed: int,
     candidates: list[dict[str, float]],
     say: Say,
 ) -> Hyper:
     share = log_share(data)
-    gains, scores, covariate = [], [], []
+    gains, noises, scores, covariate = [], [], [], []
     bandwidth, regional_shape = 0.0, 1.0
     for fold in range(2):
         split, inner = inner_split(data, np.random.default_rng([seed, 1]), fold)
         genes = data.panel[inner]
-        rng = np.random.default_rng([seed, 2, fold])
-        rows = np.sort(rng.permutation(len(data.cell_xy))[:INNER_CELLS])
+        rows = _representative(data, mapped_share, np.random.default_rng([seed, 2, fold]))
+        counts = sp.csr_matrix(data.counts[rows][:, inner])
         draws: list[Tensor] = []
         for mode in range(2):
-            start, local, problem = run_em(split, config, factors, sparsity, seed + mode, sweeps)
+            start, _, problem = run_em(split, config, factors, sparsity, seed + mode, sweeps)
+            local = problem.solve(start.g, local_steps(config.predict_steps, sweeps))  # as in prediction
             mixed = aggregate(problem.batch, local.capture[:, None] * local.activity)  # [s, h]
             if fold == 0 and mode == 0 and config.regional:
-                bandwidth, regional_shape = choose_regional(split, mixed, start.g.profiles)
+                rate = local.activity[rows] @ start.g.profiles[:, torch.from_numpy(genes)]
+                expected = (mixed @ start.g.profiles[:, torch.from_numpy(genes)]).numpy()
+                bandwidth, regional_shape = _choose_regional(split, rows, genes, rate, expected, counts)
                 say(f"regional effect: bandwidth {bandwidth:g} pitches, shape {regional_shape:g}")
             draws += _draw_rates(
                 split, config, start, local, mixed, rows, genes, (bandwidth, regional_shape), [seed, 3, fold, mode]
             )
-        counts = data.counts[rows][:, inner].toarray().astype(np.float64)
-        gain, score = _explain(counts, torch.stack(draws).double().numpy())
+        gain, score = _explain(counts.toarray().astype(np.float64), torch.stack(draws).double().numpy())
         gains.append(gain)
         scores.append(score)
+        spot_totals = np.asarray(split.spot_counts[:, genes].sum(0), dtype=np.float64).ravel()
+        noises.append(
+            1 / (np.asarray(counts.sum(0)).ravel() + 0.5) + 1 / (spot_totals + 0.5)
+        )  # Poisson variance of the log ratio of two totals
         covariate.append(share[genes])
     gain, score, z = np.concatenate(gains), np.concatenate(scores, 1), np.concatenate(covariate)
     theta_loc, theta_slope, theta_scale = _theta_prior(score, z - share.mean())
-    m = len(gain)
-    gain_scale = float(np.sqrt((gain.var(ddof=1) if m > 1 else 0.25) * (1 + 1 / m)))
+    gain_loc, gain_scale = _random_effects(gain, np.concatenate(noises))
     say(
-        f"gain sd {gain_scale:.3f}, log theta {theta_loc:.2f} + {theta_slope:.2f} log share, sd {theta_scale:.2f} ({m} inner genes)"
+        f"gain sd {gain_scale:.3f}, log theta {theta_loc:.2f} + {theta_slope:.2f} log share, sd {theta_scale:.2f} ({len(gain)} inner genes)"
     )
     return Hyper(
-        factors, sweeps, sparsity, float(gain.mean()), max(gain_scale, 1e-3), theta_loc, theta_slope, theta_scale, float(share.mean()),
+        factors, sweeps, sparsity, gain_loc, gain_scale, theta_loc, theta_slope, theta_scale, float(share.mean()),
         bandwidth, regional_shape, candidates,
     )  # fmt: skip
+
+
+def _representative(data: Data, mapped_share: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Up to INNER_CELLS cells, as many of them in spots as in the whole data (the subset for selection favors cells in spots)."""
+    mapped = np.diff(data.mapping.indptr) > 0
+    inside, outside = rng.permutation(np.flatnonzero(mapped)), rng.permutation(np.flatnonzero(~mapped))
+    n = min(INNER_CELLS, len(mapped))
+    if len(outside):
+        n = min(n, int(len(outside) / max(1 - mapped_share, 1e-9)))
+    k = round(n * mapped_share)
+    return np.sort(np.concatenate([inside[:k], outside[: n - k]]))
+
+
+def _choose_regional(
+    data: Data,
+    rows: NDArray[np.int64],
+    genes: NDArray[np.int64],
+    rate: Tensor,
+    expected: NDArray[np.float32],
+    counts: sp.csr_matrix,
+) -> tuple[float, float]:
+    """Bandwidth and shape that predict the inner genes best in the cells ``rows``; bandwidth 0 if the rates alone [rows, genes] do."""
+    best, chosen = float(_poisson_score(counts, rate, fit_level=True).sum()), (0.0, 1.0)
+    for bandwidth in BANDWIDTHS:
+        for shape in SHAPES:
+            a, b = regional_posterior(
+                data.cell_xy[rows], data.spot_xy, data.spot_counts[:, genes], expected, bandwidth, shape
+            )
+            score = float(_poisson_score(counts, rate * torch.from_numpy(a / b), fit_level=True).sum())
+            if score > best:
+                best, chosen = score, (bandwidth, shape)
+    return chosen
 
 
 def _draw_rates(
@@ -280,6 +320,19 @@ def _explain(
         top = log_p.max(0)
         score[t] = (top + np.log(np.exp(log_p - top).mean(0))).sum(0)
     return gain, score
+
+
+def _random_effects(values: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and sd of Normal(m, s) when ``values`` carry sampling variances ``noise``, by maximum likelihood; s is predictive (for a new gene)."""
+
+    def fit(s: float) -> tuple[float, float]:
+        weight = 1 / (s**2 + noise)
+        mean = float((weight * values).sum() / weight.sum())
+        return mean, float((weight * (values - mean) ** 2).sum() - np.log(weight).sum())
+
+    grid = np.geomspace(MIN_SCALE, 3.0, 100)
+    s = float(grid[np.argmin([fit(s)[1] for s in grid])])
+    return fit(s)[0], s * float(np.sqrt(1 + 1 / len(values)))
 
 
 def _theta_prior(score: NDArray[np.float64], z: NDArray[np.float64]) -> tuple[float, float, float]:

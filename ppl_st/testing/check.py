@@ -15,7 +15,7 @@ Law = Callable[..., None]
 
 ALL_LAWS: tuple[Law, ...] = (
     L.normalisation, L.moments, L.cdf, L.draw_moments, L.draw_fit, L.gradient, L.finite, L.single_precision, L.limits,
-    L.mixture, L.additivity, L.thinning, L.broadcasting, L.permutation, L.mask, L.state,
+    L.mixture, L.additivity, L.thinning, L.broadcasting, L.permutation, L.mask, L.state, L.copies,
 )  # fmt: skip
 
 NEEDS: dict[Law, str] = {  # the optional field of `Subject` without which a law says nothing

@@ -100,13 +100,19 @@ def _place(values: Tensor) -> tuple[float, float]:
     return middle, max((high - low) / 2, 1e-12 * max(1.0, abs(middle)))
 
 
+def _relevant(x: Tensor, mass: Tensor) -> Table:
+    """Without the far nodes of no mass, whose squares would overflow; masses that are not finite stay."""
+    keep = ~(mass.abs() < 1e-60)
+    return Table(x[keep], mass[keep])
+
+
 def _real(d: Any) -> Table:
     some = draws_of(d, 1000, "reach")
     centre, spread = (float(d.mean), float(d.stddev)) if some is None else _place(some)
     t = torch.linspace(-20, 20, _NODES, dtype=torch.float64)
     x = centre + spread * torch.sinh(t)
     weight = spread * torch.cosh(t) * (t[1] - t[0])
-    return Table(x, d.log_prob(x).exp() * weight)
+    return _relevant(x, d.log_prob(x).exp() * weight)
 
 
 def _positive(d: Any) -> Table:
@@ -116,7 +122,7 @@ def _positive(d: Any) -> Table:
     y = centre + spread * torch.sinh(t)
     keep = y.abs() < 690
     x, weight = y[keep].exp(), (spread * torch.cosh(t) * (t[1] - t[0]))[keep]
-    return Table(x, d.log_prob(x).exp() * weight * x)
+    return _relevant(x, d.log_prob(x).exp() * weight * x)
 
 
 def _sphere(d: Any) -> Table:
