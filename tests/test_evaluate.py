@@ -36,11 +36,9 @@ class Stub:
         import anndata as ad
 
         answer = self.truth[self.target.names, list(genes)].X.toarray()
-        return ad.AnnData(answer, obs=pd.DataFrame(index=self.target.names), var=pd.DataFrame(index=genes))
-
-    def score(self, truth, **options):
-        columns = ["mean_count", "log_score", "crps", "coverage_90"]
-        return pd.DataFrame(0.5, index=truth.genes, columns=columns)
+        columns = ["measured", "trust", "mean_count", "log_score", "crps", "coverage_90"]
+        scores = pd.DataFrame(0.5, index=pd.Index(genes), columns=columns)
+        return ad.AnnData(answer, obs=pd.DataFrame(index=self.target.names), var=scores)
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ GENERATIVE STORY (preset "default")
     r_i          ~ Gamma(kappa, kappa / rho)                capture ratio = M_i / N_i of the paper
     x_ig         ~ NB(sum_k W_ik Q_kg / phi_g, theta_g)     cells, panel genes
     v_jg         ~ NB(sum_k U_jk Q_kg, theta'_g)            spots, all genes;  U_jk = sum_i K_ij r_i W_ik, K the cell -> spot map
-    "entropy"    factor -omega n_i H(P_i)                   sparse compositions, omega chosen on held-out genes (0 where cells are mixed)
+    "entropy"    factor -omega n_i H(P_i)                   sparse compositions, omega chosen by the data (0 where cells are mixed)
     "labels"     factor  w n_i log P_i,label                optional semi-supervision
 
 GUIDE
     normal q(xi), q(log phi), points for theta of measured genes, *hyper-priors* for phi and theta of genes that the cells never measured,
-    q(W_i, r_i | x, v, Q): the closed-form gamma posterior after a fixed number of EM sweeps (`activity.py`), no per-cell parameters.
-    Several starts (``chains``) are fitted side by side and kept as the modes of the posterior: averaging over modes is worth more than any
-    single one (BENCHMARKS.md).
+    q(W_i, r_i | x, v, Q): the closed-form gamma posterior after a fixed number of EM sweeps (`activity.py`), no per-cell parameters. Training
+    uses its mean (``local_guide="gamma"`` draws from it: independent noise in the activities then distorts the profiles, BENCHMARKS.md);
+    prediction draws from it. Several starts (``chains``) are fitted side by side and kept as the modes of the posterior: averaging over modes is
+    worth more than any single one.
 
 PREDICTIVE of gene g in cell i:  rate = sum_k W_ik Q_kg / phi_g  x  regional effect (`regional.py`, unmeasured genes only);  count ~ NB(rate, theta_g)
 
@@ -27,7 +28,8 @@ SYMBOLS  n cells, s spots, h factors, G genes of the spots, P panel genes; W [n,
 DIFFERENCES from paper and released code
     * a gene that Xenium never had can be imputed (released: only common genes), and all genes of the spots train the factors;
     * phi off the panel is integrated over its hyper-prior instead of fixed to 1; levels and intervals of imputed genes therefore mean something;
-    * the start is data-driven (k-means, EM) instead of random; h and the sparsity are chosen on inner held-out genes instead of by hand;
+    * the start is data-driven (k-means, EM) instead of random; h, EM sweeps, sparsity and the regional effect are chosen on inner held-out genes
+      and thinned counts instead of by hand (`hyper.py`);
     * locals are integrated (gamma) instead of point estimates; ``preset="paper"`` has the point estimates, L2, entropy schedule and Adam settings
       of the paper (``entropy="mean"`` is the released reading of its regulariser);
     * cells between spots are not assigned to spots: the radius is inferred from the counts (paper: nearest spot within 100 um).

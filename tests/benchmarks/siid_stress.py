@@ -65,7 +65,9 @@ def main(folder: Path) -> None:
         ad.read_h5ad(folder / f"{name}.h5ad")
         for name in ("xenium_like_panel", "visium_like_spots", "heldout_truth_cells")
     ]
-    print("| condition | phi | R2 | PCC | log score | coverage 90 | 5% to 95% of genes | genes in 80-97% | gain sd | cpu s |")
+    print(
+        "| condition | phi | R2 | PCC | log score | coverage 90 | 5% to 95% of genes | genes in 80-97% | gain sd | cpu s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, wanted in CONDITIONS.items():
         settings = {("spots_kept" if key == "spots" else key): value for key, value in wanted.items()}
@@ -80,8 +82,10 @@ def main(folder: Path) -> None:
             inside = ((scores.coverage_90 > 0.8) & (scores.coverage_90 < 0.97)).mean()
             gain = run.spec.hyper.gain_scale if platform == "hierarchical" else 0.0
             print(
-                f"| {name} | {platform} | {metrics.r2(counts, result.X).mean():.3f} | {metrics.pcc(counts, result.X).mean():.3f} "
-                f"| {scores.log_score.mean():.4f} | {scores.coverage_90.mean():.3f} | {low:.3f} to {high:.3f} | {inside:.2f} | {gain:.3f} | {seconds:.0f} |",
+                f"| {name} | {platform} "
+                f"| {metrics.r2(counts, result.X).mean():.3f} | {metrics.pcc(counts, result.X).mean():.3f} "
+                f"| {scores.log_score.mean():.4f} | {scores.coverage_90.mean():.3f} | {low:.3f} to {high:.3f} "
+                f"| {inside:.2f} | {gain:.3f} | {seconds:.0f} |",
                 flush=True,
             )
 
