@@ -202,7 +202,7 @@ class Run:
         result.uns["ppl_st"] = json.dumps(self.manifest)
         return result
 
-    def to_arviz(self, *, draws: int = 100, seed: int = 0, max_cells: int = 1000) -> Any:
+    def to_arviz(self, *, draws: int = 25, seed: int = 0, max_cells: int = 500) -> Any:
         """InferenceData (ArviZ 0.x) or DataTree (ArviZ 1.x); see `arviz_groups`."""
         import xarray as xr
 
@@ -214,7 +214,7 @@ class Run:
         container: Any = az.InferenceData
         return container(**groups)
 
-    def export(self, path: str | Path, *, draws: int = 100, seed: int = 0) -> None:
+    def export(self, path: str | Path, *, draws: int = 25, seed: int = 0) -> None:
         """Write the ArviZ groups as ``.nc`` (netCDF4) or ``.zarr``; ``az.from_netcdf`` and xarray read them back."""
         import xarray as xr
 
@@ -234,7 +234,7 @@ class Run:
                 with hdf5_target(temporary) as file:
                     write(file, engine="h5netcdf")
 
-    def arviz_groups(self, *, draws: int = 100, seed: int = 0, max_cells: int = 1000) -> "dict[str, xr.Dataset]":
+    def arviz_groups(self, *, draws: int = 25, seed: int = 0, max_cells: int = 500) -> "dict[str, xr.Dataset]":
         """Datasets posterior (global sites), posterior_predictive and observed_data (measured genes), predictions (unmeasured genes),
         constant_data; chain = independent variational fits, draw = draws of each. Cells are a seeded subset of ``max_cells``.
         """

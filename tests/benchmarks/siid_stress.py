@@ -29,7 +29,7 @@ CONDITIONS = {
 
 def thinned(table: ad.AnnData, share: np.ndarray, rng: np.random.Generator) -> ad.AnnData:
     """Counts kept molecule by molecule with probability ``share`` per gene [G]."""
-    counts = sp.csr_matrix(table.X)
+    counts = sp.csr_matrix(table.X, copy=True)
     counts.data = rng.binomial(counts.data.astype(np.int64), share[counts.indices]).astype(np.float32)
     counts.eliminate_zeros()
     result = table.copy()
