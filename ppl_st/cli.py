@@ -267,7 +267,7 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option("--out", help="posterior.nc or posterior.zarr.")],
-    draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per chain.")] = 100,
+    draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per chain.")] = 25,
     seed: Seed = 0,
 ) -> None:
     """Write the posterior in ArviZ's schema."""

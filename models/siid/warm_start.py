@@ -115,7 +115,8 @@ def _profile_step(
         if config.platform != "none":
             seen = torch.from_numpy(np.asarray(data.counts.sum(0), dtype=np.float32).ravel())
             log_phi = torch.log((activity.sum(0) @ profiles[:, panel] + 1.0) / (seen + 1.0))
-            shift = float((log_phi * seen).sum() / seen.sum())
+            weight = 1 / (0.25 + 1 / (seen + 1.0))  # each gene about alike, so that no strong gene sets the level of all others
+            shift = float((log_phi * weight).sum() / weight.sum())
             log_phi, activity = log_phi - shift, activity * np.exp(-shift)
         rho = _capture(batch, activity)
     mass = activity.sum(0)
