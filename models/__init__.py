@@ -1,8 +1,22 @@
-"""The zoo: one file per method, listed in ``METHODS``.
+"""The zoo: one file or folder per method, listed in ``METHODS``.
 
 The folder lives at the top of the repository and is imported as ``ppl_st.models``. This file imports no
 method (each loads torch), so the list of methods can be shown at once; ``load_method`` imports the one that
-is asked for.
+is asked for. Adding a method is its file here, its file in ``ppl_st/prepare``, and a line in ``METHODS``.
+Its module offers
+
+    PRESETS                                     name -> Config; a Config has ``fit: FitConfig``, ``layer`` and ``gene_key``
+    Model, Guide                                the pair; ``Model.DIMS`` names the dimensions of global sites, ``guide.globals()`` draws them
+    start(data, config, seed, say)              -> (pair, spec): settings chosen by the data, initialised ensemble
+    empty(config, spec, data, chains)           -> pair with every parameter in place, to read weights into
+    spec_to(spec), spec_from(stored)            specification <-> plain JSON
+    batches(data, config, seed)                 -> minibatches (`ppl_st.inference.svi.Batches`)
+    select(pair, data, config, seed)            -> the chains to keep, in order
+    Predictor(pair, data, config, spec)         -> `ppl_st.inference.predict.Predictor`
+    quantities(pair, data, config, spec)        -> (obsm, obs): what else it knows of the target's cells
+    proportions(pair, data, config, draws, seed)   only of methods that deconvolve spots
+
+where ``data`` comes from the method's file in ``ppl_st/prepare`` and chains are those of `ppl_st.inference.ensemble`.
 """
 
 if __name__ != "ppl_st.models":
@@ -11,7 +25,7 @@ if __name__ != "ppl_st.models":
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ppl_st.errors import UserError
 
@@ -25,6 +39,7 @@ class Method(NamedTuple):
     summary: str
     needs: str
     gives: str
+    reference: Literal["cells", "spots"]  # dissociated cells, or spots of a second spatial platform
 
 
 METHODS = {
@@ -33,6 +48,7 @@ METHODS = {
         summary="joint factor model of a single-cell and a spot-based platform in one coordinate frame",
         needs="target: cells with a gene panel (Xenium-like); reference: spots with more genes (Visium-like)",
         gives="unmeasured genes in every cell, cell-to-factor assignment, proportions of every spot",
+        reference="spots",
     ),
 }
 

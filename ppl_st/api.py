@@ -10,13 +10,15 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from ppl_st import config as configs
-from ppl_st import posterior, prepare
+from ppl_st import posterior
 from ppl_st.data import Counts, read_counts, read_genes
 from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.inference.svi import load_state
-from ppl_st.models import load_method
+from ppl_st.models import METHODS, load_method
 from ppl_st.posterior import Run
+from ppl_st.prepare import hold_out_genes, load_prepare
 
 Source: TypeAlias = str | Path | AnnData
 INTERRUPTED = "interrupted"
@@ -86,16 +88,21 @@ def fit(
     settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
     cells = read_counts(target, role="target", layer=settings.layer, gene_key=settings.gene_key)
     if hold_out is not None:
-        cells = prepare.hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
-    spots = read_counts(reference, role="reference", layer=settings.layer, gene_key=settings.gene_key)
-    data, cells, spots = prepare.siid(cells, spots, settings, talk)
+        cells = hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
+    other = _read_reference(method, reference, settings.layer, settings.gene_key)
+    data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
     manifest = configs.manifest(
         seed=seed, device=device, inputs={"target": target, "reference": reference}, command=command
     )
     manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
     if folder is not None:
-        posterior.write_inputs(folder, settings, manifest, cells, spots)
-    return _train(method, module, settings, data, cells, spots, manifest, folder, None, progress, talk)
+        posterior.write_inputs(folder, settings, manifest, cells, other)
+    return _train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
+
+
+def _read_reference(method: str, source: Source, layer: str | None, gene_key: str | None) -> Counts:
+    spatial = METHODS[method].reference == "spots"
+    return read_counts(source, role="reference", layer=layer, gene_key=gene_key, need_spatial=spatial)
 
 
 def load(path: str | Path) -> Run:
@@ -108,12 +115,12 @@ def load(path: str | Path) -> Run:
             else "is not a run folder"
         )
         raise UserError(f"{folder}: {what}" + ("" if folder.exists() else " (it does not exist)"))
-    method, module, settings, data, cells, spots, manifest = _stored(folder)
+    method, module, settings, data, cells, other, manifest = _stored(folder)
     record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
     spec = module.spec_from(record["spec"])
     pair = module.empty(settings, spec, data, record["chains"])
     posterior.load_weights(folder, pair)
-    return _run(method, module, settings, spec, pair, data, cells, spots, manifest, record, folder)
+    return _run(method, module, settings, spec, pair, data, cells, other, manifest, record, folder)
 
 
 def _refuse_used(folder: Path) -> None:
@@ -137,9 +144,9 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
     module = load_method(method)
     settings = configs.read(folder / "config.toml", module.PRESETS["default"])
     cells = read_counts(folder / "target.h5ad", role="target", layer="X")
-    spots = read_counts(folder / "reference.h5ad", role="reference", layer="X")
-    data, cells, spots = prepare.siid(cells, spots, settings, lambda line: None)
-    return method, module, settings, data, cells, spots, manifest
+    other = _read_reference(method, folder / "reference.h5ad", "X", None)
+    data, cells, other = load_prepare(method).problem(cells, other, settings, lambda line: None)
+    return method, module, settings, data, cells, other, manifest
 
 
 def _resume(
@@ -150,13 +157,13 @@ def _resume(
     if (folder / "weights.safetensors").is_file():
         say("the run is already finished")
         return load(folder)
-    stored, module, settings, data, cells, spots, manifest = _stored(folder)
+    stored, module, settings, data, cells, other, manifest = _stored(folder)
     if stored != method:
         raise UserError(f"--resume: {folder} holds a run of {stored}, not of {method}")
     record = None
     if (folder / "fit.json").is_file() and (folder / "state.pt").is_file():
         record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
-    return _train(stored, module, settings, data, cells, spots, manifest, folder, record, progress, say)
+    return _train(stored, module, settings, data, cells, other, manifest, folder, record, progress, say)
 
 
 def _train(
@@ -165,7 +172,7 @@ def _train(
     settings: Any,
     data: Any,
     cells: Counts,
-    spots: Counts,
+    other: Counts,
     manifest: dict[str, Any],
     folder: Path | None,
     record: dict[str, Any] | None,
@@ -177,7 +184,7 @@ def _train(
     state = None
     if record is None:
         pair, spec = module.start(data, settings, seed, say)
-        record = {"spec": module.spec_to(spec), "chains": settings.chains, "status": "training"}
+        record = {"spec": module.spec_to(spec), "chains": len(chains_of(pair)), "status": "training"}
         if folder is not None:
             posterior.write_json(folder / "fit.json", record)
     else:
@@ -186,8 +193,8 @@ def _train(
         assert folder is not None
         state = load_state(folder / "state.pt")
         say(f"resuming at step {state.step} of {settings.fit.steps}")
-    batches = module.Batches(data, settings.batch_spots, seed)
-    scale = 1.0 / (data.counts.shape[0] * data.counts.shape[1])
+    batches = module.batches(data, settings, seed)
+    scale = 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
     state, info = run_svi(pair, batches, settings.fit, state, folder=folder, scale=scale, progress=progress)
     if info.stop_reason == INTERRUPTED and state.step < settings.fit.steps:
         kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
@@ -196,7 +203,7 @@ def _train(
     say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {info.stop_reason}")
     record = {
         "spec": record["spec"],
-        "chains": len(module.chains_of(pair)),
+        "chains": len(chains_of(pair)),
         "status": "done",
         "steps": state.step,
         "stop_reason": info.stop_reason,
@@ -207,7 +214,7 @@ def _train(
     }
     if folder is not None:
         posterior.write_result(folder, pair, record)
-    return _run(method, module, settings, spec, pair, data, cells, spots, manifest, record, folder)
+    return _run(method, module, settings, spec, pair, data, cells, other, manifest, record, folder)
 
 
 def _run(
@@ -218,12 +225,14 @@ def _run(
     pair: Any,
     data: Any,
     cells: Counts,
-    spots: Counts,
+    other: Counts,
     manifest: dict[str, Any],
     record: dict[str, Any],
     folder: Path | None,
 ) -> Run:
-    def new_cells(counts: Counts) -> tuple[Any, Counts]:
-        return prepare.siid_new_cells(counts, cells.genes, data)
+    prepared = load_prepare(method)
 
-    return Run(method, module, settings, spec, pair, data, cells, spots, manifest, record, new_cells, folder)
+    def new_cells(counts: Counts) -> tuple[Any, Counts]:
+        return prepared.new_cells(counts, cells, data, settings)
+
+    return Run(method, module, settings, spec, pair, data, cells, other, manifest, record, new_cells, folder)

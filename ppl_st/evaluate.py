@@ -34,7 +34,7 @@ from ppl_st.data import Counts, gene_folds, read_counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
 from ppl_st.metrics import bootstrap_mean, score_table
-from ppl_st.models import load_method
+from ppl_st.models import METHODS, load_method
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_folds", "summarise"]
 
@@ -42,7 +42,6 @@ RANKED = (
     "raw_pcc", "raw_scc", "raw_partial_pcc", "log_pcc", "log_scc", "log_partial_pcc", "log_score",
 )  # fmt: skip
 UPPER = "upper reference: sees truth"
-SPOT_METHODS = {"siid"}  # their reference is a second spatial platform
 _BYTES_PER_PREDICTION = 32  # seven float32 layers and X
 
 
@@ -218,9 +217,9 @@ def read_folds(path: str | Path) -> dict[str, NDArray[np.str_]]:
 def _reference_is_spots(methods: Sequence[str]) -> bool:
     for method in methods:
         load_method(method)
-    spots = [method for method in methods if method in SPOT_METHODS]
+    spots = [method for method in methods if METHODS[method].reference == "spots"]
     if spots and len(spots) < len(methods):
-        rest = ", ".join(method for method in methods if method not in SPOT_METHODS)
+        rest = ", ".join(method for method in methods if method not in spots)
         raise UserError(
             f"evaluate: {', '.join(spots)} takes spots as reference, {rest} dissociated cells; evaluate apart"
         )

@@ -84,8 +84,10 @@ def _posterior(run: "Run", drawn: list[list[dict[str, Any]]]) -> "xr.Dataset":
     sites = drawn[0][0]
     dims = run.module.Model.DIMS
     stacked = {name: np.stack([[d[name].numpy() for d in chain] for chain in drawn]) for name in sites}
-    all_genes = {"factors": "factor", "genes": "any_gene"}
-    data = {name: (("chain", "draw", *(all_genes[d] for d in dims[name])), values) for name, values in stacked.items()}
+    singular = {"factors": "factor", "genes": "any_gene"}
+    data = {
+        name: (("chain", "draw", *(singular.get(d, d) for d in dims[name])), values) for name, values in stacked.items()
+    }
     return xr.Dataset(data, coords={"any_gene": run.genes.astype(object)})
 
 
@@ -102,7 +104,7 @@ def _constant(run: "Run", cells: NDArray[np.int64]) -> "xr.Dataset":
 def _finish(frame: "xr.Dataset", names: dict[str, NDArray[np.str_]], run: "Run", group: str) -> "xr.Dataset":
     """Coordinates for every dimension, attributes that say what was fitted (netCDF knows no dicts: JSON)."""
     coords: dict[str, Any] = {dim: values.astype(object) for dim, values in names.items() if dim in frame.dims}
-    coords |= {dim: np.arange(frame.sizes[dim]) for dim in ("chain", "draw", "factor") if dim in frame.dims}
+    coords |= {str(dim): np.arange(frame.sizes[dim]) for dim in frame.dims if dim not in {*coords, *frame.coords}}
     versions = run.manifest.get("versions", {})
     attrs = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),

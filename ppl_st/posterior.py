@@ -138,7 +138,9 @@ class Run:
             for k in range(samples):
                 result.layers[f"sample_{k}"] = kept[k]
         if target is None:
-            self._add_factors(result)
+            obsm, obs = self.module.quantities(self.pair, self.data, self.config, self.spec)
+            result.obsm.update(obsm)
+            result.obs = result.obs.assign(**obs)
         return result
 
     def write_samples(self, path: str | Path, genes: Sequence[str] | None, draws: int, seed: int = 0) -> None:
@@ -190,6 +192,8 @@ class Run:
 
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
+        if not hasattr(self.module, "proportions"):
+            raise UserError(f"{self.method} deconvolves no spots; proportions are an output of siid")
         spots, profiles = self.module.proportions(self.pair, self.data, self.config, draws, seed)
         factors = pd.DataFrame(index=[f"factor{k}" for k in range(profiles.shape[0])])
         result = ad.AnnData(spots.mean(0), obs=self.reference.obs.copy(), var=factors)
@@ -279,13 +283,6 @@ class Run:
             result.obsm["spatial"] = counts.xy
         result.uns["ppl_st"] = json.dumps(self.manifest)
         return result
-
-    def _add_factors(self, result: ad.AnnData) -> None:
-        cells, sizes = self.module.compositions(self.pair, self.data, self.config)
-        result.obsm["proportions"] = cells
-        names = np.array([f"factor{k}" for k in range(cells.shape[1])])
-        result.obs["factor"] = pd.Categorical(names[cells.argmax(1)], categories=names)
-        result.obs["size"], result.obs["captured"] = sizes[:, 0], sizes[:, 1]
 
 
 def _matched(truth: str | Path | ad.AnnData | Counts, cells: Counts, genes: NDArray[np.str_]) -> sp.csr_matrix:

@@ -60,7 +60,8 @@ NOT_NUMERIC = LAZY - {"sklearn"} | {"anndata", "zarr", "h5py", "xarray", "typer"
 
 def files():
     yield from (ROOT / "ppl_st").glob("*.py")
-    yield from (ROOT / "ppl_st" / "testing").glob("*.py")
+    for folder in ("testing", "prepare"):
+        yield from (ROOT / "ppl_st" / folder).glob("*.py")
     for folder in ("models", "inference"):
         yield from (ROOT / folder).rglob("*.py")
 
@@ -189,6 +190,7 @@ def test_every_listed_method_has_a_file():
         assert (ROOT / "models" / f"{name}.py").exists() or (
             ROOT / "models" / name / "__init__.py"
         ).exists(), name
+        assert (ROOT / "ppl_st" / "prepare" / f"{name}.py").exists()
 
 
 needs_cli = pytest.mark.skipif(

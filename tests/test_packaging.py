@@ -44,7 +44,8 @@ def archives(tmp_path_factory):
 def modules():
     """Every module of the checkout as the path it must have inside the wheel."""
     package = {f"ppl_st/{file.name}" for file in (ROOT / "ppl_st").glob("*.py")}
-    package |= {f"ppl_st/testing/{file.name}" for file in (ROOT / "ppl_st" / "testing").glob("*.py")}
+    for folder in ("testing", "prepare"):
+        package |= {f"ppl_st/{folder}/{file.name}" for file in (ROOT / "ppl_st" / folder).glob("*.py")}
     for folder in ("models", "inference"):
         package |= {f"ppl_st/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / folder).rglob("*.py")}
     return package

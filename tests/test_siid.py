@@ -22,6 +22,7 @@ from pyro.infer import Trace_ELBO
 
 import ppl_st.api as api
 from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import FitConfig, rng_scope
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.models import siid
@@ -786,7 +787,7 @@ def test_awkward_data(sim):
 @pytest.mark.parametrize("preset, more", [("paper", ["chains=2", "factors=4", "fit.steps=8"])])
 def test_paper_preset_runs_and_refuses_new_cells(sim, preset, more):
     run = api.fit("siid", target=sim.target, reference=sim.reference, preset=preset, overrides=more)
-    assert len(siid.chains_of(run.pair)) == 1 and np.isfinite(run.predict(draws=4).X).all()
+    assert len(chains_of(run.pair)) == 1 and np.isfinite(run.predict(draws=4).X).all()
     with pytest.raises(UserError, match="new cells"):
         run.predict(target=sim.target[:50].copy(), draws=2)
 

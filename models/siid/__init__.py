@@ -39,6 +39,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -57,7 +58,7 @@ from ppl_st.sampling import standard_gamma
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
-    "build", "chains_of", "compositions", "empty", "proportions", "select", "spec_from", "spec_to", "start",
+    "batches", "build", "empty", "proportions", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 BOOTSTRAP_STEPS = 30  # sweeps from the posterior mean in one draw of the spots' proportions
@@ -103,19 +104,24 @@ def spec_from(stored: dict[str, Any]) -> Spec:
     return Spec(**{**stored, "hyper": Hyper(**stored["hyper"])})
 
 
+def batches(data: Data, config: Config, seed: int) -> Batches:
+    """Minibatches of spots with their cells."""
+    return Batches(data, config.batch_spots, seed)
+
+
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     """Chains by rising loss on one pass over the data, the best first; only that one with ``keep="best"``."""
     from pyro.infer import Trace_ELBO
 
-    batches = Batches(data, config.batch_spots, seed)
+    minibatches = batches(data, config, seed)
     chains = chains_of(pair)
     losses = []
     for chain in chains:
         with torch.no_grad(), rng_scope(seed, "select"):
             losses.append(
                 sum(
-                    float(Trace_ELBO().loss(chain.model, chain.guide, batches.at(step)))
-                    for step in range(min(4, len(batches)))
+                    float(Trace_ELBO().loss(chain.model, chain.guide, minibatches.at(step)))
+                    for step in range(min(4, len(minibatches)))
                 )
             )
     order = np.argsort(losses, kind="stable")
@@ -190,17 +196,19 @@ class Predictor:
         return torch.from_numpy(shape), torch.from_numpy(rate)
 
 
-def compositions(pair: Pair, data: Data, config: Config) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Factors of the best chain: cells' mean composition [n, h], cells' size and captured size (N, M of the paper) [n, 2]."""
+def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the best chain, for every cell: ``obsm`` proportions [n, h]; ``obs`` factor (the largest), size and captured (N and M of the paper)."""
     _, guide = sides(chains_of(pair)[0])
-    cells = np.zeros((data.counts.shape[0], guide.spec.factors), np.float32)
+    shares = np.zeros((data.counts.shape[0], spec.factors), np.float32)
     sizes = np.zeros((data.counts.shape[0], 2), np.float32)
     for batch in Batches(data, config.batch_spots, 0).in_order(2048):
         local: Local = guide.local_posterior(batch, CONVERGED * config.predict_steps)
         rows, total = batch.cells[batch.owned].numpy(), local.activity.sum(1)
-        cells[rows] = (local.activity / total[:, None].clamp_min(1e-8))[batch.owned].numpy()
+        shares[rows] = (local.activity / total[:, None].clamp_min(1e-8))[batch.owned].numpy()
         sizes[rows] = torch.stack([total, total * local.capture], 1)[batch.owned].numpy()
-    return cells, sizes
+    names = np.array([f"factor{k}" for k in range(spec.factors)])
+    factor = pd.Categorical(names[shares.argmax(1)], categories=names)
+    return {"proportions": shares}, {"factor": factor, "size": sizes[:, 0], "captured": sizes[:, 1]}
 
 
 def proportions(

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppl_st import api, metrics, prepare
+from ppl_st import api, metrics
 from ppl_st.data import read_counts
 from ppl_st.models.siid import Config
 from ppl_st.models.siid.warm_start import run_em
+from ppl_st.prepare.siid import problem
 from ppl_st.simulate import PITCH, Simulation, checkerboard
 
 
@@ -73,7 +74,7 @@ def adam(world: Simulation, h: int, steps: int, entropy_lambda: float = 500.0) -
 def ours(world: Simulation, h: int) -> dict[str, Any]:
     """EM alone (its Poisson loss after 20, 60, 180 sweeps), then the whole default fit and its prediction."""
     cells, spots = read_counts(world.target, role="target"), read_counts(world.reference, role="reference")
-    data, _, _ = prepare.siid(cells, spots, Config(factors=h), lambda line: None)
+    data, _, _ = problem(cells, spots, Config(factors=h), lambda line: None)
     em = {}
     for sweeps in (20, 60, 180):
         began = time.process_time()

@@ -1,6 +1,6 @@
-"""From checked counts to a method's tensors-to-be: gene matching, sections, cell -> spot map, labels, prior profiles. One function per method."""
+"""SIID's problem from checked counts: gene matching, sections, cell -> spot map, labels, prior profiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +11,16 @@ from numpy.typing import NDArray
 
 from ppl_st.data import Counts, read_counts, shared_genes
 from ppl_st.errors import UserError
-from ppl_st.models.siid import Config as SiidConfig
-from ppl_st.models.siid import Data as SiidData
+from ppl_st.models.siid import Config, Data
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, spot_pitch
 
 MIN_PANEL = 5
 SECTION_GAP = 100.0  # pitches between sections that share no coordinate frame
 
 
-def hold_out_genes(target: Counts, genes: Sequence[str] | NDArray[np.str_]) -> Counts:
-    """The target without ``genes``; asking to hold out a gene that the target does not have is an error."""
-    held = np.asarray(genes, dtype=str)
-    missing = held[~np.isin(held, target.genes)]
-    if len(missing):
-        shown = ", ".join(missing[:3])
-        raise UserError(
-            f"--hold-out: {len(missing)} of {len(held)} genes are not in the target ({target.source}), e.g. {shown}; "
-            "list genes that the target measured (genes it never measured need no holding out)"
-        )
-    return target.take_genes(target.genes[~np.isin(target.genes, held)])
-
-
-def siid(
-    target: Counts, reference: Counts, config: SiidConfig, say: Callable[[str], None]
-) -> tuple[SiidData, Counts, Counts]:
+def problem(
+    target: Counts, reference: Counts, config: Config, say: Callable[[str], None]
+) -> tuple[Data, Counts, Counts]:
     """SIID's problem from cells and spots in one coordinate frame; returns it with the counts that it uses.
 
     Genes: all of the reference; those that the target has too are the panel; genes that only the target has are left out (said through
@@ -62,7 +48,7 @@ def siid(
     say(
         f"{int((np.diff(mapping.indptr) > 0).sum())} of {mapping.shape[0]} cells lie in spots (radius {radius:g}, pitch {pitch:g})"
     )
-    data = SiidData(
+    data = Data(
         counts=target.matrix,
         spot_counts=reference.matrix,
         mapping=mapping,
@@ -75,8 +61,12 @@ def siid(
     return data, target, reference
 
 
-def siid_new_cells(target: Counts, panel_genes: NDArray[np.str_], data: SiidData) -> tuple[SiidData, Counts]:
-    """The same problem for cells that have no spots around them: the spots' part is empty."""
+def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tuple[Data, Counts]:
+    """The same problem for cells that have no spots around them: the spots' part is empty.
+
+    ``fitted`` are the counts of the target that the run was fitted on, ``data`` its problem.
+    """
+    panel_genes = fitted.genes
     missing = panel_genes[~np.isin(panel_genes, target.genes)]
     if len(missing):
         raise UserError(
@@ -126,7 +116,7 @@ def _separate_sections(
     )
 
 
-def _labels(target: Counts, config: SiidConfig, say: Callable[[str], None]) -> NDArray[np.int64] | None:
+def _labels(target: Counts, config: Config, say: Callable[[str], None]) -> NDArray[np.int64] | None:
     if config.label_key is None:
         return None
     if config.label_key not in target.obs:
@@ -144,7 +134,7 @@ def _labels(target: Counts, config: SiidConfig, say: Callable[[str], None]) -> N
     return codes.astype(np.int64)
 
 
-def _profiles(reference: Counts, config: SiidConfig) -> NDArray[np.float64] | None:
+def _profiles(reference: Counts, config: Config) -> NDArray[np.float64] | None:
     """Mean expression profile per cell type of a single-cell reference, on the spots' genes; genes it lacks take the spots' mean profile."""
     if config.profiles is None:
         return None

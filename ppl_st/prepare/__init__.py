@@ -1,0 +1,39 @@
+"""From checked counts to a method's problem: one file per method, named as the method.
+
+Every file has
+
+    problem(target, reference, config, say) -> (data, target, reference)   the problem, and the counts it uses of each side
+    new_cells(target, fitted, data, config) -> (data, target)              the same problem for other cells with the fitted target's genes
+
+``data`` is the ``Data`` of the method (sparse counts, maps, graphs, codes); what is left out is said through ``say``.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppl_st.data import Counts
+from ppl_st.errors import UserError
+
+__all__ = ["hold_out_genes", "load_prepare"]
+
+
+def load_prepare(method: str) -> ModuleType:
+    """The file of ``method``; it imports the method, hence torch."""
+    return import_module(f"ppl_st.prepare.{method}")
+
+
+def hold_out_genes(target: Counts, genes: Sequence[str] | NDArray[np.str_]) -> Counts:
+    """The target without ``genes``; asking to hold out a gene that the target does not have is an error."""
+    held = np.asarray(genes, dtype=str)
+    missing = held[~np.isin(held, target.genes)]
+    if len(missing):
+        shown = ", ".join(missing[:3])
+        raise UserError(
+            f"--hold-out: {len(missing)} of {len(held)} genes are not in the target ({target.source}), e.g. {shown}; "
+            "list genes that the target measured (genes it never measured need no holding out)"
+        )
+    return target.take_genes(target.genes[~np.isin(target.genes, held)])
