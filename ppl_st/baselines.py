@@ -50,12 +50,15 @@ class Split:
         Names of the genes to estimate, in the order of the answer's columns.
     seed
         Seeds clustering and cross-fitting folds.
+    library_key
+        Column of ``target.obs`` with the section of each cell: nothing is smoothed across sections.
     """
 
     target: Counts
     reference: Counts
     held_out: np.ndarray
     seed: int = 0
+    library_key: str | None = None
 
     def __post_init__(self) -> None:
         held_out = np.asarray(self.held_out, dtype=str)
@@ -73,6 +76,8 @@ class Split:
             )
         if not np.isin(self.target.genes, self.reference.genes).any():
             raise UserError("split: target and reference share no training gene")
+        if self.library_key is not None and self.library_key not in self.target.obs:
+            raise UserError(f"split: target {self.target.source} has no obs column {self.library_key!r} (library_key)")
 
     @cached_property
     def training(self) -> np.ndarray:
@@ -243,8 +248,9 @@ def _coordinates(counts: Counts, role: str) -> np.ndarray:
 
 
 def _neighbor_mean(split: Split, k: int) -> sp.csr_matrix:
-    """Row-normalised neighbor matrix of the target cells (self not included), [cells, cells]."""
-    graph = sp.csr_matrix(neighbors(_coordinates(split.target, "target"), k), dtype=np.float64)
+    """Row-normalised neighbor matrix of the target cells within each section (self not included), [cells, cells]."""
+    library = None if split.library_key is None else split.target.obs[split.library_key].astype(str).to_numpy()
+    graph = sp.csr_matrix(neighbors(_coordinates(split.target, "target"), k, library), dtype=np.float64)
     return _scale_rows(graph, 1.0 / np.maximum(_row_sums(graph), 1.0))
 
 

@@ -97,11 +97,11 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="New folder for data, run, figures and report.")],
     method: Annotated[str, typer.Argument(help="Name of the method.")] = "siid",
     seed: Seed = 0,
-    cells: Annotated[int, typer.Option("--cells", min=100, help="Cells to simulate.")] = 6000,
+    cells: Annotated[int | None, typer.Option("--cells", min=100, help="Cells to simulate.")] = None,
     types: Annotated[int, typer.Option("--types", help="h: cell types.")] = 8,
-    squares: Annotated[int, typer.Option("--squares", min=1, help="l: squares per side.")] = 20,
+    squares: Annotated[int | None, typer.Option("--squares", min=1, help="l: squares per side (siid).")] = None,
     rho: Annotated[float, typer.Option("--rho", min=0.001, help="Depth of the cells, 1 = 150 counts.")] = 1.0,
-    mixing: Annotated[float, typer.Option("--mixing", min=0, help="Dirichlet of mixed cells.")] = 0.0,
+    mixing: Annotated[float | None, typer.Option("--mixing", min=0, help="Dirichlet of mixed cells (siid).")] = None,
     overrides: Set = None,
     device: Device = "auto",
     draws: Draws = 100,
@@ -117,13 +117,13 @@ def demo(
         command=_command(),
     )  # fmt: skip
     _print_table("Genes that the cells never measured (means over genes)", done.scores)
-    _print_table("Factors against the true types, matched one to one", done.deconvolution)
+    _print_table("Against the truth of the simulation", done.facts)
     typer.echo(f"{done.seconds:.0f} s; see {out / 'report.html'}, {out / 'figures'} and run {out / 'run'}")
 
 
 @app.command()
 def simulate(
-    protocol: Annotated[str, typer.Argument(help="checkerboard or blocks.")],
+    protocol: Annotated[str, typer.Argument(help="checkerboard, blocks or spatial_field.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for target.h5ad, reference.h5ad, truth.h5ad.")],
     seed: Seed = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Knob, as n_cells=2000.")] = None,

@@ -1,13 +1,15 @@
-"""The demonstration: simulate the SIID checkerboard, fit, predict unmeasured genes, judge, report.
+"""The demonstration: simulate, fit, predict unmeasured genes, judge, report.
+
+Methods whose reference are spots get `ppl_st.simulate.checkerboard`, those with dissociated cells `ppl_st.simulate.spatial_field`.
 
 Everything is shown beside the oracle, the true rate that generated the counts: its R2 is the ceiling that
 noise leaves, its log score and coverage are those of a perfect forecaster.
 
 OUT/
-    data/     target.h5ad (cells x panel), reference.h5ad (spots x all genes), truth.h5ad (cells x held-out)
+    data/     target.h5ad (cells x panel), reference.h5ad (all genes), truth.h5ad (cells x held-out)
     run/      the run folder: `ppl_st.load`, `ppl-st predict`, `ppl-st export`
     figures/  the figures as PNG
-    scores.csv, deconvolution.csv, report.html
+    scores.csv, facts.csv, report.html
 """
 
 import time
@@ -21,14 +23,15 @@ import pandas as pd
 
 from ppl_st import metrics, plots
 from ppl_st.api import fit
-from ppl_st.baselines import SPOT_BASELINES, Split
+from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split
 from ppl_st.calibration import coverage
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.io import atomic, write_adata
+from ppl_st.models import METHODS, load_method
 from ppl_st.posterior import LEVELS, Run
 from ppl_st.report import Section, Table, write_report
-from ppl_st.simulate import Simulation, checkerboard
+from ppl_st.simulate import Simulation, checkerboard, spatial_field
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +43,7 @@ COLUMNS = {
     "raw_r2": "R2",
     "raw_pcc": "PCC",
     "raw_scc": "SCC",
+    "log_pcc": "log PCC",
     "raw_partial_pcc": "PCC given depth",
     "log_score": "log score",
     "crps": "CRPS",
@@ -51,12 +55,12 @@ MAPPED_GENES = 3
 
 
 class Demo(NamedTuple):
-    """``scores`` [methods x `COLUMNS`] means over held-out genes; ``deconvolution`` [quantity] one column
-    ``value``; the fitted ``run``; ``seconds`` of wall time in all.
+    """``scores`` [methods x `COLUMNS`] means over held-out genes; ``facts`` [quantity] one column ``value``: what else the truth says
+    about the fit; the fitted ``run``; ``seconds`` of wall time in all.
     """
 
     scores: pd.DataFrame
-    deconvolution: pd.DataFrame
+    facts: pd.DataFrame
     run: Run
     seconds: float
 
@@ -66,11 +70,11 @@ def demo(
     *,
     out: str | Path,
     seed: int = 0,
-    cells: int = 6000,
+    cells: int | None = None,
     types: int = 8,
-    squares: int = 20,
+    squares: int | None = None,
     rho: float = 1.0,
-    mixing: float = 0.0,
+    mixing: float | None = None,
     draws: int = 100,
     device: str = "auto",
     overrides: Sequence[str] = (),
@@ -83,13 +87,13 @@ def demo(
     Parameters
     ----------
     method
-        Only "siid" has a simulated protocol so far.
+        Name in ``ppl_st.METHODS``.
     out
         New or empty folder.
     seed
         Seeds the simulation, the fit and the draws.
     cells, types, squares, rho, mixing
-        Knobs of `ppl_st.simulate.checkerboard`; the fit gets ``factors=types``.
+        Knobs of the protocol; None is its own default. ``squares`` and ``mixing`` belong to the checkerboard, whose fit gets ``factors=types``.
     draws, device, overrides, progress
         Of the fit and the prediction, as in `ppl_st.fit`.
     say
@@ -97,13 +101,13 @@ def demo(
     """
     began = time.perf_counter()
     talk = say or (lambda line: None)
-    if method != "siid":
-        raise UserError(f"demo: there is no simulated protocol for {method!r} yet; take siid")
+    load_method(method)  # an unknown name is refused before any folder is made
+    spots = METHODS[method].reference == "spots"
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; choose another --out or remove it")
-    talk(f"simulating {cells} cells of {types} types, 256 spots")
-    world = checkerboard(seed=seed, n_cells=cells, n_types=types, squares=squares, rho=rho, mixing=mixing)
+    world = _world(method, spots, seed, cells, types, squares, rho, mixing)
+    talk(f"simulated {world.target.n_obs} cells of {types} types, {world.reference.n_obs} {'spots' if spots else 'reference cells'}")
     paths = {name: folder / "data" / f"{name}.h5ad" for name in ("target", "reference", "truth")}
     for name, path in paths.items():
         write_adata(getattr(world, name), path)
@@ -112,7 +116,7 @@ def demo(
         method,
         target=paths["target"],
         reference=paths["reference"],
-        overrides=[f"factors={types}", *overrides],
+        overrides=[f"factors={types}", *overrides] if spots else overrides,
         seed=seed,
         device=device,
         out=folder / "run",
@@ -123,43 +127,63 @@ def demo(
     talk(f"predicting {world.truth.n_vars} genes that the cells never measured")
     predicted = run.predict(world.truth.var_names, draws=draws, seed=seed, truth=world.truth)
     proper = predicted.var.drop(columns=["measured", "trust"])
-    spots = run.proportions(draws=draws, seed=seed)
     talk("baselines and oracle")
-    tables = _score_all(world, predicted, proper, seed)
+    tables = _score_all(method, world, predicted, proper, spots, seed)
     means = {name: table.reindex(columns=list(COLUMNS)).mean() for name, table in tables.items()}
     scores = pd.DataFrame(means).T.rename(columns=COLUMNS).rename_axis("method")
-    matched = metrics.match_factors(world.truth.obsm["composition"], predicted.obsm["proportions"])
-    facts = _deconvolution(world, predicted, spots, matched, scores)
+    rows = {"held-out R2, share of the oracle's": scores["R2"].iloc[0] / scores["R2"].iloc[1]}
+    covered = proper["coverage_90"]
+    rows["held-out genes whose 90 % intervals cover 80 to 97 % (share)"] = float(covered.between(0.8, 0.97).mean())
+    figures = _figures(world, predicted, proper, run)
+    if spots:
+        more, maps = _deconvolution(world, predicted, run.proportions(draws=draws, seed=seed))
+        rows, figures = rows | more, figures | maps
+    facts = pd.DataFrame({"value": rows}).rename_axis("quantity")
 
-    figures = _figures(world, predicted, spots, matched, proper, run)
     for name, (_, figure) in figures.items():
         with atomic(folder / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=150)
-    for name, table in (("scores", scores), ("deconvolution", facts)):
+    for name, table in (("scores", scores), ("facts", facts)):
         with atomic(folder / f"{name}.csv") as temporary:
             table.to_csv(temporary)
     seconds = time.perf_counter() - began
-    _report(folder / "report.html", scores, facts, figures, run, seconds)
+    _report(folder / "report.html", method, scores, facts, figures, run, seconds)
     return Demo(scores, facts, run, seconds)
 
 
-def score_oracle(truth: Counts, rate: np.ndarray, total: np.ndarray, seed: int = 0) -> pd.DataFrame:
-    """Score table of the forecaster who knows the ``rate`` [cells, genes] behind Poisson counts.
+def _world(
+    method: str, spots: bool, seed: int, cells: int | None, types: int, squares: int | None, rho: float, mixing: float | None
+) -> Simulation:
+    given = {name: value for name, value in (("n_cells", cells), ("squares", squares), ("mixing", mixing)) if value is not None}
+    if spots:
+        return checkerboard(seed=seed, n_types=types, rho=rho, **given)  # type: ignore[arg-type]
+    foreign = sorted({"squares", "mixing"} & set(given))
+    if foreign:
+        raise UserError(f"demo {method}: {' and '.join(foreign)} shape the checkerboard of siid only; leave them out")
+    return spatial_field(seed=seed, n_types=types, rho=rho, **given)  # type: ignore[arg-type]
 
-    Log score and coverage are exact; the CRPS comes from `ORACLE_DRAWS` draws, gene by gene.
+
+def score_oracle(
+    truth: Counts, rate: np.ndarray, total: np.ndarray, seed: int = 0, theta: np.ndarray | None = None
+) -> pd.DataFrame:
+    """Score table of the forecaster who knows the ``rate`` [cells, genes] behind the counts, and their inverse dispersion ``theta`` [genes].
+
+    Without ``theta`` counts are Poisson. Log score and coverage are exact; the CRPS comes from `ORACLE_DRAWS` draws, gene by gene.
     """
-    from scipy.stats import poisson
+    from scipy.stats import nbinom, poisson
 
     table = metrics.score_table(truth.matrix, rate, total, truth.genes)
     counts = truth.matrix.toarray()  # a simulated matrix: small
-    table["log_score"] = np.mean(poisson.logpmf(counts, rate), axis=0)
-    covered = coverage(poisson.cdf(counts - 1, rate), poisson.cdf(counts, rate), LEVELS)
+    law: Any = poisson(rate) if theta is None else nbinom(theta, theta / (theta + rate))
+    table["log_score"] = np.mean(law.logpmf(counts), axis=0)
+    covered = coverage(law.cdf(counts - 1), law.cdf(counts), LEVELS)
     for level, share in zip(LEVELS, covered.per_gene, strict=True):
         table[f"coverage_{round(100 * level)}"] = share
     rng = np.random.default_rng([seed, 1])
     crps = []
     for g in range(len(truth.genes)):
-        drawn = rng.poisson(rate[:, g], (ORACLE_DRAWS, len(rate)))
+        mean = rate[:, g] if theta is None else rate[:, g] * rng.gamma(theta[g], 1 / theta[g], (ORACLE_DRAWS, len(rate)))
+        drawn = rng.poisson(mean, (ORACLE_DRAWS, len(rate)))
         crps.append(float(np.mean(metrics.crps_from_draws(drawn, counts[:, g]))))
     return table.assign(crps=crps)
 
@@ -168,18 +192,19 @@ def score_oracle(truth: Counts, rate: np.ndarray, total: np.ndarray, seed: int =
 
 
 def _score_all(
-    world: Simulation, predicted: ad.AnnData, proper: pd.DataFrame, seed: int
+    method: str, world: Simulation, predicted: ad.AnnData, proper: pd.DataFrame, spots: bool, seed: int
 ) -> dict[str, pd.DataFrame]:
     target = read_counts(world.target, role="target")
     truth = read_counts(world.truth, role="truth")
-    split = Split(target, read_counts(world.reference, role="reference"), truth.genes, seed)
+    split = Split(target, read_counts(world.reference, role="reference", need_spatial=spots), truth.genes, seed)
     ours = metrics.score_table(truth.matrix, np.asarray(predicted.X), target.totals, truth.genes)
     rate = np.asarray(world.truth.layers["rate"], dtype=np.float64)
+    theta = world.truth.var["theta"].to_numpy() if "theta" in world.truth.var else None
     tables = {
-        "siid": ours.join(proper.drop(columns="mean_count")),
-        ORACLE: score_oracle(truth, rate, target.totals, seed),
+        method: ours.join(proper.drop(columns="mean_count")),
+        ORACLE: score_oracle(truth, rate, target.totals, seed, theta),
     }
-    for name, one in SPOT_BASELINES.items():
+    for name, one in (SPOT_BASELINES if spots else REFERENCE_BASELINES).items():
         tables[f"baseline: {name}"] = metrics.score_table(
             truth.matrix, one.estimate(split), target.totals, truth.genes, scale=one.scale
         )
@@ -187,36 +212,39 @@ def _score_all(
 
 
 def _deconvolution(
-    world: Simulation, predicted: ad.AnnData, spots: ad.AnnData, matched: np.ndarray, scores: pd.DataFrame
-) -> pd.DataFrame:
+    world: Simulation, predicted: ad.AnnData, spots: ad.AnnData
+) -> "tuple[dict[str, float], dict[str, tuple[str, Figure]]]":
+    """Factors against the true types, matched one to one: numbers, and maps of the spots' proportions."""
     composition, found = world.truth.obsm["composition"], predicted.obsm["proportions"]
-    # Spots without counts are not in the fit.
-    js = metrics.proportion_js(_true_proportions(world, spots), np.asarray(spots.X), matched)
+    matched = metrics.match_factors(composition, found)
+    true = _true_proportions(world, spots)
+    js = metrics.proportion_js(true, np.asarray(spots.X), matched)
     rows = {
-        "held-out R2, share of the oracle's": scores["R2"].iloc[0] / scores["R2"].iloc[1],
-        "cells whose largest factor is right (share)": metrics.matched_accuracy(composition, found),
-        "cells: JS divergence of compositions (bits, mean)": metrics.proportion_js(
-            composition, found, matched
-        ).mean(),
-        "spots: JS divergence of proportions (bits, mean)": js.mean(),
+        "cells whose largest factor is right (share)": float(metrics.matched_accuracy(composition, found)),
+        "cells: JS divergence of compositions (bits, mean)": float(metrics.proportion_js(composition, found, matched).mean()),
+        "spots: JS divergence of proportions (bits, mean)": float(js.mean()),
         "spots: JS divergence of proportions (bits, worst tenth above)": float(np.quantile(js, 0.9)),
     }
-    return pd.DataFrame({"value": rows}).rename_axis("quantity")
+    # Factors in the order of the true types; a type without a factor is drawn grey.
+    estimate = np.where(matched >= 0, np.asarray(spots.X)[:, matched], np.nan)
+    names = [f"type {k}" for k in range(len(matched))]
+    xy = np.asarray(spots.obsm["spatial"])
+    shares = [plots.proportion_maps(xy, p, names, xy_unit="um") for p in (estimate, true)]
+    return rows, {
+        "proportions": ("Spots: estimated proportions, factors matched to the true types", shares[0]),
+        "proportions_truth": ("Spots: true proportions", shares[1]),
+    }
 
 
 def _true_proportions(world: Simulation, spots: ad.AnnData) -> np.ndarray:
-    """The truth of the fitted spots, in their order."""
+    """The truth of the fitted spots, in their order (spots without counts are not in the fit)."""
+    assert world.proportions is not None
     index = world.reference.obs_names.get_indexer(spots.obs_names)
     return np.asarray(world.proportions[index])
 
 
 def _figures(
-    world: Simulation,
-    predicted: ad.AnnData,
-    spots: ad.AnnData,
-    matched: np.ndarray,
-    proper: pd.DataFrame,
-    run: Run,
+    world: Simulation, predicted: ad.AnnData, proper: pd.DataFrame, run: Run
 ) -> "dict[str, tuple[str, Figure]]":
     """File stem -> (caption, figure)."""
     order = np.argsort(-proper["mean_count"].to_numpy(), kind="stable")
@@ -224,46 +252,36 @@ def _figures(
     genes = [str(gene) for gene in proper.index[chosen]]
     rate = np.asarray(world.truth.layers["rate"])[:, chosen]
     mean, sd = (np.asarray(predicted.layers[name])[:, chosen] for name in ("rate_mean", "rate_sd"))
-    levels = [f"coverage_{round(100 * level)}" for level in LEVELS]
-    per_gene = proper[levels].to_numpy().T
-    # Factors in the order of the true types; a type without a factor is drawn grey.
-    estimate = np.where(matched >= 0, np.asarray(spots.X)[:, matched], np.nan)
-    names = [f"type {k}" for k in range(len(matched))]
+    per_gene = proper[[f"coverage_{round(100 * level)}" for level in LEVELS]].to_numpy().T
     xy, unit = np.asarray(world.target.obsm["spatial"]), "expected counts per cell"
-    spot_xy, true = np.asarray(spots.obsm["spatial"]), _true_proportions(world, spots)
-    maps = plots.gene_maps(xy, rate, mean, sd, genes, unit, xy_unit="um")
-    shares = [plots.proportion_maps(spot_xy, p, names, xy_unit="um") for p in (estimate, true)]
     return {
-        "genes": ("Genes that the cells never measured: true rate, posterior mean and sd of the rate", maps),
+        "genes": (
+            "Genes that the cells never measured: true rate, posterior mean and sd of the rate",
+            plots.gene_maps(xy, rate, mean, sd, genes, unit, xy_unit="um"),
+        ),
         "calibration": (
             "Coverage of the intervals of held-out counts",
             plots.calibration_curve(LEVELS, per_gene.mean(1), per_gene),
         ),
-        "loss": (
-            "Loss of the variational fit",
-            plots.loss_curve(run.record["losses"], unit="loss per entry"),
-        ),
-        "proportions": ("Spots: estimated proportions, factors matched to the true types", shares[0]),
-        "proportions_truth": ("Spots: true proportions", shares[1]),
+        "loss": ("Loss of the variational fit", plots.loss_curve(run.record["losses"], unit="loss per entry")),
     }
 
 
 def _report(
-    path: Path, scores: pd.DataFrame, facts: pd.DataFrame, figures: dict[str, Any], run: Run, seconds: float
+    path: Path,
+    method: str,
+    scores: pd.DataFrame,
+    facts: pd.DataFrame,
+    figures: dict[str, Any],
+    run: Run,
+    seconds: float,
 ) -> None:
-    drawn = dict(figures.values())
     text = (
-        "Simulated cells with a panel of genes, and spots with all genes, in one coordinate frame. Scores "
-        "are means over genes that the cells never measured; the oracle knows the rate behind the counts.\n\n"
+        f"{METHODS[method].summary}. Simulated: {METHODS[method].needs}. Scores are means over genes that the "
+        "target never measured; the oracle knows the rate behind the counts.\n\n"
         f"Made in {seconds:.0f} s, the figures included."
     )
     units = {"log score": "nats per entry", "CRPS": "counts"}
-    tables = [
-        Table("Held-out genes", scores, units),
-        Table("Factors against the true cell types, matched one to one", facts),
-    ]
-    sections = [
-        Section("Imputation and deconvolution", text, tables),
-        Section("Figures", figures=drawn),
-    ]
-    write_report(path, "SIID on a simulated checkerboard", sections, manifest=run.manifest)
+    tables = [Table("Held-out genes", scores, units), Table("Against the truth of the simulation", facts)]
+    sections = [Section("Imputation", text, tables), Section("Figures", figures=dict(figures.values()))]
+    write_report(path, f"{method} on simulated data", sections, manifest=run.manifest)

@@ -119,7 +119,7 @@ def evaluate(
     if not methods or len(set(methods)) < len(methods):
         raise UserError(f"evaluate: methods are {', '.join(methods) or 'none'}; name each method once")
     spots = _reference_is_spots(methods)
-    layer = _layer(methods, preset, config, overrides)
+    layer, library_key = _shared_settings(methods, preset, config, overrides)
     folder = None if out is None else Path(out)
     if folder is not None:
         if (folder / "scores.csv").exists():
@@ -136,7 +136,7 @@ def evaluate(
     parts = []
     for task in tasks:
         talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
-        split = Split(task.target, other, task.held_out, seed)
+        split = Split(task.target, other, task.held_out, seed, library_key)
         for method in methods:
             # The counts handed over lie in X, whatever layer they came from.
             options: dict[str, Any] = {"overrides": [*overrides, "layer=X"], "config": config}
@@ -226,14 +226,17 @@ def _reference_is_spots(methods: Sequence[str]) -> bool:
     return bool(spots)
 
 
-def _layer(methods: Sequence[str], preset: str, config: Any, overrides: Sequence[str]) -> str | None:
-    """The layer that the settings name; also checks preset, file and overrides before any work."""
-    layers = []
+def _shared_settings(
+    methods: Sequence[str], preset: str, config: Any, overrides: Sequence[str]
+) -> tuple[str | None, str | None]:
+    """Layer and library_key that the settings name; also checks preset, file and overrides before any work."""
+    found = []
     for method in methods:
         settings = configs.pick_preset(load_method(method).PRESETS, preset)
         settings = settings if config is None else configs.read(config, settings)
-        layers.append(configs.with_overrides(settings, overrides).layer)
-    return layers[0]
+        settings = configs.with_overrides(settings, overrides)
+        found.append((settings.layer, getattr(settings, "library_key", None)))
+    return found[0]
 
 
 def _tasks(

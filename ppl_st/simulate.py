@@ -1,4 +1,4 @@
-"""The papers' synthetic protocols, seedable, as AnnData with the truth beside it.
+"""Synthetic protocols (the papers' and ours), seedable, as AnnData with the truth beside it.
 
 ``checkerboard`` (SIID, Genome Res 2025, figure 2; the stand-in of this project for the parts that only its supplement holds):
 
@@ -13,6 +13,17 @@ Spots lie on a 16 x 16 grid of pitch 100 um and every cell belongs to its neares
 
 ``blocks`` (second protocol of the released SIID code, no space): consecutive blocks of cells are the spots; factors and loadings are
 uniform with a share of zeros; both sides Poisson. An exact-recovery test bed.
+
+``spatial_field`` (a dissociated reference and a spatial target over one latent state; for VISTA, SpaIM, SpaGene):
+
+    fields     f_1 .. f_{h + d}: independent smooth Gaussian random fields over the tissue, unit variance, kernel exp(-|u - v|^2 / 2 length^2)
+    noise      e_ic ~ Normal(0, 1);  c_ic = sqrt(spatial) f_c(xy_i) + sqrt(1 - spatial) e_ic in the target,  c_ic = e_ic in the reference
+    type       argmax of the first h of c_i;  state z_i = center_type + c_i,h+1..h+d  [d]
+    profile    log rho_ig = log base_g + contrast (W z_i)_g, rows normalised to sum 1 over all G genes
+    reference  x_ig ~ NB(l_i rho_ig, theta_g),  log l_i ~ Normal(log depth_reference, 0.4)
+    target     x_ig ~ NB(l_i exp(delta_g) rho_ig, theta'_g),  delta_g ~ Normal(0, platform_sd),  log l_i ~ Normal(log(150 rho), 0.4)
+
+Both sides have the same distribution of states; ``spatial = 0`` removes every trace of space and changes nothing else.
 """
 
 from dataclasses import dataclass
@@ -36,17 +47,18 @@ class Simulation:
     Attributes
     ----------
     target, reference
-        Cells x panel genes and spots x all genes, raw counts, ``obsm["spatial"]`` in micrometers.
+        Cells x panel genes and spots (or dissociated cells) x all genes, raw counts, ``obsm["spatial"]`` in micrometers.
     truth
-        Cells x held-out genes: counts in ``X``, noise-free means in ``layers["rate"]``; ``obsm["composition"]`` [n, h].
+        Cells x held-out genes: counts in ``X``, noise-free means in ``layers["rate"]``; ``obsm["composition"]`` [n, h]; ``var["theta"]`` inverse
+        dispersion of the counts where they are not Poisson.
     proportions
-        Count-weighted composition of every spot [s, h].
+        Count-weighted composition of every spot [s, h]; None where the reference holds dissociated cells.
     """
 
     target: ad.AnnData
     reference: ad.AnnData
     truth: ad.AnnData
-    proportions: FloatArray
+    proportions: FloatArray | None
 
 
 def checkerboard(
@@ -162,7 +174,100 @@ def blocks(
     )
 
 
-PROTOCOLS = {"checkerboard": checkerboard, "blocks": blocks}
+def spatial_field(
+    *,
+    seed: int = 0,
+    n_cells: int = 3000,
+    n_reference: int = 2000,
+    n_types: int = 8,
+    rho: float = 1.0,
+    depth_reference: float = 2000.0,
+    n_genes: int = 200,
+    n_panel: int = 60,
+    states: int = 4,
+    contrast: float = 0.6,
+    spatial: float = 0.8,
+    length: float = 120.0,
+    platform_sd: float = 0.5,
+    theta: float = 4.0,
+) -> Simulation:
+    """Simulate a dissociated reference and a spatial target that share one latent state.
+
+    Parameters
+    ----------
+    seed
+        Seed of the one generator used.
+    n_cells, n_reference
+        Cells of the target (in a square of 1600 um) and of the reference.
+    n_types, states
+        h: cell types; d: dimensions of the state within and between types.
+    rho, depth_reference
+        Depth of the target relative to 150 counts over all genes; median counts of a reference cell.
+    n_genes, n_panel
+        Genes of the reference; the first ``n_panel`` of them are measured in the target.
+    contrast
+        Standard deviation over genes of the log fold change per unit of state.
+    spatial, length
+        Share of the variance of types and states that is a smooth function of place, and its length scale in micrometers.
+    platform_sd
+        Standard deviation of the log gain delta of a gene, target over reference.
+    theta
+        Median inverse dispersion of a gene, log sd 0.5, drawn anew for either side.
+
+    Returns
+    -------
+    Simulation
+        ``obs["type"]`` on all three tables; ``truth.var``: ``theta`` and ``log_gain``; ``truth.obsm["latent"]`` [n, d].
+    """
+    if not 2 <= n_types <= 200 or not 1 <= n_panel < n_genes or min(n_cells, n_reference, states) < 1 or not 0 <= spatial <= 1:
+        raise UserError(
+            f"spatial_field: n_types={n_types}, n_panel={n_panel}, n_genes={n_genes}, n_cells={n_cells}, n_reference={n_reference}, "
+            f"states={states}, spatial={spatial} cannot be simulated; need 2 <= n_types <= 200, 1 <= n_panel < n_genes, positive sizes, "
+            "0 <= spatial <= 1"
+        )
+    rng = np.random.default_rng(seed)
+    xy = rng.uniform(0, 16 * PITCH, size=(n_cells, 2))
+    centers = 1.5 * rng.standard_normal((n_types, states))
+    loadings = contrast / np.sqrt(states) * rng.standard_normal((states, n_genes))
+    base = rng.gamma(0.5, 1.0, n_genes) + 0.02
+    gain = np.exp(platform_sd * rng.standard_normal(n_genes))
+    log_theta = np.log(theta) + 0.5 * rng.standard_normal((2, n_genes))
+    fields = _random_fields(xy / length, n_types + states, rng)
+
+    def side(code: FloatArray, depth: float, gains: FloatArray | float, inverse: FloatArray) -> tuple[FloatArray, ...]:
+        kind = code[:, :n_types].argmax(1)
+        latent = centers[kind] + code[:, n_types:]
+        profile = base * np.exp(latent @ loadings)
+        profile /= profile.sum(1, keepdims=True)
+        mean = np.exp(rng.normal(np.log(depth), 0.4, len(code)))[:, None] * profile * gains
+        return kind, latent, mean, rng.poisson(mean * rng.gamma(inverse, 1 / inverse, mean.shape))
+
+    noise = rng.standard_normal(fields.shape)
+    code = np.sqrt(spatial) * fields + np.sqrt(1 - spatial) * noise
+    kind, latent, mean, counts = side(code, 150.0 * rho, gain, np.exp(log_theta[1]))
+    other = rng.standard_normal((n_reference, n_types + states))
+    other_kind, _, _, other_counts = side(other, depth_reference, 1.0, np.exp(log_theta[0]))
+    tables = (counts.astype(np.float32), other_counts.astype(np.float32), mean, np.eye(n_types)[kind])
+    world = _simulation(*tables, xy, np.zeros((n_reference, 2)), n_panel, None, f"spatial_field, seed {seed}")
+    world.reference.obs_names = [f"reference{i}" for i in range(n_reference)]
+    del world.reference.obsm["spatial"]
+    for table, kinds in ((world.target, kind), (world.truth, kind), (world.reference, other_kind)):
+        table.obs["type"] = pd.Categorical([f"type{k}" for k in kinds])
+    world.truth.obsm["latent"] = latent
+    world.truth.var["theta"], world.truth.var["log_gain"] = np.exp(log_theta[1, n_panel:]), np.log(gain[n_panel:])
+    return world
+
+
+PROTOCOLS = {"checkerboard": checkerboard, "blocks": blocks, "spatial_field": spatial_field}
+
+
+def _random_fields(xy: FloatArray, number: int, rng: np.random.Generator, waves: int = 200) -> FloatArray:
+    """``number`` smooth Gaussian random fields of unit length and variance at xy [n, 2], by random Fourier features; [n, number]."""
+    fields = np.empty((len(xy), number))
+    for c in range(number):
+        angle = xy @ rng.standard_normal((2, waves)) + rng.uniform(0, 2 * np.pi, waves)
+        fields[:, c] = np.sqrt(2 / waves) * np.cos(angle) @ rng.standard_normal(waves)
+    return (fields - fields.mean(0)) / fields.std(0)
 
 
 def _tiles(squares: int, n_types: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -194,7 +299,7 @@ def _simulation(
     xy: FloatArray,
     spots: FloatArray,
     n_panel: int,
-    proportions: FloatArray,
+    proportions: FloatArray | None,
     source: str,
 ) -> Simulation:
     genes = np.array([f"gene{g:04d}" for g in range(mean.shape[1])])
@@ -215,5 +320,6 @@ def _simulation(
     for table, positions in ((target, xy), (truth, xy), (reference, spots)):
         table.obsm["spatial"] = positions
         table.uns["source"] = f"simulated: {source}"
-    reference.obsm["proportions"] = proportions
+    if proportions is not None:
+        reference.obsm["proportions"] = proportions
     return Simulation(target, reference, truth, proportions)

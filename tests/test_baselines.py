@@ -242,3 +242,16 @@ def test_spots_to_cells_lower_bounds() -> None:
     for name, least in (("spot_copy_total", 0.28), ("ridge_spots", 0.46), ("knn_spots", 0.46)):
         estimate = baselines.SPOT_BASELINES[name].estimate(split)
         assert metrics.r2(truth.matrix.toarray(), estimate).mean() > least, name
+
+
+def test_smoothing_stays_within_its_section():
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(size=(60, 2))  # two sections in one range of coordinates
+    target = counts(rng.poisson(2.0, (60, 12)), GENES[:12], xy)
+    target.obs["slide"] = np.arange(60) % 2
+    reference = counts(rng.poisson(2.0, (40, 13)), GENES[:13])
+    splits = [baselines.Split(target, reference, GENES[12:13], 0, key) for key in ("slide", None)]
+    crossing = [baselines._neighbor_mean(split, 4)[::2][:, 1::2].sum() for split in splits]
+    assert crossing[0] == 0 and crossing[1] > 0
+    with pytest.raises(UserError, match="no obs column 'slice'"):
+        baselines.Split(target, reference, GENES[12:13], 0, "slice")

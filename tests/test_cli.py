@@ -63,7 +63,7 @@ def test_simulate_writes_what_its_knobs_say(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chess"], "unknown protocol 'chess'; available: checkerboard, blocks"),
+        (["chess"], "unknown protocol 'chess'; available: checkerboard, blocks, spatial_field"),
         (["checkerboard", "--set", "n_cell=3"], "did you mean 'n_cells'"),
         (["checkerboard", "--set", "n_cells=many"], "n_cells must be a whole number"),
         (["checkerboard", "--set", "rho=x"], "rho must be a number"),
@@ -129,8 +129,9 @@ def test_evaluate_prints_and_writes(folder, tmp_path):
     assert (tmp_path / "scores" / "summary.csv").exists()
 
 
-def test_demo_refuses_a_method_without_a_protocol(tmp_path):
-    assert "no simulated protocol for 'vista'" in refused("demo", "vista", "--out", tmp_path / "new")
+def test_demo_refuses_an_unknown_method(tmp_path):
+    assert "unknown method 'vist'" in refused("demo", "vist", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

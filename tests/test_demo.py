@@ -48,7 +48,7 @@ def test_the_table_sets_the_fit_between_baselines_and_oracle(done):
 
 def test_deconvolution_is_measured_against_the_true_types(done):
     _, result, _ = done
-    facts = result.deconvolution["value"]
+    facts = result.facts["value"]
     assert facts["cells whose largest factor is right (share)"] > 0.8
     assert 0 <= facts["spots: JS divergence of proportions (bits, mean)"] < 0.1
 
@@ -72,6 +72,36 @@ def test_a_used_folder_and_an_unknown_method_are_refused(done, tmp_path):
     out, _, _ = done
     with pytest.raises(UserError, match="not empty; choose another --out"):
         demo(out=out)
-    with pytest.raises(UserError, match="no simulated protocol for 'vista'"):
-        demo("vista", out=tmp_path / "new")
+    with pytest.raises(UserError, match="unknown method 'vist'"):
+        demo("vist", out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_spatial_field_is_a_pair_over_one_state_with_its_truth():
+    from ppl_st.simulate import spatial_field
+
+    world = spatial_field(seed=3, n_cells=900, n_reference=700, n_genes=40, n_panel=15, platform_sd=0.0, theta=1e4, contrast=1.0)
+    rate, x = world.truth.layers["rate"], world.truth.X.toarray()
+    assert world.reference.shape == (700, 40) and "spatial" not in world.reference.obsm and world.proportions is None
+    np.testing.assert_allclose(x.mean(0), rate.mean(0), rtol=0.15, atol=0.05)  # counts come from that rate
+    again = spatial_field(seed=3, n_cells=900, n_reference=700, n_genes=40, n_panel=15, platform_sd=0.0, theta=1e4, contrast=1.0)
+    assert (again.target.X != world.target.X).nnz == 0 and (again.reference.X != world.reference.X).nnz == 0
+    # The profile of the bulk agrees between the sides when there is no platform effect; with one it does not.
+    both = [np.log(np.asarray(t.X.mean(0)).ravel()[:15]) for t in (world.target, world.reference)]
+    assert np.corrcoef(*both)[0, 1] > 0.97
+    shifted = spatial_field(seed=3, n_cells=900, n_reference=700, n_genes=40, n_panel=15, platform_sd=1.0, theta=1e4, contrast=1.0)
+    both = [np.log(np.asarray(t.X.mean(0)).ravel()[:15]) for t in (shifted.target, shifted.reference)]
+    assert np.corrcoef(*both)[0, 1] < 0.95
+
+
+def test_spatial_field_puts_like_beside_like_only_when_asked():
+    from ppl_st.simulate import spatial_field
+    from ppl_st.spatial import neighbors
+
+    def agreement(spatial):
+        world = spatial_field(seed=0, n_cells=1000, n_reference=50, n_genes=20, n_panel=10, spatial=spatial)
+        rows, columns = neighbors(world.target.obsm["spatial"], 5).nonzero()
+        kind = world.target.obs["type"].to_numpy()
+        return (kind[rows] == kind[columns]).mean()
+
+    assert agreement(1.0) > 0.6 and abs(agreement(0.0) - 1 / 8) < 0.04
