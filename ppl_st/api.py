@@ -17,6 +17,7 @@ from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.inference.svi import load_state
 from ppl_st.models import METHODS, load_method
+from ppl_st.observation import name_of
 from ppl_st.posterior import Run
 from ppl_st.prepare import hold_out_genes, load_prepare
 
@@ -35,6 +36,7 @@ def fit(
     reference: Source | None = None,
     hold_out: Sequence[str] | NDArray[np.str_] | str | Path | None = None,
     preset: str = "default",
+    likelihood: str | Callable[..., Any] | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
@@ -57,6 +59,8 @@ def fit(
         Genes (or a file with one per line) taken out of the target before the fit, to be predicted and judged.
     preset, config, overrides
         Named settings, a TOML file over them, ``"key=value"`` over both.
+    likelihood
+        Over all of these, the likelihood of the target's counts: a name, or a function of your own (contract: `ppl_st.observation`).
     seed, device
         One seed for everything; "auto" uses a GPU where there is one.
     out
@@ -85,6 +89,8 @@ def fit(
     settings = configs.pick_preset(module.PRESETS, preset)
     if config is not None:
         settings = configs.read(config, settings)
+    if likelihood is not None:
+        overrides = [*overrides, f"likelihood={likelihood if isinstance(likelihood, str) else name_of(likelihood)}"]
     settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
     cells = read_counts(target, role="target", layer=settings.layer, gene_key=settings.gene_key)
     if hold_out is not None:

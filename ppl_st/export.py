@@ -85,8 +85,9 @@ def _posterior(run: "Run", drawn: list[list[dict[str, Any]]]) -> "xr.Dataset":
     dims = run.module.Model.DIMS
     stacked = {name: np.stack([[d[name].numpy() for d in chain] for chain in drawn]) for name in sites}
     singular = {"factors": "factor", "genes": "any_gene"}
-    data = {
-        name: (("chain", "draw", *(singular.get(d, d) for d in dims[name])), values) for name, values in stacked.items()
+    data = {  # a site that the method does not list is a parameter of the user's own likelihood: one per gene
+        name: (("chain", "draw", *(singular.get(d, d) for d in dims.get(name, ("genes",)))), values)
+        for name, values in stacked.items()
     }
     return xr.Dataset(data, coords={"any_gene": run.genes.astype(object)})
 

@@ -31,7 +31,10 @@ ROOMS: dict[str, set[str]] = {
     "simulate": {"likelihoods"},
     "config": {"io"},
     "inference": {"io", "data"},  # the writer of files and row blocks; never a named method
-    "models": {"likelihoods", "count_likelihoods", "directional", "product", "sampling", "factors", "networks", "simulate", "inference"},
+    "observation": {"likelihoods", "count_likelihoods"},  # a likelihood by its name
+    "models": {
+        "observation", "likelihoods", "count_likelihoods", "directional", "product", "sampling", "factors", "networks", "simulate", "inference",
+    },
     "metrics": {"data"},
     "baselines": {"data", "spatial", "metrics"},
     "calibration": {"data", "metrics"},
@@ -54,7 +57,9 @@ LAZY = {"arviz", "sklearn", "matplotlib", "spatialdata"}
 START = {"cli", "", "config", "errors"}
 HEAVY = LAZY | {"torch", "pyro", "anndata", "pandas", "scipy", "xarray", "zarr", "h5py", "jinja2"}
 # Tensors only: no files, tables of cells, figures or command line below these rooms.
-NUMERIC = {"likelihood_math", "likelihoods", "count_likelihoods", "directional", "product", "factors", "networks", "models", "inference"}
+NUMERIC = {
+    "likelihood_math", "likelihoods", "count_likelihoods", "directional", "product", "observation", "factors", "networks", "models", "inference",
+}
 NOT_NUMERIC = LAZY - {"sklearn"} | {"anndata", "zarr", "h5py", "xarray", "typer", "jinja2"}
 
 

@@ -136,7 +136,7 @@ def test_dispersion_of_unmeasured_genes_is_learned():
         run = api.fit("siid", target=target, reference=reference, overrides=["factors=4", "chains=1", "fit.steps=30"])
         table, score = run.predict(truth.var_names, draws=60), run.score(truth, draws=60)
         fano = float((table.layers["count_sd"] ** 2 / np.maximum(table.X, 1e-3)).mean())
-        found[theta] = (run.spec.hyper.theta_loc, fano)
+        found[theta] = (run.spec.hyper.parameters["log_theta"][0], fano)
         assert 0.86 <= score["coverage_90"].mean() <= 0.95, (theta, score["coverage_90"].mean())
     assert abs(found[1.0][0]) < 0.8  # log theta = 0
     assert found[np.inf][0] > found[1.0][0] + 1.5

@@ -5,7 +5,7 @@ Zheng, Sarkar, Raphael, Genome Res 2025, doi:10.1101/gr.280555.125 (eq. 2 with p
 GENERATIVE STORY (preset "default")
     xi_kg        ~ Normal(log q0_g, 3)                      Q_k = softmax_g(xi_k), profiles on the spots' scale
     log phi_g    ~ Normal(m_phi, s_phi)                     platform factor, spots per cells; hyper-prior learned on held-out panel genes
-    log theta_g  ~ Normal(a + b log share_g, s_theta)       inverse dispersion of the cells' counts; the same
+    log theta_g  ~ Normal(a + b log share_g, s_theta)       inverse dispersion of the cells' counts (or the parameters of another likelihood); same
     log theta'_g ~ Normal(2.3, 1.5)                         of the spots' counts
     W_i          ~ Gamma(alpha, alpha h / size_i)           activities = N_i P_i of the paper, [h] per cell
     r_i          ~ Gamma(kappa, kappa / rho)                capture ratio = M_i / N_i of the paper
@@ -50,7 +50,7 @@ from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.models.siid.activity import Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
-from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, subset
+from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, start_parameters, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
 from ppl_st.models.siid.regional import regional_posterior
 from ppl_st.models.siid.warm_start import EM_CELLS, run_em
@@ -80,8 +80,10 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         pair = build(config, spec, data)
         if conjugate:
             some = subset(data, EM_CELLS, np.random.default_rng([seed, 6, chain]))
-            em, _, _ = run_em(some, config, hyper.factors, hyper.sparsity, seed + chain, hyper.sweeps)
+            em, local, _ = run_em(some, config, hyper.factors, hyper.sparsity, seed + chain, hyper.sweeps)
             say(f"chain {chain}: EM log-likelihood {em.log_likelihood:.6g}")
+            if config.likelihood != "nb":
+                em = em._replace(parameters=start_parameters(data, some, config, hyper, em, local, seed + chain))
             initialise(pair, em)
         else:
             random_start(pair, seed + chain)

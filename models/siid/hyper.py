@@ -3,14 +3,16 @@
 Inner held-out genes are panel genes taken from the cells but left in the spots: exactly the situation of a gene that the cells never measured.
 On them are chosen: the number of factors, the number of EM sweeps, the width and strength of the regional effect; on thinned counts: the sparsity
 of the compositions (a composition that is too sparse, or not sparse enough, predicts the other half of the same cell's molecules worse), kept only
-if the inner genes gain too. Learned on them: the hyper-priors of gain and inverse dispersion of an unmeasured gene, as the values that, *together
-with the spread of the posterior draws*, explain the inner genes' counts. Residuals of genes that the factors were fitted to would be far too small.
+if the inner genes gain too. Learned on them: the hyper-priors of the gain and of the likelihood's parameters (inverse dispersion) of an unmeasured
+gene, as the values that, *together with the spread of the posterior draws*, explain the inner genes' counts. Residuals of genes that the factors
+were fitted to would be far too small.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pyro
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from ppl_st.models.siid.activity import FLOOR, Local, aggregate
 from ppl_st.models.siid.batches import Data
 from ppl_st.models.siid.regional import BANDWIDTHS, SHAPES, regional_posterior
 from ppl_st.models.siid.warm_start import Start, log_share, run_em
+from ppl_st.observation import Likelihood, find
 
 if TYPE_CHECKING:
     from ppl_st.models.siid.model import Config
@@ -35,7 +38,9 @@ SELECTION_CELLS = 15_000  # cells on which settings are chosen
 INNER_CELLS = 5000  # cells on which gain and dispersion of inner genes are learned
 INNER_DRAWS = 4  # posterior draws per start there
 MIN_SCALE = 0.05  # no two platforms agree better than this: 5 % per gene
-LOG_THETA_GRID = np.linspace(-4.0, 6.0, 41)
+START_CELLS = 1000  # cells on which the parameters of measured genes are started
+OWN_CELLS = 2000  # cells on which parameters of likelihoods other than the negative binomial are learned: each costs a log_prob per draw
+ROWS = 512  # cells scored at once
 
 
 class Hyper(NamedTuple):
@@ -46,9 +51,9 @@ class Hyper(NamedTuple):
     sparsity: float
     gain_loc: float  # log gain (cells per spots) of an unmeasured gene: mean
     gain_scale: float  # and standard deviation
-    theta_loc: float  # log inverse dispersion of an unmeasured gene: at the mean of the covariate,
-    theta_slope: float  # per unit of log share of the spots' counts (centered),
-    theta_scale: float  # and standard deviation
+    # Each parameter of the cells' likelihood (log_theta) in an unmeasured gene: [mean at the mean of the covariate, slope per unit of the
+    # covariate (log share of the spots' counts), standard deviation].
+    parameters: dict[str, list[float]]
     covariate_mean: float
     bandwidth: float  # regional effect: kernel width in spot pitches, 0 = none
     regional_shape: float
@@ -65,9 +70,7 @@ def default_hyper(data: Data, config: "Config") -> Hyper:
         sparsity,
         0.0,
         0.5,
-        0.0,
-        0.0,
-        1.0,
+        {name: [loc, 0.0, scale] for name, (loc, scale) in find(config.likelihood).priors.items()},
         float(log_share(data).mean()),
         0.0,
         1.0,
@@ -204,7 +207,7 @@ def _learn_priors(
     say: Say,
 ) -> Hyper:
     share = log_share(data)
-    gains, noises, scores, covariate = [], [], [], []
+    gains, noises, covariate, inner_genes = [], [], [], []
     bandwidth, regional_shape = 0.0, 1.0
     for fold in range(2):
         split, inner = inner_split(data, np.random.default_rng([seed, 1]), fold)
@@ -224,23 +227,22 @@ def _learn_priors(
             draws += _draw_rates(
                 split, config, start, local, mixed, rows, genes, (bandwidth, regional_shape), [seed, 3, fold, mode]
             )
-        gain, score = _explain(counts.toarray().astype(np.float64), torch.stack(draws).double().numpy())
-        gains.append(gain)
-        scores.append(score)
+        x, rates = torch.from_numpy(counts.toarray()).double(), torch.stack(draws).double()
+        level = (x.sum(0) + 0.5) / (rates.mean(0).sum(0) + 0.5)
+        gains.append(level.log().numpy())
+        inner_genes.append((x, rates * level))
         spot_totals = np.asarray(split.spot_counts[:, genes].sum(0), dtype=np.float64).ravel()
         noises.append(
             1 / (np.asarray(counts.sum(0)).ravel() + 0.5) + 1 / (spot_totals + 0.5)
         )  # Poisson variance of the log ratio of two totals
         covariate.append(share[genes])
-    gain, score, z = np.concatenate(gains), np.concatenate(scores, 1), np.concatenate(covariate)
-    theta_loc, theta_slope, theta_scale = _theta_prior(score, z - share.mean())
+    gain, z = np.concatenate(gains), np.concatenate(covariate)
+    parameters = _learn_parameters(find(config.likelihood), inner_genes, z - share.mean())
     gain_loc, gain_scale = _random_effects(gain, np.concatenate(noises))
-    say(
-        f"gain sd {gain_scale:.3f}, log theta {theta_loc:.2f} + {theta_slope:.2f} log share, sd {theta_scale:.2f} ({len(gain)} inner genes)"
-    )
+    said = [f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items()]
+    say(", ".join([f"gain sd {gain_scale:.3f}", *said]) + f" ({len(gain)} inner genes)")
     return Hyper(
-        factors, sweeps, sparsity, gain_loc, gain_scale, theta_loc, theta_slope, theta_scale, float(share.mean()),
-        bandwidth, regional_shape, candidates,
+        factors, sweeps, sparsity, gain_loc, gain_scale, parameters, float(share.mean()), bandwidth, regional_shape, candidates,
     )  # fmt: skip
 
 
@@ -306,20 +308,77 @@ def _draw_rates(
     return draws
 
 
-def _explain(
-    counts: NDArray[np.float64], rates: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Log gain [genes] and sum_i log mean_d NB(x_i | gain rate_d, theta) on the grid of log theta [grid, genes]."""
-    gain = np.log((counts.sum(0) + 0.5) / (rates.mean(0).sum(0) + 0.5))
-    mu = rates * np.exp(gain)
-    score = np.empty((len(LOG_THETA_GRID), counts.shape[1]))
-    for t, log_theta in enumerate(LOG_THETA_GRID):
-        theta = np.exp(log_theta)
+def _score_grid(
+    likelihood: Likelihood, name: str, others: dict[str, Tensor], counts: Tensor, rates: Tensor
+) -> NDArray[np.float64]:
+    """sum_i log mean_d p(x_i | rate_d, parameters) with one parameter on its grid [grid, genes].
+
+    counts [n, genes] and rates [draws, n, genes] are float64.
+    """
+    grid = likelihood.grid(name)
+    if likelihood.name == "nb":
+        return _score_nb(counts.numpy(), rates.numpy(), grid.numpy())
+    score = torch.zeros(len(grid), counts.shape[1], dtype=torch.float64)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for rows in range(0, min(len(counts), OWN_CELLS), ROWS):
+            x, mu = counts[rows : rows + ROWS], rates[:, rows : rows + ROWS]
+            for t, value in enumerate(grid):
+                log_p = likelihood(mu, {**others, name: value.expand(counts.shape[1])}).log_prob(x.expand_as(mu))
+                score[t] += (torch.logsumexp(log_p, 0) - np.log(len(rates))).sum(0)
+    return score.numpy()
+
+
+def _score_nb(counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`_score_grid` of the negative binomial, whose Gamma functions are the same for every draw."""
+    score = np.empty((len(grid), counts.shape[1]))
+    for t, theta in enumerate(np.exp(grid)):
         fixed = gammaln(counts + theta) - gammaln(theta)
         log_p = fixed - theta * np.log1p(mu / theta) + counts * (np.log(mu) - np.log(mu + theta))
         top = log_p.max(0)
         score[t] = (top + np.log(np.exp(log_p - top).mean(0))).sum(0)
-    return gain, score
+    return score
+
+
+def _learn_parameters(
+    likelihood: Likelihood, inner_genes: list[tuple[Tensor, Tensor]], z: NDArray[np.float64]
+) -> dict[str, list[float]]:
+    """Hyper-priors [a, b, s] of the likelihood's parameters from (counts, rates) of the inner genes of each fold; z is their covariate.
+
+    One parameter after the other, the others at the mean of their hyper-prior; twice where there are several.
+    """
+    learned = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
+    sizes = [counts.shape[1] for counts, _ in inner_genes]
+    for _ in range(min(2, len(learned))):
+        for name in learned:
+            center = {k: torch.from_numpy(a + b * z).split(sizes) for k, (a, b, _) in learned.items()}
+            scores = [
+                _score_grid(likelihood, name, {k: v[fold] for k, v in center.items()}, counts, rates)
+                for fold, (counts, rates) in enumerate(inner_genes)
+            ]
+            learned[name] = _parameter_prior(
+                np.concatenate(scores, 1), z, likelihood.grid(name).numpy(), *likelihood.priors[name]
+            )
+    return learned
+
+
+def start_parameters(
+    data: Data, some: Data, config: "Config", hyper: Hyper, em: Start, local: Local, seed: int
+) -> dict[str, Tensor]:
+    """Posterior mean of each parameter of each measured gene, [P], given EM's rates in the cells of ``some``; two rounds where there are several."""
+    likelihood = find(config.likelihood)
+    rows = np.random.default_rng([seed, 7]).permutation(some.counts.shape[0])[:START_CELLS]
+    x = torch.from_numpy(some.counts[rows].toarray()).double()
+    rates = (local.activity[rows].double() @ em.g.panel_profiles.double()).clamp_min(FLOOR)[None]
+    z = torch.from_numpy(log_share(data))[data.panel] - hyper.covariate_mean
+    prior = {name: a + b * z for name, (a, b, _) in hyper.parameters.items()}
+    found = dict(prior)
+    for _ in range(min(2, len(found))):
+        for name, (_, _, scale) in hyper.parameters.items():
+            grid = likelihood.grid(name)[:, None]
+            log_p = torch.from_numpy(_score_grid(likelihood, name, found, x, rates))
+            weight = torch.softmax(log_p - 0.5 * ((grid - prior[name]) / scale) ** 2, 0)
+            found[name] = (weight * grid).sum(0)
+    return {name: values.float() for name, values in found.items()}
 
 
 def _random_effects(values: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
@@ -335,22 +394,27 @@ def _random_effects(values: NDArray[np.float64], noise: NDArray[np.float64]) -> 
     return fit(s)[0], s * float(np.sqrt(1 + 1 / len(values)))
 
 
-def _theta_prior(score: NDArray[np.float64], z: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Hyper-prior Normal(a + b z_g, s) of log theta_g by marginal likelihood, each gene's theta integrated over the grid.
+def _parameter_prior(
+    score: NDArray[np.float64], z: NDArray[np.float64], grid: NDArray[np.float64], declared: float, width: float
+) -> list[float]:
+    """Hyper-prior Normal(a + b z_g, s) of a parameter by marginal likelihood, each gene's value integrated over the grid: [a, b, s].
 
     Genes without a trace of over-dispersion have a flat likelihood for large theta, so a maximum per gene would be noise; here they only say
-    "large". Weak priors keep the fit proper: b ~ Normal(0, 0.5), log s ~ Normal(log 0.5, 0.7).
+    "large". Weak priors around the declared (location, width) keep the fit proper: a ~ Normal(location, 2.5 width), b ~ Normal(0, width / 2),
+    log s ~ Normal(log width / 2, 0.7).
     """
     likelihood = score - score.max(0)
 
     def loss(parameters: NDArray[np.float64]) -> float:
         loc, slope, log_scale = parameters
-        scale = np.exp(np.clip(log_scale, -4.0, 2.0))
-        log_prior = -0.5 * ((LOG_THETA_GRID[:, None] - loc - slope * z) / scale) ** 2
+        scale = np.exp(np.clip(log_scale, np.log(width) - 4.0, np.log(width) + 2.0))
+        log_prior = -0.5 * ((grid[:, None] - loc - slope * z) / scale) ** 2
         log_prior -= logsumexp(log_prior, 0)  # normalised on the grid
-        penalty = 0.5 * (slope / 0.5) ** 2 + 0.5 * ((log_scale - np.log(0.5)) / 0.7) ** 2
+        penalty = 0.5 * (slope / (width / 2)) ** 2 + 0.5 * ((log_scale - np.log(width / 2)) / 0.7) ** 2
+        penalty += 0.5 * ((loc - declared) / (2.5 * width)) ** 2
         return float(penalty - logsumexp(likelihood + log_prior, 0).sum())
 
-    start = np.array([np.median(LOG_THETA_GRID[score.argmax(0)]), 0.0, np.log(0.5)])
+    start = np.array([np.median(grid[score.argmax(0)]), 0.0, np.log(width / 2)])
     loc, slope, log_scale = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000}).x
-    return float(loc), float(slope), float(np.exp(np.clip(log_scale, -4.0, 2.0)) * np.sqrt(1 + 1 / score.shape[1]))
+    scale = np.exp(np.clip(log_scale, np.log(width) - 4.0, np.log(width) + 2.0)) * np.sqrt(1 + 1 / score.shape[1])
+    return [float(loc), float(slope), float(scale)]

@@ -11,14 +11,19 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from ppl_st.errors import UserError
 from ppl_st.inference.svi import FitConfig, Pair
-from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.siid.activity import FLOOR, Globals, Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Data
 from ppl_st.models.siid.hyper import Hyper, local_steps
 from ppl_st.models.siid.warm_start import Start, log_share, prior_profiles
+from ppl_st.observation import check_name, find
 from ppl_st.product import ProductNegativeBinomial, ProductPoisson
 
+PRODUCT_FORMS = ("nb", "poisson")  # likelihoods of the cells that have a sparse form
+RESERVED = (
+    "xi", "log_phi", "log_theta_spots", "activity", "capture", "entropy", "labels", "eta", "log_n", "log_m", "x", "v", "cells", "spots",
+)  # fmt: skip
 LARGE = 223.607  # sd of the normal prior that equals the paper's L2 weight 1e-5
 
 
@@ -32,7 +37,8 @@ class Config:
     cells: Literal["conjugate", "softmax"] = "conjugate"  # softmax: the paper's N, P, M, from the released random start
     # in training; the predictive always draws from the gamma posterior
     local_guide: Literal["point", "gamma"] = "point"
-    likelihood: Literal["nb", "poisson"] = "nb"  # of the cells
+    # of the cells: "nb", "poisson", "zinb" or "module:function" (`ppl_st.observation`)
+    likelihood: str = "nb"
     spot_likelihood: Literal["nb", "poisson"] = "poisson"  # nb down-weights strong spots; measured worse for imputation
     # phi of unmeasured genes: from a hyper-prior, or fixed to 1
     platform: Literal["hierarchical", "paper", "none"] = "hierarchical"
@@ -69,6 +75,9 @@ class Config:
     batch_spots: int = field(default=64, metadata={"ge": 0})  # spots per minibatch, with their cells; 0 = all
     fit: FitConfig = FitConfig(steps=120, lr=0.005, schedule="cosine", clip_norm=1e3, window=20, checkpoint_every=50)
 
+    def __post_init__(self) -> None:
+        check_name(self.likelihood)
+
 
 _paper_fit = FitConfig(steps=5000, lr=0.05, clip_norm=float("inf"), checkpoint_every=500)
 PAPER = Config(
@@ -98,7 +107,6 @@ class Model(PyroModule):
     panel: Tensor  # [P] buffers
     measured: Tensor  # [G]
     phi_loc: Tensor  # [G]
-    theta_loc: Tensor  # [G]
     usage: Tensor  # [h]
     capture: Tensor  # []
     DIMS = {  # noqa: RUF012
@@ -108,6 +116,7 @@ class Model(PyroModule):
     def __init__(self, config: Config, spec: Spec, log_share: Tensor, prior: Tensor) -> None:
         super().__init__()
         self.config, self.spec = config, spec
+        self.likelihood = find(config.likelihood, RESERVED)
         hyper = spec.hyper
         self.register_buffer("panel", torch.tensor(spec.panel))
         measured = torch.zeros(spec.n_genes)
@@ -118,16 +127,16 @@ class Model(PyroModule):
         )  # [h, G]
         # Unmeasured genes need the hyper-prior of the gain; measured genes keep their own level.
         self.register_buffer("phi_loc", torch.where(measured > 0, 0.0, -hyper.gain_loc))  # [G]
-        self.register_buffer(
-            "theta_loc", hyper.theta_loc + hyper.theta_slope * (log_share - hyper.covariate_mean)
-        )  # [G]
+        _refuse_other_parameters(config.likelihood, set(self.likelihood.priors), set(hyper.parameters))
+        for name, (loc, slope, _) in hyper.parameters.items():  # of the cells' likelihood, usually log_theta
+            self.register_buffer(f"{name}_prior", loc + slope * (log_share - hyper.covariate_mean))  # [G]
         self.register_buffer("usage", torch.full((spec.factors,), 1.0 / spec.factors))
         self.register_buffer("capture", torch.ones(()))
 
     # ---- global sites ----
 
-    def globals(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample Q [h, G], log phi [G], log theta [G] of the cells and of the spots."""
+    def globals(self) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """Sample Q [h, G], log phi [G], parameters of the cells' likelihood [G] each, log theta [G] of the spots."""
         c, hyper = self.config, self.spec.hyper
         xi = pyro.sample("xi", dist.Normal(self.xi_loc, c.loading_scale).to_event(2))  # [h, G]
         log_phi = torch.zeros_like(self.measured)
@@ -135,14 +144,16 @@ class Model(PyroModule):
             log_phi = pyro.sample("log_phi", dist.Normal(self.phi_loc, hyper.gain_scale).to_event(1))  # [G]
         elif c.platform == "paper":  # free on the panel, 1 off it
             log_phi = pyro.sample("log_phi", dist.Normal(log_phi, LARGE).to_event(1))  # [G]
-        log_theta, log_theta_spots = log_phi, log_phi
-        if c.likelihood == "nb":
-            log_theta = pyro.sample("log_theta", dist.Normal(self.theta_loc, hyper.theta_scale).to_event(1))  # [G]
+        parameters = {
+            name: pyro.sample(name, dist.Normal(getattr(self, f"{name}_prior"), scale).to_event(1))  # [G]
+            for name, (_, _, scale) in hyper.parameters.items()
+        }
+        log_theta_spots = log_phi
         if c.spot_likelihood == "nb":
             log_theta_spots = pyro.sample(
                 "log_theta_spots", dist.Normal(torch.full_like(log_phi, 2.3), 1.5).to_event(1)
             )  # [G]
-        return torch.softmax(xi, -1), log_phi, log_theta, log_theta_spots
+        return torch.softmax(xi, -1), log_phi, parameters, log_theta_spots
 
     def loadings(self, profiles: Tensor, log_phi: Tensor) -> tuple[Tensor, Tensor]:
         """Profiles as the cells see them [h, G] and as the spots see them [h, G].
@@ -158,13 +169,20 @@ class Model(PyroModule):
 
     def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
         """Run the generative story on one minibatch; ``observe=False`` draws the counts."""
-        profiles, log_phi, log_theta, log_theta_spots = self.globals()
+        profiles, log_phi, parameters, log_theta_spots = self.globals()
         cell_loadings, spot_loadings = self.loadings(profiles, log_phi)
         panel_loadings = cell_loadings[:, self.panel]  # [h, P]
         with pyro.plate("cells", batch.n_cells, subsample=batch.cells), poutine.mask(mask=batch.owned):  # type: ignore[call-overload]
             activity, capture = self.cell_latents(batch, panel_loadings)  # [n, h], [n]
-            x_dist = self._observation(self.config.likelihood, activity, panel_loadings, log_theta[self.panel])
-            x = pyro.sample("x", x_dist, obs=batch.counts if observe else None)  # [n, P]
+            counts = batch.counts
+            if self.config.likelihood in PRODUCT_FORMS:
+                own = parameters.get("log_theta", log_phi)[self.panel]
+                x_dist = self._observation(self.config.likelihood, activity, panel_loadings, own)
+            else:
+                rate = (activity @ panel_loadings).clamp_min(FLOOR)
+                x_dist = self.likelihood(rate, {k: v[self.panel] for k, v in parameters.items()}).to_event(1)
+                counts = counts.to_dense()
+            x = pyro.sample("x", x_dist, obs=counts if observe else None)  # [n, P]
         v = None
         if batch.spots.numel():
             covered = torch.zeros_like(batch.spots, dtype=torch.bool).index_fill(
@@ -222,9 +240,7 @@ class Model(PyroModule):
 
     # ---- prediction ----
 
-    def count_dist(
-        self, drawn: dict[str, Tensor], activity: Tensor, genes: Tensor, effect: Tensor | None
-    ) -> Poisson | NegativeBinomial:
+    def count_dist(self, drawn: dict[str, Tensor], activity: Tensor, genes: Tensor, effect: Tensor | None) -> Any:
         """p(count | draw) of ``genes`` [g] in cells with the given activity [n, h]; its mean is the rate [n, g].
 
         ``drawn`` holds one draw of the global sites; ``effect`` [n, g] multiplies the rate of genes that the cells did not measure.
@@ -234,9 +250,7 @@ class Model(PyroModule):
         rate = (activity @ cell_loadings[:, genes]).clamp_min(FLOOR)
         if effect is not None:
             rate = torch.where(self.measured[genes] > 0, rate, rate * effect)
-        if self.config.likelihood == "poisson":
-            return Poisson(rate)
-        return NegativeBinomial(rate, log_theta=drawn["log_theta"][genes])
+        return self.likelihood(rate, {name: drawn[name][genes] for name in self.likelihood.priors})
 
 
 class Guide(PyroModule):
@@ -245,14 +259,14 @@ class Guide(PyroModule):
     panel: Tensor  # [P] buffers, as in the model
     measured: Tensor  # [G]
     phi_loc: Tensor  # [G]
-    theta_loc: Tensor  # [G]
     usage: Tensor  # [h]
     capture: Tensor  # []
 
     def __init__(self, config: Config, spec: Spec, model: Model) -> None:
         super().__init__()
         self.config, self.spec = config, spec
-        for name in ("panel", "measured", "phi_loc", "theta_loc", "usage", "capture"):
+        priors = [f"{name}_prior" for name in spec.hyper.parameters]
+        for name in ("panel", "measured", "phi_loc", "usage", "capture", *priors):
             self.register_buffer(name, getattr(model, name).clone())
         h, genes = spec.factors, spec.n_genes
         self.xi_loc = nn.Parameter(model.xi_loc.clone())
@@ -260,8 +274,8 @@ class Guide(PyroModule):
         if config.posterior == "normal":
             self.xi_log_scale = nn.Parameter(torch.full((h, genes), -2.0))
             self.log_phi_log_scale = nn.Parameter(torch.full((genes,), -3.0))
-        if config.likelihood == "nb":
-            self.log_theta_loc = nn.Parameter(model.theta_loc.clone())
+        for name in spec.hyper.parameters:
+            self.register_parameter(f"{name}_loc", nn.Parameter(getattr(model, f"{name}_prior").clone()))
         if config.spot_likelihood == "nb":
             self.log_theta_spots_loc = nn.Parameter(torch.full((genes,), 2.3))
         if config.cells == "softmax":
@@ -311,11 +325,9 @@ class Guide(PyroModule):
             )
         elif c.platform == "paper":
             log_phi = pyro.sample("log_phi", dist.Delta(self.log_phi_loc * self.measured, event_dim=1))  # [G]
-        if c.likelihood == "nb":  # measured genes: a point; unmeasured ones: the hyper-prior
-            scale = torch.where(measured, 1e-2, hyper.theta_scale)
-            pyro.sample(
-                "log_theta", dist.Normal(torch.where(measured, self.log_theta_loc, self.theta_loc), scale).to_event(1)
-            )  # [G]
+        for name, (_, _, prior_scale) in hyper.parameters.items():  # measured genes: a point; others: the hyper-prior
+            loc = torch.where(measured, getattr(self, f"{name}_loc"), getattr(self, f"{name}_prior"))
+            pyro.sample(name, dist.Normal(loc, torch.where(measured, 1e-2, prior_scale)).to_event(1))  # [G]
         if c.spot_likelihood == "nb":
             pyro.sample("log_theta_spots", dist.Normal(self.log_theta_spots_loc, 1e-2).to_event(1))  # [G]
         return xi, log_phi
@@ -364,6 +376,13 @@ def sides(pair: Pair) -> tuple[Model, Guide]:
     return model, guide
 
 
+def _refuse_other_parameters(likelihood: str, asked: set[str], stored: set[str]) -> None:
+    if asked != stored:
+        raise UserError(
+            f"likelihood {likelihood!r} has the parameters {sorted(asked)}, the run was fitted with {sorted(stored)}: it is another function now"
+        )
+
+
 def initialise(pair: Pair, start: Start) -> None:
     """Write an EM result into the pair: means of the globals, their spread from the counts behind each entry, usage and capture."""
     model, guide = sides(pair)
@@ -382,8 +401,8 @@ def initialise(pair: Pair, start: Start) -> None:
             guide.xi_loc.sub_(0.5 * sd**2)
             guide.xi_log_scale.copy_(sd.log())
         guide.log_phi_loc[model.panel] = start.log_phi
-        if model.config.likelihood == "nb":
-            guide.log_theta_loc[model.panel] = start.log_theta
+        for name in guide.spec.hyper.parameters:
+            getattr(guide, f"{name}_loc")[model.panel] = start.parameters[name]
         if model.config.spot_likelihood == "nb":
             guide.log_theta_spots_loc.copy_(start.log_theta_spots)
 

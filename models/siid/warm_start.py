@@ -32,7 +32,8 @@ class Start(NamedTuple):
     g: Globals
     evidence: Tensor  # [h, G] counts attributed to each entry of Q
     log_phi: Tensor  # [P]
-    log_theta: Tensor  # [P] inverse dispersion of the cells' counts around the fitted rates, by moments
+    # Parameters [P] of the cells' likelihood: log_theta by moments around the fitted rates; `hyper.start_parameters` has those of others.
+    parameters: dict[str, Tensor]
     log_theta_spots: Tensor  # [G] the same of the spots
     log_likelihood: float  # Poisson, without constants, of the last sweep
 
@@ -84,7 +85,7 @@ def run_em(
         score += problem.spots.log_likelihood(mixed, g.profiles)
         covered = np.flatnonzero(mixed.sum(1).numpy() > 0)
         log_theta_spots = _dispersion(data.spot_counts[covered], mixed[covered], g.profiles)
-    return Start(g, evidence, log_phi, log_theta, log_theta_spots, score), local, problem
+    return Start(g, evidence, log_phi, {"log_theta": log_theta}, log_theta_spots, score), local, problem
 
 
 def _profile_step(

@@ -1,0 +1,222 @@
+"""A likelihood by name, and a user's own function: through the whole of SIID, stored, and found again by another process."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import ppl_st
+from ppl_st.config import merge
+from ppl_st.errors import UserError
+from ppl_st.likelihoods import NegativeBinomial
+from ppl_st.models import siid
+from ppl_st.models.siid import hyper as siid_hyper
+from ppl_st.observation import BUILT_IN, find, name_of
+from ppl_st.simulate import checkerboard
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+FAST = ["factors=4", "chains=2", "sparsity=0.0", "sweeps=6", "batch_spots=9", "fit.steps=6"]
+
+# What a user keeps in a file of his own: Poisson counts whose rate is log-normal around the mean, by a sum over 9 nodes.
+MODULE = '''
+import torch
+import pyro.distributions as dist
+from numpy.polynomial.hermite_e import hermegauss
+
+nodes, weights = (torch.tensor(a, dtype=torch.float32) for a in hermegauss(9))
+
+
+def log_normal_poisson(mean, log_sd=(-1.0, 0.5)):
+    sd = log_sd.exp().to(mean.dtype)
+    components = mean.unsqueeze(-1) * (sd.unsqueeze(-1) * nodes.to(mean.dtype) - 0.5 * sd.unsqueeze(-1) ** 2).exp()
+    return dist.MixtureSameFamily(dist.Categorical(weights.to(mean.dtype).expand(components.shape)), dist.Poisson(components))
+'''
+
+
+def own_nb(mean, log_theta=(1.0, 1.0)):
+    """The built-in one, but the machinery does not know it."""
+    return NegativeBinomial(mean, log_theta=log_theta)
+
+
+def no_prior(mean, theta):
+    return NegativeBinomial(mean, theta)
+
+
+def taken(mean, activity=(0.0, 1.0)):
+    return NegativeBinomial(mean, log_theta=activity)
+
+
+def without_variance(mean, log_theta=(0.0, 1.0)):
+    class Some(NegativeBinomial):
+        @property
+        def variance(self):
+            raise NotImplementedError
+
+    return Some(mean, log_theta=log_theta)
+
+
+def one_event(mean, log_theta=(0.0, 1.0)):
+    return NegativeBinomial(mean, log_theta=log_theta).to_event(1)
+
+
+def plain_torch(mean, log_rate=(0.0, 1.0)):
+    return torch.distributions.Poisson(mean * log_rate.exp())
+
+
+def not_finite(mean, log_rate=(0.0, 1.0)):
+    return dist.Poisson(mean * float("inf"))
+
+
+def two_parameters(mean, log_theta=(0.0, 1.0), log_other=(0.0, 1.0)):
+    return NegativeBinomial(mean, log_theta=log_theta + log_other)
+
+
+def data_of(**settings):
+    return checkerboard(
+        **{"seed": 0, "n_cells": 300, "side": 6, "squares": 6, "n_types": 4, "n_genes": 40, "n_panel": 30, "contrast": 1.0, **settings}
+    )
+
+
+def test_built_in_names_and_their_priors():
+    assert find("poisson").priors == {} and set(find("zinb").priors) == {"log_theta", "gate_logits"}
+    grid = find("nb").grid("log_theta")
+    assert (grid[0], grid[-1], len(grid)) == (-4, 6, 41)
+    mean = torch.rand(5, 3)
+    for name in BUILT_IN:
+        d = find(name)(mean, {"log_theta": torch.zeros(3), "gate_logits": torch.zeros(3), "other": torch.zeros(1)})
+        assert d.batch_shape == (5, 3) and d.log_prob(torch.ones(5, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (no_prior, r"argument 'theta' must be its prior \(location, scale\)"),
+        (taken, "'activity': the name is taken by the method"),
+        (without_variance, "variance fails on a mean of shape"),
+        (one_event, r"event_shape \(3,\)"),
+        (plain_torch, "to_event fails"),
+        (not_finite, "not finite"),
+    ],
+)
+def test_what_a_method_cannot_use_is_refused_with_the_reason(function, message):
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match=message):
+        find(name_of(function), ("activity",))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_only_functions_that_can_be_found_again_have_a_name():
+    assert find(name_of(own_nb)).make is own_nb
+    with pytest.raises(UserError, match="at the top level"):
+        name_of(lambda mean: dist.Poisson(mean))
+    with pytest.raises(UserError, match="at the top level"):
+        name_of(functools.partial(own_nb, log_theta=(0.0, 2.0)))
+
+
+def test_settings_take_names_only():
+    config = merge(siid.Config(), {"likelihood": "my_module:f"})
+    assert config.likelihood == "my_module:f"
+    with pytest.raises(UserError, match="'nb', 'poisson', 'zinb' or 'module:function', got 'zimb'; did you mean 'zinb'"):
+        merge(siid.Config(), {"likelihood": "zimb"})
+    with pytest.raises(UserError, match="PYTHONPATH"):
+        find("no_such_module_here:f")
+    with pytest.raises(UserError, match="no function 'missing'"):
+        find("dataclasses:missing")
+
+
+def test_a_users_own_likelihood_goes_through_siid_and_is_found_by_another_process(tmp_path, monkeypatch):
+    (tmp_path / "my_likelihoods.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import my_likelihoods
+
+    world, lines = data_of(n_cells=120, side=4, n_genes=24, n_panel=18), []
+    run = ppl_st.fit(
+        "siid", target=world.target, reference=world.reference, likelihood=my_likelihoods.log_normal_poisson, overrides=FAST,
+        out=tmp_path / "run", say=lines.append,
+    )  # fmt: skip
+    assert 'likelihood = "my_likelihoods:log_normal_poisson"' in (tmp_path / "run" / "config.toml").read_text()
+    *_, s = run.spec.hyper.parameters["log_sd"]
+    assert s > 0 and any("log_sd" in line for line in lines)
+    imputed = run.predict(draws=10, truth=world.truth)
+    assert np.isfinite(imputed.var["log_score"]).all() and (imputed.layers["count_sd"] > imputed.layers["rate_sd"]).all()
+    code = f"""
+import warnings; warnings.filterwarnings("ignore")
+import ppl_st
+run = ppl_st.load({str(tmp_path / "run")!r})
+run.predict(draws=10).write_h5ad({str(tmp_path / "again.h5ad")!r})
+"""
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    import anndata
+
+    again = anndata.read_h5ad(tmp_path / "again.h5ad")
+    np.testing.assert_array_equal(again.layers["q95"], run.predict(draws=10).layers["q95"])
+    # The function got another parameter since: said, not fitted. And its module is gone.
+    monkeypatch.setattr(my_likelihoods, "log_normal_poisson", two_parameters)
+    with pytest.raises(UserError, match=r"\['log_other', 'log_theta'\], the run was fitted with \['log_sd'\]"):
+        ppl_st.load(tmp_path / "run")
+    monkeypatch.delitem(sys.modules, "my_likelihoods")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    with pytest.raises(UserError, match=r"make module 'my_likelihoods' importable \(its folder on PYTHONPATH\)"):
+        ppl_st.load(tmp_path / "run")
+
+
+def test_own_parameters_are_learned_as_those_of_the_built_in_likelihood():
+    """The same negative binomial by the general route and by its own: hyper-prior, points of measured genes, sites."""
+    world = data_of(n_cells=600, rho=3.0, n_genes=60, n_panel=45)
+    rng = np.random.default_rng(1)
+    theta = np.exp(rng.normal(0.5, 1.0, world.target.n_vars))
+    rates = np.maximum(world.target.X.toarray(), 0.3)
+    world.target.X = rng.poisson(rng.gamma(theta, 1 / theta, rates.shape) * rates).astype(np.float32)
+    settings = [s for s in FAST if "sweeps" not in s] + ["sweeps=10", "chains=1"]
+    runs = [
+        ppl_st.fit("siid", target=world.target, reference=world.reference, likelihood=given, overrides=settings) for given in ("nb", own_nb)
+    ]
+    built_in, own = (run.spec.hyper.parameters["log_theta"] for run in runs)
+    np.testing.assert_allclose(own, built_in, atol=1e-4)
+    panel = runs[1].data.panel
+    points = siid.chains_of(runs[1].pair)[0].guide.log_theta_loc.detach().numpy()[panel]
+    truth = dict(zip(world.target.var_names, np.log(theta), strict=True))
+    assert np.corrcoef(points, [truth[gene] for gene in runs[1].genes[panel]])[0, 1] > 0.5
+
+
+def test_two_parameters_are_learned_one_after_the_other():
+    """Gate and dispersion of zero-inflated counts around known rates."""
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.rand(1, 800, 12, generator=generator, dtype=torch.float64) * 6 + 1
+    gate, likelihood = torch.linspace(-2.5, -0.5, 12, dtype=torch.float64), find("zinb")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        counts = likelihood(rate[0], {"log_theta": torch.full((12,), 1.5).double(), "gate_logits": gate}).sample()
+    z = np.linspace(-1, 1, 12)
+    learned = siid_hyper._learn_parameters(likelihood, [(counts, rate)], z)
+    assert abs(learned["log_theta"][0] - 1.5) < 0.4
+    assert abs(learned["gate_logits"][0] + 1.5) < 0.4 and 0.3 < learned["gate_logits"][1] < 1.5
+
+
+def test_parameters_of_the_likelihood_are_sites_of_model_and_guide():
+    config = siid.Config(factors=3, chains=1, sweeps=3, sparsity=0.0, likelihood="zinb")
+    world = data_of()
+    run = ppl_st.fit("siid", target=world.target, reference=world.reference, overrides=[*FAST, "likelihood=zinb", "chains=1"])
+    pair = siid.chains_of(run.pair)[0]
+    batch = siid.Batches(run.data, 9, 0).at(0)
+    with torch.random.fork_rng(), pyro.validation_enabled(True):
+        guide = pyro.poutine.trace(pair.guide).get_trace(batch)
+        model = pyro.poutine.trace(pyro.poutine.replay(pair.model, guide)).get_trace(batch)
+        drawn = pair.model(batch, observe=False)["x"]
+    for name in find(config.likelihood).priors:
+        assert guide.nodes[name]["value"].shape == model.nodes[name]["value"].shape == (40,)
+        assert torch.isfinite(model.nodes[name]["fn"].log_prob(model.nodes[name]["value"]))
+    assert drawn.shape == batch.counts.shape and torch.equal(drawn, drawn.floor())
+    idata = run.to_arviz(draws=2)
+    assert "gate_logits" in idata["posterior"] and idata["posterior"]["gate_logits"].dims[-1] == "any_gene"
