@@ -179,6 +179,7 @@ def _block(
     count = torch.empty((draws, *shape))
     mean, square, variance = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
     log_p = torch.full(shape, -torch.inf, dtype=torch.float64)
+    below, equal, distance = (torch.zeros(shape) for _ in range(3))  # of the draws, to the truth
     for d in range(draws):
         dist, count[d] = _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), stream)
         rate = dist.mean.double()
@@ -188,6 +189,9 @@ def _block(
         variance += dist.variance
         if truth is not None:
             log_p = torch.logaddexp(log_p, dist.log_prob(truth).double())
+            below += count[d] < truth
+            equal += count[d] == truth
+            distance += (count[d] - truth).abs()
     between = square / max(1, draws - 1)
     ordered = np.sort(count.numpy(), axis=0)  # [S, n, g]
     quantiles = {name: _quantile(ordered, q) for name, q in QUANTILES.items()}
@@ -200,9 +204,9 @@ def _block(
     if x is None:
         return summary, None
     # The truth's rank among the draws: exactly uniform for any number of draws when it is exchangeable with them.
-    low = (ordered < x).sum(0, dtype=np.float32) / (draws + 1)
-    high = ((ordered <= x).sum(0, dtype=np.float32) + 1) / (draws + 1)
-    return summary, Scores((log_p - np.log(draws)).float().numpy(), _crps(ordered, x), low, high)
+    low, high = below / (draws + 1), (below + equal + 1) / (draws + 1)
+    crps = (distance / draws - _half_spread(ordered)).numpy()
+    return summary, Scores((log_p - np.log(draws)).float().numpy(), crps, low.numpy(), high.numpy())
 
 
 def _quantile(ordered: NDArray[np.float32], q: float) -> NDArray[np.float32]:
@@ -210,9 +214,8 @@ def _quantile(ordered: NDArray[np.float32], q: float) -> NDArray[np.float32]:
     return ordered[min(len(ordered) - 1, max(0, int(np.ceil(q * len(ordered))) - 1))]
 
 
-def _crps(ordered: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Fair CRPS of sorted draws [S, n, g]: E|X - x| - E|X - X'| / 2 without the self-pairs."""
+def _half_spread(ordered: NDArray[np.float32]) -> Tensor:
+    """E|X - X'| / 2 of sorted draws [S, n, g] without the self-pairs: the second part of the fair CRPS."""
     s = len(ordered)
     weight = (2 * np.arange(s) - s + 1).astype(np.float32)  # sum_{i<j} (x_j - x_i) = sum_i weight_i x_i
-    spread = np.tensordot(weight, ordered, axes=(0, 0)) / (s * (s - 1)) if s > 1 else 0.0
-    return np.asarray(np.abs(ordered - x).mean(0) - spread, dtype=np.float32)
+    return torch.from_numpy(np.tensordot(weight, ordered, axes=(0, 0)) / np.float32(max(1, s * (s - 1))))

@@ -63,6 +63,7 @@ __all__ = [
 
 BOOTSTRAP_STEPS = 30  # sweeps from the posterior mean in one draw of the spots' proportions
 CONVERGED = 3  # compositions are read off after so many times the sweeps of imputation, which stops early
+NEGLIGIBLE = 0.05  # counts: a factor with fewer in a cell adds less than this to the variance of the cell's counts
 MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn settings from
 
 
@@ -178,7 +179,7 @@ class Predictor:
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
         """p(count | draw): activities and regional effect are drawn here."""
         posterior, effects = local
-        activity = standard_gamma(posterior.shape) / posterior.rate
+        activity = _draw_activity(posterior)
         effect = None
         if self.mixed:
             key = (int(genes[0]), len(genes))
@@ -196,6 +197,13 @@ class Predictor:
         where = self.data.cell_xy[self.rows(batch)]
         shape, rate = regional_posterior(where, self.data.spot_xy, counts, expected, self.bandwidth, self.shape)
         return torch.from_numpy(shape), torch.from_numpy(rate)
+
+
+def _draw_activity(posterior: Local) -> Tensor:
+    """One draw of the activities [n, h]; shapes below `NEGLIGIBLE` (most factors of a cell) keep their mean, which costs no draw."""
+    flat = posterior.shape.reshape(-1)
+    drawn = torch.nonzero(flat > NEGLIGIBLE).squeeze(1)
+    return flat.index_copy(0, drawn, standard_gamma(flat[drawn])).view_as(posterior.shape) / posterior.rate
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
