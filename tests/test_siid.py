@@ -4,6 +4,7 @@ Run as a script, ``python tests/test_siid.py FOLDER STEP``, this file fits the s
 and kills itself with SIGKILL when it is asked for the minibatch of STEP.
 """
 
+import copy
 import itertools
 import os
 import signal
@@ -22,7 +23,7 @@ from pyro.infer import Trace_ELBO
 
 import ppl_st.api as api
 from ppl_st.errors import UserError
-from ppl_st.inference.ensemble import chains_of
+from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import FitConfig, rng_scope
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.models import siid
@@ -841,3 +842,22 @@ if __name__ == "__main__":
         seed=3,
         out=base / "run",
     )
+
+
+def test_proportions_use_every_chain_that_found_the_same_factors(run):
+    """Chains number their factors as they like: without matching, mixing their draws would smear all proportions."""
+    one, two = (copy.deepcopy(chains_of(run.pair)[0]) for _ in range(2))
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for tensor in (two.guide.xi_loc, two.guide.xi_log_scale, *(module.usage for module in two)):
+            tensor.copy_(tensor[order].clone())
+    kept, orders = siid._same_factors([one, two])
+    assert len(kept) == 2 and orders[1].tolist() == torch.argsort(order).tolist()
+    (alone, _), (both, _) = (
+        siid.proportions(ensemble(pairs), run.data, run.config, 12, 0) for pairs in ([one], [one, two])
+    )
+    assert np.abs(both.mean(0) - alone.mean(0)).mean() < 0.02
+    assert both.std(0).mean() < 1.2 * alone.std(0).mean()  # unmatched factors would spread over everything
+    with torch.no_grad():
+        two.guide.xi_loc.copy_(5 * torch.randn(two.guide.xi_loc.shape, generator=torch.Generator().manual_seed(0)))
+    assert len(siid._same_factors([one, two])[0]) == 1

@@ -42,6 +42,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ppl_st.errors import UserError
@@ -64,6 +65,7 @@ __all__ = [
 BOOTSTRAP_STEPS = 30  # sweeps from the posterior mean in one draw of the spots' proportions
 CONVERGED = 3  # compositions are read off after so many times the sweeps of imputation, which stops early
 NEGLIGIBLE = 0.05  # counts: a factor with fewer in a cell adds less than this to the variance of the cell's counts
+SAME_FACTORS = 0.9  # mean cosine of matched profiles from which two chains are said to have found the same factors
 MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn settings from
 
 
@@ -224,31 +226,50 @@ def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict
 def proportions(
     pair: Pair, data: Data, config: Config, draws: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Draws of the spots' factor proportions [draws, s, h] and mean profiles [h, G], of the best chain.
+    """Draws of the spots' factor proportions [draws, s, h] and mean profiles [h, G] of the best chain.
 
-    A draw weighs every count by Gamma(count, 1) / count (weighted likelihood bootstrap), draws the profiles from the guide and solves for the
-    activities again: unlike independent gamma posteriors of the activities it keeps the trade-off between factors that explain the same
-    counts, which is most of the uncertainty of a proportion.
+    A draw weighs every count by Gamma(count, 1) / count (weighted likelihood bootstrap), draws the profiles from the guide of its chain and solves
+    for the activities again: unlike independent gamma posteriors of the activities it keeps the trade-off between factors that explain the same
+    counts. Chains that found the same factors (`_same_factors`) take turns: what differs between fits is uncertainty too.
     """
-    _, guide = sides(chains_of(pair)[0])
-    spots = np.zeros((draws, data.spot_counts.shape[0], guide.spec.factors), np.float32)
-    drawn = draw_globals(chains_of(pair)[:1], draws, seed)
+    chains, orders = _same_factors(chains_of(pair))
+    guides = [sides(chain)[1] for chain in chains]
+    spots = np.zeros((draws, data.spot_counts.shape[0], guides[0].spec.factors), np.float32)
+    drawn = draw_globals(chains, draws, seed)
     for b, batch in enumerate(Batches(data, config.batch_spots, 0).in_order(8192)):
         if not batch.spots.numel():
             continue
-        mean = guide.local_posterior(batch, CONVERGED * config.predict_steps)
+        means = [guide.local_posterior(batch, CONVERGED * config.predict_steps) for guide in guides[:draws]]
         for d in range(draws):
-            local = mean
+            c = d % len(chains)
+            local = means[c]
             if config.cells == "conjugate":
-                log_phi = drawn[d].get("log_phi", torch.zeros_like(guide.measured))
+                log_phi = drawn[d].get("log_phi", torch.zeros_like(guides[c].measured))
                 with torch.no_grad(), rng_scope(seed, "proportions", b, d):
                     again = batch._replace(counts=_reweighted(batch.counts), spot_counts=_reweighted(batch.spot_counts))
                     local = LocalPosterior(again).refine(
-                        mean, guide.conditioning(drawn[d]["xi"], log_phi), BOOTSTRAP_STEPS
+                        local, guides[c].conditioning(drawn[d]["xi"], log_phi), BOOTSTRAP_STEPS
                     )
-            mixed = aggregate(batch, local.capture[:, None] * local.activity)
+            mixed = aggregate(batch, local.capture[:, None] * local.activity)[:, orders[c]]
             spots[d, batch.spots.numpy()] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
-    return spots, torch.softmax(guide.xi_loc.detach(), -1).numpy()
+    return spots, torch.softmax(guides[0].xi_loc.detach(), -1).numpy()
+
+
+def _same_factors(chains: list[Pair]) -> tuple[list[Pair], list[Tensor]]:
+    """The chains whose factors are those of the first one, and for each the order that makes them so.
+
+    Factors are matched one to one by the cosine of their profiles; a chain is left out when the mean cosine is below `SAME_FACTORS` (with many
+    factors every start cuts the cells in another way).
+    """
+    profiles = [torch.nn.functional.normalize(torch.softmax(sides(c)[1].xi_loc.detach(), -1), dim=1) for c in chains]
+    kept, orders = [], []
+    for chain, unit in zip(chains, profiles, strict=True):
+        cosine = (profiles[0] @ unit.T).numpy()
+        rows, order = linear_sum_assignment(-cosine)
+        if cosine[rows, order].mean() >= SAME_FACTORS:
+            kept.append(chain)
+            orders.append(torch.from_numpy(order))
+    return kept, orders
 
 
 def _reweighted(counts: Tensor) -> Tensor:
