@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOG_MEAN_RANGE = (-27.0, 20.0)
-LOG_THETA_RANGE = (-18.0, 18.0)
+LOG_MEAN_RANGE = (-28.0, 20.0)  # 7e-13 to 5e8
+LOG_THETA_RANGE = (-18.5, 18.5)  # 9e-9 to 1e8
 MEAN_FLOOR = 1e-13
 THETA_RANGE = (1e-12, 1e15)
 
-SHIFT = 5  # Stirling's seven terms are good to 1e-12 from here on, and far better for larger arguments
+SHIFT = 7  # eight terms of Stirling's series are good to 1e-15 from here on, and far better for larger arguments
 BLOCK = 1 << 17  # entries per block: float64 temporaries then stay in the caches
-_STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
+_STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156, -3617 / 122400)
 _LOG_FACTORIAL = torch.lgamma(torch.arange(1, 513, dtype=torch.float64))
 
 Terms = Callable[..., tuple[Tensor, list[Tensor | None]]]
@@ -53,11 +53,10 @@ def log_factorial(x: Tensor) -> Tensor:
 
 
 def positions(flat: Tensor) -> Tensor:
-    """Indices of the non-zeros of a flat tensor (numpy's search is several times faster than torch's)."""
-    mask = flat != 0
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().squeeze(-1)
+    """Indices of the non-zeros of a flat tensor (numpy compares and searches several times faster than torch)."""
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(flat.numpy() != 0))
+    return flat.nonzero().squeeze(-1)
 
 
 def floored_ratio(x: Tensor, mu: Tensor) -> Tensor:
@@ -68,11 +67,11 @@ def floored_ratio(x: Tensor, mu: Tensor) -> Tensor:
 def zero_slope(ratio: Tensor, log1p_ratio: Tensor) -> Tensor:
     """d/dtheta of -theta log1p(r), r = mu / theta: r / (1 + r) - log1p(r), by a series where the two
     cancel."""
-    cut = 0.03 if ratio.dtype == torch.float32 else 1e-5
+    cut = 0.03 if ratio.dtype == torch.float32 else 2e-3
     out = ratio / (1 + ratio) - log1p_ratio
     small = ratio < cut
     if small.any():
-        series = ratio * ratio * (-1 / 2 + ratio * (2 / 3 + ratio * (-3 / 4 + ratio * (4 / 5))))
+        series = ratio * ratio * (-1 / 2 + ratio * (2 / 3 + ratio * (-3 / 4 + ratio * (4 / 5 - ratio * (5 / 6)))))
         out = torch.where(small, series, out)
     return out
 
@@ -155,6 +154,7 @@ def nb_terms(log_mean: bool, log_theta: bool) -> Terms:
     """Blocks of NB log p and of its derivatives by the two parameters as given (log or not)."""
 
     def terms(wants: Sequence[bool], x: Tensor, m: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        m, outside = _inside(m) if log_mean else (m, None)
         mu = m.exp() if log_mean else m
         theta = t.exp() if log_theta else t.clamp(*THETA_RANGE)
         shape = torch.broadcast_shapes(x.shape, mu.shape, theta.shape)
@@ -178,6 +178,8 @@ def nb_terms(log_mean: bool, log_theta: bool) -> Terms:
                     if floored.any():
                         by_log_mean = torch.where(floored, -(xs + theta_s) / (raw + theta_s), by_log_mean)
                 by_mean.view(-1).scatter_(0, hit, by_log_mean)
+        if by_mean is not None and outside is not None:
+            by_mean.masked_fill_(outside, 0.0)
         if by_theta is not None and log_theta:
             by_theta *= theta
         return out, [by_mean, by_theta]
@@ -190,11 +192,12 @@ def poisson_terms(log_mean: bool) -> Terms:
 
     def terms(wants: Sequence[bool], x: Tensor, m: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         shape = torch.broadcast_shapes(x.shape, m.shape)
+        m, outside = _inside(m) if log_mean else (m, None)
         mu = (m.exp() if log_mean else m).expand(shape)
-        out = -mu
         slope = None
         if wants[0]:
             slope = x - mu if log_mean else torch.full_like(mu, -1.0)
+        out = -mu
         hit = positions(_flat(x, shape))
         if len(hit):
             xs, ms = _flat(x, shape).index_select(0, hit), _flat(m, shape).index_select(0, hit)
@@ -202,9 +205,20 @@ def poisson_terms(log_mean: bool) -> Terms:
             out.view(-1).scatter_add_(0, hit, xs * log_mu - log_factorial(xs))
             if slope is not None and not log_mean:
                 slope.view(-1).scatter_add_(0, hit, floored_ratio(xs, ms))
+        if slope is not None and outside is not None:
+            slope.masked_fill_(outside, 0.0)
         return out, [slope]
 
     return terms
+
+
+def _inside(log_mean: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Clamped to `LOG_MEAN_RANGE`, and where that changed it (None: nowhere). In here, because autograd's clamp costs as much as the rest."""
+    low, high = LOG_MEAN_RANGE
+    least, most = torch.aminmax(log_mean)
+    if least >= low and most <= high:
+        return log_mean, None
+    return log_mean.clamp(low, high), (log_mean < low) | (log_mean > high)
 
 
 def _flat(a: Tensor, shape: torch.Size) -> Tensor:

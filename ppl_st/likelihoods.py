@@ -11,7 +11,7 @@ Counts are scored in float64 and cast back, because the terms of a negative bino
 textbook form is wrong by nats for large theta (`ppl_st.likelihood_math` has the formulas that do not cancel,
 and the speed).
 
-Domain. ``log_mean`` is clamped to [-27, 20] and ``log_theta`` to [-18, 18]; outside the likelihood is
+Domain. ``log_mean`` is clamped to [-28, 20] and ``log_theta`` to [-18.5, 18.5]; outside the likelihood is
 constant and its gradient exactly zero. A ``mean`` enters the logarithm as max(mean, 1e-13) and everything
 else as it is, so mean = 0 is allowed, finite and differentiable (at x > 0 the floored logarithm has slope
 zero). Nothing is ever added inside a logarithm.
@@ -342,8 +342,8 @@ class Gaussian(_Observation):
 
 
 def _mean_parameter(given: dict[str, Tensor]) -> tuple[bool, Tensor]:
-    """(whether it is a logarithm, the parameter as the likelihood uses it)."""
-    return (True, _log_mean(given)) if "log_mean" in given else (False, given["mean"])
+    """(whether it is a logarithm, the parameter as given: `likelihood_math` clamps it)."""
+    return ("log_mean" in given, given["log_mean"] if "log_mean" in given else given["mean"])
 
 
 def _mean(given: dict[str, Tensor]) -> Tensor:

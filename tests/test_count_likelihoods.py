@@ -64,8 +64,6 @@ GATES = [-200.0, -30.0, -1.0, 0.0, 8.0, 200.0]
 def test_zero_inflated_against_mpmath(dtype, logs):
     rows = [*itertools.product(GRID_X, [1e-12, 1e-6, 1e-2, 5.0, 1e4, 1e8], [1e-8, 1e-4, 0.3, 50.0, 1e8], GATES)]
     grid = _double(*rows)
-    if logs:  # the clamps end at mean e^-27..e^20, theta e^-18..e^18
-        grid = grid[(grid[:, 1] > 2e-12) & (grid[:, 2] > 2e-8) & (grid[:, 2] < 6e7)]
     x, mean, theta, gate = (c.to(dtype) for c in grid.T)
     if logs:
         mean, theta = mean.log(), theta.log()
@@ -73,7 +71,7 @@ def test_zero_inflated_against_mpmath(dtype, logs):
     names = ("log_mean", "log_theta", "gate_logits") if logs else ("mean", "theta", "gate_logits")
     value = ZeroInflatedNegativeBinomial(**dict(zip(names, inputs, strict=True))).log_prob(x)
     slopes = torch.autograd.grad(value.sum(), inputs)
-    relative, gradient = (1e-7, 1e-6) if dtype == torch.float32 else (1e-9, 1e-7)
+    relative, gradient = (1e-7, 1e-6) if dtype == torch.float32 else (1e-9, 1e-9)
     with mpmath.workdps(130):  # e^-200 beside 1
         for i in range(len(x)):
             m, t = (mpmath.mpf(a[i].item()) for a in (mean, theta))
@@ -100,7 +98,7 @@ def test_shared_odds_against_mpmath(dtype):
     u.requires_grad_()
     value = SharedOddsNegativeBinomial(r, u).log_prob(x)
     slopes = torch.autograd.grad(value.sum(), (r, u))
-    relative, gradient = (1e-7, 1e-6) if dtype == torch.float32 else (1e-9, 1e-7)
+    relative, gradient = (1e-7, 1e-6) if dtype == torch.float32 else (1e-9, 1e-9)
     with mpmath.workdps(80):
         for i in range(len(x)):
             k, size, odds = mpmath.mpf(x[i].item()), mpmath.mpf(r[i].item()), mpmath.exp(u[i].item())
