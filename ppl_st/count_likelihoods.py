@@ -89,10 +89,16 @@ def shared_odds_terms(wants: Sequence[bool], x: Tensor, r: Tensor, u: Tensor) ->
     by_u = (-r * chance).expand(shape).contiguous() if wants[1] else None
     hit = positions(x.expand(shape).reshape(-1))
     if len(hit):
-        xs, rs, mus = _at(x, shape, hit), _at(r, shape, hit), _at(r * odds, shape, hit)
+        xs, raw = _at(x, shape, hit), _at(r, shape, hit)
+        rs = raw.clamp(min=THETA_RANGE[0])
+        mus = rs * _at(odds, shape, hit)
         out.view(-1).scatter_add_(0, hit, nb_hits(xs, mus, rs))
         if by_r is not None:  # at fixed odds, where nb_hits_slope has the mean fixed
-            by_r.view(-1).scatter_(0, hit, nb_hits_slope(xs, mus, rs) + (xs - mus) / (rs + mus))
+            at_hits = nb_hits_slope(xs, mus, rs) + (xs - mus) / (rs + mus)
+            floored = raw < THETA_RANGE[0]
+            if floored.any():  # the logarithm of the shape is constant there
+                at_hits = torch.where(floored, by_r.view(-1).index_select(0, hit), at_hits)
+            by_r.view(-1).scatter_(0, hit, at_hits)
         if by_u is not None:
             by_u.view(-1).scatter_add_(0, hit, xs * _at(torch.sigmoid(-u), shape, hit))
     return out, [by_r, by_u]
@@ -202,8 +208,8 @@ class SharedOddsNegativeBinomial(_Observation):
     Parameters
     ----------
     shape
-        > 0 (used within `THETA_RANGE`; accurate from 1e-8 to 1e8); carries everything that adds up, usually
-        [n, G].
+        >= 0 (accurate from 1e-8 to 1e8); carries everything that adds up, usually [n, G]. At counts > 0 it is floored
+        at 1e-12, and the floored part has no slope.
     logits
         Log-odds, clamped to `LOGITS_RANGE`; usually per gene, [G], and never expanded over cells.
 
@@ -211,7 +217,7 @@ class SharedOddsNegativeBinomial(_Observation):
     have the parameters' dtype; arithmetic is float64.
     """
 
-    arg_constraints = {"shape": constraints.positive, "logits": constraints.real}  # noqa: RUF012
+    arg_constraints = {"shape": constraints.nonnegative, "logits": constraints.real}  # noqa: RUF012
     support = constraints.nonnegative_integer
 
     def __init__(self, shape: Tensor | float, logits: Tensor | float, *, validate_args: bool | None = None) -> None:
@@ -220,8 +226,8 @@ class SharedOddsNegativeBinomial(_Observation):
 
     @property
     def total_count(self) -> Tensor:
-        """The shape parameter as it is used, in the shape in which it was given."""
-        return self._given["shape"].clamp(*THETA_RANGE)
+        """The shape parameter, in the shape in which it was given."""
+        return self._given["shape"]
 
     @property
     def logits(self) -> Tensor:
@@ -239,7 +245,7 @@ class SharedOddsNegativeBinomial(_Observation):
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), shape sample + batch."""
         self._check(value)
-        result = Elementwise.apply(shared_odds_terms, torch.is_grad_enabled(), value, self.total_count, self.logits)
+        result = Elementwise.apply(shared_odds_terms, torch.is_grad_enabled(), value, self._given["shape"], self.logits)
         return self._whole(result, value)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

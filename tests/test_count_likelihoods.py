@@ -280,7 +280,7 @@ def test_bad_parameters_are_refused():
         lambda: ZeroInflatedNegativeBinomial(torch.ones(2), 1.0, 0.0, log_mean=torch.ones(2)),
         lambda: ZeroInflatedNegativeBinomial(-torch.ones(2), 1.0, 0.0, validate_args=True),
         lambda: ZeroInflatedNegativeBinomial(torch.ones(2), 1.0, torch.tensor(float("nan")), validate_args=True),
-        lambda: SharedOddsNegativeBinomial(torch.zeros(2), 0.0, validate_args=True),
+        lambda: SharedOddsNegativeBinomial(-torch.ones(2), 0.0, validate_args=True),
     ):
         with pytest.raises(UserError):
             make()

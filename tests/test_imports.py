@@ -21,7 +21,8 @@ ROOMS: dict[str, set[str]] = {
     "likelihoods": {"likelihood_math", "sampling"},
     "count_likelihoods": {"likelihoods", "likelihood_math", "sampling"},
     "directional": {"likelihoods", "likelihood_math"},
-    "product": {"likelihoods", "likelihood_math"},
+    "product_math": {"likelihood_math"},
+    "product": {"product_math", "likelihoods", "count_likelihoods", "likelihood_math", "sampling"},
     "factors": set(),
     "networks": set(),
     "io": set(),
@@ -58,7 +59,8 @@ START = {"cli", "", "config", "errors"}
 HEAVY = LAZY | {"torch", "pyro", "anndata", "pandas", "scipy", "xarray", "zarr", "h5py", "jinja2"}
 # Tensors only: no files, tables of cells, figures or command line below these rooms.
 NUMERIC = {
-    "likelihood_math", "likelihoods", "count_likelihoods", "directional", "product", "observation", "factors", "networks", "models", "inference",
+    "likelihood_math", "likelihoods", "count_likelihoods", "directional", "product_math", "product", "observation", "factors", "networks",
+    "models", "inference",
 }
 NOT_NUMERIC = LAZY - {"sklearn"} | {"anndata", "zarr", "h5py", "xarray", "typer", "jinja2"}
 

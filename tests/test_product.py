@@ -11,11 +11,12 @@ from pyro.infer.autoguide import AutoDelta
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ppl_st import product
+from ppl_st import product, product_math
+from ppl_st.count_likelihoods import SharedOddsNegativeBinomial
 from ppl_st.data import to_torch_csr
 from ppl_st.errors import UserError
 from ppl_st.likelihoods import NegativeBinomial, Poisson
-from ppl_st.product import ProductNegativeBinomial, ProductPoisson
+from ppl_st.product import ProductNegativeBinomial, ProductPoisson, ProductSharedOddsNegativeBinomial
 
 
 @pytest.fixture(autouse=True)
@@ -46,29 +47,32 @@ def _values(counts, dtype):
     return {"csr": to_torch_csr(matrix), "dense": torch.tensor(counts, dtype=dtype)}
 
 
-def _product(kind, activity, loadings, log_theta):
-    return (
-        ProductPoisson(activity, loadings)
-        if kind == "poisson"
-        else ProductNegativeBinomial(activity, loadings, log_theta)
-    )
+def _product(kind, activity, loadings, gene):
+    if kind == "poisson":
+        return ProductPoisson(activity, loadings)
+    form = ProductNegativeBinomial if kind == "nb" else ProductSharedOddsNegativeBinomial
+    return form(activity, loadings, gene)
 
 
-def _dense(kind, activity, loadings, log_theta):
+def _dense(kind, activity, loadings, gene):
     rate = activity @ loadings
-    d = Poisson(rate) if kind == "poisson" else NegativeBinomial(rate, log_theta=log_theta)
+    if kind == "poisson":
+        return Poisson(rate).to_event(1)
+    d = NegativeBinomial(rate, log_theta=gene) if kind == "nb" else SharedOddsNegativeBinomial(rate, gene)
     return d.to_event(1)
 
 
-@pytest.mark.parametrize("form", ["sparse", "blocks", "no_mkl"])
+@pytest.mark.parametrize("form", ["sparse", "blocks", "no_mkl", "no_tables"])
 @pytest.mark.parametrize("layout", ["csr", "dense"])
-@pytest.mark.parametrize("kind", ["poisson", "nb"])
+@pytest.mark.parametrize("kind", ["poisson", "nb", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_product_equals_dense(kind, layout, dtype, form, monkeypatch):
     if form == "no_mkl":
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    if form == "no_tables":
+        monkeypatch.setattr(product_math, "LARGEST_TABLE", 0)
     monkeypatch.setattr(product, "DENSE_ABOVE", 0.0 if form == "blocks" else 1.0)
-    monkeypatch.setattr(product, "BLOCK", 100)  # several blocks of rows, the last one short
+    monkeypatch.setattr(product_math, "BLOCK", 100)  # several blocks of rows, the last one short
     leaves, counts = _example(dtype)
     weight = torch.linspace(0.2, 2.0, len(counts), dtype=dtype)
     used = leaves[:2] if kind == "poisson" else leaves
@@ -86,7 +90,7 @@ def test_product_equals_dense(kind, layout, dtype, form, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["csr", "dense"])
-@pytest.mark.parametrize("kind", ["poisson", "nb"])
+@pytest.mark.parametrize("kind", ["poisson", "nb", "shared"])
 def test_product_gradcheck(kind, layout):
     leaves, counts = _small()
     value = _values(counts, torch.float64)[layout]
@@ -114,9 +118,47 @@ def test_stored_zeros_and_duplicate_free_order_do_not_matter():
         )
     )
     assert padded.nnz == counts.size
-    for kind in ("poisson", "nb"):
+    for kind in ("poisson", "nb", "shared"):
         a, b = (_product(kind, *leaves).log_prob(to_torch_csr(m)) for m in (matrix, padded))
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_tables_are_right_for_any_theta_and_counts_beyond_them(monkeypatch):
+    """float32 against the dense form in float64: theta 1e-8 to 1e8, counts that are in the tables and that are not."""
+    monkeypatch.setattr(product_math, "LARGEST_TABLE", 30)
+    rng = np.random.default_rng(3)
+    log_theta = torch.linspace(-18.4, 18.4, 24)
+    activity, loadings = (torch.tensor(rng.gamma(1.0, 2.0, s), dtype=torch.float32) for s in ((800, 3), (3, 24)))
+    counts = torch.tensor(rng.poisson((activity @ loadings).numpy() * rng.gamma(1, 1, (800, 24))), dtype=torch.float32)
+    counts[5, 3], counts[6, 20] = 1e6, 1e5
+    assert (counts > 30).any() and (counts == 0).any()
+    leaves = [a.requires_grad_() for a in (activity, loadings, log_theta)]
+    d = ProductNegativeBinomial(*leaves)
+    assert product_math.nb_tables(product_math.Counts(counts), d.theta.detach()).top == 30
+    got = d.log_prob(counts)
+    rate = (activity @ loadings).double()  # the same rounding of the rate
+    want = NegativeBinomial(rate, log_theta=log_theta.double()).log_prob(counts.double()).sum(1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-3)
+    for name, a, b in zip("WQt", torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        error = (a - b).abs() / b.abs().max() if name != "t" else (a - b).abs() / (1e-3 + b.abs())
+        assert error.max() < (1e-5 if name != "t" else 1e-4), (name, error.max())
+    fractional = counts + 0.5  # validation off: no table, the Gamma functions themselves
+    d = ProductNegativeBinomial(*leaves, validate_args=False)
+    want = NegativeBinomial(rate, log_theta=log_theta.double(), validate_args=False).log_prob(fractional.double()).sum(1)
+    torch.testing.assert_close(d.log_prob(fractional).double(), want, rtol=1e-5, atol=1e-3)
+
+
+def test_shared_odds_of_merged_rows_is_that_of_the_sum():
+    """Closure: the merged spot's log p is the convolution of its parts' by enumeration."""
+    activity, loadings = torch.tensor([[0.4, 0.1], [1.2, 0.7]], dtype=torch.float64), torch.rand(2, 1, dtype=torch.float64)
+    logits = torch.tensor([0.3], dtype=torch.float64)
+    merged = ProductSharedOddsNegativeBinomial(activity.sum(0, keepdim=True), loadings, logits)
+    first, second = (ProductSharedOddsNegativeBinomial(activity[i : i + 1], loadings, logits) for i in range(2))
+    k = torch.arange(6.0, dtype=torch.float64)
+    p, q = (torch.stack([d.log_prob(v.reshape(1, 1)) for v in k]).exp().view(-1) for d in (first, second))
+    for n in range(6):
+        total = (p[: n + 1] * q[: n + 1].flip(0)).sum()
+        assert merged.log_prob(k[n].reshape(1, 1)).exp().item() == pytest.approx(total.item(), rel=1e-12)
 
 
 class _Largest(TorchDispatchMode):
@@ -134,10 +176,10 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind, dense_above", [("poisson", 1.0), ("poisson", 0.0), ("nb", 1.0)])
+@pytest.mark.parametrize("kind, dense_above", [("poisson", 1.0), ("poisson", 0.0), ("nb", 1.0), ("shared", 1.0)])
 def test_memory_is_the_nonzeros_plus_a_block(kind, dense_above, monkeypatch):
     monkeypatch.setattr(product, "DENSE_ABOVE", dense_above)
-    monkeypatch.setattr(product, "BLOCK", 2000)
+    monkeypatch.setattr(product_math, "BLOCK", 2000)
     leaves, counts = _example(n=600, genes=100, scale=0.05)
     value = _values(counts, torch.float32)["csr"]
     nonzeros = int((counts > 0).sum())
@@ -150,7 +192,7 @@ def test_memory_is_the_nonzeros_plus_a_block(kind, dense_above, monkeypatch):
     assert largest.numel >= counts.size  # the measure sees what it should see
 
 
-@pytest.mark.parametrize("kind", ["poisson", "nb"])
+@pytest.mark.parametrize("kind", ["poisson", "nb", "shared"])
 def test_product_draws_moments_and_shapes(kind):
     leaves, _ = _small()
     d = _product(kind, *leaves)
@@ -188,7 +230,7 @@ def test_product_refuses_what_does_not_fit():
         d.expand((6, 2))
 
 
-@pytest.mark.parametrize("kind", ["poisson", "nb"])
+@pytest.mark.parametrize("kind", ["poisson", "nb", "shared"])
 def test_in_a_subsampled_plate_with_sparse_observations(kind):
     """Validation on, Trace_ELBO: minibatch losses and gradients over a partition average to the full ones."""
     (activity, loadings, log_theta), counts = _example(torch.float64)
