@@ -36,7 +36,15 @@ from ppl_st.likelihood_math import (
     positions,
     result_dtype,
 )
-from ppl_st.likelihoods import NegativeBinomial, _mean_parameter, _Observation, _one_of, _tensors, check_shape
+from ppl_st.likelihoods import (
+    NegativeBinomial,
+    _mean_parameter,
+    _Observation,
+    _one_of,
+    _tensors,
+    check_shape,
+    count_quantile,
+)
 from ppl_st.sampling import poisson, standard_gamma
 
 LOGITS_RANGE = (-50.0, 40.0)  # means from 1e-14 to 1e8 at every shape from 1e-8 to 1e8
@@ -197,6 +205,10 @@ class ZeroInflatedNegativeBinomial(_Observation):
         out = torch.where(value < 0, 0.0, torch.sigmoid(logits) + torch.sigmoid(-logits) * below)
         return out.to(result_dtype(*self._given.values()))
 
+    def icdf(self, q: Tensor) -> Tensor:
+        """The smallest count k with P(X <= k) >= q; q in [0, 1)."""
+        return count_quantile(self, q)
+
 
 class SharedOddsNegativeBinomial(_Observation):
     """Negative binomial counts by shape and log-odds; closed under summation where the log-odds are shared.
@@ -267,3 +279,7 @@ class SharedOddsNegativeBinomial(_Observation):
         high = scipy.special.betainc(size.numpy(), above, scipy.special.expit(-odds))
         out = torch.where(k < 0, 0.0, torch.where(logits < 0, torch.as_tensor(low), torch.as_tensor(high)))
         return self._whole(out.to(device=r.device, dtype=result_dtype(r, u)), value)
+
+    def icdf(self, q: Tensor) -> Tensor:
+        """The smallest count k with P(X <= k) >= q; q in [0, 1)."""
+        return count_quantile(self, q)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl_st.errors import UserError
-from ppl_st.likelihood_math import SHIFT, Elementwise, _rising, _stirling, _stirling_slope, result_dtype
+from ppl_st.likelihood_math import Elementwise, log_gamma_ratio, result_dtype
 from ppl_st.likelihoods import _Observation, _tensors, check_parameters, check_shape
 
 NORM_FLOOR = 1e-12
@@ -44,17 +44,9 @@ def cosine(value: Tensor, direction: Tensor) -> Tensor:
 
 
 def _normalizer_terms(wants: Sequence[bool], b: Tensor, kappa: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """Minus log Z and its derivative by kappa; with t = a + SHIFT the formula of log G(x + theta) - log G(theta)."""
-    a = b + kappa
-    t = a + SHIFT
-    out = b * (torch.log(t / (4 * math.pi)) - 1) + (b + t - 0.5) * torch.log1p(b / t)
-    out += _stirling(b + t) - _stirling(t) - torch.log(_rising(a + b) / _rising(a))
-    slope = None
-    if wants[0]:
-        slope = torch.log1p(b / t) + b / (2 * t * (b + t)) + _stirling_slope(b + t) - _stirling_slope(t)
-        for k in range(SHIFT):
-            slope += b / ((a + k) * (a + b + k))
-    return out, [slope]
+    """Minus log Z and its derivative by kappa."""
+    ratio, slopes = log_gamma_ratio(wants, b, b + kappa)
+    return ratio - b * math.log(4 * math.pi), slopes
 
 
 class PowerSpherical(_Observation):

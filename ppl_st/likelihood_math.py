@@ -104,6 +104,19 @@ def _rising(z: Tensor) -> Tensor:
     return out
 
 
+def log_gamma_ratio(wants: Sequence[bool], b: Tensor, a: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """log G(a + b) - log G(a), a, b > 0, and its derivative by a; `Terms` for `Elementwise`, b in the place of the value."""
+    t = a + SHIFT
+    out = b * (torch.log(t) - 1) + (b + t - 0.5) * torch.log1p(b / t)
+    out += _stirling(b + t) - _stirling(t) - torch.log(_rising(a + b) / _rising(a))
+    slope = None
+    if wants[0]:
+        slope = torch.log1p(b / t) + b / (2 * t * (b + t)) + _stirling_slope(b + t) - _stirling_slope(t)
+        for k in range(SHIFT):
+            slope += b / ((a + k) * (a + b + k))
+    return out, [slope]
+
+
 def nb_hits(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """What a count x >= 0 adds to -theta log1p(mu / theta); flat float64 tensors of one shape, mu floored."""
     value = torch.log(mu * (theta / (theta + mu)))  # all of it at x = 1, the most frequent of them

@@ -103,6 +103,9 @@ def _tensors(*values: Tensor | float) -> list[Tensor]:
     ]
 
 
+LARGEST_COUNT = 1e18  # of draws and quantiles
+
+
 class _Observation(TorchDistribution):
     """What the three share: shapes that broadcast without copies, and one check of the value's shape."""
 
@@ -138,6 +141,22 @@ class _Observation(TorchDistribution):
 
     def _whole(self, result: Tensor, value: Tensor) -> Tensor:
         return result.expand(torch.broadcast_shapes(result.shape, value.shape, self.batch_shape))
+
+
+def count_quantile(d: Any, q: Tensor) -> Tensor:
+    """The smallest count k with P(X <= k) >= q, by doubling and bisection of `d.cdf`; q in [0, 1), fits the batch shape."""
+    check_shape(q, d.batch_shape, f"{type(d).__name__}.icdf")
+    shape = torch.broadcast_shapes(q.shape, d.batch_shape)
+    low, high = torch.full(shape, -1.0, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    share = q.detach().cpu().expand(shape)
+    while bool((short := (d.cdf(high).cpu() < share) & (high < LARGEST_COUNT)).any()):
+        low, high = torch.where(short, high, low), torch.where(short, 2 * high + 1, high)
+    while bool((high - low > 1).any()):
+        middle = ((low + high) / 2).floor()
+        enough = d.cdf(middle).cpu() >= share
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    mean = d.mean
+    return high.to(device=mean.device, dtype=mean.dtype)
 
 
 class Poisson(_Observation):
@@ -199,6 +218,10 @@ class Poisson(_Observation):
         below = scipy.special.gammaincc(k.clamp(min=0).numpy() + 1, mu.numpy())
         out = torch.where(k < 0, 0.0, torch.as_tensor(below))
         return self._whole(out.to(device=mean.device, dtype=mean.dtype), value)
+
+    def icdf(self, q: Tensor) -> Tensor:
+        """The smallest count k with P(X <= k) >= q; q in [0, 1)."""
+        return count_quantile(self, q)
 
 
 class NegativeBinomial(_Observation):
@@ -300,6 +323,10 @@ class NegativeBinomial(_Observation):
         out = torch.where(k < 0, 0.0, torch.as_tensor(below))
         return self._whole(out.to(device=mean.device, dtype=result_dtype(mean, theta)), value)
 
+    def icdf(self, q: Tensor) -> Tensor:
+        """The smallest count k with P(X <= k) >= q; q in [0, 1)."""
+        return count_quantile(self, q)
+
 
 class Gaussian(_Observation):
     """Normal observations; `scale` (a standard deviation) is typically per gene, never expanded over
@@ -334,6 +361,11 @@ class Gaussian(_Observation):
         shape = torch.Size(sample_shape) + self.batch_shape
         noise = torch.randn(shape, dtype=result_dtype(self.loc, self.scale), device=self.loc.device)
         return self.loc + self.scale * noise
+
+    def icdf(self, q: Tensor) -> Tensor:
+        """The value below which the share q lies."""
+        check_shape(q, self.batch_shape, "Gaussian.icdf")
+        return self._whole(self.loc + self.scale * torch.special.ndtri(q), q)
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value)."""

@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "sampling": set(),
     "likelihoods": {"likelihood_math", "sampling"},
     "count_likelihoods": {"likelihoods", "likelihood_math", "sampling"},
+    "real_likelihoods": {"likelihoods", "likelihood_math"},
     "directional": {"likelihoods", "likelihood_math"},
     "product_math": {"likelihood_math"},
     "product": {"product_math", "likelihoods", "count_likelihoods", "likelihood_math", "sampling"},
@@ -34,7 +35,8 @@ ROOMS: dict[str, set[str]] = {
     "inference": {"io", "data"},  # the writer of files and row blocks; never a named method
     "observation": {"likelihoods", "count_likelihoods"},  # a likelihood by its name
     "models": {
-        "observation", "likelihoods", "count_likelihoods", "directional", "product", "sampling", "factors", "networks", "simulate", "inference",
+        "observation", "likelihoods", "count_likelihoods", "real_likelihoods", "directional", "product", "sampling", "factors", "networks",
+        "simulate", "inference",
     },
     "metrics": {"data"},
     "baselines": {"data", "spatial", "metrics"},
@@ -59,8 +61,8 @@ START = {"cli", "", "config", "errors"}
 HEAVY = LAZY | {"torch", "pyro", "anndata", "pandas", "scipy", "xarray", "zarr", "h5py", "jinja2"}
 # Tensors only: no files, tables of cells, figures or command line below these rooms.
 NUMERIC = {
-    "likelihood_math", "likelihoods", "count_likelihoods", "directional", "product_math", "product", "observation", "factors", "networks",
-    "models", "inference",
+    "likelihood_math", "likelihoods", "count_likelihoods", "real_likelihoods", "directional", "product_math", "product", "observation",
+    "factors", "networks", "models", "inference",
 }
 NOT_NUMERIC = LAZY - {"sklearn"} | {"anndata", "zarr", "h5py", "xarray", "typer", "jinja2"}
 

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -19,9 +20,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
+from ppl_st.count_likelihoods import SharedOddsNegativeBinomial, ZeroInflatedNegativeBinomial
+from ppl_st.directional import PowerSpherical
 from ppl_st.errors import UserError
 from ppl_st.inference.pair import Pair
 from ppl_st.likelihoods import Gaussian, NegativeBinomial, Poisson
+from ppl_st.real_likelihoods import Log1p, Student
 from ppl_st.testing import (
     ALL_LAWS,
     Limit,
@@ -57,6 +61,16 @@ def _gamma(mean, theta):
     return dist.Gamma(theta, theta / mean)
 
 
+def _unit(dims):
+    """Unit vectors as lists, a few directions."""
+    axes = np.eye(dims).tolist()
+    return hypothesis.strategies.sampled_from([*axes, *(-np.eye(dims)).tolist(), [0.6, -0.8, *[0.0] * (dims - 2)]])
+
+
+def _uniform(direction, concentration):
+    return SimpleNamespace(log_prob=lambda x: torch.tensor(-math.log(4 * math.pi)))
+
+
 # One row per likelihood: how to make it, ranges for exact sums, the whole domain, what is claimed of it.
 SUBJECTS = [
     Subject(
@@ -83,6 +97,41 @@ SUBJECTS = [
         domain={"loc": real(-1e3, 1e3), "scale": positive(1e-3, 1e3)},
         sum_of=lambda r, c: {"loc": r["loc"] * c, "scale": r["scale"] * c**0.5},
     ),
+    Subject(
+        ZeroInflatedNegativeBinomial,
+        {"mean": means(1e-8, 100), "theta": dispersions(0.1, 1e4), "gate_logits": gate_logits(10)}, name="ZeroInflatedNegativeBinomial",
+        domain={"mean": WIDE_MEANS, "theta": dispersions(1e-8, 1e8), "gate_logits": gate_logits(200)},
+        limits=[
+            Limit("NB", {"gate_logits": -200.0}, lambda mean, theta, gate_logits: NegativeBinomial(mean, theta)),
+            Limit("point mass", {"gate_logits": 200.0}, lambda mean, theta, gate_logits: dist.Delta(torch.zeros_like(mean))),
+        ],
+        thinned=_scaled("mean"),
+    ),
+    Subject(
+        SharedOddsNegativeBinomial, {"shape": positive(0.1, 30), "logits": real(-8, 1.5)}, name="SharedOddsNegativeBinomial",
+        domain={"shape": positive(1e-8, 1e8), "logits": real(-60, 20)},
+        limits=[Limit("Poisson", {"shape": 1e8, "logits": -17.0}, lambda shape, logits: Poisson(shape * logits.exp()))],
+        sum_of=_scaled("shape"), thinned=lambda r, share: {**r, "logits": r["logits"] + math.log(share)},
+        mixed_rate=lambda shape, logits: dist.Gamma(shape, torch.exp(-logits)),
+    ),
+    Subject(
+        Student, {"loc": real(-10, 10), "scale": positive(0.1, 10), "df": positive(3, 100)}, "real", name="Student",
+        domain={"loc": real(-1e3, 1e3), "scale": positive(1e-3, 1e3), "df": positive(0.1, 1e6)},
+        limits=[Limit("Gaussian", {"df": 1e8}, lambda loc, scale, df: Gaussian(loc, scale))],
+    ),
+    Subject(
+        lambda loc, scale: Log1p(Gaussian(loc, scale)), {"loc": real(-1, 4), "scale": positive(0.1, 1.5)}, "positive", name="Log1p(Gaussian)",
+        domain={"loc": real(-20, 20), "scale": positive(1e-2, 20)},
+    ),
+    Subject(
+        lambda loc, scale, df: Log1p(Student(loc, scale, df)), {"loc": real(-1, 4), "scale": positive(0.1, 1), "df": positive(3, 100)},
+        "positive", name="Log1p(Student)", domain={"loc": real(-20, 20), "scale": positive(1e-2, 20), "df": positive(0.1, 1e6)},
+    ),
+    Subject(
+        PowerSpherical, {"direction": _unit(3), "concentration": positive(1e-3, 50)}, "sphere", name="PowerSpherical",
+        domain={"direction": _unit(3), "concentration": positive(1e-6, 1e6)}, values=_unit(3),
+        limits=[Limit("uniform", {"concentration": 0.0}, _uniform)],
+    ),
 ]  # fmt: skip
 
 
@@ -103,7 +152,8 @@ def test_ours_obey_every_law_in_many_examples(subject, law):
 
 # ---- every law has teeth: mutated likelihoods ----
 
-POISSON, NB = SUBJECTS[0], SUBJECTS[2]
+NAMED = {subject.name: subject for subject in SUBJECTS}
+POISSON, NB, GAUSSIAN = (NAMED[name] for name in ("Poisson", "NegativeBinomial", "Gaussian"))
 
 
 class TooLikely(Poisson):
@@ -120,6 +170,16 @@ class InvertedDispersion(NegativeBinomial):
 class StrictlyBelow(Poisson):
     def cdf(self, value):
         return super().cdf(value - 1)
+
+
+class OneTooFar(Poisson):
+    def icdf(self, q):
+        return super().icdf(q) + 1
+
+
+class HalfWidth(Gaussian):
+    def icdf(self, q):
+        return (super().icdf(q) + self.loc) / 2
 
 
 class TooManyDraws(Poisson):
@@ -241,6 +301,8 @@ FAULTS = [
     (L.normalisation, replace(POISSON, make=TooLikely)),
     (L.moments, replace(NB, make=InvertedDispersion)),
     (L.cdf, replace(POISSON, make=StrictlyBelow)),
+    (L.quantile, replace(POISSON, make=OneTooFar)),
+    (L.quantile, replace(GAUSSIAN, make=HalfWidth)),
     (L.draw_moments, replace(POISSON, make=TooManyDraws)),
     (L.draw_moments, replace(NB, make=DrawsWithoutDispersion)),
     (L.draw_fit, replace(NB, make=DrawsWithoutDispersion)),
@@ -251,7 +313,7 @@ FAULTS = [
     (L.limits, replace(NB, make=Shifted)),
     (L.mixture, replace(NB, make=Shifted)),
     (L.additivity, replace(NB, sum_of=_scaled("mean"))),  # not closed with a fixed theta
-    (L.additivity, replace(SUBJECTS[-1], sum_of=_scaled("loc", "scale"))),
+    (L.additivity, replace(GAUSSIAN, sum_of=_scaled("loc", "scale"))),
     (L.thinning, replace(NB, thinned=_scaled("mean", "theta"))),
     (L.broadcasting, replace(POISSON, make=NoCheck)),
     (L.permutation, replace(POISSON, make=Coupled)),

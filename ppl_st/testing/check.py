@@ -14,7 +14,7 @@ from ppl_st.testing.laws import LawBroken, Subject
 Law = Callable[..., None]
 
 ALL_LAWS: tuple[Law, ...] = (
-    L.normalisation, L.moments, L.cdf, L.draw_moments, L.draw_fit, L.gradient, L.finite, L.single_precision, L.limits,
+    L.normalisation, L.moments, L.cdf, L.quantile, L.draw_moments, L.draw_fit, L.gradient, L.finite, L.single_precision, L.limits,
     L.mixture, L.additivity, L.thinning, L.broadcasting, L.permutation, L.mask, L.state, L.copies,
 )  # fmt: skip
 

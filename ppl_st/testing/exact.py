@@ -6,8 +6,8 @@
 
 Counts are enumerated until less than 1e-18 is left. Densities on the real line are integrated by the
 trapezoidal rule in t, x = centre + spread * sinh(t), which is exponentially accurate for smooth densities and
-reaches heavy tails; positive ones in the logarithm of x. Unit vectors of 2 or 3 dimensions have their own
-rule.
+reaches heavy tails; positive ones (or those above another bound) in the logarithm of the distance to it. Unit
+vectors of 2 or 3 dimensions have their own rule.
 
 `surprise` bounds, without any normal approximation, how probable so extreme a mean of n draws is (Chernoff).
 """
@@ -116,13 +116,17 @@ def _real(d: Any) -> Table:
 
 
 def _positive(d: Any) -> Table:
+    lowest = float(getattr(d.support, "lower_bound", 0.0))
     some = draws_of(d, 1000, "reach")
-    centre, spread = (math.log(float(d.mean)), 1.0) if some is None else _place(some.clamp(min=1e-300).log())
+    reach = None if some is None else (some - lowest).clamp(min=1e-300).log()
+    centre, spread = (math.log(float(d.mean) - lowest), 1.0) if reach is None else _place(reach)
     t = torch.linspace(-6, 6, _NODES, dtype=torch.float64)
     y = centre + spread * torch.sinh(t)
     keep = y.abs() < 690
     x, weight = y[keep].exp(), (spread * torch.cosh(t) * (t[1] - t[0]))[keep]
-    return _relevant(x, d.log_prob(x).exp() * weight * x)
+    inside = lowest + x > lowest  # in float64: values at the end itself have no density
+    x, weight = x[inside], weight[inside]
+    return _relevant(lowest + x, d.log_prob(lowest + x).exp() * weight * x)
 
 
 def _sphere(d: Any) -> Table:

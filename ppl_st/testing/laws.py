@@ -101,6 +101,15 @@ def _read(d: Any, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) and bool(value.isfinite().all()) else None
 
 
+def _infinite(d: Any, name: str) -> bool:
+    """Whether the distribution says that this moment does not exist or is infinite."""
+    try:
+        value = getattr(d, name)
+    except NotImplementedError:
+        return False
+    return isinstance(value, Tensor) and not bool(value.isfinite().all())
+
+
 # ---- one distribution against its own sums ----
 
 
@@ -147,6 +156,24 @@ def cdf(subject: Subject, row: Row) -> None:
         _need(_close(a, b, 0, 2e-4 if subject.support != "count" else 1e-7), f"cdf({x:g}) is {a:.8g}, not {b:.8g}")
 
 
+def quantile(subject: Subject, row: Row) -> None:
+    """`.icdf`, where there is one, is the inverse of `.cdf`: for counts the smallest one that reaches the share."""
+    d = subject.at(row)
+    shares = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99], dtype=torch.float64)
+    try:
+        x = d.icdf(shares)
+        below = d.cdf(x)
+        before = d.cdf(x - 1) if subject.support == "count" else None
+    except NotImplementedError:
+        return
+    for i, (share, value, a) in enumerate(zip(shares.tolist(), x.tolist(), below.tolist(), strict=True)):
+        if before is None:
+            _need(_close(a, share, 1e-5, 1e-9), f"cdf(icdf({share:g}) = {value:.6g}) is {a:.8g}")
+        else:
+            low = before[i].item() if value > 0 else 0.0
+            _need(low < share <= a, f"icdf({share:g}) is {value:g}, where cdf goes from {low:.8g} to {a:.8g}")
+
+
 # ---- draws ----
 
 
@@ -166,7 +193,11 @@ def draw_moments(subject: Subject, row: Row) -> None:
     if drawn is None:
         return
     draws, t = drawn
-    claimed = _read(subject.at(row), "mean")
+    d = subject.at(row)
+    claimed = _read(d, "mean")
+    infinite = [_infinite(d, name) for name in ("mean", "variance")]
+    if infinite[0]:  # draws that have no mean say nothing
+        return
     for axis, points in enumerate(t.points.reshape(len(t.points), -1).T):
         x, centre = draws.reshape(len(draws), -1)[:, axis], t.mean(points)
         if claimed is not None:
@@ -174,6 +205,8 @@ def draw_moments(subject: Subject, row: Row) -> None:
             says = float(claimed.reshape(-1)[axis])
             p = surprise(t, points, float(x.mean()) - says + centre, N_DRAWS)
             _need(p > FAILURE_RATE, f"{N_DRAWS} draws have mean {x.mean():.6g}, .mean says {says:.6g}; p < {p:.1g}")
+        if infinite[1]:
+            continue
         squares = float(((x - centre) ** 2).mean())
         p = surprise(t, (points - centre) ** 2, squares, N_DRAWS)
         exact = t.mean((points - centre) ** 2)
