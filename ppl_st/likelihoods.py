@@ -370,7 +370,8 @@ class Gaussian(_Observation):
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value)."""
         check_shape(value, self.batch_shape, "Gaussian.cdf")
-        return self._whole(torch.special.ndtr((value - self.loc) / self.scale), value)
+        below = 0.5 * torch.special.erfc((self.loc - value) / (self.scale * 2**0.5))  # torch's ndtr is 0 far down
+        return self._whole(below, value)
 
 
 def _mean_parameter(given: dict[str, Tensor]) -> tuple[bool, Tensor]:
