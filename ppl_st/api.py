@@ -123,10 +123,21 @@ def load(path: str | Path) -> Run:
         raise UserError(f"{folder}: {what}" + ("" if folder.exists() else " (it does not exist)"))
     method, module, settings, data, cells, other, manifest = _stored(folder)
     record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
-    spec = module.spec_from(record["spec"])
+    spec = _spec_from(module, record, manifest, folder)
     pair = module.empty(settings, spec, data, record["chains"])
     posterior.load_weights(folder, pair)
     return _run(method, module, settings, spec, pair, data, cells, other, manifest, record, folder)
+
+
+def _spec_from(module: Any, record: dict[str, Any], manifest: dict[str, Any], folder: Path) -> Any:
+    try:
+        return module.spec_from(record["spec"])
+    except (KeyError, TypeError) as error:
+        version = manifest.get("versions", {}).get("ppl_st", "unknown")
+        raise UserError(
+            f"{folder / 'fit.json'}: its specification does not fit this ppl_st ({error}); the run was written by ppl_st {version}: "
+            "use that version, or fit again"
+        ) from error
 
 
 def _refuse_used(folder: Path) -> None:
@@ -194,9 +205,9 @@ def _train(
         if folder is not None:
             posterior.write_json(folder / "fit.json", record)
     else:
-        spec = module.spec_from(record["spec"])
-        pair = module.empty(settings, spec, data, record["chains"])
         assert folder is not None
+        spec = _spec_from(module, record, manifest, folder)
+        pair = module.empty(settings, spec, data, record["chains"])
         state = load_state(folder / "state.pt")
         say(f"resuming at step {state.step} of {settings.fit.steps}")
     batches = module.batches(data, settings, seed)

@@ -96,6 +96,12 @@ def test_load_refuses_what_is_no_finished_run(run, tmp_path):
     (tmp_path / "broken" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json"):
         api.load(tmp_path / "broken")
+    shutil.copytree(run.folder, tmp_path / "older")
+    record = json.loads((run.folder / "fit.json").read_text())
+    record["spec"]["an_older_name"] = 1
+    (tmp_path / "older" / "fit.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"fit\.json.*an_older_name.*fit again"):
+        api.load(tmp_path / "older")
 
 
 def test_fit_refuses_a_used_folder(run, sim, tmp_path):
