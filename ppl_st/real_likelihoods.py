@@ -26,6 +26,7 @@ from torch.distributions import constraints
 from ppl_st.errors import UserError
 from ppl_st.likelihood_math import Elementwise, log_gamma_ratio, result_dtype
 from ppl_st.likelihoods import Gaussian, _Observation, _tensors, check_shape
+from ppl_st.sampling import standard_gamma
 
 
 class Student(_Observation):
@@ -74,7 +75,7 @@ class Student(_Observation):
         loc, scale, df = (p.detach().double() for p in (self.loc, self.scale, self.df))
         shape = torch.Size(sample_shape) + self.batch_shape
         noise = torch.randn(shape, dtype=torch.float64, device=loc.device)
-        chi = torch._standard_gamma((df / 2).expand(shape)) / (df / 2)
+        chi = standard_gamma((df / 2).expand(shape)) / (df / 2)
         draw = loc + scale * noise / chi.clamp(min=1e-300).sqrt()
         return draw.to(result_dtype(self.loc, self.scale, self.df))
 

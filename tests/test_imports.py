@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "sampling": set(),
     "likelihoods": {"likelihood_math", "sampling"},
     "count_likelihoods": {"likelihoods", "likelihood_math", "sampling"},
-    "real_likelihoods": {"likelihoods", "likelihood_math"},
+    "real_likelihoods": {"likelihoods", "likelihood_math", "sampling"},
     "directional": {"likelihoods", "likelihood_math"},
     "product_math": {"likelihood_math"},
     "product": {"product_math", "likelihoods", "count_likelihoods", "likelihood_math", "sampling"},
