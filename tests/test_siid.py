@@ -431,6 +431,19 @@ def test_in_order_owns_every_cell_once(max_cells):
         assert sorted(itertools.chain.from_iterable(cells)) == list(range(24))
 
 
+def test_in_order_shows_a_cell_all_of_its_spots():
+    """With a soft map a cell's counts lie in several spots: whichever batch owns it, it must see them all."""
+    data = tiny()
+    pair, _ = default_pair(data)
+    whole = pair.guide.local_posterior(Batches(data, 0, 0).at(0), 18).activity
+    for batch in Batches(data, 0, 0).in_order(1):
+        seen = torch.zeros(len(batch.cells)).index_add(0, batch.link_cell, batch.link_weight)[batch.owned]
+        wanted = np.asarray(data.mapping.sum(1)).ravel()[batch.cells[batch.owned]]
+        np.testing.assert_allclose(seen.numpy(), wanted, rtol=1e-6)
+        found = pair.guide.local_posterior(batch, 18).activity[batch.owned]
+        assert (found - whole[batch.cells[batch.owned]]).abs().sum() < 0.15 * found.sum()
+
+
 @pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("batch_spots", [1, 2, 3])
 def test_minibatch_objective_is_unbiased(preset, batch_spots):

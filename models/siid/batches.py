@@ -88,20 +88,25 @@ class Batches:
     def at(self, step: int) -> Batch:
         """The minibatch of ``step``: every spot and every unmapped cell once per epoch."""
         place = step % self.n_batches
-        return self._batch(
-            self._cut(self.data.mapping.shape[1], place, step),
-            self.unmapped[self._cut(len(self.unmapped), place, step)],
-            step,
-        )
+        spots = self._cut(self.data.mapping.shape[1], place, step)
+        return self._batch(self._owned(spots, self.unmapped[self._cut(len(self.unmapped), place, step)]), spots, step)
 
     def in_order(self, max_cells: int) -> Iterator[Batch]:
-        """Every cell exactly once as an owned cell, in batches of about ``max_cells`` cells (at least one spot's cells each)."""
+        """Every cell exactly once as an owned cell, in batches of about ``max_cells`` cells (at least one spot's cells each).
+
+        A batch holds every spot of its owned cells, also those that belong to cells of another batch more (a soft map): what is inferred of a
+        cell hardly depends on how the cells are cut.
+        """
         sizes = np.array([len(c) for c in self.cells_by_spot], dtype=np.int64)
         part = np.cumsum(sizes) // max(1, max_cells) if len(sizes) else np.empty(0, np.int64)
         for value in np.unique(part):
-            yield self._batch(np.flatnonzero(part == value), np.empty(0, np.int64), 0)
+            owned = self._owned(np.flatnonzero(part == value), np.empty(0, np.int64))
+            yield self._batch(owned, np.unique(self.data.mapping[owned].indices), 0)
         for start in range(0, len(self.unmapped), max_cells):
-            yield self._batch(np.empty(0, np.int64), self.unmapped[start : start + max_cells], 0)
+            yield self._batch(self.unmapped[start : start + max_cells], np.empty(0, np.int64), 0)
+
+    def _owned(self, spots: NDArray[np.int64], unmapped: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.concatenate([*(self.cells_by_spot[j] for j in spots), unmapped]).astype(np.int64)
 
     def _cut(self, n: int, place: int, step: int) -> NDArray[np.int64]:
         """Part ``place`` of this epoch's permutation of range(n), cut into as equal parts as possible."""
@@ -110,8 +115,7 @@ class Batches:
         permutation = epoch_order(n, n, self.seed, step // self.n_batches)
         return np.sort(np.array_split(permutation, self.n_batches)[place])
 
-    def _batch(self, spots: NDArray[np.int64], unmapped: NDArray[np.int64], step: int) -> Batch:
-        owned = np.concatenate([*(self.cells_by_spot[j] for j in spots), unmapped]).astype(np.int64)
+    def _batch(self, owned: NDArray[np.int64], spots: NDArray[np.int64], step: int) -> Batch:
         members = self.members[spots]
         cells = np.union1d(owned, members.indices)  # in the data's order, guests included
         counts = self.data.counts[cells]
