@@ -96,14 +96,20 @@ def posterior_predictive(
     seed: int,
     memory_gb: float = 1.0,
     truth: sp.csr_matrix | None = None,
+    levels: NDArray[np.float64] | None = None,
 ) -> tuple[Summary, Scores | None]:
     """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given.
+
+    ``levels`` [g] asks for the ends of a central interval of that nominal level per gene, quantiles "lower" and "upper".
 
     The stream of random numbers depends on ``seed``, ``draws`` and the block sizes, hence on ``memory_gb``; on nothing else.
     """
     n, g = predictor.n_cells, len(genes)
     empty = lambda: np.zeros((n, g), dtype=np.float32)  # noqa: E731
-    summary = Summary(empty(), empty(), empty(), {name: empty() for name in QUANTILES})
+    wanted: dict[str, NDArray[np.float64]] = {name: np.full(g, q) for name, q in QUANTILES.items()}
+    if levels is not None:
+        wanted |= {"lower": 0.5 - 0.5 * levels, "upper": 0.5 + 0.5 * levels}
+    summary = Summary(empty(), empty(), empty(), {name: empty() for name in wanted})
     scores = None if truth is None else Scores(empty(), empty(), empty(), empty())
     drawn = draw_globals(chains, draws, seed)
     cells, width = block_sizes(g, draws, memory_gb)
@@ -113,11 +119,12 @@ def posterior_predictive(
         for start in range(0, g, width):
             part = slice(start, min(start + width, g))
             x = None if truth is None else truth[rows, part].toarray()
-            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x)
+            ends = {name: q[part] for name, q in wanted.items()}
+            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends)
             where = np.ix_(rows, np.arange(part.start, part.stop))
             for target, value in zip(summary[:3], block[:3], strict=True):
                 target[where] = value
-            for name in QUANTILES:
+            for name in wanted:
                 summary.quantiles[name][where] = block.quantiles[name]
             if scores is not None and score is not None:
                 for target, value in zip(scores, score, strict=True):
@@ -173,6 +180,7 @@ def _block(
     genes: NDArray[np.int64],
     stream: tuple[int, int],
     x: NDArray[np.float32] | None,
+    wanted: dict[str, NDArray[np.float64]],
 ) -> tuple[Summary, Scores | None]:
     draws, shape = len(drawn), (len(predictor.rows(batch)), len(genes))
     truth = None if x is None else torch.from_numpy(x)
@@ -194,7 +202,7 @@ def _block(
             distance += (count[d] - truth).abs()
     between = square / max(1, draws - 1)
     ordered = np.sort(count.numpy(), axis=0)  # [S, n, g]
-    quantiles = {name: _quantile(ordered, q) for name, q in QUANTILES.items()}
+    quantiles = {name: _quantile(ordered, q) for name, q in wanted.items()}
     summary = Summary(
         mean.float().numpy(),
         between.sqrt().float().numpy(),
@@ -209,9 +217,10 @@ def _block(
     return summary, Scores((log_p - np.log(draws)).float().numpy(), crps, low.numpy(), high.numpy())
 
 
-def _quantile(ordered: NDArray[np.float32], q: float) -> NDArray[np.float32]:
-    """Smallest drawn count whose empirical distribution function reaches q."""
-    return ordered[min(len(ordered) - 1, max(0, int(np.ceil(q * len(ordered))) - 1))]
+def _quantile(ordered: NDArray[np.float32], q: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Smallest drawn count [n, g] whose empirical distribution function reaches q [g]."""
+    place = np.clip(np.ceil(q * len(ordered)) - 1, 0, len(ordered) - 1).astype(np.int64)
+    return ordered[place, :, np.arange(len(place))].T
 
 
 def _half_spread(ordered: NDArray[np.float32]) -> Tensor:

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_st.api import fit, load
+    from ppl_st.api import fit, load, recalibrate
     from ppl_st.errors import UserError
     from ppl_st.models import METHODS
     from ppl_st.posterior import Run
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 # torch's threads spin while they wait; on a shared machine that cost a factor of seven (BENCHMARKS.md). Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__all__ = ["METHODS", "Run", "UserError", "__version__", "fit", "load"]
+__all__ = ["METHODS", "Run", "UserError", "__version__", "fit", "load", "recalibrate"]
 
 # `evaluate` is absent on purpose: a function of that name would be hidden by the submodule as soon as that is
 # imported.
@@ -35,6 +35,7 @@ _HOME = {
     "UserError": "ppl_st.errors",
     "fit": "ppl_st.api",
     "load": "ppl_st.api",
+    "recalibrate": "ppl_st.api",
 }
 
 

@@ -28,7 +28,8 @@ from ppl_st.errors import UserError
 
 __all__ = ["GRID", "Coverage", "Recalibration", "conformal_level", "coverage", "pit_bounds", "recalibration"]
 
-GRID = np.concatenate([np.arange(0.02, 0.98, 0.02), np.arange(0.98, 0.999, 0.002), [0.999]])  # nominal levels of a coverage curve
+# Nominal levels of a coverage curve.
+GRID = np.concatenate([np.arange(0.02, 0.98, 0.02), np.arange(0.98, 0.999, 0.002), [0.999]])
 STRATUM = 50  # inner genes that a stratum needs
 
 
@@ -53,7 +54,9 @@ def pit_bounds(draws: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     return (x < y).sum(0) / (s + 1.0), ((x <= y).sum(0) + 1.0) / (s + 1.0)
 
 
-def coverage(pit_low: Any, pit_high: Any, levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95)) -> Coverage:
+def coverage(
+    pit_low: Any, pit_high: Any, levels: Sequence[float] | np.ndarray = (0.5, 0.8, 0.9, 0.95)
+) -> Coverage:
     """Expected randomised coverage of the central intervals, without drawing random numbers.
 
     ``pit_low`` and ``pit_high`` [cells, genes] are P(X < x) and P(X <= x) of the observed count x under its
@@ -101,7 +104,9 @@ def conformal_level(curves: Any, level: float, *, guarantee: bool = True) -> flo
     """
     table = np.asarray(curves, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] != len(GRID) or table.shape[1] == 0:
-        raise UserError(f"conformal_level: curves have shape {table.shape}; need [{len(GRID)}, genes] with at least one gene")
+        raise UserError(
+            f"conformal_level: curves have shape {table.shape}; need [{len(GRID)}, genes] with at least one gene"
+        )
     if not 0 < level < 1:
         raise UserError(f"conformal_level: level {level} must lie strictly between 0 and 1")
     genes = table.shape[1]

@@ -225,6 +225,26 @@ def predict(
 
 
 @app.command()
+def recalibrate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    folds: Annotated[int, typer.Option("--folds", min=2, help="Fits, each without a part of the genes.")] = 5,
+    level: Annotated[float, typer.Option("--level", help="Wanted coverage of the intervals.")] = 0.9,
+    guarantee: Annotated[bool, typer.Option(help="Keep the finite-sample promise (wider with few genes).")] = True,
+    draws: Draws = 100,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Correct the intervals for new genes on held-out genes of the target; predict then adds layers lower and upper."""
+    from ppl_st.api import load
+    from ppl_st.api import recalibrate as run_recalibration
+
+    run_recalibration(
+        load(run), folds=folds, level=level, guarantee=guarantee, draws=draws, seed=seed, say=_say(quiet)
+    )
+    typer.echo(f"{run / 'recalibration.json'}; next: ppl-st predict {run} --out imputed.h5ad")
+
+
+@app.command()
 def evaluate(
     methods: Annotated[str, typer.Option("--methods", help="Names, separated by commas.")],
     target: Annotated[Path, typer.Option("--target", help="The spatial data (.h5ad, .zarr).")],

@@ -7,6 +7,7 @@ A run folder:
     genes.txt           genes that can be predicted, in order; "gene<TAB>measured" (1: measured in the target)
     target.h5ad         the counts that the fit saw (training genes only), coordinates, obs
     reference.h5ad      the same of the reference
+    recalibration.json  what inner held-out genes say about the intervals, after `ppl_st.recalibrate`
     fit.json            specification and record of the fit (status, seconds, losses live in log.jsonl)
     state.pt, log.jsonl resume point and log of the training loop
     weights.safetensors parameters and buffers of the fitted pair: a folder with this file is a finished run
@@ -27,6 +28,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from ppl_st.calibration import GRID, Recalibration, coverage
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
@@ -61,6 +63,8 @@ class Run:
         Turns other counts of the same panel into a problem of the same kind.
     folder
         Where the run is stored, if anywhere.
+    recalibration
+        The conformal layer, after `ppl_st.recalibrate`.
     """
 
     method: str
@@ -75,6 +79,7 @@ class Run:
     record: dict[str, Any]
     new_cells: Callable[[Counts], tuple[Any, Counts]]
     folder: Path | None = None
+    recalibration: Recalibration | None = None
 
     @property
     def genes(self) -> NDArray[np.str_]:
@@ -85,6 +90,11 @@ class Run:
     def measured(self) -> NDArray[np.bool_]:
         """Whether the target measured each of `genes`."""
         return np.isin(self.genes, self.target.genes)
+
+    @property
+    def reference_mean(self) -> NDArray[np.float64]:
+        """Mean count of each of `genes` in the reference."""
+        return np.asarray(self.reference.matrix.mean(0), dtype=np.float64).ravel()
 
     def predict(
         self,
@@ -119,16 +129,21 @@ class Run:
         AnnData
             ``X`` posterior mean count; layers ``rate_mean``, ``rate_sd`` (epistemic), ``count_sd`` (with observation noise), ``q05``, ``q50``,
             ``q95`` of the count; ``var`` measured, trust (expected squared correlation of the prediction with the counts, under the model).
+            Of a recalibrated run also layers ``lower``, ``upper`` (the interval that covers ``recalibration.level`` of the counts of a new gene
+            on average) and ``var["nominal_level"]``.
         """
         index = self._index(genes)
         data, counts = (self.data, self.target) if target is None else self._other(target)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
         observed = None if truth is None else _matched(truth, counts, self.genes[index])
+        levels = None if self.recalibration is None else self.recalibration.nominal_of(self.reference_mean[index])
         summary, scores = posterior_predictive(
-            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
+            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels
         )
         result = self._table(summary, index, counts)
+        if levels is not None:
+            result.var["nominal_level"] = levels
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names))
         if samples:
@@ -189,6 +204,19 @@ class Run:
         )
         table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
         return table.drop(columns=["measured", "trust"]).rename_axis("gene")
+
+    def coverage_curves(
+        self, truth: Counts, *, draws: int = 100, seed: int = 0, memory_gb: float = 1.0
+    ) -> NDArray[np.float64]:
+        """Randomised coverage of every gene of ``truth`` (counts of the run's cells) at the nominal levels `GRID`, [levels, genes]."""
+        index = self._index(truth.genes)
+        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
+        observed = _matched(truth, self.target, self.genes[index])
+        _, scores = posterior_predictive(
+            predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
+        )
+        assert scores is not None
+        return coverage(scores.pit_low, scores.pit_high, GRID).per_gene
 
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
@@ -299,8 +327,6 @@ def _matched(truth: str | Path | ad.AnnData | Counts, cells: Counts, genes: NDAr
 
 
 def _score_columns(scores: Scores, truth: sp.csr_matrix, genes: pd.Index) -> pd.DataFrame:
-    from ppl_st.calibration import coverage
-
     table = pd.DataFrame(index=genes)
     table["mean_count"] = np.asarray(truth.mean(0)).ravel()
     table["log_score"] = scores.log_prob.mean(0, dtype=np.float64)

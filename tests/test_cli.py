@@ -1,6 +1,7 @@
 """The command line: every command once, exit codes, one message and no traceback, nothing half-written."""
 
 import json
+import shutil
 import os
 import signal
 import subprocess
@@ -107,6 +108,16 @@ def test_predict_samples_proportions_and_zarr(folder, tmp_path):
     spots = ad.read_h5ad(tmp_path / "spots.h5ad")
     assert spots.n_obs == 36
     np.testing.assert_allclose(np.asarray(spots.X).sum(1), 1, atol=1e-4)
+
+
+def test_recalibrate_changes_what_predict_writes(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    said = ok("recalibrate", tmp_path / "run", "--folds", 2, "--no-guarantee", "--draws", 10)
+    assert "recalibration.json" in said.output
+    ok("predict", tmp_path / "run", "--out", tmp_path / "imputed.h5ad", "--draws", 10)
+    imputed = ad.read_h5ad(tmp_path / "imputed.h5ad")
+    assert {"lower", "upper"} <= set(imputed.layers) and "nominal_level" in imputed.var
+    assert "strictly between" in refused("recalibrate", tmp_path / "run", "--level", "1.5", "--folds", 2)
 
 
 def test_export_and_report(folder, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import anndata as ad
 import matplotlib
@@ -197,6 +198,26 @@ def test_score_table(run, sim):
     assert run.score(wrong, draws=20)["log_score"].mean() < table["log_score"].mean() - 0.05
     with pytest.raises(UserError, match=r"lacks 1 of the 250 cells, e\.g\. cell0"):
         run.score(sim.truth[1:].copy())
+
+
+def test_recalibration_is_stored_and_widens_or_narrows_as_the_inner_genes_say(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    mine = api.load(tmp_path / "run")
+    lines = []
+    done = api.recalibrate(mine, folds=2, guarantee=False, draws=30, say=lines.append)
+    assert mine.recalibration is None and done.recalibration.genes == mine.measured.sum()
+    assert len(lines) == 3 and "raw 90% intervals cover" in lines[-1]
+    again = api.load(tmp_path / "run")
+    assert again.recalibration == done.recalibration
+    genes = ["gene0035", "gene0001"]
+    table, plain = again.predict(genes, draws=40), mine.predict(genes, draws=40)
+    np.testing.assert_array_equal(table.X, plain.X)  # the predictive itself is untouched
+    nominal = again.recalibration.nominal_of(again.reference_mean[[35, 1]])
+    np.testing.assert_allclose(table.var["nominal_level"], nominal)
+    assert (table.layers["lower"] <= table.layers["q50"]).all() and (table.layers["q50"] <= table.layers["upper"]).all()
+    wide = replace(again, recalibration=again.recalibration._replace(nominal=[0.5])).predict(genes, draws=40)
+    assert (wide.layers["upper"] - wide.layers["lower"]).sum() < (table.layers["upper"] - table.layers["lower"]).sum()
+    assert "lower" not in plain.layers
 
 
 def test_proportions(run, sim):

@@ -111,7 +111,7 @@ def test_crps_and_quantiles_of_known_draws():
     draws = np.array([1.0, 2.0, 4.0, 8.0], np.float32)[:, None, None]
     pairs = np.abs(draws.ravel()[:, None] - draws.ravel()[None]).sum() / (4 * 3)
     assert float(predict._half_spread(draws)[0, 0]) == pytest.approx(pairs / 2)
-    assert [predict._quantile(draws, q)[0, 0] for q in (0.0, 0.25, 0.26, 0.5, 1.0)] == [1, 1, 2, 2, 8]
+    assert [predict._quantile(draws, np.array([q]))[0, 0] for q in (0.0, 0.25, 0.26, 0.5, 1.0)] == [1, 1, 2, 2, 8]
 
 
 def test_fair_crps_is_unbiased_for_few_draws(case):
