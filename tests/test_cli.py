@@ -1,8 +1,8 @@
 """The command line: every command once, exit codes, one message and no traceback, nothing half-written."""
 
 import json
-import shutil
 import os
+import shutil
 import signal
 import subprocess
 import sys
