@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 FAILED, INTERRUPTED = 2, 130
-_SUFFIXES = {"predict": (".h5ad", ".zarr"), "export": (".nc", ".zarr"), "report": (".html",)}
+_SUFFIXES = {"predict": (".h5ad", ".zarr"), "compare": (".csv",), "export": (".nc", ".zarr"), "report": (".html",)}
 
 
 class Commands(TyperGroup):
@@ -281,6 +281,29 @@ def evaluate(
         _print_table(title, table)
     typer.echo("mean / median over genes, [95 % bootstrap interval of the mean], #rank")
     typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {out} --out report.html")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Evaluation folders and run folders.")],
+    truth: Annotated[Path | None, typer.Option("--truth", help="Counts that judge the runs' held-out genes.")] = None,
+    metric: Annotated[str, typer.Option("--metric", help="What ranks.")] = "log_score",
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the table as .csv.")] = None,
+    draws: Draws = 100,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Rank methods on the genes they were all judged on, with paired uncertainty over genes."""
+    if out is not None:
+        _check_file(out, "compare", inputs=[truth])
+    from ppl_st.compare import compare as run_comparison
+    from ppl_st.io import atomic
+
+    table = run_comparison(folders, truth=truth, metric=metric, draws=draws, seed=seed, say=_say(quiet))
+    _print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table)
+    if out is not None:
+        with atomic(out) as temporary:
+            table.to_csv(temporary)
 
 
 @app.command()

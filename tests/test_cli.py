@@ -11,6 +11,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -118,6 +119,14 @@ def test_recalibrate_changes_what_predict_writes(folder, tmp_path):
     imputed = ad.read_h5ad(tmp_path / "imputed.h5ad")
     assert {"lower", "upper"} <= set(imputed.layers) and "nominal_level" in imputed.var
     assert "strictly between" in refused("recalibrate", tmp_path / "run", "--level", "1.5", "--folds", 2)
+
+
+def test_compare_ranks_runs_and_evaluations(folder, tmp_path):
+    truth = folder / "data" / "truth.h5ad"
+    said = ok("compare", folder / "run", folder / "run", "--truth", truth, "--draws", 5, "--out", tmp_path / "c.csv")
+    assert "difference to the best" in said.output
+    assert pd.read_csv(tmp_path / "c.csv")["difference"].tolist() == [0, 0]
+    assert "--truth" in refused("compare", folder / "run", folder / "run")
 
 
 def test_export_and_report(folder, tmp_path):

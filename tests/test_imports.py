@@ -50,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
 }
 ROOMS["api"] = set(ROOMS)
 ROOMS["evaluate"] = set(ROOMS)
+ROOMS["compare"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS) | {""}
 ROOMS[""] = set(ROOMS)  # ppl_st/__init__.py, the public face

@@ -1,0 +1,137 @@
+"""Runs and evaluations judged gene by gene against each other, in pairs.
+
+Genes are the units: the methods saw the same split, so a hard gene is hard for all of them and the *difference* to the best method is far less
+noisy than either score. With s_mg the score of method m on gene g and b the method with the best mean,
+
+    difference_m = mean_g (s_mg - s_bg),   [lo, hi] = 95 % bootstrap interval of it over genes (the same resamples for every method)
+
+An interval that holds 0 says that these genes cannot tell the two apart.
+
+Not here: stacking weights (they need the log density of every entry, which evaluations do not keep).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ppl_st.api import Source, load
+from ppl_st.data import Counts, read_counts
+from ppl_st.errors import UserError
+from ppl_st.metrics import bootstrap_mean, score_table
+
+__all__ = ["METRICS", "compare"]
+
+# Metric -> +1 if more is better, -1 if less is.
+METRICS = {
+    "log_score": 1, "crps": -1, "coverage_error": -1, "log_pcc": 1, "log_scc": 1, "raw_pcc": 1, "raw_scc": 1, "log_ssim": 1, "log_js": -1,
+    "seconds": -1, "peak_gb": -1,
+}  # fmt: skip
+
+
+def compare(
+    sources: Sequence[str | Path],
+    *,
+    truth: Source | None = None,
+    metric: str = "log_score",
+    draws: int = 100,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> pd.DataFrame:
+    """Compare evaluations and runs on the genes that all of them were judged on.
+
+    Parameters
+    ----------
+    sources
+        Folders of `ppl_st.evaluate` (every method in them, baselines too) and run folders.
+    truth
+        Counts of the cells of the runs, needed for run folders: their held-out genes are scored.
+    metric
+        Key of `METRICS` by which methods are ranked. Methods without it (a baseline has no log score) are left out.
+    draws, seed
+        Posterior draws of a run's prediction; seed of draws and bootstrap.
+    say
+        Receives one line per event.
+
+    Returns
+    -------
+    DataFrame
+        One row per method, the best first: genes, the metric's mean, ``difference`` to the best with ``lo`` and ``hi``, ``wins`` (share of genes
+        on which it beats the best), then the means of all other metrics. ``coverage_error`` is the mean over genes of |coverage_90 - 0.9|.
+
+    Raises
+    ------
+    UserError
+        Unknown metric, a folder that is neither, no truth for a run, or no gene in common.
+    """
+    talk = say or (lambda line: None)
+    if metric not in METRICS:
+        raise UserError(f"compare: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+    tables: dict[str, pd.DataFrame] = {}
+    counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
+    for source in map(Path, sources):
+        for name, table in _tables(source, counted, draws, seed, talk).items():
+            if metric not in table or table[metric].isna().any():
+                talk(f"{source}: {name} has no {metric} and is left out")
+                continue
+            tables[name if name not in tables else f"{name} ({source})"] = table
+    if len(tables) < 2:
+        raise UserError(f"compare: {len(tables)} methods with {metric}; there is nothing to compare")
+    genes = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+    if not genes:
+        raise UserError(
+            "compare: the folders have no held-out gene in common; evaluate all methods with the same --folds and --seed"
+        )
+    every = set.union(*(set(table.index) for table in tables.values()))
+    if len(genes) < len(every):
+        talk(f"{len(genes)} of {len(every)} genes were held out in every folder; only they are compared")
+    return _ranked({name: table.loc[genes] for name, table in tables.items()}, metric, seed)
+
+
+def _tables(
+    folder: Path, truth: Counts | None, draws: int, seed: int, say: Callable[[str], None]
+) -> dict[str, pd.DataFrame]:
+    """Method -> scores [genes x metrics] of one folder."""
+    if (folder / "scores.csv").is_file():
+        scores = pd.read_csv(folder / "scores.csv", dtype={"gene": str})
+        if scores.duplicated(["method", "gene"]).any():
+            raise UserError(
+                f"{folder / 'scores.csv'}: a gene is held out in several folds; compare needs one score per gene"
+            )
+        found = {str(name): table.set_index("gene") for name, table in scores.groupby("method", sort=False)}
+    else:
+        run = load(folder)
+        if truth is None:
+            raise UserError(f"{folder} is a run: give the counts to judge it by (--truth)")
+        held_out = [gene for gene in run.genes[~run.measured] if gene in set(truth.genes)]
+        if not held_out:
+            raise UserError(
+                f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run"
+            )
+        say(f"{folder}: {run.method}, {len(held_out)} held-out genes")
+        predicted = run.predict(held_out, draws=draws, seed=seed, truth=truth)
+        order = pd.Index(truth.names).get_indexer(pd.Index(predicted.obs_names))
+        counts = truth.take_genes(np.array(held_out)).matrix[order]
+        table = score_table(counts, np.asarray(predicted.X), run.target.totals, held_out)
+        table = table.join(predicted.var[["log_score", "crps", "coverage_90"]])
+        found = {run.method: table.assign(seconds=run.record["seconds"], peak_gb=run.record["peak_memory_bytes"] / 1e9)}
+    return {
+        name: table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
+        for name, table in found.items()
+    }
+
+
+def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataFrame:
+    sign = METRICS[metric]
+    order = sorted(tables, key=lambda name: -sign * float(tables[name][metric].mean()))
+    best = tables[order[0]][metric].to_numpy(dtype=np.float64)
+    rows = []
+    for name in order:
+        values = tables[name][metric].to_numpy(dtype=np.float64)
+        interval = bootstrap_mean(values - best, np.random.default_rng(seed))
+        row = {"method": name, "genes": len(values), metric: values.mean(), "difference": interval.mean}
+        row |= {"lo": interval.lo, "hi": interval.hi, "wins": float((sign * values > sign * best).mean())}
+        others = [other for other in METRICS if other != metric and other in tables[name]]
+        rows.append(row | {other: tables[name][other].mean() for other in others})
+    return pd.DataFrame(rows).set_index("method")
