@@ -57,6 +57,7 @@ def zero_inflated_terms(log_mean: bool, log_theta: bool) -> Terms:
     def terms(
         wants: Sequence[bool], x: Tensor, m: Tensor, t: Tensor, gate: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
+        x, gate = x.double(), gate.double()
         base, by_base = negative_binomial(wants[:2], x, m, t)
         shape = torch.broadcast_shapes(base.shape, gate.shape)
         hit = positions(x.expand(shape).reshape(-1))
@@ -89,6 +90,7 @@ def zero_inflated_terms(log_mean: bool, log_theta: bool) -> Terms:
 
 def shared_odds_terms(wants: Sequence[bool], x: Tensor, r: Tensor, u: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """Blocks of log p by (shape, logits) and of its derivatives by both."""
+    x, r, u = x.double(), r.double(), u.double()
     shape = torch.broadcast_shapes(x.shape, r.shape, u.shape)
     odds, chance = u.exp(), torch.sigmoid(u)
     log1p = torch.log1p(odds)

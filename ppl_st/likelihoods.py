@@ -168,7 +168,7 @@ class Poisson(_Observation):
         Exactly one; any shape (= batch shape). ``mean`` >= 0; ``log_mean`` is clamped to `LOG_MEAN_RANGE`.
 
     Values are counts as integer-valued floats (or integers). Results have the dtype of the parameter;
-    arithmetic is float64.
+    arithmetic is float64 at counts above zero.
     """
 
     arg_constraints = {"mean": constraints.nonnegative, "log_mean": constraints.real}  # noqa: RUF012

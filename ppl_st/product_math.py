@@ -42,6 +42,7 @@ from ppl_st.likelihood_math import (
 
 LARGEST_TABLE = 255  # counts up to which Gamma functions are tabulated,
 TABLE_SHARE = 4  # if there are so many times more non-zeros than entries in the table
+TABLE_ABOVE = 0.3  # and at least this share of all counts is not zero
 NEAR = 0.2  # |u| below which log(1 + u) - u is a series: good to 1e-6 in float32
 
 
@@ -167,9 +168,9 @@ class Tables(NamedTuple):
 def nb_tables(counts: Counts, theta: Tensor) -> Tables | None:
     """Tables up to the largest count, or None where they would cost more than they save."""
     data = counts.data if counts.dense is None else counts.dense
-    genes = len(theta)
-    largest = min(LARGEST_TABLE, data.numel() // (TABLE_SHARE * max(1, genes)))
-    if largest < 2:
+    stored, genes = int(torch.count_nonzero(data)), len(theta)
+    largest = min(LARGEST_TABLE, stored // (TABLE_SHARE * max(1, genes)))
+    if largest < 2 or stored < TABLE_ABOVE * counts.shape[0] * genes:
         return None
     top = int(min(float(data.max()), largest))
     k = torch.arange(top, dtype=torch.float64, device=theta.device)

@@ -57,8 +57,9 @@ def check_likelihood(
     laws
         Functions of `ppl_st.testing.laws`, or your own with arguments named as there.
     seed
-        The same seed gives the same examples and the same findings. No global random state is changed, and
-        no example database is read or written.
+        The same seed gives the same examples and the same findings, as long as the code that is loaded stays the same
+        (Hypothesis also tries constants that it finds there). No global random state is changed, and no example
+        database is read or written.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """Accuracy and speed of the count likelihoods beside Pyro's and torch's, as two Markdown tables.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/likelihoods.py
+    OMP_NUM_THREADS=1 python tests/benchmarks/likelihoods.py        # scvi-tools' rows where it is installed (the extra `peers`)
 
 Accuracy: float32 parameters on a grid of counts 0..1e6, means 1e-12..1e8, thetas 1e-8..1e8 (gates -200..200) against mpmath at the rounded
 parameters: largest absolute error where x <= 1e3, mean 1e-6..1e4 and theta >= 1e-4; share of all points with a relative error above 1e-3 (value)
@@ -8,9 +8,12 @@ or 1e-2 (gradient by the log-mean, log-theta and gate). Speed: processor time of
 validation off, float32, parameters log-mean [n, G], log-theta and gate [G]. Last: what reading the mean does to a zero-inflated log_prob.
 """
 
+import importlib.util
 import itertools
+import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import mpmath
@@ -18,8 +21,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppl_st.count_likelihoods import ZeroInflatedNegativeBinomial
+from ppl_st.count_likelihoods import SharedOddsNegativeBinomial, ZeroInflatedNegativeBinomial
 from ppl_st.likelihoods import NegativeBinomial, Poisson
+from ppl_st.product import ProductNegativeBinomial, ProductSharedOddsNegativeBinomial
 
 LogProb = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # counts, log-mean, log-theta, gate logits
 
@@ -49,6 +53,19 @@ FORMS: dict[str, dict[str, LogProb]] = {
 }
 
 
+if importlib.util.find_spec("scvi"):  # pip install -c constraints.txt '.[peers]'
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import scvi.distributions as scvi
+
+    FORMS["NB"]["scvi-tools"] = lambda x, m, t, g: scvi.NegativeBinomial(
+        mu=m.exp(), theta=t.exp(), validate_args=False
+    ).log_prob(x)
+    FORMS["ZINB"]["scvi-tools"] = lambda x, m, t, g: scvi.ZeroInflatedNegativeBinomial(
+        mu=m.exp(), theta=t.exp(), zi_logits=g, validate_args=False
+    ).log_prob(x).view_as(x)  # it adds a dimension to flat values
+
+
 def exact(kind: str, x: float, log_mean: float, log_theta: float, gate: float) -> list[mpmath.mpf]:
     """log p and its derivatives by log-mean, log-theta and gate."""
     x, mu, theta = mpmath.mpf(x), mpmath.exp(log_mean), mpmath.exp(log_theta)
@@ -72,8 +89,8 @@ def accuracy() -> None:
     """Print the first table."""
     counts, means, thetas = (
         [0, 1, 2, 7, 100, 1000, 10**6],
-        [2e-12, 1e-6, 1e-2, 1, 5, 1e4, 1e8],
-        [2e-8, 1e-4, 0.3, 1, 50, 1e4, 6e7],
+        [1e-12, 1e-6, 1e-2, 1, 5, 1e4, 1e8],
+        [1e-8, 1e-4, 0.3, 1, 50, 1e4, 1e8],
     )
     print(
         "| likelihood | implementation | largest error, realistic range | value off by > 1e-3 | gradient off by > 1e-2 |\n|---|---|---|---|---|"
@@ -131,13 +148,63 @@ def speed(cells: int, genes: int, repeats: int) -> dict[tuple[str, str], float]:
     return {key: 1e3 * statistics.median(values[1:]) for key, values in times.items()}
 
 
+def milliseconds(f: Callable[[], Tensor], leaves: list[Tensor], repeats: int = 7) -> float:
+    """Of forward and backward of the sum: median."""
+    times = []
+    for _ in range(repeats + 1):
+        before = time.process_time()
+        torch.autograd.grad(f().sum(), leaves)
+        times.append(time.process_time() - before)
+    return 1e3 * statistics.median(times[1:])
+
+
+def products() -> None:
+    """Rates activity @ loadings, 20 (40) factors; and what a plate's `expand` costs."""
+    print("\n| rates of product form | density | ours, ms | dense torch form, ms |\n|---|---|---|---|")
+    for cells, genes, factors, level in ((2000, 500, 20, 8.0), (2000, 500, 20, 0.3), (2000, 500, 20, 0.03)):
+        generator = torch.Generator().manual_seed(0)
+        activity = torch.rand(cells, factors, generator=generator).requires_grad_()
+        loadings = (torch.rand(factors, genes, generator=generator) * level / factors * 4).requires_grad_()
+        gene = torch.randn(genes, generator=generator).requires_grad_()
+        leaves, rate = [activity, loadings, gene], (activity @ loadings).detach()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for name, draw, form, plain in (
+                (
+                    "NB, theta per gene", NegativeBinomial(rate, log_theta=gene.detach()), ProductNegativeBinomial,
+                    lambda r, t: torch.distributions.NegativeBinomial(t.exp(), logits=r.log() - t, validate_args=False),
+                ),
+                (
+                    "NB, shared odds", SharedOddsNegativeBinomial(rate, gene.detach()), ProductSharedOddsNegativeBinomial,
+                    lambda r, u: torch.distributions.NegativeBinomial(r, logits=u, validate_args=False),
+                ),
+            ):  # fmt: skip
+                x = draw.sample()
+                density = (x > 0).float().mean()
+                value = x if density > 0.5 else x.to_sparse_csr()
+                a = milliseconds(lambda: form(*leaves, validate_args=False).log_prob(value), leaves)  # noqa: B023
+                b = milliseconds(lambda: plain(activity @ loadings, gene).log_prob(x), leaves)  # noqa: B023
+                print(f"| {name}, {cells} x {genes} | {density:.0%} | {a:.0f} | {b:.0f} |")
+    mean, theta = torch.rand(512, 1000).requires_grad_(), torch.rand(1000).requires_grad_()
+    x = torch.poisson(mean.detach() * 0.1)
+    print("\nNB inside a plate (after `expand` to 512 x 1000) against without, ms:")
+    for name, make in (
+        ("ours", lambda: NegativeBinomial(mean, theta, validate_args=False)),
+        ("pyro", lambda: dist.NegativeBinomial(theta, logits=mean.log() - theta.log(), validate_args=False)),
+    ):
+        plain, wide = (milliseconds(f, [mean, theta], 25) for f in (lambda: make().log_prob(x), lambda: make().expand((512, 1000)).log_prob(x)))  # noqa: B023
+        print(f"  {name}: {plain:.1f} without, {wide:.1f} with")
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    print(f"load average {os.getloadavg()[0]:.1f}")
     accuracy()
     small, large = speed(512, 1000, 25), speed(4096, 2000, 5)
     print("\n| likelihood | implementation | 512 x 1000, ms | 4096 x 2000, ms |\n|---|---|---|---|")
     for kind, name in small:
         print(f"| {kind} | {name} | {small[kind, name]:.1f} | {large[kind, name]:.0f} |")
+    products()
     x, r, gate = torch.tensor([5.0, 0.0]), torch.tensor([2.0, 200.0]), torch.tensor([30.0, -200.0])
     logits = torch.tensor([0.0, 10.0])
     print("\nlog_prob before and after reading .mean (x = 5 with gate logit 30; x = 0 with gate logit -200):")
