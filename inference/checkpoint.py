@@ -11,6 +11,7 @@ import math
 import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class FitState:
         str, dict[str, Tensor]
     ]  # "model.<name>" or "guide.<name>" -> Adam's moments and step count
     tally: Tally
+    adversary: dict[str, Any] = field(default_factory=dict)  # critics and their optimiser, where there are any
 
     @property
     def step(self) -> int:
@@ -75,6 +77,7 @@ def save_state(state: FitState, path: str | Path) -> None:
         "guide": state.guide,
         "optimizer": state.optimizer,
         "tally": asdict(state.tally),
+        "adversary": state.adversary,
     }
     torch.save({"format": FORMAT, **content}, buffer)
     with atomic(Path(path)) as temporary:
@@ -102,5 +105,9 @@ def load_state(path: str | Path) -> FitState:
         raise UserError(f"{path}: not a fit state of format {FORMAT} (found {found!r}); {remedy}")
     tally = Tally(**content["tally"])
     return FitState(
-        model=content["model"], guide=content["guide"], optimizer=content["optimizer"], tally=tally
+        model=content["model"],
+        guide=content["guide"],
+        optimizer=content["optimizer"],
+        tally=tally,
+        adversary=content.get("adversary", {}),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_st.errors import UserError
+from ppl_st.inference.adversary import Adversary
 from ppl_st.inference.checkpoint import FitState, Tally
 from ppl_st.inference.settings import FitConfig
 
@@ -108,7 +109,13 @@ def load(pair: Pair, values: Weights) -> None:
         module.load_state_dict(tensors)
 
 
-def capture(pair: Pair, parameters: Parameters, optimizer: torch.optim.Optimizer, tally: Tally) -> FitState:
+def capture(
+    pair: Pair,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    tally: Tally,
+    adversary: Adversary | None = None,
+) -> FitState:
     """A copy, on the CPU, of everything that the fit needs to go on."""
     model, guide = ({name: tensor.cpu() for name, tensor in side.items()} for side in weights(pair))
     moments = {
@@ -116,10 +123,17 @@ def capture(pair: Pair, parameters: Parameters, optimizer: torch.optim.Optimizer
         for name, parameter in parameters.items()
         if parameter in optimizer.state
     }
-    return FitState(model, guide, moments, dataclasses.replace(tally, recent=list(tally.recent)))
+    second = adversary.state() if adversary else {}
+    return FitState(model, guide, moments, dataclasses.replace(tally, recent=list(tally.recent)), second)
 
 
-def restore(state: FitState, pair: Pair, parameters: Parameters, optimizer: torch.optim.Optimizer) -> Tally:
+def restore(
+    state: FitState,
+    pair: Pair,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    adversary: Adversary | None = None,
+) -> Tally:
     """Write a state into live modules and optimiser, and return a copy of its tally.
 
     Raises
@@ -127,8 +141,12 @@ def restore(state: FitState, pair: Pair, parameters: Parameters, optimizer: torc
     UserError
         Names or shapes differ: the state belongs to another model or configuration.
     """
+    if bool(state.adversary) != bool(adversary):
+        raise UserError("the saved fit state belongs to another configuration: one of the two has an adversary")
     try:
         load(pair, (state.model, state.guide))
+        if adversary:
+            adversary.restore(state.adversary)
     except RuntimeError as error:
         raise UserError(f"the saved fit state belongs to another model or configuration: {error}") from None
     names = {parameter: name for name, parameter in parameters.items()}

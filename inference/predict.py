@@ -7,6 +7,8 @@ summaries are exact functions of the draws:
     rate_mean, rate_sd     mean and sd over draws of the rate                                        (epistemic)
     count_sd               sqrt(E[Var(count | draw)] + Var(rate)): the law of total variance          (epistemic + observation noise)
     q05, q50, q95          quantiles of the count draws
+    lognorm_mean           mean over draws of E[log1p(count x factor) | draw], factor per cell (median depth over its own depth), taking
+                           a count that is not 0 at its mean: P(count > 0) log1p(factor E[count | count > 0])
     scores of a truth      log mean_d p(x | d), fair CRPS of the count draws, randomised-PIT bounds
 
 Peak memory is about S x cells x genes x 12 bytes of one block plus the result; ``memory_gb`` bounds the block.
@@ -55,6 +57,7 @@ class Summary(NamedTuple):
     rate_mean: NDArray[np.float32]
     rate_sd: NDArray[np.float32]
     count_sd: NDArray[np.float32]
+    lognorm_mean: NDArray[np.float32]
     quantiles: dict[str, NDArray[np.float32]]
 
 
@@ -97,8 +100,10 @@ def posterior_predictive(
     memory_gb: float = 1.0,
     truth: sp.csr_matrix | None = None,
     levels: NDArray[np.float64] | None = None,
+    factor: NDArray[np.float64] | None = None,
 ) -> tuple[Summary, Scores | None]:
-    """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given.
+    """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given; ``factor`` [n] (1 when None)
+    normalises counts in ``lognorm_mean``.
 
     ``levels`` [g] asks for the ends of a central interval of that nominal level per gene, quantiles "lower" and "upper".
 
@@ -109,7 +114,8 @@ def posterior_predictive(
     wanted: dict[str, NDArray[np.float64]] = {name: np.full(g, q) for name, q in QUANTILES.items()}
     if levels is not None:
         wanted |= {"lower": 0.5 - 0.5 * levels, "upper": 0.5 + 0.5 * levels}
-    summary = Summary(empty(), empty(), empty(), {name: empty() for name in wanted})
+    summary = Summary(empty(), empty(), empty(), empty(), {name: empty() for name in wanted})
+    factors = torch.ones(n) if factor is None else torch.from_numpy(factor.astype(np.float32))
     scores = None if truth is None else Scores(empty(), empty(), empty(), empty())
     drawn = draw_globals(chains, draws, seed)
     cells, width = block_sizes(g, draws, memory_gb)
@@ -120,9 +126,9 @@ def posterior_predictive(
             part = slice(start, min(start + width, g))
             x = None if truth is None else truth[rows, part].toarray()
             ends = {name: q[part] for name, q in wanted.items()}
-            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends)
+            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends, factors[rows])
             where = np.ix_(rows, np.arange(part.start, part.stop))
-            for target, value in zip(summary[:3], block[:3], strict=True):
+            for target, value in zip(summary[:4], block[:4], strict=True):
                 target[where] = value
             for name in wanted:
                 summary.quantiles[name][where] = block.quantiles[name]
@@ -181,11 +187,13 @@ def _block(
     stream: tuple[int, int],
     x: NDArray[np.float32] | None,
     wanted: dict[str, NDArray[np.float64]],
+    factor: Tensor,
 ) -> tuple[Summary, Scores | None]:
     draws, shape = len(drawn), (len(predictor.rows(batch)), len(genes))
     truth = None if x is None else torch.from_numpy(x)
     count = torch.empty((draws, *shape))
-    mean, square, variance = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    mean, square, variance, lognorm = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
+    zero = torch.zeros(shape)
     log_p = torch.full(shape, -torch.inf, dtype=torch.float64)
     below, equal, distance = (torch.zeros(shape) for _ in range(3))  # of the draws, to the truth
     for d in range(draws):
@@ -195,6 +203,8 @@ def _block(
         mean += delta / (d + 1)
         square += delta * (rate - mean)
         variance += dist.variance
+        positive = -torch.expm1(dist.log_prob(zero)).clamp(max=-1e-12)
+        lognorm += positive * torch.log1p(factor[:, None] * dist.mean / positive)
         if truth is not None:
             log_p = torch.logaddexp(log_p, dist.log_prob(truth).double())
             below += count[d] < truth
@@ -207,6 +217,7 @@ def _block(
         mean.float().numpy(),
         between.sqrt().float().numpy(),
         (variance / draws + between).sqrt().float().numpy(),
+        (lognorm / draws).float().numpy(),
         quantiles,
     )
     if x is None:

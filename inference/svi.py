@@ -18,7 +18,10 @@ A step whose loss, gradient or updated parameters are not finite is undone (para
 buffers), halves the learning rate and is counted; `max_bad_steps` of them in a row end in a `FitError` that
 names the sites.
 
-Not here: adversaries, several processes, prediction, mixed precision, the run folder beyond ``state.pt`` and
+An adversary (`ppl_st.inference.adversary`) is a second player with its own parameters and optimiser: after each step of the pair it makes one
+of its own on the same minibatch, and its state travels with the checkpoint.
+
+Not here: several processes, prediction, mixed precision, the run folder beyond ``state.pt`` and
 ``log.jsonl``.
 """
 
@@ -39,6 +42,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
+from ppl_st.inference.adversary import Adversary
 from ppl_st.inference.checkpoint import FitState, Tally, load_state, save_state
 from ppl_st.inference.faults import FitError, despair, guilty_sites, guilty_tensors
 from ppl_st.inference.monitor import Progress, json_log, progress_report, stop_signals
@@ -129,6 +133,7 @@ def fit(
     scale: float = 1.0,
     progress: Progress = "quiet",
     until: int | None = None,
+    adversary: Adversary | None = None,
 ) -> tuple[FitState, FitInfo]:
     """Train `pair` in place; return the state to go on from and a record of what happened.
 
@@ -153,6 +158,8 @@ def fit(
         "auto": a bar or lines on stderr. "quiet": nothing.
     until
         Return after this many completed steps, as if interrupted, although `config.steps` says more.
+    adversary
+        The second player, whose critic the model's objective uses.
 
     Returns
     -------
@@ -169,17 +176,17 @@ def fit(
     """
     began = time.perf_counter()
     device = pick_device(config.device)
-    for module in pair:
+    for module in (*pair, *([adversary.module] if adversary else [])):
         module.to(device).train()
     parameters = parameters_of(pair)
     optimizer = make_optimizer(parameters, config)
-    tally = Tally() if state is None else restore(state, pair, parameters, optimizer)
+    tally = Tally() if state is None else restore(state, pair, parameters, optimizer, adversary)
     first, last = tally.step, config.steps if until is None else min(until, config.steps)
     store = set(pyro.get_param_store())
     history: list[_Done] = []
     folder = None if folder is None else Path(folder)
     if folder is not None:  # a folder that refuses the state says so now, not after an hour
-        save_state(capture(pair, parameters, optimizer, tally), folder / "state.pt")
+        save_state(capture(pair, parameters, optimizer, tally, adversary), folder / "state.pt")
 
     with ExitStack() as stack:
         # Pyro warns of each NaN; here every one is handled and recorded.
@@ -198,6 +205,8 @@ def fit(
                 done = _step(pair, batch, parameters, optimizer, config, step, lr, scale)
             if step == first:
                 _refuse_new_parameters(pair, parameters, store)
+            if adversary and not done.fault:
+                done = done._replace(fault=adversary.step(batch, config.seed, step))
             if done.fault:
                 load(pair, before)
             _count(tally, config, done)
@@ -210,9 +219,9 @@ def fit(
             if tally.bad_steps >= config.max_bad_steps:
                 raise FitError(despair(tally, [one.loss for one in history], lr, done.fault))
             if folder and config.checkpoint_every and tally.step % config.checkpoint_every == 0:
-                save_state(capture(pair, parameters, optimizer, tally), folder / "state.pt")
+                save_state(capture(pair, parameters, optimizer, tally, adversary), folder / "state.pt")
 
-        final = capture(pair, parameters, optimizer, tally)
+        final = capture(pair, parameters, optimizer, tally, adversary)
         if folder:
             save_state(final, folder / "state.pt")
 

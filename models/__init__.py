@@ -15,6 +15,7 @@ Its module offers
     Predictor(pair, data, config, spec)         -> `ppl_st.inference.predict.Predictor`
     quantities(pair, data, config, spec)        -> (obsm, obs): what else it knows of the target's cells
     proportions(pair, data, config, draws, seed)   only of methods that deconvolve spots
+    adversary(pair, config)                     -> `ppl_st.inference.adversary.Adversary` or None; only of methods with a second player
 
 where ``data`` comes from the method's file in ``ppl_st/prepare`` and chains are those of `ppl_st.inference.ensemble`.
 """
@@ -49,6 +50,13 @@ METHODS = {
         needs="target: cells with a gene panel (Xenium-like); reference: spots with more genes (Visium-like)",
         gives="unmeasured genes in every cell, cell-to-factor assignment, proportions of every spot",
         reference="spots",
+    ),
+    "vista": Method(
+        module="ppl_st.models.vista",
+        summary="one latent state for dissociated and spatial cells, with a neighbor graph that reaches the prediction",
+        needs="target: cells with a gene panel and coordinates; reference: scRNA-seq with more genes",
+        gives="unmeasured genes in every cell, latent state of every cell; graph=none is gimVI",
+        reference="cells",
     ),
 }
 

@@ -269,8 +269,9 @@ def _train(
         state = load_state(folder / "state.pt")
         say(f"resuming at step {state.step} of {settings.fit.steps}")
     batches = module.batches(data, settings, seed)
+    adversary = module.adversary(pair, settings) if hasattr(module, "adversary") else None
     scale = 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
-    state, info = run_svi(pair, batches, settings.fit, state, folder=folder, scale=scale, progress=progress)
+    state, info = run_svi(pair, batches, settings.fit, state, folder=folder, scale=scale, progress=progress, adversary=adversary)
     if info.stop_reason == INTERRUPTED and state.step < settings.fit.steps:
         kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
         raise Interrupted(f"interrupted at step {state.step} of {settings.fit.steps}; {kept}")

@@ -197,7 +197,9 @@ def _score_all(
     target = read_counts(world.target, role="target")
     truth = read_counts(world.truth, role="truth")
     split = Split(target, read_counts(world.reference, role="reference", need_spatial=spots), truth.genes, seed)
-    ours = metrics.score_table(truth.matrix, np.asarray(predicted.X), target.totals, truth.genes)
+    raw = metrics.score_table(truth.matrix, np.asarray(predicted.X), target.totals, truth.genes)
+    logged = np.asarray(predicted.layers["lognorm_mean"])
+    ours = raw.assign(log_pcc=metrics.score_table(truth.matrix, logged, target.totals, truth.genes, scale="log")["log_pcc"])
     rate = np.asarray(world.truth.layers["rate"], dtype=np.float64)
     theta = world.truth.var["theta"].to_numpy() if "theta" in world.truth.var else None
     tables = {

@@ -315,7 +315,10 @@ def _score_method(
         predicted = run.predict(genes, draws=draws, seed=options["seed"], memory_gb=memory_gb, truth=truth)
         seconds += time.perf_counter() - began  # proper scores included
         assert (np.asarray(predicted.obs_names) == task.truth.names).all()
-        table = score_table(truth.matrix, np.asarray(predicted.X), split.training_total, genes)
+        # Each scale gets the posterior mean of its own quantity: a count, and a log-normalised count.
+        raw = score_table(truth.matrix, np.asarray(predicted.X), split.training_total, genes)
+        log = score_table(truth.matrix, np.asarray(predicted.layers["lognorm_mean"]), split.training_total, genes, scale="log")
+        table = raw.assign(**{column: log[column] for column in log.columns if column.startswith("log_")})
         parts.append(table.join(predicted.var.drop(columns=["measured", "mean_count"])))
         del predicted
     del run

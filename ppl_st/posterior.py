@@ -128,7 +128,8 @@ class Run:
         -------
         AnnData
             ``X`` posterior mean count; layers ``rate_mean``, ``rate_sd`` (epistemic), ``count_sd`` (with observation noise), ``q05``, ``q50``,
-            ``q95`` of the count; ``var`` measured, trust (expected squared correlation of the prediction with the counts, under the model).
+            ``q95`` of the count, ``lognorm_mean`` (posterior mean of log1p(count / cell's panel total x median panel total));
+            ``var`` measured, trust (expected squared correlation of the prediction with the counts, under the model).
             Of a recalibrated run also layers ``lower``, ``upper`` (the interval that covers ``recalibration.level`` of the counts of a new gene
             on average) and ``var["nominal_level"]``.
         """
@@ -139,7 +140,7 @@ class Run:
         observed = None if truth is None else _matched(truth, counts, self.genes[index])
         levels = None if self.recalibration is None else self.recalibration.nominal_of(self.reference_mean[index])
         summary, scores = posterior_predictive(
-            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels
+            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels, factor=_factor(counts)
         )
         result = self._table(summary, index, counts)
         if levels is not None:
@@ -300,6 +301,7 @@ class Run:
         result.obs_names = counts.names
         result.layers["rate_mean"] = summary.rate_mean.copy()
         result.layers["rate_sd"], result.layers["count_sd"] = summary.rate_sd, summary.count_sd
+        result.layers["lognorm_mean"] = summary.lognorm_mean
         for name, values in summary.quantiles.items():
             result.layers[name] = values
         result.var["measured"] = self.measured[index]
@@ -311,6 +313,13 @@ class Run:
             result.obsm["spatial"] = counts.xy
         result.uns["ppl_st"] = json.dumps(self.manifest)
         return result
+
+
+def _factor(counts: Counts) -> NDArray[np.float64]:
+    """Median panel total over each cell's own; 1 for a cell without counts."""
+    total = counts.totals
+    positive = total > 0
+    return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
 
 
 def _matched(truth: str | Path | ad.AnnData | Counts, cells: Counts, genes: NDArray[np.str_]) -> sp.csr_matrix:

@@ -1,0 +1,104 @@
+r"""The second player: a critic that tells two sets of codes apart, with its own parameters and its own optimiser.
+
+A model holds its critic outside its own parameters (`Critic` in a tuple) and adds a named factor to its objective,
+``pyro.factor("adversary", -weight * generator_loss(...))``; `ppl_st.inference.svi.fit` alternates: one step of the pair with the critic as it
+is, one step of the critic on detached codes of the same minibatch. T(c) is the critic's logit, real and fake the two sides:
+
+    kind             critic minimises                               pair minimises                              source
+    cross_entropy    E softplus(-T(real)) + E softplus(T(fake))     E softplus(T(real)) + E softplus(-T(fake))   gimVI, VISTA (flipped labels)
+    density_ratio    the same: T -> log p_real / p_fake             -E T(fake), an estimate of KL(fake || real)  adversarial variational Bayes
+    hinge            E relu(1 - T(real)) + E relu(1 + T(fake))      -E T(fake)                                   hinge GAN, right sign
+    hinge_published  E relu(1 - T(real)) + E relu(1 - T(fake))      E relu(1 - T(fake))                          SpaGene's released code (wrong sign)
+
+Both losses are means over the codes of a minibatch. Nothing random is carried from step to step, so a resumed fit is bitwise the same.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu, softplus
+
+from ppl_st.inference.randomness import rng_scope
+
+__all__ = ["Adversary", "Kind", "Player", "critic_loss", "generator_loss"]
+
+Kind = Literal["cross_entropy", "density_ratio", "hinge", "hinge_published"]
+
+
+def critic_loss(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
+    """What the critic minimises, from its logits of real [n] and fake [m] codes."""
+    if kind in ("cross_entropy", "density_ratio"):
+        return softplus(-real).mean() + softplus(fake).mean()
+    return relu(1 - real).mean() + relu(1 + fake if kind == "hinge" else 1 - fake).mean()
+
+
+def generator_loss(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
+    """What the maker of the codes minimises."""
+    if kind == "cross_entropy":
+        return softplus(real).mean() + softplus(-fake).mean()
+    if kind == "hinge_published":
+        return relu(1 - fake).mean()
+    return -fake.mean()
+
+
+class Player(NamedTuple):
+    """One critic and the function that makes its (real, fake) codes of a minibatch; called without gradients."""
+
+    critic: nn.Module
+    codes: Callable[[Any], tuple[Tensor, Tensor]]
+
+
+class Adversary:
+    """Critics of one fit (one per chain), their Adam optimiser, and its step.
+
+    Parameters
+    ----------
+    players
+        Critics map codes [n, d] to logits [n] or [n, 1].
+    kind
+        The game.
+    lr
+        Learning rate of Adam (eps 0.01, weight decay 1e-6 as in gimVI).
+    """
+
+    def __init__(self, players: Sequence[Player], kind: Kind, *, lr: float = 1e-3) -> None:
+        self.players, self.kind = list(players), kind
+        self.module = nn.ModuleList([player.critic for player in players])
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, eps=0.01, weight_decay=1e-6)
+
+    def step(self, batch: Any, seed: int, step: int) -> str:
+        """One update of every critic; what was not finite, or an empty text. A faulty step changes nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with rng_scope(seed, "critic", step):
+            total = torch.zeros(())
+            for player in self.players:
+                with torch.no_grad():
+                    real, fake = player.codes(batch)
+                logits = [player.critic(codes.detach()).reshape(-1) for codes in (real, fake)]
+                total = total.to(logits[0].device) + critic_loss(self.kind, *logits)
+            if not math.isfinite(total.item()):
+                return "the loss of the critic"
+            total.backward()
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        if not math.isfinite(nn.utils.get_total_norm(gradients).item()):
+            return "the gradient of the critic"
+        self.optimizer.step()
+        return ""
+
+    def state(self) -> dict[str, Any]:
+        """A copy of parameters and moments on the CPU: tensors only."""
+        moments = self.optimizer.state_dict()["state"]
+        return {
+            "critic": {name: tensor.detach().clone().cpu() for name, tensor in self.module.state_dict().items()},
+            "moments": {k: {name: t.detach().clone().cpu() for name, t in values.items()} for k, values in moments.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Write what `state` gave back into critics and optimiser."""
+        self.module.load_state_dict(state["critic"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = {k: {name: t.clone() for name, t in values.items()} for k, values in state["moments"].items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})

@@ -1,0 +1,234 @@
+r"""VISTA: imputation of spatial cells from dissociated cells through one latent state, with a spatial graph that reaches the prediction.
+
+Liu et al., VISTA (2025), after gimVI (Lopez et al. 2019), written anew from the equations. ``graph="none"`` is gimVI.
+
+GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes of the reference, P of them the panel)
+    z_n            ~ Normal(0, I_d)                                              reference cells
+    z_i            ~ Normal(w . mean_{j near i} z_j, 1 - w^2)                    spatial cells ("prior"); Normal(0, I) in the other graph modes
+    log l_n        ~ Normal(m, v)                                                library of a reference cell
+    x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB)
+    delta_g, k_g, log theta'_g ~ Normal(hyper-priors learned on inner held-out genes)    gain, slope, inverse dispersion in the target
+    x'_ig          ~ NB(l'_i^a exp(b_g + delta_g + k_g (z_i A)_g), theta'_g)     spatial counts; l' the panel total, a its exponent
+    "adversary"    factor -kappa N loss of a critic that tells the two sides' z apart (off by default)
+
+GUIDE
+    q(z | x)       normal; location = closed-form map of the panel genes, log-normalised and z-scored within each modality (`closed.py`): no gene-wise
+                   platform effect enters, and the map is the same on both sides. Chains are Bayesian bootstraps of the reference.
+    graph          "posterior": location + attention over the neighbors' locations;  "prior": location moved towards their mean by a learned share
+                   per dimension;  "kl_only": the released code, where the graph alters the KL term after decoding and nothing else.
+                   Attention ends in a zero layer and shares start at zero: `build` gives gimVI in every mode.
+    training       in each step a quarter of the panel is hidden from the encoder, in cells and neighbors alike, and only hidden genes are scored:
+                   gates, spreads, gains, slopes and dispersions are learned in the situation in which they will be used.
+
+PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors), delta_g, k_g, theta'_g ~ hyper-prior where g was not measured, count ~ NB(rate, theta').
+
+``map="learned"`` (presets "paper", "released", "gimvi") has the published networks, softmax over the panel, ZINB reference, classifier and settings.
+
+SYMBOLS  n spatial, m reference cells, G genes, P panel, d latent dimensions; of a batch: B seeds, c seeds and their neighbors, R reference cells.
+
+DIFFERENCES from paper and released code
+    * the graph is computed once over all cells, with rows that are row numbers, within sections; released: kNN among 128 random cells, per step;
+    * prediction uses the same graph; released: none;
+    * gain and dispersion of an unmeasured gene come from hyper-priors; released: dispersion is a random initialisation that never trained;
+    * LayerNorm instead of BatchNorm: a batch of one cell is like any other; no argument is modified;
+    * KL warm-up in "paper" follows gimVI (weight t / 8000 over 4000 steps); the default's ends.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_st.inference.adversary import Adversary, Player
+from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.svi import Pair, rng_scope
+from ppl_st.models.vista.batches import Batch, Batches, Data
+from ppl_st.models.vista.closed import (
+    SPREAD,
+    Hyper,
+    default_hyper,
+    fit_map,
+    learn,
+    log_share,
+    mean_of_neighbors,
+    moments,
+    panel_totals,
+    standardise,
+    weights,
+)
+from ppl_st.models.vista.model import PRESETS, RESERVED, Config, Guide, Model, Spec, build, sides
+from ppl_st.observation import find
+
+__all__ = [
+    "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary",
+    "batches", "build", "empty", "initialise", "quantities", "select", "spec_from", "spec_to", "start",
+]  # fmt: skip
+
+MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn settings from
+
+
+def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
+    """Choose settings, fit the closed-form map of every chain, and return the initialised ensemble with its specification."""
+    likelihood = find(config.likelihood, RESERVED)
+    penalty = None if config.penalty == "auto" else float(config.penalty)
+    reweight = None if config.reweight == "auto" else bool(config.reweight)
+    if config.map == "closed" and len(data.panel) >= MIN_INNER_PANEL:
+        hyper = learn(data, likelihood, penalty, reweight, seed, say)
+    else:
+        hyper = default_hyper(data, likelihood, penalty, reweight)
+    totals = np.log(panel_totals(data.reference))
+    codes = range(int(data.reference_batch.max(initial=0)) + 1)
+    library = [
+        [float(part.mean()), float(max(part.std(), 0.05))] for part in (totals[data.reference_batch == b] for b in codes)
+    ]
+    depth = float(np.median(panel_totals(data.counts)))
+    batches_of_target = int(data.batch.max(initial=0)) + 1
+    panel = [int(g) for g in data.panel]
+    spec = Spec(panel, data.reference.shape[1], batches_of_target, len(library), library, depth, hyper)
+    pairs = []
+    for chain in range(config.chains):
+        with rng_scope(seed, "start", chain):
+            pair = build(config, spec)
+        initialise(pair, data, seed, chain)
+        pairs.append(pair)
+    return ensemble(pairs), spec
+
+
+def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
+    """Write what is known from the data in closed form into a pair that `build` made."""
+    model, guide = sides(pair)
+    config, hyper = model.config, model.spec.hyper
+    share = log_share(data)
+    panel = sp.csr_matrix(data.reference[:, data.panel])
+    mine, theirs = moments(data.counts, data.batch), moments(panel, data.reference_batch)
+    with torch.no_grad():
+        _write(model.covariate, share)
+        _write(model.level, share - np.log(np.exp(share[data.panel]).sum()))
+        for name, value in (("mean", mine.mean), ("sd", mine.sd), ("reference_mean", theirs.mean), ("reference_sd", theirs.sd)):
+            _write(getattr(guide, name), value)
+        _write(guide.depths, np.array([mine.depth, theirs.depth]))
+        if model.closed:
+            x = standardise(data.counts, data.batch, mine)
+            rng = np.random.default_rng([seed, 4, chain])
+            w = weights(data, x, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
+            found = fit_map(data, w / w.sum(), hyper.penalty, config.latent)
+            z = x @ found.encoder
+            around = mean_of_neighbors(data.graph) @ z if hyper.mix else z
+            z = (1 - hyper.mix) * z + hyper.mix * around
+            spread = np.maximum(np.sqrt(np.einsum("dg,de,eg->g", found.decoder, np.cov(z.T), found.decoder)), 1e-6)
+            _write(guide.gram, found.gram)
+            _write(guide.cross, found.cross)
+            _write(guide.encoder, found.encoder)
+            _write(model.decoder, found.decoder / spread)  # score of unit sd over the target's cells
+            _write(model.reference_slope, found.scale * spread)
+            _write(guide.log_scale, np.log(SPREAD * np.maximum(z.std(0), 1e-3)))
+            _write(guide.reference_log_scale, np.full(z.shape[1], np.log(SPREAD)))
+            if config.graph == "prior":
+                for side in (model, guide):
+                    side.gate.fill_(float(np.arctanh(hyper.mix)))
+        for name, (loc, _) in model.priors().items():
+            getattr(guide, f"{name}_loc").copy_(loc)
+        if "log_gain" in model.priors():
+            counts = np.asarray(data.counts.sum(0), dtype=np.float64).ravel() + 0.5
+            observed = torch.from_numpy(np.log(counts / counts.sum())).float()
+            guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
+
+
+def _write(to: Tensor, value: NDArray[Any]) -> None:
+    to.copy_(torch.from_numpy(np.asarray(value, dtype=np.float32)))
+
+
+def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
+    """An ensemble with every parameter in place, to read stored weights into."""
+    with rng_scope(0, "empty"):
+        pair = ensemble([build(config, spec) for _ in range(chains)])
+    for side in pair:
+        side.eval()  # stored weights are for prediction: no dropout
+    return pair
+
+
+def spec_to(spec: Spec) -> dict[str, Any]:
+    """The specification as plain JSON."""
+    return {**spec._asdict(), "hyper": spec.hyper._asdict()}
+
+
+def spec_from(stored: dict[str, Any]) -> Spec:
+    """Inverse of `spec_to`."""
+    return Spec(**{**stored, "hyper": Hyper(**stored["hyper"])})
+
+
+def batches(data: Data, config: Config, seed: int) -> Batches:
+    """Minibatches of spatial cells with their neighbors, and of reference cells."""
+    return Batches(data, config.batch_cells, config.batch_reference, seed, config.visible)
+
+
+def adversary(pair: Pair, config: Config) -> Adversary | None:
+    """The critics of all chains, or None."""
+    if config.adversary == "off":
+        return None
+
+    def player(chain: Pair) -> Player:
+        model, guide = sides(chain)
+
+        def codes(batch: Batch) -> tuple[Tensor, Tensor]:
+            both = guide.encode_reference(batch), guide.states(batch)
+            reference, cells = (loc + scale * torch.randn_like(loc) for loc, scale in both)
+            return reference, cells
+
+        assert model.opponent[0] is not None
+        return Player(model.opponent[0], codes)
+
+    return Adversary([player(chain) for chain in chains_of(pair)], config.adversary)
+
+
+def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
+    """All chains are kept: they are draws of one posterior, not competitors."""
+    return pair
+
+
+class Predictor:
+    """Posterior predictive of spatial cells; see `ppl_st.inference.predict.Predictor`."""
+
+    def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
+        self.chains = chains_of(pair)
+        self.models, self.guides = zip(*(sides(chain) for chain in self.chains), strict=True)
+        self.n_cells = data.counts.shape[0]
+        self.batches = Batches(data, 0, 0, 0)
+
+    def blocks(self, max_cells: int) -> Any:
+        """Batches that own every cell once."""
+        return self.batches.in_order(max_cells)
+
+    def restrict(self, batch: Batch, keep: NDArray[np.bool_]) -> Batch:
+        """The batch owning only cells in ``keep`` [n]; their neighbors still inform them."""
+        kept = np.flatnonzero(keep[batch.rows.numpy()])
+        return self.batches.of(batch.rows.numpy()[kept])
+
+    def rows(self, batch: Batch) -> NDArray[np.int64]:
+        """Rows of the result that the batch owns."""
+        return batch.rows.numpy()
+
+    def local(self, batch: Batch, chain: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Location and scale of q(z) of the owned cells, and their log totals."""
+        with torch.no_grad():
+            loc, scale = self.guides[chain].states(batch)
+            return loc, scale, batch.total[: len(batch.rows)].log()
+
+    def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
+        """p(count | draw): states are drawn here."""
+        loc, scale, log_total = local
+        return self.models[chain].count_dist(drawn, loc + scale * torch.randn_like(loc), log_total, genes)
+
+
+def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the first chain, for every cell: ``obsm`` latent [n, d], the posterior mean of its state."""
+    _, guide = sides(chains_of(pair)[0])
+    parts = []
+    with torch.no_grad():
+        for batch in Batches(data, 0, 0, 0).in_order(2048):
+            parts.append(guide.states(batch)[0].numpy())
+    return {"latent": np.concatenate(parts)}, {}

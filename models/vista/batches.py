@@ -1,0 +1,116 @@
+"""VISTA's data as matrices, and minibatches of reference cells and of seed cells with their spatial neighbors.
+
+The neighbor graph is computed once for all cells (`ppl_st.prepare.vista`), never inside a minibatch. A batch of the target holds its seeds,
+whose likelihood counts, and after them every neighbor of a seed (context: encoded, not scored).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_st.inference.svi import epoch_order
+
+
+class Data(NamedTuple):
+    """One problem: n spatial cells x P panel genes, m reference cells x G genes."""
+
+    counts: sp.csr_matrix  # [n, P]
+    reference: sp.csr_matrix  # [m, G]
+    panel: NDArray[np.int64]  # [P] positions of the panel among the G genes
+    graph: sp.csr_matrix  # [n, n] row i holds the spatial neighbors of cell i
+    batch: NDArray[np.int64]  # [n] batch of each spatial cell
+    reference_batch: NDArray[np.int64]  # [m]
+
+
+class Batch(NamedTuple):
+    """Tensors of one minibatch: B seeds among c context cells, R reference cells."""
+
+    counts: Tensor  # [c, P] seeds first
+    total: Tensor  # [c] counts of the visible panel genes over their usual share: depth as it would be without the hidden ones
+    batch: Tensor  # [c] batch of each
+    rows: Tensor  # [B] rows of the seeds in the data
+    neighbors: Tensor  # [B, k] positions in the context (0 where there is none)
+    present: Tensor  # [B, k] bool
+    reference: Tensor  # [R, G]
+    reference_total: Tensor  # [R] as total
+    reference_batch: Tensor  # [R]
+    reference_rows: Tensor  # [R]
+    visible: Tensor  # [P] bool: panel genes that the encoder sees
+    n_cells: int
+    n_reference: int
+
+
+class Batches:
+    """Minibatches of ``size`` seeds and ``reference_size`` reference cells; a pure function of the step (0 = everything).
+
+    An epoch is one pass over the longer side; the shorter one starts again, in a new order, whenever it is through. ``visible`` is the share of
+    panel genes that the encoder sees in a training step, drawn anew in every step for all of its cells, so that a hidden gene is hidden in a cell
+    and in its neighbors, as a gene that was never measured is.
+    """
+
+    def __init__(self, data: Data, size: int, reference_size: int, seed: int, visible: float = 1.0) -> None:
+        self.data, self.seed, self.visible = data, seed, visible
+        self.n, self.m = data.counts.shape[0], data.reference.shape[0]
+        self.size, self.reference_size = min(size or self.n, self.n), min(reference_size or self.m, self.m)
+        self.share, self.reference_share = (shares(counts) for counts in (data.counts, data.reference[:, data.panel]))
+
+    def __len__(self) -> int:
+        return max(-(-self.n // max(1, self.size)), -(-self.m // max(1, self.reference_size)))
+
+    def at(self, step: int) -> Batch:
+        """The minibatch of ``step``."""
+        seeds = epoch_order(self.n, self.size, self.seed, step)
+        reference = epoch_order(self.m, self.reference_size, self.seed + 1, step)
+        shown = np.ones(len(self.data.panel), dtype=bool)
+        if self.visible < 1:
+            hidden = max(1, round((1 - self.visible) * len(shown)))
+            shown[np.random.default_rng([self.seed, 8, step]).permutation(len(shown))[:hidden]] = False
+        return self._batch(np.sort(seeds), np.sort(reference), shown)
+
+    def in_order(self, max_cells: int) -> Iterator[Batch]:
+        """Every spatial cell once as a seed, every gene visible, no reference cells."""
+        for start in range(0, self.n, max(1, max_cells)):
+            yield self.of(np.arange(start, min(start + max_cells, self.n)))
+
+    def of(self, rows: NDArray[np.int64]) -> Batch:
+        """These spatial cells as seeds, every gene visible, no reference cells."""
+        return self._batch(rows, np.empty(0, np.int64), np.ones(len(self.data.panel), dtype=bool))
+
+    def _batch(self, seeds: NDArray[np.int64], reference: NDArray[np.int64], shown: NDArray[np.bool_]) -> Batch:
+        data = self.data
+        rows = data.graph[seeds]
+        degree = np.diff(rows.indptr)
+        context = np.concatenate([seeds, np.setdiff1d(rows.indices, seeds)])
+        order = np.argsort(context, kind="stable")
+        present = np.arange(max(1, int(degree.max(initial=0))))[None] < degree[:, None]  # [B, k]
+        neighbors = np.zeros(present.shape, dtype=np.int64)
+        neighbors[present] = order[np.searchsorted(context[order], rows.indices)]
+        counts, other = data.counts[context].toarray(), data.reference[reference].toarray()
+        total = counts[:, shown].sum(1) / self.share[shown].sum()
+        other_total = other[:, data.panel[shown]].sum(1) / self.reference_share[shown].sum()
+        return Batch(
+            counts=torch.from_numpy(counts),
+            total=torch.from_numpy(np.maximum(total, 1.0).astype(np.float32)),
+            batch=torch.from_numpy(data.batch[context]),
+            rows=torch.from_numpy(seeds),
+            neighbors=torch.from_numpy(neighbors),
+            present=torch.from_numpy(present),
+            reference=torch.from_numpy(other),
+            reference_total=torch.from_numpy(np.maximum(other_total, 1.0).astype(np.float32)),
+            reference_batch=torch.from_numpy(data.reference_batch[reference]),
+            reference_rows=torch.from_numpy(reference),
+            visible=torch.from_numpy(shown),
+            n_cells=self.n,
+            n_reference=self.m,
+        )
+
+
+def shares(counts: sp.csr_matrix) -> NDArray[np.float64]:
+    """Share of each gene in all counts, sums to 1."""
+    total = np.asarray(counts.sum(0), dtype=np.float64).ravel() + 0.5
+    return np.asarray(total / total.sum(), dtype=np.float64)

@@ -1,0 +1,399 @@
+"""The VISTA pair: Config and presets, Model p(x, x', z, ...), Guide q(z | x, graph), and the predictive of any gene in any spatial cell."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ppl_st.inference.adversary import Kind, generator_loss
+from ppl_st.inference.svi import FitConfig, Pair
+from ppl_st.models.vista.batches import Batch
+from ppl_st.models.vista.closed import CLIP, Hyper
+from ppl_st.networks import MLP, GraphAttention
+from ppl_st.observation import check_name, find
+
+RESERVED = (
+    "log_gain", "slope", "reference_log_theta", "z", "z_reference", "z_context", "z_graph", "log_library", "x", "x_reference", "cells",
+    "reference", "context", "adversary",
+)  # fmt: skip
+LOG_RATE = (-18.0, 12.0)  # clamp of the logarithm of a rate
+LOG_SCALE = (-5.0, 2.0)  # and of a posterior's standard deviation
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of VISTA. `PRESETS` has the default, the paper's, the released code's and gimVI's values."""
+
+    # none = gimVI; kl_only = the released code; posterior = the paper; prior = neighbors inform p(z)
+    graph: Literal["none", "kl_only", "posterior", "prior"] = "prior"
+    neighbors: int = field(default=20, metadata={"ge": 1})  # of a cell, within its section
+    heads: int = field(default=1, metadata={"ge": 1})  # of the attention
+    # closed: map in closed form from standardised genes; learned: the published networks, by gradient
+    map: Literal["closed", "learned"] = "closed"
+    latent: int = field(default=48, metadata={"ge": 1})  # d
+    hidden: int = field(default=64, metadata={"ge": 1})  # units of the learned networks
+    dropout: float = field(default=0.2, metadata={"ge": 0, "lt": 1})  # in the learned networks
+    chains: int = field(default=4, metadata={"ge": 1})  # bootstraps of the reference (closed) or starts (learned)
+    # of the spatial counts: "nb", "poisson", "zinb" or "module:function" (`ppl_st.observation`)
+    likelihood: str = "nb"
+    reference_likelihood: Literal["nb", "zinb"] = "nb"
+    platform: Literal["hierarchical", "none"] = "hierarchical"  # gain and slope of a gene; none fixes them
+    adversary: Literal["off", "cross_entropy", "density_ratio", "hinge"] = "off"
+    adversary_weight: float = field(default=5.0, metadata={"ge": 0})  # kappa
+    visible: float = field(default=0.75, metadata={"gt": 0, "le": 1})  # share of panel genes the encoder sees in training
+    penalty: float | Literal["auto"] = "auto"  # ridge penalty of the closed map
+    reweight: bool | Literal["auto"] = "auto"  # weight the reference towards the target's composition
+    target_weight: float = field(default=1.0, metadata={"gt": 0})  # of the spatial log-likelihood
+    reference_weight: float = field(default=1.0, metadata={"gt": 0})
+    batch_cells: int = field(default=256, metadata={"ge": 0})  # spatial cells per minibatch; 0 = all
+    # reference cells per minibatch; the closed map leaves little to learn from them by gradient
+    batch_reference: int = field(default=32, metadata={"ge": 0})
+    library_key: str | None = None  # obs column of the section: no neighbors across sections
+    batch_key: str | None = None  # obs column of the batch, on both sides
+    anchor_key: str | None = None  # obs column of the cell type, on both sides: train on the paper's anchor genes only
+    layer: str | None = None  # layer with the counts
+    gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
+    fit: FitConfig = FitConfig(
+        steps=200, lr=0.02, schedule="cosine", final_lr_factor=0.05, clip_norm=1e3, kl_warmup_steps=40, elbo="meanfield", checkpoint_every=100,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_name(self.likelihood)
+
+
+_GIMVI = Config(
+    graph="none", map="learned", latent=10, hidden=64, chains=1, reference_likelihood="zinb", platform="none", adversary="cross_entropy",
+    visible=1.0, batch_cells=128, batch_reference=128, reweight=False, penalty=3.0,
+    fit=FitConfig(steps=4000, lr=1e-3, eps=0.01, weight_decay=1e-6, clip_norm=1e3, kl_warmup_steps=8000, elbo="meanfield"),
+)  # fmt: skip
+PRESETS = {
+    "default": Config(),
+    "paper": replace(_GIMVI, graph="posterior", latent=32, neighbors=20),
+    "released": replace(_GIMVI, graph="kl_only", latent=32, neighbors=20),
+    "gimvi": _GIMVI,
+}
+
+
+class Spec(NamedTuple):
+    """Sizes and constants that a pair is built from; plain numbers, stored with the run."""
+
+    panel: list[int]  # positions of the panel among the genes
+    n_genes: int
+    batches: int  # of the target
+    reference_batches: int
+    library: list[list[float]]  # mean and sd of the log totals of each reference batch
+    depth: float  # median panel total of the target
+    hyper: Hyper
+
+
+class Model(PyroModule):
+    """p: see the package docstring for the story and the symbols."""
+
+    panel: Tensor  # [P] buffers
+    measured: Tensor  # [G]
+    library: Tensor  # [batches, 2]
+    covariate: Tensor  # [G]
+    level: Tensor  # [G]
+    DIMS = {  # noqa: RUF012
+        "log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",),
+    }  # fmt: skip
+
+    def __init__(self, config: Config, spec: Spec) -> None:
+        super().__init__()
+        self.config, self.spec, self.closed = config, spec, config.map == "closed"
+        self.likelihood = find(config.likelihood, RESERVED)
+        d, genes = min(config.latent, len(spec.panel)) if self.closed else config.latent, spec.n_genes
+        self.latent = d
+        # Hidden genes given visible ones, log p(x_hidden | x_visible): the prior of z is then q(z | x_visible) itself, without a KL term.
+        self.scores_states = config.visible == 1
+        measured = torch.zeros(genes)
+        measured[spec.panel] = 1.0
+        self.register_buffer("panel", torch.tensor(spec.panel))
+        self.register_buffer("measured", measured)
+        self.register_buffer("library", torch.tensor(spec.library))
+        self.register_buffer("covariate", torch.zeros(genes))  # log share in the reference
+        self.register_buffer("level", torch.zeros(genes))  # log of the gene's share of the reference's panel counts
+        decoder = torch.zeros(d, genes) if self.closed else nn.init.xavier_uniform_(torch.empty(d, genes))
+        self.decoder = nn.Parameter(decoder, requires_grad=not self.closed)  # A
+        self.bias = nn.Parameter(torch.zeros(genes))  # of the reference's log rates, beside the level
+        self.reference_slope = nn.Parameter(torch.ones(genes), requires_grad=self.closed)
+        self.reference_log_theta = nn.Parameter(torch.zeros(genes))
+        if config.reference_likelihood == "zinb":
+            self.dropout_logits = nn.Linear(d, genes)
+        if config.graph == "prior":
+            self.gate = nn.Parameter(torch.zeros(d))  # W: p(z) = Normal(gate x mean of the neighbors, 1 - gate^2)
+        critic = MLP([d, 32, 32, 32, 1], dropout=0.1) if config.adversary != "off" else None
+        self.opponent = (critic,)  # in a tuple: the critic is no part of this module
+
+    # ---- global sites ----
+
+    def priors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Location and scale of the hyper-prior of every gene-level site, [G] each."""
+        hyper, z = self.spec.hyper, self.covariate - self.spec.hyper.covariate_mean
+        found = {}
+        if self.config.platform == "hierarchical":
+            a, b, s = hyper.gain
+            found["log_gain"] = (a + b * z, torch.full_like(z, s))
+            if self.closed:
+                found["slope"] = (torch.full_like(z, hyper.slope[0]), torch.full_like(z, hyper.slope[1]))
+        for name in self.likelihood.priors:
+            a, b, s = hyper.parameters[name]
+            found[name] = (a + b * z, torch.full_like(z, s))
+        return found
+
+    def globals(self) -> dict[str, Tensor]:
+        """Sample gain, slope and the likelihood's parameters of every gene, [G] each; published settings have no prior on them."""
+        with poutine.mask(mask=self.config.platform == "hierarchical"):
+            return {name: pyro.sample(name, dist.Normal(loc, s).to_event(1)) for name, (loc, s) in self.priors().items()}
+
+    # ---- rates ----
+
+    def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor) -> Tensor:
+        """Log rate of ``genes`` [g] in spatial cells with states z [n, d] and log panel totals [n]: [n, g]."""
+        score = z @ self.decoder[:, genes]
+        level = (self.level if self.closed else self.level + self.bias)[genes]
+        if "log_gain" in drawn:
+            level = level + drawn["log_gain"][genes]
+        if not self.closed:  # shares are relative to the panel, as in gimVI
+            panel = self.level + self.bias + (drawn["log_gain"] if "log_gain" in drawn else 0.0)
+            whole = torch.logsumexp(z @ self.decoder[:, self.panel] + panel[self.panel], -1, keepdim=True)
+            return (log_total[:, None] + level + score - whole).clamp(*LOG_RATE)
+        slope = drawn["slope"][genes] if "slope" in drawn else self.reference_slope[genes]
+        log_depth = torch.tensor(self.spec.depth).log()
+        depth = log_depth + self.spec.hyper.depth * (log_total - log_depth)
+        return (depth[:, None] + level + slope * score).clamp(*LOG_RATE)
+
+    def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
+        """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""
+        logits = self.level + self.bias + (z @ self.decoder) * (self.reference_slope if self.closed else 1.0)
+        return (log_library[:, None] + torch.log_softmax(logits, -1)).clamp(*LOG_RATE)
+
+    # ---- local sites, likelihood ----
+
+    def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
+        """Run the generative story on one minibatch; ``observe=False`` draws the counts."""
+        c = self.config
+        drawn = self.globals()
+        out, codes = {}, {}
+        if len(batch.reference_rows):
+            scored = torch.ones(self.spec.n_genes, dtype=torch.bool)
+            if c.visible < 1:  # what the encoder saw is not scored: the map is judged as it will be used
+                scored[self.panel[batch.visible]] = False
+            with pyro.plate("reference", batch.n_reference, subsample=batch.reference_rows):
+                with poutine.mask(mask=self.scores_states):
+                    z = pyro.sample("z_reference", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))  # [R, d]
+                mean, sd = self.library[batch.reference_batch].unbind(1)
+                log_library = pyro.sample("log_library", dist.Normal(mean, sd))  # [R]
+                law = self._reference_law(z, self.reference_log_rate(z, log_library))
+                with poutine.scale(scale=c.reference_weight):
+                    out["x_reference"] = pyro.sample(
+                        "x_reference", law.mask(scored).to_event(1), obs=batch.reference if observe else None
+                    )  # [R, G]
+            codes["reference"] = z
+        if len(batch.rows):
+            cells: Any = pyro.plate("cells", batch.n_cells, subsample=batch.rows)
+            z = self._states(batch, cells)  # [B, d]
+            own = batch.counts[: len(batch.rows)]
+            rate = self.log_rate(drawn, z, batch.total[: len(own)].log(), self.panel).exp()
+            scored = ~batch.visible if c.visible < 1 and not bool(batch.visible.all()) else torch.ones_like(batch.visible)
+            law = self.likelihood(rate, {name: value[self.panel] for name, value in drawn.items()})
+            with cells, poutine.scale(scale=c.target_weight):
+                out["x"] = pyro.sample("x", law.mask(scored).to_event(1), obs=own if observe else None)  # [B, P]
+            codes["cells"] = z
+        if self.opponent[0] is not None and len(codes) == 2:
+            logits = [self.opponent[0](codes[side]).squeeze(-1) for side in ("reference", "cells")]
+            kind: Kind = c.adversary  # type: ignore[assignment]
+            size = batch.n_cells + batch.n_reference
+            pyro.factor("adversary", -c.adversary_weight * size * generator_loss(kind, *logits))
+        return out
+
+    def _states(self, batch: Batch, cells: Any) -> Tensor:
+        """Sample the seeds' states z [B, d]."""
+        standard = dist.Normal(torch.zeros(self.latent), 1.0).to_event(1)
+        prior: Any = standard
+        if self.config.graph == "prior":
+            n = len(batch.counts)
+            with pyro.plate("context", n), poutine.mask(mask=False):  # each is scored when it is a seed
+                around = pyro.sample("z_context", standard)  # [c, d]
+            gate = torch.tanh(self.gate)
+            prior = dist.Normal(gate * neighbor_mean(around, batch), (1 - gate**2).clamp_min(1e-3).sqrt()).to_event(1)
+        with cells:
+            if self.config.graph == "kl_only":  # the released code: the graph changes the KL term and nothing else
+                pyro.sample("z_graph", standard)  # [B, d]
+                with poutine.mask(mask=False):
+                    z: Tensor = pyro.sample("z", standard)
+                    return z
+            with poutine.mask(mask=self.scores_states):
+                z = pyro.sample("z", prior)  # [B, d]
+                return z
+
+    def _reference_law(self, z: Tensor, log_rate: Tensor) -> Any:
+        from ppl_st.count_likelihoods import ZeroInflatedNegativeBinomial
+        from ppl_st.likelihoods import NegativeBinomial
+
+        if self.config.reference_likelihood == "zinb":
+            gate = self.dropout_logits(z)
+            return ZeroInflatedNegativeBinomial(log_mean=log_rate, log_theta=self.reference_log_theta, gate_logits=gate)
+        return NegativeBinomial(log_mean=log_rate, log_theta=self.reference_log_theta)
+
+    # ---- prediction ----
+
+    def count_dist(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor) -> Any:
+        """p(count | draw) of ``genes`` [g] in spatial cells with states z [n, d]; its mean is the rate [n, g]."""
+        rate = self.log_rate(drawn, z, log_total, genes).exp()
+        return self.likelihood(rate, {name: value[genes] for name, value in drawn.items()})
+
+
+def neighbor_mean(x: Tensor, batch: Batch) -> Tensor:
+    """Mean of x [c, d] over the neighbors of each seed [B, d]; 0 for a seed without any."""
+    present = batch.present.to(x.dtype)
+    total = torch.einsum("bk,bkd->bd", present, x[batch.neighbors])
+    return total / present.sum(1, keepdim=True).clamp_min(1.0)
+
+
+class Guide(PyroModule):
+    """q: encoder of the standardised panel (closed) or the published networks (learned), and what the graph adds."""
+
+    mean: Tensor  # [batches, P] buffers: moments of the target's panel
+    sd: Tensor
+    reference_mean: Tensor  # the same of the reference
+    reference_sd: Tensor
+    depths: Tensor  # [2] median panel totals of target and reference
+    gram: Tensor  # [P, P]
+    cross: Tensor  # [P, d]
+    encoder: Tensor  # [P, d]
+
+    def __init__(self, config: Config, spec: Spec, model: Model) -> None:
+        super().__init__()
+        self.config, self.spec, self.closed = config, spec, model.closed
+        self.model = (model,)  # its hyper-priors are the posterior of unmeasured genes; no parameter of this module
+        p, d = len(spec.panel), model.latent
+        for side, n in (("", spec.batches), ("reference_", spec.reference_batches)):
+            self.register_buffer(f"{side}mean", torch.zeros(n, p))
+            self.register_buffer(f"{side}sd", torch.ones(n, p))
+        self.register_buffer("depths", torch.ones(2))
+        if self.closed:
+            self.register_buffer("gram", torch.eye(p))
+            self.register_buffer("cross", torch.zeros(p, d))
+            self.register_buffer("encoder", torch.zeros(p, d))
+            learned = config.visible == 1  # without a KL term nothing would keep the spread from vanishing
+            self.log_scale = nn.Parameter(torch.full((d,), -0.7), requires_grad=learned)
+            self.reference_log_scale = nn.Parameter(torch.full((d,), -0.7), requires_grad=learned)
+        else:
+            width = config.hidden
+            self.reference_input = MLP([spec.n_genes, width, width], dropout=config.dropout)
+            self.target_input = MLP([p, width, width], dropout=config.dropout)
+            self.shared = MLP([width, width, 2 * d], dropout=config.dropout)
+        self.library = nn.Parameter(torch.tensor([0.0, -2.0]))  # log library: shift from the observed, log sd
+        if config.graph in ("posterior", "kl_only"):
+            self.attention = GraphAttention(d, d, config.heads)
+            self.attention_output = nn.Linear(d, d, bias=False)
+            nn.init.zeros_(self.attention_output.weight)
+        if config.graph == "prior":
+            self.gate = nn.Parameter(torch.zeros(d))
+        for name, (loc, _) in model.priors().items():
+            setattr(self, f"{name}_loc", nn.Parameter(loc.clone()))
+            log_scale = nn.Parameter(torch.full_like(loc, -2.0), requires_grad=config.platform == "hierarchical")
+            setattr(self, f"{name}_log_scale", log_scale)
+
+    def forward(self, batch: Batch, *, observe: bool = True) -> None:
+        """Sample all latent sites of one minibatch."""
+        self.globals()
+        if len(batch.reference_rows):
+            loc, scale = self.encode_reference(batch)
+            with pyro.plate("reference", batch.n_reference, subsample=batch.reference_rows):
+                with poutine.mask(mask=self.model[0].scores_states):
+                    pyro.sample("z_reference", dist.Normal(loc, scale).to_event(1))  # [R, d]
+                total = batch.reference.sum(1).clamp_min(1.0).log()
+                pyro.sample("log_library", dist.Normal(total + self.library[0], self.library[1].exp()))  # [R]
+        if not len(batch.rows):
+            return
+        base, spread = self.encode(batch)  # [c, d]
+        loc, scale = self.with_graph(base, spread, batch)
+        if self.config.graph == "prior":
+            with pyro.plate("context", len(base)), poutine.mask(mask=False):
+                pyro.sample("z_context", dist.Normal(base, spread).to_event(1))  # [c, d]
+        n = len(batch.rows)
+        kl_only = self.config.graph == "kl_only"
+        with pyro.plate("cells", batch.n_cells, subsample=batch.rows):
+            if kl_only:
+                pyro.sample("z_graph", dist.Normal(loc, scale).to_event(1))  # [B, d]
+                loc, scale = base[:n], spread[:n]
+            with poutine.mask(mask=self.model[0].scores_states and not kl_only):
+                pyro.sample("z", dist.Normal(loc, scale).to_event(1))  # [B, d]
+
+    def globals(self) -> None:
+        """Sample gene-level sites: measured genes their own normal, the others the hyper-prior."""
+        measured, hierarchical = self.model[0].measured > 0, self.config.platform == "hierarchical"
+        for name, (prior_loc, prior_scale) in self.model[0].priors().items():
+            loc, log_scale = getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale")
+            scale = torch.where(measured, log_scale.exp() if hierarchical else 1e-3, prior_scale)
+            with poutine.mask(mask=hierarchical):
+                pyro.sample(name, dist.Normal(torch.where(measured, loc, prior_loc), scale).to_event(1))  # [G]
+
+    def _project(self, counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor, visible: Tensor) -> Tensor:
+        """State from the z-scores of the visible panel genes; see `ppl_st.models.vista.closed`."""
+        x = ((torch.log1p(counts * (depth / total)[:, None]) - mean) / sd).clamp(-CLIP, CLIP)
+        if bool(visible.all()):
+            return x @ self.encoder
+        inside = self.gram[visible][:, visible]
+        inside = inside + self.spec.hyper.penalty * torch.eye(len(inside))
+        return x[:, visible] @ torch.linalg.solve(inside, self.cross[visible])
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Location and scale of q(z) of spatial cells without the graph, [c, d] each."""
+        if self.closed:
+            mean, sd = self.mean[batch.batch], self.sd[batch.batch]
+            loc = self._project(batch.counts, batch.total, self.depths[0], mean, sd, batch.visible)
+            return loc, self.log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
+        return self._heads(self.shared(torch.relu(self.target_input(torch.log1p(batch.counts * batch.visible)))))
+
+    def encode_reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same of reference cells; closed: from the visible panel genes, as the target's."""
+        if self.closed:
+            panel, code = batch.reference[:, self.model[0].panel], batch.reference_batch
+            moments = self.reference_mean[code], self.reference_sd[code]
+            loc = self._project(panel, batch.reference_total, self.depths[1], *moments, batch.visible)
+            return loc, self.reference_log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
+        return self._heads(self.shared(torch.relu(self.reference_input(torch.log1p(batch.reference)))))
+
+    @staticmethod
+    def _heads(out: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_scale = out.chunk(2, -1)
+        return loc, log_scale.clamp(*LOG_SCALE).exp()
+
+    def with_graph(self, base: Tensor, spread: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """q(z) of the seeds [B, d]: what the neighbors add to location and scale of the context [c, d]; nothing at the start."""
+        n = len(batch.rows)
+        loc, scale = base[:n], spread[:n]
+        if self.config.graph == "prior":
+            there = batch.present.any(1, keepdim=True)
+            return torch.where(there, loc + torch.tanh(self.gate) * (neighbor_mean(base, batch) - loc), loc), scale
+        if self.config.graph in ("posterior", "kl_only"):
+            loc = loc + self.attention_output(torch.relu(self.attention(base, batch.neighbors, batch.present)))
+        return loc, scale
+
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Location and scale of the q(z) that is decoded, of the seeds [B, d]."""
+        base, spread = self.encode(batch)
+        if self.config.graph == "kl_only":
+            return base[: len(batch.rows)], spread[: len(batch.rows)]
+        return self.with_graph(base, spread, batch)
+
+
+def build(config: Config, spec: Spec) -> Pair:
+    """A pair with every parameter in place; `ppl_st.models.vista.initialise` moves it to the data."""
+    model = Model(config, spec)
+    return Pair(model, Guide(config, spec, model))
+
+
+def sides(pair: Pair) -> tuple[Model, Guide]:
+    """The pair of one chain with its types."""
+    model, guide = pair
+    assert isinstance(model, Model) and isinstance(guide, Guide)
+    return model, guide

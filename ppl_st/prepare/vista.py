@@ -1,0 +1,138 @@
+"""VISTA's problem from checked counts: gene matching, anchor genes, batches, the spatial neighbor graph (once, within sections)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy import stats
+
+from ppl_st.data import Counts, shared_genes
+from ppl_st.errors import UserError
+from ppl_st.models.vista import Config, Data
+from ppl_st.spatial import neighbors
+
+MIN_PANEL = 5
+ANCHOR_R, ANCHOR_P = 0.5, 0.05  # the paper's thresholds
+
+
+def problem(
+    target: Counts, reference: Counts, config: Config, say: Callable[[str], None]
+) -> tuple[Data, Counts, Counts]:
+    """The problem from spatial cells and dissociated cells; returns it with the counts that it uses.
+
+    Genes: all of the reference; those that the target has too are the panel (with ``anchor_key`` only those whose pseudo-bulks agree); genes that
+    only the target has are left out. Cells of the target stay, also empty ones; reference cells without a panel gene are dropped.
+    """
+    panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
+    if len(panel_genes) < len(target.genes):
+        say(f"{len(target.genes) - len(panel_genes)} genes of the target are not in the reference and are left out")
+    target = target.take_genes(panel_genes)
+    if config.anchor_key is not None:
+        keep = anchors(target, reference.take_genes(panel_genes), config.anchor_key)
+        say(f"{int(keep.sum())} of {len(keep)} shared genes are anchors (r > {ANCHOR_R}, p < {ANCHOR_P} over {config.anchor_key})")
+        if keep.sum() < MIN_PANEL:
+            raise UserError(
+                f"anchor_key {config.anchor_key!r}: only {int(keep.sum())} of {len(keep)} shared genes are anchors; at least {MIN_PANEL} are "
+                "needed: leave anchor_key out, or use labels with more types"
+            )
+        target = target.take_genes(panel_genes[keep])
+    empty = np.asarray(reference.take_genes(target.genes).matrix.sum(1)).ravel() == 0
+    if empty.any():
+        say(f"{int(empty.sum())} reference cells without a count in the panel are left out")
+        reference = reference.take_rows(~empty)
+    panel = pd.Index(reference.genes).get_indexer(pd.Index(target.genes)).astype(np.int64)
+    data = Data(
+        counts=target.matrix,
+        reference=reference.matrix,
+        panel=panel,
+        graph=graph(target, config),
+        batch=_codes(target, config.batch_key, "target"),
+        reference_batch=_codes(reference, config.batch_key, "reference"),
+    )
+    return data, target, reference
+
+
+def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tuple[Data, Counts]:
+    """The same problem for other spatial cells with the fitted target's genes, with their own graph and without reference cells.
+
+    Their counts are standardised by the moments of the fit; a batch that the fit does not know is treated as its first one.
+    """
+    missing = fitted.genes[~np.isin(fitted.genes, target.genes)]
+    if len(missing):
+        raise UserError(
+            f"target ({target.source}) lacks {len(missing)} of the {len(fitted.genes)} panel genes that the run was fitted on, e.g. "
+            f"{', '.join(missing[:3])}; a run predicts cells measured with the same panel"
+        )
+    target = target.take_genes(fitted.genes)
+    codes = np.zeros(len(target.names), np.int64)
+    if config.batch_key is not None and config.batch_key in target.obs:
+        known = pd.Index(np.unique(fitted.obs[config.batch_key].astype(str)))
+        codes = np.maximum(known.get_indexer(pd.Index(target.obs[config.batch_key].astype(str))), 0).astype(np.int64)
+    fresh = data._replace(
+        counts=target.matrix,
+        reference=data.reference[:0],
+        reference_batch=data.reference_batch[:0],
+        graph=graph(target, config),
+        batch=codes,
+    )
+    return fresh, target
+
+
+def graph(target: Counts, config: Config) -> sp.csr_matrix:
+    """Nearest neighbors of every cell within its section; empty where the method uses none, or where there are no coordinates."""
+    n = len(target.names)
+    nowhere: Any = (n, n)  # the stubs do not know csr_matrix(shape)
+    if config.graph == "none" or n < 2:
+        return sp.csr_matrix(nowhere, dtype=np.float32)
+    if target.xy is None:
+        raise UserError(
+            f"target ({target.source}) has no obsm['spatial'], which graph={config.graph!r} needs; add coordinates, or fit with "
+            "--set graph=none"
+        )
+    library = None
+    if config.library_key is not None:
+        library = _column(target, config.library_key, "target", "library_key")
+    return neighbors(target.xy, config.neighbors, library)
+
+
+def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
+    """Genes whose mean profile over the cell types in ``obs[key]`` agrees between the sides, [P].
+
+    The paper's filter (Pearson r > 0.5 and p < 0.05 over the shared types), on pseudo-bulks normalised to one depth and logged; it sees training
+    genes only.
+    """
+    labels = [_column(side, key, role, "anchor_key") for side, role in ((target, "target"), (reference, "reference"))]
+    types = np.intersect1d(labels[0], labels[1])
+    if len(types) < 3:
+        raise UserError(
+            f"anchor_key {key!r}: target and reference share {len(types)} cell types, at least 3 are needed; leave anchor_key out"
+        )
+    bulks = []
+    for side, own in zip((target, reference), labels, strict=True):
+        member = sp.csr_matrix((own[None] == types[:, None]).astype(np.float64))
+        sums = np.asarray((member @ side.matrix).todense())
+        bulks.append(np.log1p(1e4 * sums / np.maximum(sums.sum(1, keepdims=True), 1.0)))
+    keep = np.zeros(len(target.genes), dtype=bool)
+    for g in range(len(keep)):
+        a, b = bulks[0][:, g], bulks[1][:, g]
+        if np.ptp(a) > 0 and np.ptp(b) > 0:
+            r, p = stats.pearsonr(a, b)
+            keep[g] = r > ANCHOR_R and p < ANCHOR_P
+    return keep
+
+
+def _codes(counts: Counts, key: str | None, role: str) -> NDArray[np.int64]:
+    if key is None:
+        return np.zeros(len(counts.names), np.int64)
+    return np.unique(_column(counts, key, role, "batch_key"), return_inverse=True)[1].astype(np.int64)
+
+
+def _column(counts: Counts, key: str, role: str, setting: str) -> NDArray[np.str_]:
+    if key not in counts.obs:
+        raise UserError(
+            f"{role} ({counts.source}): no obs column {key!r} ({setting}); it has {', '.join(map(str, counts.obs.columns[:5])) or 'none'}"
+        )
+    return np.asarray(counts.obs[key].astype(str), dtype=str)

@@ -1,0 +1,323 @@
+"""VISTA: the graph reaches the prediction where it should, published objective term by term, hyper-priors, runs and refusals."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+
+import ppl_st
+from ppl_st.config import with_overrides
+from ppl_st.data import read_counts
+from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.inference.svi import rng_scope
+from ppl_st.models.vista import PRESETS, batches, build, initialise, start
+from ppl_st.models.vista.closed import fit_map
+from ppl_st.models.vista.model import Config
+from ppl_st.prepare.vista import anchors, new_cells, problem
+from ppl_st.simulate import spatial_field
+
+FAST = ["chains=1", "penalty=3", "reweight=false", "fit.steps=4", "batch_cells=64", "neighbors=6"]
+GRAPHS = ("none", "kl_only", "posterior", "prior")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return spatial_field(seed=1, n_cells=240, n_reference=200, n_genes=36, n_panel=20, n_types=4, rho=3.0)
+
+
+def quiet(line):
+    pass
+
+
+def settings(*overrides, preset="default"):
+    return with_overrides(PRESETS[preset], [*FAST, *overrides])
+
+
+def prepared(world, config):
+    return problem(
+        read_counts(world.target, role="target"), read_counts(world.reference, role="reference", need_spatial=False), config, quiet
+    )
+
+
+def fitted(world, graph, *overrides):
+    return ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=[*FAST, f"graph={graph}", *overrides])
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_permuted_coordinates_change_the_prediction_only_where_the_graph_reaches_it(world, graph):
+    run = fitted(world, graph, "fit.steps=12")
+    shuffled = world.target.copy()
+    shuffled.obsm["spatial"] = np.random.default_rng(0).permutation(shuffled.obsm["spatial"])
+    before, after = (run.predict(target=t, draws=4).layers["rate_mean"] for t in (world.target, shuffled))
+    if graph in ("none", "kl_only"):
+        np.testing.assert_array_equal(before, after)
+    else:
+        assert np.abs(np.log(before) - np.log(after)).max() > 1e-3
+
+
+def test_permuting_cells_only_permutes_the_states(world):
+    config = settings("graph=prior")
+    data, target, _ = prepared(world, config)
+    pair, _ = start(data, config, 0, quiet)
+    guide = chains_of(pair)[0].guide
+    order = np.random.default_rng(0).permutation(len(target.names))
+    moved, _ = new_cells(target.take_rows(order), target, data, config)
+    a, b = (guide.states(next(iter(batches(d, config, 0).in_order(1000))))[0].detach() for d in (data, moved))
+    torch.testing.assert_close(a[torch.from_numpy(order)], b)
+
+
+@pytest.mark.parametrize("map", ["closed", "learned"])
+def test_every_graph_mode_begins_as_gimvi(world, map):
+    states = []
+    for graph in GRAPHS:
+        config = settings(f"graph={graph}", f"map={map}", "dropout=0")
+        data, _, _ = prepared(world, settings("graph=prior"))
+        _, spec = start(data, settings("graph=none", f"map={map}"), 0, quiet)
+        spec = spec._replace(hyper=spec.hyper._replace(mix=0.0))
+        with rng_scope(0, "start"):
+            pair = build(config, spec)
+        initialise(pair, data, 0, 0)
+        pair.guide.eval()
+        states.append(pair.guide.states(batches(data, config, 0).of(np.arange(50))))
+    for loc, scale in states[1:]:
+        torch.testing.assert_close(loc, states[0][0])
+        torch.testing.assert_close(scale, states[0][1])
+
+
+def test_the_closed_map_is_weighted_ridge_and_hidden_genes_use_the_same_equations(world):
+    config = settings("graph=none")
+    data, _, _ = prepared(world, config)
+    m, p = data.reference.shape[0], len(data.panel)
+    w = np.random.default_rng(0).dirichlet(np.ones(m))
+    found = fit_map(data, w, 3.0, p)
+    panel = data.reference[:, data.panel].toarray()
+    total = panel.sum(1)
+    log = lambda counts: np.log1p(counts * (np.median(total) / total)[:, None])  # noqa: E731
+    z = lambda x, w: (x - w @ x) / np.sqrt(w @ (x - w @ x) ** 2)  # noqa: E731
+    x, y = z(np.clip(z(log(panel), np.full(m, 1 / m)), -8, 8), w), z(log(data.reference.toarray()), w)
+    direct = np.linalg.solve((x * w[:, None]).T @ x + 3 * np.eye(p), (x * w[:, None]).T @ y)
+    np.testing.assert_allclose(found.encoder @ found.decoder, direct, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.solve(found.gram + 3 * np.eye(p), found.cross), found.encoder, atol=1e-8)
+    state = x @ found.encoder
+    np.testing.assert_allclose((state * w[:, None]).T @ state, np.eye(p), atol=1e-3)
+
+
+def test_hidden_genes_are_seen_by_nobody(world):
+    config = settings("graph=prior", "visible=0.5")
+    data, _, _ = prepared(world, config)
+    pair, _ = start(data, config, 0, quiet)
+    guide = chains_of(pair)[0].guide
+    batch = batches(data, config, 0).at(3)
+    hidden = (~batch.visible).nonzero().ravel()
+    assert len(hidden) == 10
+    changed = batch.counts.clone()
+    changed[:, hidden] = 99.0
+    torch.testing.assert_close(guide.states(batch)[0], guide.states(batch._replace(counts=changed))[0])
+
+
+def direct_objective(pair, batch, sites, config):
+    """-ELBO of gimVI (released ZINB/NB objective, kappa) written from the formulas, at given draws of the latent sites."""
+    model, guide = pair
+    lg = torch.lgamma
+
+    def nb(x, mu, theta):
+        return lg(x + theta) - lg(theta) - lg(x + 1) + theta * torch.log(theta / (theta + mu)) + x * torch.log(mu / (theta + mu))
+
+    def kl(loc, scale, m=0.0, s=1.0):
+        return (np.log(s) - scale.log() + (scale**2 + (loc - m) ** 2) / (2 * s**2) - 0.5).sum(-1)
+
+    n, b = batch.n_cells, len(batch.rows)
+    m, r = batch.n_reference, len(batch.reference_rows)
+    z, z_r = sites["z"].double(), sites["z_reference"].double()
+    a, bias, level = model.decoder.double(), model.bias.double(), model.level.double()
+    rho = torch.softmax(z_r @ a + bias + level, -1)
+    mu = sites["log_library"].double().exp()[:, None] * rho
+    theta = model.reference_log_theta.double().exp()
+    gate = torch.sigmoid((z_r @ model.dropout_logits.weight.double().T) + model.dropout_logits.bias.double())
+    x = batch.reference.double()
+    p0 = torch.where(x == 0, gate, torch.zeros_like(gate))
+    log_x = torch.log(p0 + (1 - gate) * nb(x, mu, theta).exp()).sum(-1)
+    panel = model.panel
+    share = torch.softmax(z @ a + bias + level, -1)[:, panel]
+    share = share / share.sum(-1, keepdim=True)
+    own = batch.counts[:b].double()
+    log_s = nb(own, own.sum(1).clamp_min(1)[:, None] * share, sites["log_theta"][panel].double().exp()).sum(-1)
+    loc_r, scale_r = (t.double() for t in guide.encode_reference(batch))
+    base, spread = (t.double() for t in guide.encode(batch))
+    loc, scale = base[:b], spread[:b]
+    if config.graph != "none":
+        added = guide.attention_output(torch.relu(guide.attention(base.float(), batch.neighbors, batch.present)))
+        loc = loc + added.double()
+    total = batch.reference.double().sum(1).log() + guide.library[0].double()
+    mean, sd = model.library[0].double()
+    kl_l = kl(total[:, None], guide.library[1].double().exp().expand(len(total), 1), mean, float(sd))
+    critic = model.opponent[0]
+    fool = torch.nn.functional.softplus(critic(sites["z_reference"])).mean() + torch.nn.functional.softplus(-critic(sites["z"])).mean()
+    elbo = m / r * (log_x - kl(loc_r, scale_r) - kl_l).sum() + n / b * (log_s - kl(loc, scale)).sum()
+    return -(elbo - config.adversary_weight * (n + m) * fool.double())
+
+
+@pytest.mark.parametrize("preset", ["gimvi", "released", "paper"])
+def test_published_presets_equal_the_formulas(world, preset):
+    config = with_overrides(PRESETS[preset], ["batch_cells=60", "batch_reference=50", "neighbors=5", "dropout=0", "latent=6"])
+    data, _, _ = prepared(world, config)
+    pair, _ = start(data, config, 0, quiet)
+    pair = chains_of(pair)[0]
+    for module in (*pair, pair.model.opponent[0]):
+        module.eval()
+    if preset != "gimvi":  # the graph at work
+        torch.nn.init.normal_(pair.guide.attention_output.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    batch = batches(data, config, 0).at(2)
+    with rng_scope(0, "test"):
+        trace = poutine.trace(pair.guide).get_trace(batch)
+    sites = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+    with rng_scope(0, "test"):
+        ours = TraceMeanField_ELBO().differentiable_loss(pair.model, pair.guide, batch).item()
+    assert ours == pytest.approx(direct_objective(pair, batch, sites, config).item(), rel=1e-5)
+
+
+def test_one_cell_batches_and_a_full_batch_work(world):
+    for overrides in (["batch_cells=1", "batch_reference=1"], ["batch_cells=0", "batch_reference=0"]):
+        for graph in GRAPHS:
+            assert np.isfinite(fitted(world, graph, *overrides, "fit.steps=2").record["losses"]).all()
+    learned = [*overrides, "map=learned", "adversary=cross_entropy", "visible=1.0", "batch_cells=1"]
+    assert np.isfinite(fitted(world, "posterior", *learned, "fit.steps=2").record["losses"]).all()
+
+
+def test_dispersion_of_unmeasured_genes_moves_with_the_data():
+    found = []
+    for theta in (0.5, 50.0):
+        world = spatial_field(seed=2, n_cells=500, n_reference=300, n_genes=50, n_panel=30, n_types=3, theta=theta, rho=6.0)
+        run = fitted(world, "prior")
+        found.append(run.spec.hyper.parameters["log_theta"][0])
+    assert found[1] - found[0] > 1.0
+    drawn = chains_of(run.pair)[0].model.priors()["log_theta"][0]
+    assert drawn[~torch.from_numpy(run.measured)].mean() == pytest.approx(found[1], abs=1.0)
+
+
+def test_a_run_is_repeatable_resumes_bitwise_with_its_critic_and_loads(world, tmp_path):
+    options = {"target": world.target, "reference": world.reference, "seed": 3}
+    overrides = [*FAST, "map=learned", "graph=posterior", "adversary=density_ratio", "visible=1.0", "fit.steps=6", "fit.checkpoint_every=3"]
+    whole = ppl_st.fit("vista", overrides=overrides, out=tmp_path / "a", **options)
+    again = ppl_st.fit("vista", overrides=overrides, out=tmp_path / "b", **options)
+    a, b = (r.predict(draws=4).X for r in (whole, ppl_st.load(tmp_path / "b")))
+    np.testing.assert_array_equal(a, b)
+    assert again.predict(draws=4).obsm["latent"].shape == (240, 48)
+    # Half a fit, then the rest from its state.
+    from ppl_st.inference.svi import fit, load_state
+    from ppl_st.models import vista
+
+    config = with_overrides(PRESETS["default"], [*overrides, "fit.seed=3"])
+    data, _, _ = prepared(world, config)
+    finals = []
+    for until in (None, 3):
+        pair, _ = start(data, config, 3, quiet)
+        state, _ = fit(pair, batches(data, config, 3), config.fit, adversary=vista.adversary(pair, config), until=until, folder=tmp_path / "c")
+        if until:
+            pair, _ = start(data, config, 3, quiet)
+            state, _ = fit(
+                pair, batches(data, config, 3), config.fit, load_state(tmp_path / "c" / "state.pt"), adversary=vista.adversary(pair, config)
+            )
+        finals.append(state)
+    for side in ("model", "guide"):
+        for name, value in getattr(finals[0], side).items():
+            assert torch.equal(value, getattr(finals[1], side)[name]), name
+    for name, value in finals[0].adversary["critic"].items():
+        assert torch.equal(value, finals[1].adversary["critic"][name]), name
+
+
+def test_arviz_groups_and_joint_samples(world):
+    run = fitted(world, "prior")
+    groups = run.arviz_groups(draws=3, seed=0, max_cells=20)
+    assert groups["predictions"]["rate"].shape == (1, 3, 20, 16)
+    assert groups["posterior"]["log_gain"].dims == ("chain", "draw", "any_gene")
+    assert run.predict(draws=4, samples=2).layers["sample_1"].shape == (240, 16)
+
+
+def test_a_new_section_is_predicted_without_refitting_and_a_changed_panel_refused(world):
+    run = fitted(world, "prior")
+    other = spatial_field(seed=1, n_cells=100, n_reference=50, n_genes=36, n_panel=20, n_types=4).target
+    other.obs_names = [f"new{i}" for i in range(100)]
+    result = run.predict(target=other, draws=4)
+    assert result.shape == (100, 16) and np.isfinite(result.X).all()
+    with pytest.raises(UserError, match=r"lacks 1 of the 20 panel genes"):
+        run.predict(target=other[:, 1:].copy())
+
+
+def test_sections_share_no_neighbors_and_batches_are_standardised_apart(world):
+    target, reference = world.target.copy(), world.reference.copy()
+    target.obs["slide"] = np.where(np.arange(240) % 2, "a", "b")
+    target.obs["lane"], reference.obs["lane"] = "one", np.where(np.arange(200) < 80, "one", "two")
+    config = settings("library_key=slide", "batch_key=lane")
+    moved = ad.AnnData(target.X, obs=target.obs, var=target.var, obsm=dict(target.obsm))
+    data, _, _ = problem(
+        read_counts(moved, role="target"), read_counts(reference, role="reference", need_spatial=False), config, quiet
+    )
+    rows, columns = data.graph.nonzero()
+    assert (rows % 2 == columns % 2).all()
+    pair, spec = start(data, config, 0, quiet)
+    assert spec.reference_batches == 2 and chains_of(pair)[0].guide.reference_mean.shape == (2, 20)
+    with pytest.raises(UserError, match="no obs column 'plate'"):
+        prepared(world, settings("library_key=plate"))
+
+
+def test_anchor_genes_are_those_whose_pseudo_bulks_agree():
+    world = spatial_field(seed=4, n_cells=600, n_reference=600, n_genes=30, n_panel=20, n_types=8, contrast=1.0, rho=5)
+    target = read_counts(world.target, role="target")
+    reference = read_counts(world.reference, role="reference", need_spatial=False).take_genes(target.genes)
+    good = anchors(target, reference, "type")
+    shuffled = reference.obs.assign(type=np.random.default_rng(0).permutation(reference.obs["type"]))
+    from dataclasses import replace
+
+    assert good.mean() > 0.6 > 0.4 > anchors(target, replace(reference, obs=shuffled), "type").mean()
+
+
+def test_refusals_name_what_is_wrong(world):
+    nowhere = world.target.copy()
+    del nowhere.obsm["spatial"]
+    with pytest.raises(UserError, match="spatial"):
+        ppl_st.fit("vista", target=nowhere, reference=world.reference, overrides=FAST)
+    with pytest.raises(UserError, match="likelihood must be one of"):
+        ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=["likelihood=nbb"])
+    assert Config().graph == "prior"
+
+
+@pytest.mark.slow
+def test_space_helps_where_there_is_some_and_intervals_cover():
+    gains = {}
+    for spatial in (0.9, 0.0):
+        world = spatial_field(seed=0, n_cells=2500, n_reference=1500, spatial=spatial)
+        found = {}
+        for graph in ("none", "prior", "posterior"):
+            run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=[f"graph={graph}", "chains=2"])
+            table = run.score(world.truth, draws=50)
+            predicted = run.predict(world.truth.var_names, draws=50)
+            pcc = [np.corrcoef(predicted.layers["rate_mean"][:, g], world.truth.X[:, [g]].toarray().ravel())[0, 1] for g in range(140)]
+            found[graph] = np.array([np.nanmean(pcc), table["log_score"].mean(), table["coverage_90"].mean()])
+        gains[spatial] = found
+    for graph in ("prior", "posterior"):
+        assert (gains[0.9][graph][:2] > gains[0.9]["none"][:2]).all(), gains
+        assert gains[0.0][graph][0] > gains[0.0]["none"][0] - 0.01, gains
+    assert all(0.87 < value[2] < 0.93 for one in gains.values() for value in one.values()), gains
+
+
+@pytest.mark.slow
+def test_a_shuffled_reference_destroys_the_accuracy():
+    world = spatial_field(seed=0, n_cells=1500, n_reference=1000)
+    shuffled = world.reference.copy()
+    rng = np.random.default_rng(0)
+    dense = shuffled.X.toarray()
+    for g in range(60, 200):  # each unmeasured gene loses its link to the cells
+        dense[:, g] = rng.permutation(dense[:, g])
+    shuffled.X = dense
+    accuracy = []
+    for reference in (world.reference, shuffled):
+        predicted = ppl_st.fit("vista", target=world.target, reference=reference, overrides=["chains=1"]).predict(world.truth.var_names, draws=20)
+        total = np.asarray(world.target.X.sum(1)).ravel()
+        truth = world.truth.X.toarray() / np.maximum(total, 1)[:, None]
+        guess = predicted.layers["rate_mean"] / np.maximum(total, 1)[:, None]
+        accuracy.append(np.nanmean([np.corrcoef(truth[:, g], guess[:, g])[0, 1] for g in range(140)]))
+    assert accuracy[0] > 0.15 and abs(accuracy[1]) < 0.05, accuracy
