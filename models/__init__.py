@@ -58,6 +58,13 @@ METHODS = {
         gives="unmeasured genes in every cell, latent state of every cell; graph=none is gimVI",
         reference="cells",
     ),
+    "spaim": Method(
+        module="ppl_st.models.spaim",
+        summary="spatial expression of a gene from its profile over the clusters of a single-cell reference",
+        needs="target: cells or spots with some genes; reference: scRNA-seq with more genes",
+        gives="unmeasured genes in every cell or spot",
+        reference="cells",
+    ),
 }
 
 

@@ -16,10 +16,9 @@ import pyro
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
+from ppl_st.inference.hyperpriors import parameter_prior, random_effects, score_nb
 from ppl_st.models.siid.activity import FLOOR, Local, aggregate
 from ppl_st.models.siid.batches import Data
 from ppl_st.models.siid.regional import BANDWIDTHS, SHAPES, regional_posterior
@@ -37,7 +36,6 @@ SPARSITIES = (0.0, 0.1, 0.3)
 SELECTION_CELLS = 15_000  # cells on which settings are chosen
 INNER_CELLS = 5000  # cells on which gain and dispersion of inner genes are learned
 INNER_DRAWS = 4  # posterior draws per start there
-MIN_SCALE = 0.05  # no two platforms agree better than this: 5 % per gene
 START_CELLS = 1000  # cells on which the parameters of measured genes are started
 OWN_CELLS = 2000  # cells on which parameters of likelihoods other than the negative binomial are learned: each costs a log_prob per draw
 ROWS = 512  # cells scored at once
@@ -238,7 +236,7 @@ def _learn_priors(
         covariate.append(share[genes])
     gain, z = np.concatenate(gains), np.concatenate(covariate)
     parameters = _learn_parameters(find(config.likelihood), inner_genes, z - share.mean())
-    gain_loc, gain_scale = _random_effects(gain, np.concatenate(noises))
+    gain_loc, gain_scale = random_effects(gain, np.concatenate(noises))
     said = [f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items()]
     say(", ".join([f"gain sd {gain_scale:.3f}", *said]) + f" ({len(gain)} inner genes)")
     return Hyper(
@@ -317,7 +315,7 @@ def _score_grid(
     """
     grid = likelihood.grid(name)
     if likelihood.name == "nb":
-        return _score_nb(counts.numpy(), rates.numpy(), grid.numpy())
+        return score_nb(counts.numpy(), rates.numpy(), grid.numpy())
     score = torch.zeros(len(grid), counts.shape[1], dtype=torch.float64)
     with torch.no_grad(), pyro.validation_enabled(False):
         for rows in range(0, min(len(counts), OWN_CELLS), ROWS):
@@ -327,16 +325,6 @@ def _score_grid(
                 score[t] += (torch.logsumexp(log_p, 0) - np.log(len(rates))).sum(0)
     return score.numpy()
 
-
-def _score_nb(counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`_score_grid` of the negative binomial, whose Gamma functions are the same for every draw."""
-    score = np.empty((len(grid), counts.shape[1]))
-    for t, theta in enumerate(np.exp(grid)):
-        fixed = gammaln(counts + theta) - gammaln(theta)
-        log_p = fixed - theta * np.log1p(mu / theta) + counts * (np.log(mu) - np.log(mu + theta))
-        top = log_p.max(0)
-        score[t] = (top + np.log(np.exp(log_p - top).mean(0))).sum(0)
-    return score
 
 
 def _learn_parameters(
@@ -355,7 +343,7 @@ def _learn_parameters(
                 _score_grid(likelihood, name, {k: v[fold] for k, v in center.items()}, counts, rates)
                 for fold, (counts, rates) in enumerate(inner_genes)
             ]
-            learned[name] = _parameter_prior(
+            learned[name] = parameter_prior(
                 np.concatenate(scores, 1), z, likelihood.grid(name).numpy(), *likelihood.priors[name]
             )
     return learned
@@ -379,42 +367,3 @@ def start_parameters(
             weight = torch.softmax(log_p - 0.5 * ((grid - prior[name]) / scale) ** 2, 0)
             found[name] = (weight * grid).sum(0)
     return {name: values.float() for name, values in found.items()}
-
-
-def _random_effects(values: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and sd of Normal(m, s) when ``values`` carry sampling variances ``noise``, by maximum likelihood; s is predictive (for a new gene)."""
-
-    def fit(s: float) -> tuple[float, float]:
-        weight = 1 / (s**2 + noise)
-        mean = float((weight * values).sum() / weight.sum())
-        return mean, float((weight * (values - mean) ** 2).sum() - np.log(weight).sum())
-
-    grid = np.geomspace(MIN_SCALE, 3.0, 100)
-    s = float(grid[np.argmin([fit(s)[1] for s in grid])])
-    return fit(s)[0], s * float(np.sqrt(1 + 1 / len(values)))
-
-
-def _parameter_prior(
-    score: NDArray[np.float64], z: NDArray[np.float64], grid: NDArray[np.float64], declared: float, width: float
-) -> list[float]:
-    """Hyper-prior Normal(a + b z_g, s) of a parameter by marginal likelihood, each gene's value integrated over the grid: [a, b, s].
-
-    Genes without a trace of over-dispersion have a flat likelihood for large theta, so a maximum per gene would be noise; here they only say
-    "large". Weak priors around the declared (location, width) keep the fit proper: a ~ Normal(location, 2.5 width), b ~ Normal(0, width / 2),
-    log s ~ Normal(log width / 2, 0.7).
-    """
-    likelihood = score - score.max(0)
-
-    def loss(parameters: NDArray[np.float64]) -> float:
-        loc, slope, log_scale = parameters
-        scale = np.exp(np.clip(log_scale, np.log(width) - 4.0, np.log(width) + 2.0))
-        log_prior = -0.5 * ((grid[:, None] - loc - slope * z) / scale) ** 2
-        log_prior -= logsumexp(log_prior, 0)  # normalised on the grid
-        penalty = 0.5 * (slope / (width / 2)) ** 2 + 0.5 * ((log_scale - np.log(width / 2)) / 0.7) ** 2
-        penalty += 0.5 * ((loc - declared) / (2.5 * width)) ** 2
-        return float(penalty - logsumexp(likelihood + log_prior, 0).sum())
-
-    start = np.array([np.median(grid[score.argmax(0)]), 0.0, np.log(width / 2)])
-    loc, slope, log_scale = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000}).x
-    scale = np.exp(np.clip(log_scale, np.log(width) - 4.0, np.log(width) + 2.0)) * np.sqrt(1 + 1 / score.shape[1])
-    return [float(loc), float(slope), float(scale)]

@@ -1,0 +1,166 @@
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.svi import Pair
+from ppl_st.likelihoods import NegativeBinomial, Poisson
+from ppl_st.models.spaim.counts import Hyper, learn_hyper, log_shape
+from ppl_st.models.spaim.data import Batches, Data
+from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build
+
+__all__ = [
+    "PRESETS", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
+    "batches", "build", "empty", "quantities", "select", "spec_from", "spec_to", "start",
+]  # fmt: skip
+
+CACHED = 512  # loadings of one draw that are kept for the next block of cells
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
+QUADRATURE = tuple((_NODES).tolist()), tuple((_WEIGHTS / _WEIGHTS.sum()).tolist())  # expectation over a standard normal
+SPREAD_CELLS = 4096  # cells on which the variance of the places is taken
+
+
+def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
+    """Learn what inner held-out genes teach, and return the closed-form layer (or the untrained networks)."""
+
+    def fit(problem: Data, genes: NDArray[np.int64]) -> Layer:
+        return Layer(problem, config, seed, genes=genes)
+
+    hyper = learn_hyper(data, config, seed, say, fit)
+    layer = Layer(data, config, seed)
+    spec = Spec([int(g) for g in layer.marks], hyper)
+    pair = build(config, spec, data, layer)
+    say(f"{len(layer.ratio)} directions, {layer.phi.shape[1]} features; signal in {int((layer.ratio > 0.01).sum())} directions")
+    guide = pair.guide
+    some = np.sort(np.random.default_rng([seed, 3]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
+    guide.place_variance.copy_(torch.from_numpy(_place(pair, data, config, spec, some).var(0)))
+    guide.counts.learn_own(data, lambda rows: _place(pair, data, config, spec, rows), guide.known_codes)
+    return ensemble([pair]), spec
+
+
+def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
+    """An ensemble with every parameter in place, to read stored weights into."""
+    return ensemble([build(config, spec, data) for _ in range(chains)])
+
+
+def spec_to(spec: Spec) -> dict[str, Any]:
+    """The specification as plain JSON."""
+    return {**spec._asdict(), "hyper": spec.hyper._asdict()}
+
+
+def spec_from(stored: dict[str, Any]) -> Spec:
+    """Inverse of `spec_to`."""
+    return Spec(**{**stored, "hyper": Hyper(**stored["hyper"])})
+
+
+def batches(data: Data, config: Config, seed: int) -> Batches:
+    """Minibatches of genes."""
+    return Batches(data, 0, seed, None)
+
+
+def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
+    """There is one chain; nothing to choose."""
+    return pair
+
+
+def _place(pair: Pair, data: Data, config: Config, spec: Spec, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Places u of cells [n, q], smoothed over their neighbors."""
+    own = pair.guide.place(data, rows)
+    share = spec.hyper.smoothing
+    if share == 0.0 or data.neighbors is None:
+        return own
+    near = data.neighbors[rows]
+    others, index = np.unique(near.indices, return_inverse=True)
+    near = type(near)((near.data, index, near.indptr), shape=(len(rows), len(others)))
+    return np.asarray((1 - share) * own + share * (near @ pair.guide.place(data, others)), dtype=np.float32)
+
+
+class Cells(NamedTuple):
+    """A block of cells to predict."""
+
+    rows: NDArray[np.int64]
+
+
+class Predictor:
+    """Posterior predictive of cells; see `ppl_st.inference.predict.Predictor`."""
+
+    def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
+        self.chains, self.data, self.config, self.spec = chains_of(pair), data, config, spec
+        self.n_cells = data.counts.shape[0]
+        self.kept: dict[tuple[int, ...], Any] = {}
+        self.covariance = [chain.guide.place_variance for chain in self.chains]  # [q] of the places over the cells of the fit
+
+    def blocks(self, max_cells: int) -> Iterator[Cells]:
+        """Consecutive cells."""
+        for first in range(0, self.n_cells, max_cells):
+            yield Cells(np.arange(first, min(first + max_cells, self.n_cells)))
+
+    def restrict(self, batch: Cells, keep: NDArray[np.bool_]) -> Cells:
+        """The cells of the block that are in ``keep`` [n]."""
+        return Cells(batch.rows[keep[batch.rows]])
+
+    def rows(self, batch: Cells) -> NDArray[np.int64]:
+        """Rows of the result that the block owns."""
+        return batch.rows
+
+    def local(self, batch: Cells, chain: int) -> tuple[Tensor, Tensor]:
+        """Places [n, q] and log depth [n, 1] of the cells."""
+        counts = self.data.counts[batch.rows]
+        depth = np.maximum(np.asarray(counts[:, self.data.columns].sum(1), dtype=np.float32).reshape(-1, 1), 0.5)
+        place = _place(self.chains[chain], self.data, self.config, self.spec, batch.rows)
+        return torch.from_numpy(place), torch.from_numpy(np.log(depth))
+
+    def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
+        """p(count | draw): nothing is left to draw, a gene's loadings are the same in all cells."""
+        place, log_depth = local
+        (mean, variance), loadings = self._mean(chain, genes), self._draw(chain, drawn, genes)
+        slope = drawn["slope"][genes].clamp_min(0)
+        trend = place @ mean
+        shape = log_shape(trend, place @ (loadings - mean), place.square() @ variance, self._spread(chain, genes), slope)
+        log_rate = log_depth + drawn["log_gain"][genes] + shape
+        if self.config.likelihood == "poisson":
+            return Poisson(log_rate.exp())
+        return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
+
+    def rate_mean(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> Tensor:
+        """Posterior mean of the rate [n, g] without Monte Carlo error: level and deviations in closed form, the slope by quadrature."""
+        place, log_depth = local
+        counts = self.chains[chain].guide.counts
+        trend, spread = place @ self._mean(chain, genes)[0], self._spread(chain, genes)
+        loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]
+        result = torch.zeros_like(trend)
+        for node, weight in zip(*QUADRATURE, strict=True):
+            slope = (loc + node * scale).clamp_min(0)
+            result += weight * log_shape(trend, 0.0, 0.0, spread, slope).exp()
+        return result * (log_depth + counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
+
+    def _mean(self, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
+        return self._keep((chain, -1), genes, lambda: self.chains[chain].guide.mean_codes(genes))
+
+    def _draw(self, chain: int, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
+        return self._keep((chain, int(drawn["gene_key"])), genes, lambda: self.chains[chain].guide.codes(drawn, genes))
+
+    def _spread(self, chain: int, genes: Tensor) -> Tensor:
+        """Variance over cells of the mean map [g]: on directions of unit variance, smoothed or not."""
+        return self._keep((chain, -2), genes, lambda: self.covariance[chain] @ self._mean(chain, genes)[0].square())
+
+    def _keep(self, key: tuple[int, ...], genes: Tensor, make: Callable[[], Any]) -> Any:
+        """What does not depend on cells is made once per block of genes."""
+        whole = (*key, len(genes), int(genes[0]), int(genes[-1]))
+        if whole not in self.kept:
+            if len(self.kept) >= CACHED:
+                self.kept.clear()
+            with torch.no_grad():
+                self.kept[whole] = make()
+        return self.kept[whole]
+
+
+def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``obsm`` latent: places of the cells on the target's leading directions [n, q]."""
+    chain = chains_of(pair)[0]
+    place = [_place(chain, data, config, spec, np.arange(s, min(s + 4096, data.counts.shape[0]))) for s in range(0, data.counts.shape[0], 4096)]
+    return {"latent": np.concatenate(place)}, {}

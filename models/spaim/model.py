@@ -1,0 +1,232 @@
+"""Config and presets, and the closed-form SpaIM: Gaussian loadings of cell directions on gene features, with their exact posterior."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ppl_st.inference.svi import FitConfig, Pair
+from ppl_st.models.spaim.counts import CountLayer, Hyper, gene_noise
+from ppl_st.models.spaim.data import Batch, Data, Directions, find_directions, place_cells
+from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
+
+RATIOS = np.geomspace(1e-4, 1e3, 50)  # signal over noise of a direction: grid of the start
+SILENT = 3e-3  # directions below this ratio say nothing of an unmeasured gene: left to the counts' dispersion
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of SpaIM. `PRESETS` has the default, the neural pair and the published values."""
+
+    features: Literal["kernel", "network"] = "kernel"  # closed-form Bayesian layer, or the style-transfer networks
+    directions: int = field(default=50, metadata={"ge": 1})  # of the cells, at most
+    landmarks: int = field(default=512, metadata={"ge": 2})  # genes that carry the features; no approximation below this panel size
+    lengthscale: float = field(default=0.5, metadata={"gt": 0})  # of the radial kernels, in units of 1 - correlation
+    reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
+    smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
+    neighbors: int = field(default=10, metadata={"ge": 1})
+    library_key: str | None = None  # obs column of the section; neighbors stay within it
+    likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
+    gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is
+    cluster_key: str | None = None  # obs column of the reference with its clusters; none: Leiden
+    clusters: int = field(default=40, metadata={"ge": 2})  # number that Leiden's resolution is searched for
+    resolution: float | None = field(default=None, metadata={"gt": 0})  # of Leiden, instead of a number of clusters
+    profile: Literal["mean", "median"] = "mean"  # of a cluster
+    normalise: bool = True  # divide by the total over the shared genes before log1p (published: no)
+    layer: str | None = None
+    gene_key: str | None = None
+    # ---- features="network" only
+    head: Literal["cosine", "power_spherical", "gaussian", "nb"] = "gaussian"  # p(x | decoded gene)
+    codes: Literal["normal", "point"] = "normal"  # content and style: Gaussian latents, or the published deterministic codes
+    wiring: Literal["code", "paper"] = "code"  # of encoders and decoder, where the released code and the text differ
+    hidden: tuple[int, int] = (512, 256)
+    content_weight: float = field(default=1.0, metadata={"ge": 0})  # of the published losses, codes="point"
+    style_weight: float = field(default=1.0, metadata={"ge": 0})
+    gram: Literal["released", "per_gene"] = "released"  # normalisation of the style loss; the released one is inert
+    augment: int = field(default=0, metadata={"ge": 0})  # copies of a minibatch whose profiles lose entries at random
+    augment_zero: float = field(default=0.5, metadata={"ge": 0})
+    batch_genes: int = field(default=0, metadata={"ge": 0})  # genes per minibatch; 0 = all
+    inner_steps: int = field(default=150, metadata={"ge": 1})  # training steps of the fit to inner genes that calibrates counts
+    fit: FitConfig = FitConfig(steps=20, lr=0.02, clip_norm=1e3, window=10, checkpoint_every=0)
+
+
+_network_fit = FitConfig(steps=600, lr=1e-3, clip_norm=float("inf"), checkpoint_every=0)
+PRESETS = {
+    "default": Config(),
+    "network": Config(features="network", fit=_network_fit, augment=1, augment_zero=0.2),
+    "paper": Config(
+        features="network", head="cosine", codes="point", augment=3, batch_genes=500, normalise=False, smoothing=0.0, fit=_network_fit
+    ),
+}
+
+
+class Spec(NamedTuple):
+    """What a pair is built from beside the data; plain numbers, stored with the run."""
+
+    landmarks: list[int]  # positions among the reference's genes
+    hyper: Hyper
+    inner: bool = False  # a fit to part of the panel, whose counts nobody asks for
+
+
+class Layer:
+    """The closed-form layer on one problem: directions over cells, features of genes, signal and noise of every direction by marginal likelihood.
+
+    For the loadings t_k = (t_kg) of direction k on the P training genes:  w_k ~ N(0, d_k I_F),  t_k ~ N(Phi w_k, s_k I_P);  Phi' Phi = diag(lambda),
+    so with r = d / s everything is elementwise in F:
+
+        -2 log p(t_k) = P log s + sum_f log(1 + r lambda_f) + (|t_k|^2 - sum_f r a_f^2 / (1 + r lambda_f)) / s,     a = Phi' t_k
+        w_kf | t_k    ~ N( r a_f / (1 + r lambda_f),  d / (1 + r lambda_f) )
+    """
+
+    def __init__(self, data: Data, config: Config, seed: int, marks: NDArray[np.int64] | None = None, genes: NDArray[np.int64] | None = None) -> None:
+        self.directions: Directions = find_directions(data, config.directions)
+        self.marks = landmarks(data.panel, config.landmarks, seed) if marks is None else marks
+        kernel = GeneKernel(data, config.lengthscale, errors=config.reference_errors)
+        everything = np.arange(data.profiles.shape[0]) if genes is None else genes
+        both, at = np.unique(np.concatenate([data.panel, everything]), return_inverse=True)
+        found, self.eigenvalues = features(kernel, self.marks, data.panel, both)
+        self.phi, self.features = found[at[: len(data.panel)]], found[at[len(data.panel) :]]  # [P, F], [genes asked for, F]
+        self.scores = self.directions.scores[:, data.columns]  # t [q, P]
+        projected = self.scores @ self.phi  # a [q, F]
+        square, p = np.square(self.scores).sum(1), self.scores.shape[1]
+        shrink = RATIOS[:, None] / (1 + RATIOS[:, None] * self.eigenvalues)  # [grid, F]
+        noise = (square[:, None] - np.square(projected) @ shrink.T).clip(1e-10) / p  # s [q, grid], at its maximum
+        loss = p * np.log(noise) + np.log1p(RATIOS[:, None] * self.eigenvalues).sum(1)
+        best = loss.argmin(1)
+        kept = best >= min(int(np.searchsorted(RATIOS, SILENT)), best.max())
+        self.ratio, self.noise = RATIOS[best][kept], noise[np.arange(len(best)), best][kept]
+        self.scores = self.scores[kept]
+        self.directions = self.directions._replace(loadings=self.directions.loadings[:, kept], scores=self.directions.scores[kept])
+
+    def codes(self, draws: int, seed: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """Loadings of the genes asked for: posterior mean and variance [q, genes], and draws [draws, q, genes]."""
+        rng = np.random.default_rng(seed)
+        precision = 1 + self.ratio[:, None] * self.eigenvalues
+        signal = (self.ratio * self.noise)[:, None]
+        weights = self.ratio[:, None] * (self.scores @ self.phi) / precision
+        square = np.square(self.features, dtype=np.float64)
+        rest = signal * np.clip(SELF - square.sum(1), 0, None) + self.noise[:, None]  # [q, genes]
+        mean, variance = weights @ self.features.T, (signal / precision) @ square.T + rest
+        noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
+        drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
+        return mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32)
+
+    def place(self, data: Data) -> NDArray[np.float32]:
+        """u [n, q] of the problem's cells."""
+        return place_cells(self.directions, data.counts, data.totals)
+
+
+class Model(PyroModule):
+    """p: loadings of the directions on the training genes, given the genes' features."""
+
+    DIMS = {  # noqa: RUF012
+        "weights": ("directions", "features"), "log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gene_key": (),
+        "style1": ("style1_units",), "style2": ("style2_units",),
+    }  # fmt: skip
+    phi: Tensor  # [P, F] buffers
+    features: Tensor  # [G, F]
+    scores: Tensor  # [q, P]
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.register_buffer("phi", torch.from_numpy(layer.phi), persistent=False)
+        self.register_buffer("features", torch.from_numpy(layer.features), persistent=False)
+        self.register_buffer("scores", torch.from_numpy(layer.scores).float(), persistent=False)
+        self.directions = layer.directions
+        self.log_ratio = nn.Parameter(torch.from_numpy(np.log(layer.ratio)).float())
+        self.log_noise = nn.Parameter(torch.from_numpy(np.log(layer.noise)).float())
+
+    def forward(self, batch: Batch, *, observe: bool = True) -> Tensor:
+        """Run the generative story; ``observe=False`` draws the loadings of the training genes [q, P]."""
+        q, p = self.scores.shape
+        noise = (0.5 * self.log_noise).exp()
+        signal = noise * (0.5 * self.log_ratio).exp()
+        with pyro.plate("directions", q):
+            weights = pyro.sample("weights", dist.Normal(0, signal[:, None].expand(q, self.phi.shape[1])).to_event(1))  # [q, F]
+            mean = weights @ self.phi.T
+            scores: Tensor = pyro.sample(
+                "scores", dist.Normal(mean, noise[:, None].expand(q, p)).to_event(1), obs=self.scores if observe else None
+            )  # [q, P]
+        return scores
+
+
+class Guide(PyroModule):
+    """q: the exact posterior of the loadings given signal and noise (shared with the model), and the count layer of every gene."""
+
+    phi: Tensor  # [P, F] buffers, as in the model
+    features: Tensor  # [G, F]
+    scores: Tensor  # [q, P]
+    measured: Tensor  # [G] position among the P, -1
+    place_variance: Tensor  # [q] of the places over the cells of the fit
+
+    def __init__(self, model: Model, data: Data, hyper: Hyper) -> None:
+        super().__init__()
+        self.log_ratio, self.log_noise = model.log_ratio, model.log_noise
+        self.register_buffer("phi", model.phi, persistent=False)
+        self.register_buffer("features", model.features, persistent=False)
+        self.register_buffer("scores", model.scores, persistent=False)
+        measured = torch.full((model.features.shape[0],), -1)
+        measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
+        self.register_buffer("measured", measured, persistent=False)
+        self.register_buffer("place_variance", torch.ones(len(self.scores)))
+        self.counts = CountLayer(data, hyper)
+        self.directions = model.directions
+
+    def weights_dist(self) -> Any:
+        """q(w | t) [q, F]: elementwise, see `Layer`."""
+        ratio, values = self.log_ratio.exp()[:, None], self.phi.square().sum(0)
+        precision = 1 + ratio * values
+        variance = ratio * self.log_noise.exp()[:, None] / precision
+        return dist.Normal(ratio * (self.scores @ self.phi) / precision, variance.sqrt())
+
+    def forward(self, batch: Batch, *, observe: bool = True) -> None:
+        """Draw the loadings' weights from their posterior."""
+        with pyro.plate("directions", self.log_ratio.shape[0]):
+            pyro.sample("weights", self.weights_dist().to_event(1))  # [q, F]
+
+    def globals(self) -> None:
+        """One joint draw for prediction: weights, count layer of all genes, key of the gene-specific noise."""
+        pyro.sample("weights", self.weights_dist().to_event(2))  # [q, F]
+        self.counts.globals()
+
+    def mean_codes(self, genes: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance of the loadings of genes, both [q, g]; those of a measured gene are known."""
+        phi, at = self.features[genes], self.measured[genes]
+        weights = self.weights_dist()
+        known = at >= 0
+        mean = torch.where(known, self.scores[:, at.clamp_min(0)], weights.mean @ phi.T)
+        variance = weights.variance @ phi.square().T + self._rest(phi)
+        return mean, variance.masked_fill(known, 0.0)
+
+    def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
+        """Loadings [q, g] of genes in one draw, with the part that no feature explains, the same for all cells."""
+        phi, at = self.features[genes], self.measured[genes]
+        noise = self._rest(phi).sqrt() * gene_noise(drawn["gene_key"], genes, len(self.scores))
+        return torch.where(at >= 0, self.scores[:, at.clamp_min(0)], drawn["weights"] @ phi.T + noise)
+
+    def _rest(self, phi: Tensor) -> Tensor:
+        """Variance [q, g] of loadings given the weights: what the training genes leave to a gene, and its noise."""
+        noise = self.log_noise.exp()[:, None]
+        return noise * self.log_ratio.exp()[:, None] * (SELF - phi.square().sum(1)).clamp_min(0) + noise
+
+    def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Loadings [q, g] of measured genes."""
+        return self.scores[:, self.measured[torch.from_numpy(genes)]].numpy()
+
+    def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Places u [n, q] of cells on the directions; any cells, not only those of the fit."""
+        counts = data.counts[rows]
+        return place_cells(self.directions, counts, np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel())
+
+
+def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) -> Pair:
+    """The closed-form pair with every parameter in place."""
+    layer = layer or Layer(data, config, config.fit.seed, np.array(spec.landmarks))
+    model = Model(layer)
+    return Pair(model, Guide(model, data, spec.hyper))
