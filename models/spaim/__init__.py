@@ -1,4 +1,6 @@
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,10 +10,12 @@ from torch import Tensor
 
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import Pair
+from ppl_st.inference.svi import fit as run_svi
 from ppl_st.likelihoods import NegativeBinomial, Poisson
-from ppl_st.models.spaim.counts import Hyper, learn_hyper, log_shape
+from ppl_st.models.spaim.counts import Hyper, default_hyper, learn_hyper, log_shape
 from ppl_st.models.spaim.data import Batches, Data
 from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build
+from ppl_st.models.spaim.network import gene_draws, observations
 
 __all__ = [
     "PRESETS", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
@@ -26,20 +30,41 @@ SPREAD_CELLS = 4096  # cells on which the variance of the places is taken
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Learn what inner held-out genes teach, and return the closed-form layer (or the untrained networks)."""
-
-    def fit(problem: Data, genes: NDArray[np.int64]) -> Layer:
-        return Layer(problem, config, seed, genes=genes)
-
-    hyper = learn_hyper(data, config, seed, say, fit)
+    if config.features == "network":
+        hyper = learn_hyper(data, replace(config, smoothing=0.0), seed, say, partial(_inner_network, config, seed))
+        spec = Spec([], hyper)
+        return ensemble([build(config, spec, data)]), spec
+    hyper = learn_hyper(data, config, seed, say, lambda problem, genes: Layer(problem, config, seed, genes=genes))
     layer = Layer(data, config, seed)
     spec = Spec([int(g) for g in layer.marks], hyper)
     pair = build(config, spec, data, layer)
-    say(f"{len(layer.ratio)} directions, {layer.phi.shape[1]} features; signal in {int((layer.ratio > 0.01).sum())} directions")
+    say(f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features")
     guide = pair.guide
     some = np.sort(np.random.default_rng([seed, 3]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
-    guide.place_variance.copy_(torch.from_numpy(_place(pair, data, config, spec, some).var(0)))
-    guide.counts.learn_own(data, lambda rows: _place(pair, data, config, spec, rows), guide.known_codes)
+    guide.place_variance.copy_(torch.from_numpy(_place(pair, data, hyper.smoothing, some).var(0)))
+    guide.counts.learn_own(data, partial(_place, pair, data, hyper.smoothing), guide.known_codes)
     return ensemble([pair]), spec
+
+
+class _InnerNetwork(NamedTuple):
+    """Networks fitted to part of the panel, as `learn_hyper` wants them."""
+
+    guide: Any
+    genes: NDArray[np.int64]
+
+    def codes(self, draws: int, seed: list[int]) -> tuple[NDArray[np.float32], ...]:
+        return gene_draws(self.guide, self.genes, draws, seed)
+
+    def place(self, data: Data) -> NDArray[np.float32]:
+        return np.asarray(self.guide.place(data, np.arange(data.counts.shape[0])))
+
+
+def _inner_network(config: Config, seed: int, data: Data, genes: NDArray[np.int64]) -> _InnerNetwork:
+    pair = build(config, Spec([], default_hyper(data, config)), data)
+    scale = 1.0 / (data.counts.shape[0] * len(data.panel))
+    run_svi(pair, batches(data, config, seed), replace(config.fit, steps=config.inner_steps, device="cpu"), scale=scale)
+    pair.guide.finish(data, observations(data, config))
+    return _InnerNetwork(pair.guide, genes)
 
 
 def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
@@ -58,21 +83,25 @@ def spec_from(stored: dict[str, Any]) -> Spec:
 
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
-    """Minibatches of genes."""
-    return Batches(data, 0, seed, None)
+    """Minibatches of genes; the closed form sees all of them at once."""
+    network = config.features == "network"
+    return Batches(data, config.batch_genes if network else 0, seed, observations(data, config) if network else None)
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
-    """There is one chain; nothing to choose."""
+    """There is one chain; trained networks learn here how their maps become counts of the measured genes."""
+    if config.features == "network":
+        guide = chains_of(pair)[0].guide
+        guide.finish(data, observations(data, config))
+        guide.counts.learn_own(data, lambda rows: guide.place(data, rows), guide.known_codes)
     return pair
 
 
-def _place(pair: Pair, data: Data, config: Config, spec: Spec, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Places u of cells [n, q], smoothed over their neighbors."""
+def _place(pair: Pair, data: Data, share: float, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Places u of cells [n, q], ``share`` of them their neighbors' mean place."""
     own = pair.guide.place(data, rows)
-    share = spec.hyper.smoothing
     if share == 0.0 or data.neighbors is None:
-        return own
+        return np.asarray(own)
     near = data.neighbors[rows]
     others, index = np.unique(near.indices, return_inverse=True)
     near = type(near)((near.data, index, near.indptr), shape=(len(rows), len(others)))
@@ -92,7 +121,8 @@ class Predictor:
         self.chains, self.data, self.config, self.spec = chains_of(pair), data, config, spec
         self.n_cells = data.counts.shape[0]
         self.kept: dict[tuple[int, ...], Any] = {}
-        self.covariance = [chain.guide.place_variance for chain in self.chains]  # [q] of the places over the cells of the fit
+        if config.features == "kernel" or config.codes == "point":
+            self.rate_mean = self._rate_mean
 
     def blocks(self, max_cells: int) -> Iterator[Cells]:
         """Consecutive cells."""
@@ -111,7 +141,7 @@ class Predictor:
         """Places [n, q] and log depth [n, 1] of the cells."""
         counts = self.data.counts[batch.rows]
         depth = np.maximum(np.asarray(counts[:, self.data.columns].sum(1), dtype=np.float32).reshape(-1, 1), 0.5)
-        place = _place(self.chains[chain], self.data, self.config, self.spec, batch.rows)
+        place = _place(self.chains[chain], self.data, self.spec.hyper.smoothing, batch.rows)
         return torch.from_numpy(place), torch.from_numpy(np.log(depth))
 
     def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
@@ -126,7 +156,7 @@ class Predictor:
             return Poisson(log_rate.exp())
         return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
 
-    def rate_mean(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> Tensor:
+    def _rate_mean(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> Tensor:
         """Posterior mean of the rate [n, g] without Monte Carlo error: level and deviations in closed form, the slope by quadrature."""
         place, log_depth = local
         counts = self.chains[chain].guide.counts
@@ -145,8 +175,8 @@ class Predictor:
         return self._keep((chain, int(drawn["gene_key"])), genes, lambda: self.chains[chain].guide.codes(drawn, genes))
 
     def _spread(self, chain: int, genes: Tensor) -> Tensor:
-        """Variance over cells of the mean map [g]: on directions of unit variance, smoothed or not."""
-        return self._keep((chain, -2), genes, lambda: self.covariance[chain] @ self._mean(chain, genes)[0].square())
+        """Variance over cells of the mean map [g]."""
+        return self._keep((chain, -2), genes, lambda: self.chains[chain].guide.spread(self._mean(chain, genes)[0]))
 
     def _keep(self, key: tuple[int, ...], genes: Tensor, make: Callable[[], Any]) -> Any:
         """What does not depend on cells is made once per block of genes."""
@@ -162,5 +192,5 @@ class Predictor:
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
     """``obsm`` latent: places of the cells on the target's leading directions [n, q]."""
     chain = chains_of(pair)[0]
-    place = [_place(chain, data, config, spec, np.arange(s, min(s + 4096, data.counts.shape[0]))) for s in range(0, data.counts.shape[0], 4096)]
+    place = [_place(chain, data, spec.hyper.smoothing, np.arange(s, min(s + 4096, data.counts.shape[0]))) for s in range(0, data.counts.shape[0], 4096)]
     return {"latent": np.concatenate(place)}, {}

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
 SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3])
+SLOPE_LOC = (0.6, 1.6)  # a map that was shrunk by its posterior already has a slope near 1
+SLOPE_SCALE = 0.5
 LOG_THETA = np.linspace(-3.0, 5.0, 9)
 FOLDS = 4
 MIN_PANEL = 12  # shared genes below which nothing is held out to learn from
@@ -179,7 +181,7 @@ def _priors(
     center = float(z.mean())
     flat = np.zeros_like(z)
     loc, _, scale = parameter_prior(logsumexp(score, axis=1), flat, SLOPES, 1.0, 0.5)
-    loc = float(np.clip(loc, SLOPES[0], SLOPES[-1]))
+    loc, scale = float(np.clip(loc, *SLOPE_LOC)), min(scale, SLOPE_SCALE)
     prior = -0.5 * ((SLOPES - loc) / scale) ** 2
     theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior))[:, None, None], axis=0), z - center, LOG_THETA, 1.0, 1.5)
     gains = level[np.abs(SLOPES - loc).argmin()]

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -94,8 +95,7 @@ def find_directions(data: Data, q: int) -> Directions:
         for start in range(0, n, ROWS):
             block = (logs[start : start + ROWS].toarray() - mean) / sd
             gram += block.T @ block
-        values, vectors = np.linalg.eigh(gram / n)
-        values, vectors = values[::-1][:q], vectors[:, ::-1][:, :q]
+        values, vectors = scipy.linalg.eigh(gram / n, subset_by_index=[genes - q, genes - 1])
     else:
         scaled = sp.csr_matrix(logs @ sp.diags(1 / sd))
         shift = mean / sd
@@ -106,7 +106,7 @@ def find_directions(data: Data, q: int) -> Directions:
 
         start_vector = np.random.default_rng(0).standard_normal(genes)
         values, vectors = eigsh(LinearOperator((genes, genes), matvec=product, dtype=np.float64), k=q, v0=start_vector)
-        values, vectors = values[::-1], vectors[:, ::-1]
+    values, vectors = values[::-1], vectors[:, ::-1]
     useful = values > 1e-6 * values[0]
     values, vectors = values[useful], vectors[:, useful]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(len(values))])  # eigenvectors have no sign: fix one

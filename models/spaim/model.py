@@ -15,6 +15,7 @@ from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.spaim.counts import CountLayer, Hyper, gene_noise
 from ppl_st.models.spaim.data import Batch, Data, Directions, find_directions, place_cells
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
+from ppl_st.models.spaim.network import build_network
 
 RATIOS = np.geomspace(1e-4, 1e3, 50)  # signal over noise of a direction: grid of the start
 SILENT = 3e-3  # directions below this ratio say nothing of an unmeasured gene: left to the counts' dispersion
@@ -48,7 +49,7 @@ class Config:
     hidden: tuple[int, int] = (512, 256)
     content_weight: float = field(default=1.0, metadata={"ge": 0})  # of the published losses, codes="point"
     style_weight: float = field(default=1.0, metadata={"ge": 0})
-    gram: Literal["released", "per_gene"] = "released"  # normalisation of the style loss; the released one is inert
+    gram: Literal["released", "features"] = "released"  # Gram matrices of the style loss; the released ones are inert
     augment: int = field(default=0, metadata={"ge": 0})  # copies of a minibatch whose profiles lose entries at random
     augment_zero: float = field(default=0.5, metadata={"ge": 0})
     batch_genes: int = field(default=0, metadata={"ge": 0})  # genes per minibatch; 0 = all
@@ -71,7 +72,6 @@ class Spec(NamedTuple):
 
     landmarks: list[int]  # positions among the reference's genes
     hyper: Hyper
-    inner: bool = False  # a fit to part of the panel, whose counts nobody asks for
 
 
 class Layer:
@@ -219,6 +219,10 @@ class Guide(PyroModule):
         """Loadings [q, g] of measured genes."""
         return self.scores[:, self.measured[torch.from_numpy(genes)]].numpy()
 
+    def spread(self, loadings: Tensor) -> Tensor:
+        """Variance over cells of the map of each gene."""
+        return self.place_variance @ loadings.square()
+
     def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Places u [n, q] of cells on the directions; any cells, not only those of the fit."""
         counts = data.counts[rows]
@@ -226,7 +230,9 @@ class Guide(PyroModule):
 
 
 def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) -> Pair:
-    """The closed-form pair with every parameter in place."""
+    """The pair with every parameter in place."""
+    if config.features == "network":
+        return build_network(config, spec.hyper, data, config.fit.seed)
     layer = layer or Layer(data, config, config.fit.seed, np.array(spec.landmarks))
     model = Model(layer)
     return Pair(model, Guide(model, data, spec.hyper))

@@ -23,7 +23,8 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
-from ppl_st.models.siid.hyper import _learn_parameters, _random_effects
+from ppl_st.inference.hyperpriors import random_effects
+from ppl_st.models.siid.hyper import _learn_parameters
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.observation import Likelihood
 
@@ -276,8 +277,8 @@ def _hyper_priors(
     beta = np.linalg.solve(
         design.T @ (design * weight[:, None]) + np.diag([1e-6, 1.0]), design.T @ (weight * found[:, 0])
     )
-    center, gain_sd = _random_effects(found[:, 0] - design @ beta, noise)
-    slope = list(_random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
+    center, gain_sd = random_effects(found[:, 0] - design @ beta, noise)
+    slope = list(random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
     rng = np.random.default_rng([seed, 3])
     draws = []
     for _ in range(DRAWS):
