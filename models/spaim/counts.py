@@ -59,10 +59,13 @@ class Hyper(NamedTuple):
     candidates: list[dict[str, float]]  # every smoothing tried, with its score
 
 
+Codes = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # mean and variance [q, genes], draws [draws, q, genes]
+
+
 class Fit(Protocol):
     """A fit to part of the panel: the inner genes' loadings, and places of cells."""
 
-    def codes(self, draws: int, seed: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    def codes(self, draws: int, seed: list[int]) -> Codes:
         """Mean and variance [q, inner genes] of the loadings, and draws [draws, q, inner genes]."""
 
     def place(self, data: Data) -> NDArray[np.float32]:
@@ -82,9 +85,10 @@ def _mean_gain(data: Data) -> float:
 
 
 def learn_hyper(
-    data: Data, config: "Config", seed: int, say: Callable[[str], None], fit: Callable[[Data, NDArray[np.int64]], Fit]
+    data: Data, config: "Config", seed: int, say: Callable[[str], None], fit: Callable[[Data, NDArray[np.int64]], Fit], folds: int = FOLDS
 ) -> Hyper:
-    """Choose the smoothing and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows how to draw ``genes``."""
+    """Choose the smoothing and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows how to
+    draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
     if len(data.panel) < MIN_PANEL:
         say(f"{len(data.panel)} shared genes: too few to learn hyper-priors from; wide ones are used")
         return default_hyper(data, config)
@@ -97,7 +101,7 @@ def learn_hyper(
     scores: dict[float, list[NDArray[np.float64]]] = {option: [] for option in options}
     levels: dict[float, list[NDArray[np.float64]]] = {option: [] for option in options}
     noises, genes = [], []
-    for fold in range(FOLDS):
+    for fold in range(folds):
         inner = np.sort(order[fold::FOLDS])
         split = data.without(inner)
         judged = inner[np.sort(rng.permutation(len(inner))[:INNER_GENES])]
@@ -152,7 +156,7 @@ def _score(
     counts: NDArray[np.float64],
     totals: NDArray[np.float64],
     place: NDArray[np.float32],
-    codes: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
+    codes: Codes,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Log predictive score [slopes, thetas, genes] at each gene's best level, and that log level [slopes, genes]."""
     used = totals > 0

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_st.inference.svi import FitConfig, Pair
-from ppl_st.models.spaim.counts import CountLayer, Hyper, gene_noise
+from ppl_st.models.spaim.counts import Codes, CountLayer, Hyper, gene_noise
 from ppl_st.models.spaim.data import Batch, Data, Directions, find_directions, place_cells
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
 from ppl_st.models.spaim.network import build_network
@@ -84,7 +84,9 @@ class Layer:
         w_kf | t_k    ~ N( r a_f / (1 + r lambda_f),  d / (1 + r lambda_f) )
     """
 
-    def __init__(self, data: Data, config: Config, seed: int, marks: NDArray[np.int64] | None = None, genes: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, data: Data, config: Config, seed: int, marks: NDArray[np.int64] | None = None, genes: NDArray[np.int64] | None = None
+    ) -> None:
         self.directions: Directions = find_directions(data, config.directions)
         self.marks = landmarks(data.panel, config.landmarks, seed) if marks is None else marks
         kernel = GeneKernel(data, config.lengthscale, errors=config.reference_errors)
@@ -104,7 +106,7 @@ class Layer:
         self.scores = self.scores[kept]
         self.directions = self.directions._replace(loadings=self.directions.loadings[:, kept], scores=self.directions.scores[kept])
 
-    def codes(self, draws: int, seed: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    def codes(self, draws: int, seed: list[int]) -> Codes:
         """Loadings of the genes asked for: posterior mean and variance [q, genes], and draws [draws, q, genes]."""
         rng = np.random.default_rng(seed)
         precision = 1 + self.ratio[:, None] * self.eigenvalues

@@ -12,7 +12,7 @@ With point codes, unit variances and the cosine head, -log p(content) is H/2 tim
 drops out and the head is the published cosine loss: the same objective up to weights.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyro
@@ -28,7 +28,7 @@ from ppl_st.factors import content_loss, cosine_loss, style_loss
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.likelihoods import NegativeBinomial
-from ppl_st.models.spaim.counts import CountLayer, Hyper, gene_noise
+from ppl_st.models.spaim.counts import Codes, CountLayer, Hyper, gene_noise
 from ppl_st.models.spaim.data import Batch, Data, log_normalise, median_depth
 from ppl_st.networks import StyleTransfer
 
@@ -101,7 +101,7 @@ class NetworkModel(PyroModule):
         s = batch.profiles
         if self.config.augment and self.training:
             s = s * (torch.rand(s.shape) >= self.config.augment_zero)
-        with pyro.plate("genes", batch.n_genes, subsample=batch.genes):  # type: ignore[call-overload]
+        with pyro.plate("genes", batch.n_genes, subsample=batch.genes):
             content2 = pyro.sample("content2", dist.Normal(self.net.content(s)[1], scale[1]).to_event(1))  # [B, H2]
             content1 = pyro.sample("content1", dist.Normal(self.content_means(s, content2), scale[0]).to_event(1))  # [B, H1]
             g1 = pyro.sample("residual1", dist.Normal(shared[0].expand_as(content1), scale[2]).to_event(1))  # [B, H1]
@@ -165,7 +165,7 @@ class NetworkGuide(PyroModule):
         x = torch.log1p(batch.x) if self.config.head == "nb" else batch.x
         (c1, c2), (g1, g2) = self.model.net.encode(x)
         scale = self.log_scale.exp()
-        with pyro.plate("genes", batch.n_genes, subsample=batch.genes):  # type: ignore[call-overload]
+        with pyro.plate("genes", batch.n_genes, subsample=batch.genes):
             means = {"content2": (c2, 1), "content1": (c1, 0), "residual1": (g1, 2), "residual2": (g2, 3)}
             for name, (mean, k) in means.items():
                 pyro.sample(name, dist.Normal(mean, scale[k]).to_event(1))  # [B, H]
@@ -247,7 +247,7 @@ def build_network(config: "Config", hyper: Hyper, data: Data, seed: int) -> Pair
         return Pair(model, NetworkGuide(model, data, hyper))
 
 
-def gene_draws(guide: Any, genes: NDArray[np.int64], draws: int, seed: list[int]) -> tuple[NDArray[np.float32], ...]:
+def gene_draws(guide: NetworkGuide, genes: NDArray[np.int64], draws: int, seed: list[int]) -> Codes:
     """Mean, variance and draws of loadings, as `ppl_st.models.spaim.counts.Fit` has them."""
     from pyro import poutine
 
@@ -257,7 +257,7 @@ def gene_draws(guide: Any, genes: NDArray[np.int64], draws: int, seed: list[int]
         mean, variance = guide.mean_codes(index)
         for d in range(draws):
             with rng_scope(seed[0], *seed[1:], d):
-                trace = poutine.trace(guide.globals).get_trace()
-            values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+                nodes = poutine.trace(guide.globals).get_trace().nodes
+            values = {name: torch.as_tensor(site["value"]) for name, site in nodes.items() if site["type"] == "sample"}
             drawn.append(guide.codes(values, index).numpy())
     return mean.numpy(), variance.numpy(), np.stack(drawn)

@@ -67,7 +67,7 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
 def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tuple[Data, Counts]:
     """The same problem for other cells, measured with all the genes of the target of the fit (``fitted``)."""
     if config.features == "network":
-        raise UserError("features='network' has a row of weights for every cell of the fit: it cannot predict other cells; refit, or take features='kernel'")
+        raise UserError("features='network' has a row of weights for every cell of the fit: it cannot predict others; take features='kernel'")
     missing = fitted.genes[~np.isin(fitted.genes, target.genes)]
     if len(missing):
         raise UserError(
