@@ -51,7 +51,8 @@ class Predictor(Protocol):
         """p(count | one draw) of the owned cells, [rows, genes]; draws the local sites with torch's generator."""
 
 
-    # Optional: rate_mean(batch, chain, local, genes) -> posterior mean of the rate [rows, genes], instead of the mean over draws.
+    # Optional: rate_mean(batch, chain, local, genes) -> posterior mean of the rate [rows, genes] in closed form, instead of the mean over draws.
+    # Such a method models log-normalised expression itself: lognorm_mean is then log1p(factor x rate_mean).
 
 
 class Summary(NamedTuple):
@@ -132,7 +133,8 @@ def posterior_predictive(
             block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends, factors[rows])
             if hasattr(predictor, "rate_mean"):  # in closed form, where the method has one: no Monte Carlo error
                 exact = [predictor.rate_mean(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
-                block = block._replace(rate_mean=torch.stack(exact).mean(0).numpy())
+                rate = torch.stack(exact).mean(0)
+                block = block._replace(rate_mean=rate.numpy(), lognorm_mean=torch.log1p(factors[rows][:, None] * rate).numpy())
             where = np.ix_(rows, np.arange(part.start, part.stop))
             for target, value in zip(summary[:4], block[:4], strict=True):
                 target[where] = value
