@@ -61,6 +61,13 @@ def positions(flat: Tensor) -> Tensor:
     return flat.nonzero().squeeze(-1)
 
 
+def below(flat: Tensor, cut: float) -> Tensor:
+    """Indices of the entries of a flat tensor that are below `cut`."""
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(flat.numpy() < cut))
+    return (flat < cut).nonzero().squeeze(-1)
+
+
 def floored_ratio(x: Tensor, mu: Tensor) -> Tensor:
     """d/dmu of x log max(mu, MEAN_FLOOR)."""
     return (x / mu.clamp(min=MEAN_FLOOR)).mul_(mu >= MEAN_FLOOR)
@@ -69,12 +76,13 @@ def floored_ratio(x: Tensor, mu: Tensor) -> Tensor:
 def zero_slope(ratio: Tensor, log1p_ratio: Tensor) -> Tensor:
     """d/dtheta of -theta log1p(r), r = mu / theta: r / (1 + r) - log1p(r), by a series where the two
     cancel."""
-    cut = 0.03 if ratio.dtype == torch.float32 else 2e-3
+    cut = 0.03 if ratio.dtype == torch.float32 else 2e-4
     out = ratio / (1 + ratio) - log1p_ratio
-    small = ratio < cut
-    if small.any():
-        series = ratio * ratio * (-1 / 2 + ratio * (2 / 3 + ratio * (-3 / 4 + ratio * (4 / 5 - ratio * (5 / 6)))))
-        out = torch.where(small, series, out)
+    small = below(ratio.reshape(-1), cut)
+    if len(small):
+        r = ratio.reshape(-1).index_select(0, small)
+        series = r * r * (-1 / 2 + r * (2 / 3 + r * (-3 / 4 + r * (4 / 5 - r * (5 / 6)))))
+        out.view(-1).scatter_(0, small, series)
     return out
 
 
