@@ -35,6 +35,7 @@ from ppl_st.models.siid.batches import Batches, Data, csr_tensor
 from ppl_st.models.siid.model import PRESETS, Config, Spec, build, random_start
 from ppl_st.models.siid.regional import regional_posterior
 from ppl_st.simulate import checkerboard
+from ppl_st.testing import check_pair
 
 torch.set_num_threads(1)
 
@@ -520,6 +521,15 @@ VARIANTS = {
     "delta": ("default", {"posterior": "delta"}),
     "paper": ("paper", {}),
 }
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])  # the sparse and the dense way of observing counts
+def test_the_pair_obeys_the_laws_of_the_kit(likelihood):
+    """Sites and plates agree, minibatches are unbiased, what is simulated fits its own likelihood."""
+    data = tiny(soft=False)
+    config = replace(PRESETS["default"], factors=3, chains=1, sweeps=3, sparsity=0.0, likelihood=likelihood)
+    pair, _ = siid.start(data, config, 0, lambda line: None)
+    assert check_pair(pair, Batches(data, 1, 0), Batches(data, 0, 0).at(0)) == {}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
