@@ -61,8 +61,8 @@ class Summary(NamedTuple):
     rate_mean: NDArray[np.float32]
     rate_sd: NDArray[np.float32]
     count_sd: NDArray[np.float32]
-    lognorm_mean: NDArray[np.float32]
     quantiles: dict[str, NDArray[np.float32]]
+    lognorm_mean: NDArray[np.float32] | None  # where a factor was given
 
 
 class Scores(NamedTuple):
@@ -106,8 +106,8 @@ def posterior_predictive(
     levels: NDArray[np.float64] | None = None,
     factor: NDArray[np.float64] | None = None,
 ) -> tuple[Summary, Scores | None]:
-    """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given; ``factor`` [n] (1 when None)
-    normalises counts in ``lognorm_mean``.
+    """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given; ``factor`` [n] asks for
+    ``lognorm_mean``.
 
     ``levels`` [g] asks for the ends of a central interval of that nominal level per gene, quantiles "lower" and "upper".
 
@@ -118,8 +118,9 @@ def posterior_predictive(
     wanted: dict[str, NDArray[np.float64]] = {name: np.full(g, q) for name, q in QUANTILES.items()}
     if levels is not None:
         wanted |= {"lower": 0.5 - 0.5 * levels, "upper": 0.5 + 0.5 * levels}
-    summary = Summary(empty(), empty(), empty(), empty(), {name: empty() for name in wanted})
-    factors = torch.ones(n) if factor is None else torch.from_numpy(factor.astype(np.float32))
+    quantiles = {name: empty() for name in wanted}
+    summary = Summary(empty(), empty(), empty(), quantiles, None if factor is None else empty())
+    factors = None if factor is None else torch.from_numpy(factor.astype(np.float32))
     scores = None if truth is None else Scores(empty(), empty(), empty(), empty())
     drawn = draw_globals(chains, draws, seed)
     cells, width = block_sizes(g, draws, memory_gb)
@@ -130,14 +131,18 @@ def posterior_predictive(
             part = slice(start, min(start + width, g))
             x = None if truth is None else truth[rows, part].toarray()
             ends = {name: q[part] for name, q in wanted.items()}
-            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends, factors[rows])
+            depth = None if factors is None else factors[rows, None]
+            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends, depth)
             if hasattr(predictor, "rate_mean"):  # in closed form, where the method has one: no Monte Carlo error
                 exact = [predictor.rate_mean(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
                 rate = torch.stack(exact).mean(0)
-                block = block._replace(rate_mean=rate.numpy(), lognorm_mean=torch.log1p(factors[rows][:, None] * rate).numpy())
+                lognorm = None if depth is None else torch.log1p(depth * rate).numpy()
+                block = block._replace(rate_mean=rate.numpy(), lognorm_mean=lognorm)
             where = np.ix_(rows, np.arange(part.start, part.stop))
-            for target, value in zip(summary[:4], block[:4], strict=True):
+            for target, value in zip(summary[:3], block[:3], strict=True):
                 target[where] = value
+            if summary.lognorm_mean is not None and block.lognorm_mean is not None:
+                summary.lognorm_mean[where] = block.lognorm_mean
             for name in wanted:
                 summary.quantiles[name][where] = block.quantiles[name]
             if scores is not None and score is not None:
@@ -195,7 +200,7 @@ def _block(
     stream: tuple[int, int],
     x: NDArray[np.float32] | None,
     wanted: dict[str, NDArray[np.float64]],
-    factor: Tensor,
+    factor: Tensor | None,
 ) -> tuple[Summary, Scores | None]:
     draws, shape = len(drawn), (len(predictor.rows(batch)), len(genes))
     truth = None if x is None else torch.from_numpy(x)
@@ -211,8 +216,9 @@ def _block(
         mean += delta / (d + 1)
         square += delta * (rate - mean)
         variance += dist.variance
-        positive = -torch.expm1(dist.log_prob(zero)).clamp(max=-1e-12)
-        lognorm += positive * torch.log1p(factor[:, None] * dist.mean / positive)
+        if factor is not None:
+            positive = -torch.expm1(dist.log_prob(zero)).clamp(max=-1e-12)
+            lognorm += positive * torch.log1p(factor * dist.mean / positive)
         if truth is not None:
             log_p = torch.logaddexp(log_p, dist.log_prob(truth).double())
             below += count[d] < truth
@@ -225,8 +231,8 @@ def _block(
         mean.float().numpy(),
         between.sqrt().float().numpy(),
         (variance / draws + between).sqrt().float().numpy(),
-        (lognorm / draws).float().numpy(),
         quantiles,
+        None if factor is None else (lognorm / draws).float().numpy(),
     )
     if x is None:
         return summary, None

@@ -19,7 +19,7 @@ import pandas as pd
 from ppl_st.api import Source, load
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
-from ppl_st.metrics import bootstrap_mean, score_table
+from ppl_st.metrics import bootstrap_mean, score_prediction
 
 __all__ = ["METRICS", "compare"]
 
@@ -110,10 +110,11 @@ def _tables(
                 f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run"
             )
         say(f"{folder}: {run.method}, {len(held_out)} held-out genes")
-        predicted = run.predict(held_out, draws=draws, seed=seed, truth=truth)
+        predicted = run.predict(held_out, draws=draws, seed=seed, truth=truth, lognorm=True)
         order = pd.Index(truth.names).get_indexer(pd.Index(predicted.obs_names))
         counts = truth.take_genes(np.array(held_out)).matrix[order]
-        table = score_table(counts, np.asarray(predicted.X), run.target.totals, held_out)
+        mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
+        table = score_prediction(counts, mean, lognorm, run.target.totals, held_out)
         table = table.join(predicted.var[["log_score", "crps", "coverage_90"]])
         found = {run.method: table.assign(seconds=run.record["seconds"], peak_gb=run.record["peak_memory_bytes"] / 1e9)}
     return {

@@ -125,7 +125,7 @@ def demo(
         command=command,
     )
     talk(f"predicting {world.truth.n_vars} genes that the cells never measured")
-    predicted = run.predict(world.truth.var_names, draws=draws, seed=seed, truth=world.truth)
+    predicted = run.predict(world.truth.var_names, draws=draws, seed=seed, truth=world.truth, lognorm=True)
     proper = predicted.var.drop(columns=["measured", "trust"])
     talk("baselines and oracle")
     tables = _score_all(method, world, predicted, proper, spots, seed)
@@ -197,9 +197,8 @@ def _score_all(
     target = read_counts(world.target, role="target")
     truth = read_counts(world.truth, role="truth")
     split = Split(target, read_counts(world.reference, role="reference", need_spatial=spots), truth.genes, seed)
-    raw = metrics.score_table(truth.matrix, np.asarray(predicted.X), target.totals, truth.genes)
-    logged = np.asarray(predicted.layers["lognorm_mean"])
-    ours = raw.assign(log_pcc=metrics.score_table(truth.matrix, logged, target.totals, truth.genes, scale="log")["log_pcc"])
+    mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
+    ours = metrics.score_prediction(truth.matrix, mean, lognorm, target.totals, truth.genes)
     rate = np.asarray(world.truth.layers["rate"], dtype=np.float64)
     theta = world.truth.var["theta"].to_numpy() if "theta" in world.truth.var else None
     tables = {

@@ -33,7 +33,7 @@ from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervi
 from ppl_st.data import Counts, gene_folds, read_counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
-from ppl_st.metrics import bootstrap_mean, score_table
+from ppl_st.metrics import bootstrap_mean, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_folds", "summarise"]
@@ -312,13 +312,13 @@ def _score_method(
         genes = task.held_out[start : start + width]
         began = time.perf_counter()
         truth = task.truth.take_genes(genes)
-        predicted = run.predict(genes, draws=draws, seed=options["seed"], memory_gb=memory_gb, truth=truth)
+        predicted = run.predict(
+            genes, draws=draws, seed=options["seed"], memory_gb=memory_gb, truth=truth, lognorm=True
+        )
         seconds += time.perf_counter() - began  # proper scores included
         assert (np.asarray(predicted.obs_names) == task.truth.names).all()
-        # Each scale gets the posterior mean of its own quantity: a count, and a log-normalised count.
-        raw = score_table(truth.matrix, np.asarray(predicted.X), split.training_total, genes)
-        log = score_table(truth.matrix, np.asarray(predicted.layers["lognorm_mean"]), split.training_total, genes, scale="log")
-        table = raw.assign(**{column: log[column] for column in log.columns if column.startswith("log_")})
+        mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
+        table = score_prediction(truth.matrix, mean, lognorm, split.training_total, genes)
         parts.append(table.join(predicted.var.drop(columns=["measured", "mean_count"])))
         del predicted
     del run

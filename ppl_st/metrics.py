@@ -394,6 +394,18 @@ def score_table(
     return pd.concat(parts, ignore_index=True).set_index(pd.Index(np.asarray(genes, dtype=str), name="gene"))
 
 
+def score_prediction(
+    truth: Any, count: np.ndarray, lognorm: np.ndarray, training_total: Any, genes: Sequence[str] | np.ndarray
+) -> pd.DataFrame:
+    """`score_table` of a method that predicts both: raw columns from the mean ``count``, log columns from the mean log-normalised count.
+
+    Each scale gets the posterior mean of its own quantity; the logarithm of a mean is not the mean of the logarithm.
+    """
+    raw = score_table(truth, count, training_total, genes)
+    log = score_table(truth, lognorm, training_total, genes, scale="log")
+    return raw.assign(**{column: log[column] for column in log.columns if column.startswith("log_")})
+
+
 def _score_block(
     counts: np.ndarray, block: np.ndarray, total: np.ndarray, factor: np.ndarray, scale: Scale
 ) -> pd.DataFrame:

@@ -106,6 +106,7 @@ class Run:
         seed: int = 0,
         memory_gb: float = 1.0,
         truth: str | Path | ad.AnnData | Counts | None = None,
+        lognorm: bool = False,
     ) -> ad.AnnData:
         """Posterior predictive of ``genes`` in every cell.
 
@@ -123,13 +124,14 @@ class Run:
             Seed of the draws; bound on the memory of one block of draws.
         truth
             Counts of the same cells and genes to judge by: the columns of `score` are added to ``var``.
+        lognorm
+            Also a layer ``lognorm_mean``: posterior mean of log1p(count / cell's panel total x median panel total).
 
         Returns
         -------
         AnnData
             ``X`` posterior mean count; layers ``rate_mean``, ``rate_sd`` (epistemic), ``count_sd`` (with observation noise), ``q05``, ``q50``,
-            ``q95`` of the count, ``lognorm_mean`` (posterior mean of log1p(count / cell's panel total x median panel total));
-            ``var`` measured, trust (expected squared correlation of the prediction with the counts, under the model).
+            ``q95`` of the count; ``var`` measured, trust (expected squared correlation of the prediction with the counts, under the model).
             Of a recalibrated run also layers ``lower``, ``upper`` (the interval that covers ``recalibration.level`` of the counts of a new gene
             on average) and ``var["nominal_level"]``.
         """
@@ -140,8 +142,9 @@ class Run:
         observed = None if truth is None else _matched(truth, counts, self.genes[index])
         levels = None if self.recalibration is None else self.recalibration.nominal_of(self.reference_mean[index])
         summary, scores = posterior_predictive(
-            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels, factor=_factor(counts)
-        )
+            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels,
+            factor=_factor(counts) if lognorm else None,
+        )  # fmt: skip
         result = self._table(summary, index, counts)
         if levels is not None:
             result.var["nominal_level"] = levels
@@ -301,7 +304,8 @@ class Run:
         result.obs_names = counts.names
         result.layers["rate_mean"] = summary.rate_mean.copy()
         result.layers["rate_sd"], result.layers["count_sd"] = summary.rate_sd, summary.count_sd
-        result.layers["lognorm_mean"] = summary.lognorm_mean
+        if summary.lognorm_mean is not None:
+            result.layers["lognorm_mean"] = summary.lognorm_mean
         for name, values in summary.quantiles.items():
             result.layers[name] = values
         result.var["measured"] = self.measured[index]
