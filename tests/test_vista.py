@@ -25,7 +25,9 @@ GRAPHS = ("none", "kl_only", "posterior", "prior")
 
 @pytest.fixture(scope="module")
 def world():
-    return spatial_field(seed=1, n_cells=240, n_reference=200, n_genes=36, n_panel=20, n_types=4, rho=3.0)
+    return spatial_field(
+        seed=1, n_cells=240, n_reference=200, n_genes=36, n_panel=20, n_types=4, rho=3.0, spatial=1.0, length=500.0
+    )
 
 
 def quiet(line):

@@ -38,7 +38,8 @@ class Config:
     latent: int = field(default=48, metadata={"ge": 1})  # d
     hidden: int = field(default=64, metadata={"ge": 1})  # units of the learned networks
     dropout: float = field(default=0.2, metadata={"ge": 0, "lt": 1})  # in the learned networks
-    chains: int = field(default=4, metadata={"ge": 1})  # bootstraps of the reference (closed) or starts (learned)
+    # several: Bayesian bootstraps of the reference (closed), which cost a little accuracy each, or starts (learned)
+    chains: int = field(default=1, metadata={"ge": 1})
     # of the spatial counts: "nb", "poisson", "zinb" or "module:function" (`ppl_st.observation`)
     likelihood: str = "nb"
     reference_likelihood: Literal["nb", "zinb"] = "nb"
@@ -59,7 +60,7 @@ class Config:
     layer: str | None = None  # layer with the counts
     gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
     fit: FitConfig = FitConfig(
-        steps=200, lr=0.02, schedule="cosine", final_lr_factor=0.05, clip_norm=1e3, kl_warmup_steps=40, elbo="meanfield", checkpoint_every=100,
+        steps=100, lr=0.03, schedule="cosine", final_lr_factor=0.05, clip_norm=1e3, kl_warmup_steps=20, elbo="meanfield", checkpoint_every=100,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -126,7 +127,8 @@ class Model(PyroModule):
         if config.reference_likelihood == "zinb":
             self.dropout_logits = nn.Linear(d, genes)
         if config.graph == "prior":
-            self.gate = nn.Parameter(torch.zeros(d))  # W: p(z) = Normal(gate x mean of the neighbors, 1 - gate^2)
+            # W: p(z) = Normal(gate x mean of the neighbors, 1 - gate^2)
+            self.gate = nn.Parameter(torch.zeros(d), requires_grad=self.scores_states)
         critic = MLP([d, 32, 32, 32, 1], dropout=0.1) if config.adversary != "off" else None
         self.opponent = (critic,)  # in a tuple: the critic is no part of this module
 
@@ -295,7 +297,8 @@ class Guide(PyroModule):
             self.attention_output = nn.Linear(d, d, bias=False)
             nn.init.zeros_(self.attention_output.weight)
         if config.graph == "prior":
-            self.gate = nn.Parameter(torch.zeros(d))
+            # Else the share chosen on inner genes stays: learned by likelihood it follows the few strongest genes.
+            self.gate = nn.Parameter(torch.zeros(d), requires_grad=model.scores_states)
         for name, (loc, _) in model.priors().items():
             setattr(self, f"{name}_loc", nn.Parameter(loc.clone()))
             log_scale = nn.Parameter(torch.full_like(loc, -2.0), requires_grad=config.platform == "hierarchical")
