@@ -323,3 +323,29 @@ def test_a_shuffled_reference_destroys_the_accuracy():
         guess = predicted.layers["rate_mean"] / np.maximum(total, 1)[:, None]
         accuracy.append(np.nanmean([np.corrcoef(truth[:, g], guess[:, g])[0, 1] for g in range(140)]))
     assert accuracy[0] > 0.15 and abs(accuracy[1]) < 0.05, accuracy
+
+
+def test_cosine_uncertainty_and_its_closed_form_agree_and_follow_noise():
+    from ppl_st.models.vista.extras import cosine_uncertainty, cosine_uncertainty_closed_form
+
+    rng = np.random.default_rng(0)
+    mean = rng.gamma(2.0, 1.0, (600, 5)) * np.array([0.05, 0.3, 1.0, 5.0, 5.0])
+    theta = np.array([2.0, 2.0, 2.0, 2.0, 0.2])
+    draws = rng.poisson(mean * rng.gamma(theta, 1 / theta, (40, 600, 5)))
+    wide, many = np.repeat(mean, 100, axis=1)[:20], np.repeat(theta, 100)  # cells over 500 genes
+    sampled = cosine_uncertainty(wide, rng.poisson(wide * rng.gamma(many, 1 / many, (40, 20, 500))), of="cells")
+    np.testing.assert_allclose(sampled, cosine_uncertainty_closed_form(wide, wide + wide**2 / many, of="cells"), atol=0.08)
+    gene = cosine_uncertainty_closed_form(mean, mean + mean**2 / theta)
+    assert (np.diff(gene[:4]) < 0).all() and gene[4] > gene[3]  # falls with the level, rises with the dispersion
+    np.testing.assert_allclose(cosine_uncertainty(mean, draws), gene, atol=0.02)
+
+
+def test_a_cell_decoded_as_reference_has_the_reference_levels():
+    from ppl_st.models.vista.extras import as_reference
+
+    world = spatial_field(seed=5, n_cells=400, n_reference=400, n_genes=40, n_panel=25, n_types=4, rho=4, platform_sd=1.5)
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=FAST)
+    genes = list(run.genes)
+    level = np.log(as_reference(run, genes).mean(0))
+    reference = np.log(np.asarray(world.reference.X.mean(0)).ravel())
+    assert np.abs(level - reference).mean() < 0.35 < 0.8 < np.abs(np.log(run.predict(genes, draws=5).X.mean(0)) - reference).mean()
