@@ -105,3 +105,11 @@ def test_spatial_field_puts_like_beside_like_only_when_asked():
         return (kind[rows] == kind[columns]).mean()
 
     assert agreement(1.0) > 0.6 and abs(agreement(0.0) - 1 / 8) < 0.04
+
+
+def test_the_demo_of_a_method_with_a_cell_reference(tmp_path):
+    result = demo("vista", out=tmp_path / "out", cells=300, types=3, draws=5, overrides=["fit.steps=3", "penalty=3", "reweight=false"])
+    assert {"vista", ORACLE, "baseline: ridge_z_smooth", "baseline: ensemble"} <= set(result.scores.index)
+    assert result.scores.loc["vista", "coverage 90 %"] == pytest.approx(0.9, abs=0.06)
+    with pytest.raises(UserError, match="squares shape the checkerboard of siid only"):
+        demo("vista", out=tmp_path / "new", squares=4)
