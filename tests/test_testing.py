@@ -128,7 +128,8 @@ SUBJECTS = [
         "positive", name="Log1p(Student)", domain={"loc": real(-20, 20), "scale": positive(1e-2, 20), "df": positive(0.1, 1e6)},
     ),
     Subject(
-        PowerSpherical, {"direction": _unit(3), "concentration": positive(1e-3, 50)}, "sphere", name="PowerSpherical",
+        # Below 1 the density has a cusp opposite to the direction, which the kit integrates to 1e-5 only.
+        PowerSpherical, {"direction": _unit(3), "concentration": positive(1, 50)}, "sphere", name="PowerSpherical",
         domain={"direction": _unit(3), "concentration": positive(1e-6, 1e6)}, values=_unit(3),
         limits=[Limit("uniform", {"concentration": 0.0}, _uniform)],
     ),

@@ -7,7 +7,7 @@
 Counts are enumerated until less than 1e-18 is left. Densities on the real line are integrated by the
 trapezoidal rule in t, x = centre + spread * sinh(t), which is exponentially accurate for smooth densities and
 reaches heavy tails; positive ones (or those above another bound) in the logarithm of the distance to it. Unit
-vectors of 2 or 3 dimensions have their own rule.
+vectors of 2 or 3 dimensions have their own rule, good to 1e-5 only where a density has a cusp.
 
 `surprise` bounds, without any normal approximation, how probable so extreme a mean of n draws is (Chernoff).
 """
