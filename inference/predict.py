@@ -51,8 +51,8 @@ class Predictor(Protocol):
         """p(count | one draw) of the owned cells, [rows, genes]; draws the local sites with torch's generator."""
 
 
-    # Optional: rate_mean(batch, chain, local, genes) -> posterior mean of the rate [rows, genes] in closed form, instead of the mean over draws.
-    # Such a method models log-normalised expression itself: lognorm_mean is then log1p(factor x rate_mean).
+    # Optional: closed_form(batch, chain, local, genes) -> posterior means of the rate and of log1p(normalised count) [rows, genes], without the
+    # Monte Carlo error of means over draws; the depth it normalises by is the method's own.
 
 
 class Summary(NamedTuple):
@@ -133,11 +133,10 @@ def posterior_predictive(
             ends = {name: q[part] for name, q in wanted.items()}
             depth = None if factors is None else factors[rows, None]
             block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends, depth)
-            if hasattr(predictor, "rate_mean"):  # in closed form, where the method has one: no Monte Carlo error
-                exact = [predictor.rate_mean(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
-                rate = torch.stack(exact).mean(0)
-                lognorm = None if depth is None else torch.log1p(depth * rate).numpy()
-                block = block._replace(rate_mean=rate.numpy(), lognorm_mean=lognorm)
+            if hasattr(predictor, "closed_form"):
+                exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
+                rate, lognorm = (torch.stack(values).mean(0).numpy() for values in zip(*exact, strict=True))
+                block = block._replace(rate_mean=rate, lognorm_mean=None if depth is None else lognorm)
             where = np.ix_(rows, np.arange(part.start, part.stop))
             for target, value in zip(summary[:3], block[:3], strict=True):
                 target[where] = value

@@ -46,7 +46,7 @@ from ppl_st.inference.svi import Pair
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.spaim.counts import Codes, Hyper, default_hyper, learn_hyper, log_shape
-from ppl_st.models.spaim.data import Batches, Data
+from ppl_st.models.spaim.data import Batches, Data, median_depth
 from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build
 from ppl_st.models.spaim.network import NetworkGuide, gene_draws, observations
 
@@ -165,10 +165,11 @@ class Predictor:
     def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
         self.chains, self.data, self.config, self.spec = chains_of(pair), data, config, spec
         self.n_cells = data.counts.shape[0]
+        self.depth = median_depth(data.totals)
         self.guides = [guide_of(chain) for chain in self.chains]
         self.kept: dict[tuple[int, ...], Any] = {}
         if config.features == "kernel" or config.codes == "point":
-            self.rate_mean = self._rate_mean  # with Gaussian codes there is no closed form
+            self.closed_form = self._closed_form  # with Gaussian codes there is no closed form
 
     def blocks(self, max_cells: int) -> Iterator[Cells]:
         """Consecutive cells."""
@@ -202,17 +203,21 @@ class Predictor:
             return Poisson(log_rate.exp())
         return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
 
-    def _rate_mean(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> Tensor:
-        """Posterior mean of the rate [n, g] without Monte Carlo error: level and deviations in closed form, the slope by quadrature."""
+    def _closed_form(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior means [n, g] of the rate and of the log-normalised count: level and deviations in closed form, the slope by quadrature.
+
+        The maps are of log-normalised expression, so its mean is read off the rate at the median depth over the shared genes.
+        """
         place, log_depth = local
         counts = self.guides[chain].counts
         trend, spread = place @ self._mean(chain, genes)[0], self._spread(chain, genes)
         loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]
-        result = torch.zeros_like(trend)
+        share = torch.zeros_like(trend)
         for node, weight in zip(*QUADRATURE, strict=True):
             slope = (loc + node * scale).clamp_min(0)
-            result += weight * log_shape(trend, 0.0, 0.0, spread, slope).exp()
-        return result * (log_depth + counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
+            share += weight * log_shape(trend, 0.0, 0.0, spread, slope).exp()
+        share *= (counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
+        return share * log_depth.exp(), torch.log1p(self.depth * share)
 
     def _mean(self, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
         return self._keep((chain, -1), genes, lambda: self.guides[chain].mean_codes(genes))
