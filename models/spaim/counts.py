@@ -44,7 +44,7 @@ MIN_PANEL = 12  # shared genes below which nothing is held out to learn from
 INNER_GENES = 40  # judged per fold, at most
 INNER_CELLS = 1000
 INNER_DRAWS = 6
-OWN_ENTRIES = 4_000_000  # cells x genes on which measured genes learn slope and theta
+OWN_ENTRIES = 1_500_000  # cells x genes on which measured genes learn slope and theta
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
 
 
