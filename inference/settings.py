@@ -36,6 +36,7 @@ class FitConfig:
     min_steps: int = 0  # early stopping looks only at steps after this one, and after both warm-ups
     max_bad_steps: int = 10  # non-finite steps in a row that end the fit with an error
     seed: int = 0  # of the noise; data order has its own, in the batches
+    threads: int = 0  # of torch inside one operation; many small ones are faster on 1; 0 = torch's own choice
     device: str = "auto"  # "auto" = cuda if there is one, else cpu
     checkpoint_every: int = 500  # steps; 0 = only at start and end
     log_every: int = 10  # steps per line of log.jsonl
@@ -43,7 +44,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         not_negative = (
-            "warmup_steps kl_warmup_steps patience min_steps seed checkpoint_every weight_decay min_delta"
+            "warmup_steps kl_warmup_steps patience min_steps seed threads checkpoint_every weight_decay min_delta"
         )
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("steps particles window max_bad_steps log_every", "at least 1", lambda x: x >= 1),

@@ -61,6 +61,7 @@ from ppl_st.inference.pair import (
 )
 from ppl_st.inference.randomness import epoch_order, rng_scope
 from ppl_st.inference.settings import FitConfig, kl_weight, learning_rate
+from ppl_st.inference.threads import torch_threads
 
 __all__ = [
     "Batches",
@@ -189,6 +190,7 @@ def fit(
         save_state(capture(pair, parameters, optimizer, tally, adversary), folder / "state.pt")
 
     with ExitStack() as stack:
+        stack.enter_context(torch_threads(config.threads))
         # Pyro warns of each NaN; here every one is handled and recorded.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)

@@ -125,7 +125,7 @@ class Run:
         truth
             Counts of the same cells and genes to judge by: the columns of `score` are added to ``var``.
         lognorm
-            Also a layer ``lognorm_mean``: posterior mean of log1p(count / cell's panel total x median panel total).
+            Also a layer ``lognorm_mean``: posterior mean of log1p(count / cell's total x median total), totals over genes shared with the reference.
 
         Returns
         -------
@@ -143,7 +143,7 @@ class Run:
         levels = None if self.recalibration is None else self.recalibration.nominal_of(self.reference_mean[index])
         summary, scores = posterior_predictive(
             predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels,
-            factor=_factor(counts) if lognorm else None,
+            factor=_factor(counts, self.genes) if lognorm else None,
         )  # fmt: skip
         result = self._table(summary, index, counts)
         if levels is not None:
@@ -319,9 +319,9 @@ class Run:
         return result
 
 
-def _factor(counts: Counts) -> NDArray[np.float64]:
-    """Median panel total over each cell's own; 1 for a cell without counts."""
-    total = counts.totals
+def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
+    """Median over each cell's own total of the genes shared with the reference, as scores are normalised; 1 for a cell without such counts."""
+    total = counts.take_genes(counts.genes[np.isin(counts.genes, genes)]).totals
     positive = total > 0
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
 

@@ -348,3 +348,14 @@ def test_hold_out(sim):
     assert np.isfinite(run.score(truth, draws=5).to_numpy()).all()
     with pytest.raises(UserError, match="not in the target"):
         api.fit("siid", target=sim.target, reference=sim.reference, hold_out=["gene0039"], overrides=FAST)
+
+
+def test_log_normalised_means_use_the_genes_shared_with_the_reference():
+    """Genes that only the target has are no part of the depth by which scores normalise."""
+    from ppl_st.data import read_counts
+    from ppl_st.posterior import _factor
+
+    table = ad.AnnData(sp.csr_matrix(np.array([[1, 1, 90], [2, 2, 0], [4, 4, 7]], np.float32)))
+    table.obs_names, table.var_names = ["a", "b", "c"], ["g0", "g1", "g2"]
+    table.obsm["spatial"] = np.random.default_rng(0).random((3, 2))
+    np.testing.assert_allclose(_factor(read_counts(table, role="target"), np.array(["g0", "g1", "other"])), [2, 1, 0.5])

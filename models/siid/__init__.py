@@ -49,6 +49,7 @@ from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
+from ppl_st.inference.threads import torch_threads
 from ppl_st.models.siid.activity import Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
 from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, start_parameters, subset
@@ -71,6 +72,11 @@ MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn set
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, run EM for every chain, and return the initialised ensemble with its specification."""
+    with torch_threads(config.fit.threads):
+        return _start(data, config, seed, say)
+
+
+def _start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     n, genes = data.counts.shape[0], data.spot_counts.shape[1]
     conjugate = config.cells == "conjugate"
     if conjugate and len(data.panel) >= MIN_INNER_PANEL:

@@ -73,7 +73,7 @@ class Config:
     local_steps: int = field(default=12, metadata={"ge": 1})  # sweeps of the local posterior in a training step
     predict_steps: int = field(default=18, metadata={"ge": 1})  # and in prediction
     batch_spots: int = field(default=64, metadata={"ge": 0})  # spots per minibatch, with their cells; 0 = all
-    fit: FitConfig = FitConfig(steps=30, lr=0.005, schedule="cosine", clip_norm=1e3, window=10, checkpoint_every=10)
+    fit: FitConfig = FitConfig(steps=30, lr=0.005, schedule="cosine", clip_norm=1e3, window=10, threads=1, checkpoint_every=10)
 
     def __post_init__(self) -> None:
         check_name(self.likelihood)
