@@ -1,13 +1,23 @@
 """Hyper-priors of gene effects, learned from genes that were held out of a fit: for genes that nobody measured only these remain."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import pyro
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import gammaln, logsumexp
+from torch import Tensor
 
-__all__ = ["MIN_SCALE", "parameter_prior", "random_effects", "score_nb"]
+if TYPE_CHECKING:
+    from ppl_st.observation import Likelihood
+
+__all__ = ["MIN_SCALE", "learn_parameters", "parameter_prior", "random_effects", "score_grid", "score_nb"]
 
 MIN_SCALE = 0.05  # no two platforms agree better than this: 5 % per gene
+OWN_CELLS = 2000  # cells on which parameters of likelihoods other than the negative binomial are learned: each costs a log_prob per draw
+ROWS = 512  # cells scored at once
 
 
 def random_effects(values: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
@@ -58,3 +68,46 @@ def score_nb(counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray
         top = log_p.max(0)
         score[t] = (top + np.log(np.exp(log_p - top).mean(0))).sum(0)
     return score
+
+
+def score_grid(
+    likelihood: "Likelihood", name: str, others: dict[str, Tensor], counts: Tensor, rates: Tensor
+) -> NDArray[np.float64]:
+    """sum_i log mean_d p(x_i | rate_d, parameters) with one parameter on its grid [grid, genes].
+
+    counts [n, genes] and rates [draws, n, genes] are float64.
+    """
+    grid = likelihood.grid(name)
+    if likelihood.name == "nb":
+        return score_nb(counts.numpy(), rates.numpy(), grid.numpy())
+    score = torch.zeros(len(grid), counts.shape[1], dtype=torch.float64)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for rows in range(0, min(len(counts), OWN_CELLS), ROWS):
+            x, mu = counts[rows : rows + ROWS], rates[:, rows : rows + ROWS]
+            for t, value in enumerate(grid):
+                log_p = likelihood(mu, {**others, name: value.expand(counts.shape[1])}).log_prob(x.expand_as(mu))
+                score[t] += (torch.logsumexp(log_p, 0) - np.log(len(rates))).sum(0)
+    return score.numpy()
+
+
+
+def learn_parameters(
+    likelihood: "Likelihood", inner_genes: list[tuple[Tensor, Tensor]], z: NDArray[np.float64]
+) -> dict[str, list[float]]:
+    """Hyper-priors [a, b, s] of the likelihood's parameters from (counts, rates) of the inner genes of each fold; z is their covariate.
+
+    One parameter after the other, the others at the mean of their hyper-prior; twice where there are several.
+    """
+    learned = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
+    sizes = [counts.shape[1] for counts, _ in inner_genes]
+    for _ in range(min(2, len(learned))):
+        for name in learned:
+            center = {k: torch.from_numpy(a + b * z).split(sizes) for k, (a, b, _) in learned.items()}
+            scores = [
+                score_grid(likelihood, name, {k: v[fold] for k, v in center.items()}, counts, rates)
+                for fold, (counts, rates) in enumerate(inner_genes)
+            ]
+            learned[name] = parameter_prior(
+                np.concatenate(scores, 1), z, likelihood.grid(name).numpy(), *likelihood.priors[name]
+            )
+    return learned

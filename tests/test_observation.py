@@ -15,9 +15,9 @@ import torch
 import ppl_st
 from ppl_st.config import merge
 from ppl_st.errors import UserError
+from ppl_st.inference import hyperpriors
 from ppl_st.likelihoods import NegativeBinomial
 from ppl_st.models import siid
-from ppl_st.models.siid import hyper as siid_hyper
 from ppl_st.observation import BUILT_IN, find, name_of
 from ppl_st.simulate import checkerboard
 
@@ -199,7 +199,7 @@ def test_two_parameters_are_learned_one_after_the_other():
         torch.manual_seed(1)
         counts = likelihood(rate[0], {"log_theta": torch.full((12,), 1.5).double(), "gate_logits": gate}).sample()
     z = np.linspace(-1, 1, 12)
-    learned = siid_hyper._learn_parameters(likelihood, [(counts, rate)], z)
+    learned = hyperpriors.learn_parameters(likelihood, [(counts, rate)], z)
     assert abs(learned["log_theta"][0] - 1.5) < 0.4
     assert abs(learned["gate_logits"][0] + 1.5) < 0.4 and 0.3 < learned["gate_logits"][1] < 1.5
 

@@ -12,18 +12,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyro
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppl_st.inference.hyperpriors import parameter_prior, random_effects, score_nb
+from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_grid
 from ppl_st.models.siid.activity import FLOOR, Local, aggregate
 from ppl_st.models.siid.batches import Data
 from ppl_st.models.siid.regional import BANDWIDTHS, SHAPES, regional_posterior
 from ppl_st.models.siid.warm_start import Start, log_share, run_em
-from ppl_st.observation import Likelihood, find
+from ppl_st.observation import find
 
 if TYPE_CHECKING:
     from ppl_st.models.siid.model import Config
@@ -37,8 +36,6 @@ SELECTION_CELLS = 15_000  # cells on which settings are chosen
 INNER_CELLS = 5000  # cells on which gain and dispersion of inner genes are learned
 INNER_DRAWS = 4  # posterior draws per start there
 START_CELLS = 1000  # cells on which the parameters of measured genes are started
-OWN_CELLS = 2000  # cells on which parameters of likelihoods other than the negative binomial are learned: each costs a log_prob per draw
-ROWS = 512  # cells scored at once
 
 
 class Hyper(NamedTuple):
@@ -235,7 +232,7 @@ def _learn_priors(
         )  # Poisson variance of the log ratio of two totals
         covariate.append(share[genes])
     gain, z = np.concatenate(gains), np.concatenate(covariate)
-    parameters = _learn_parameters(find(config.likelihood), inner_genes, z - share.mean())
+    parameters = learn_parameters(find(config.likelihood), inner_genes, z - share.mean())
     gain_loc, gain_scale = random_effects(gain, np.concatenate(noises))
     said = [f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items()]
     say(", ".join([f"gain sd {gain_scale:.3f}", *said]) + f" ({len(gain)} inner genes)")
@@ -306,49 +303,6 @@ def _draw_rates(
     return draws
 
 
-def _score_grid(
-    likelihood: Likelihood, name: str, others: dict[str, Tensor], counts: Tensor, rates: Tensor
-) -> NDArray[np.float64]:
-    """sum_i log mean_d p(x_i | rate_d, parameters) with one parameter on its grid [grid, genes].
-
-    counts [n, genes] and rates [draws, n, genes] are float64.
-    """
-    grid = likelihood.grid(name)
-    if likelihood.name == "nb":
-        return score_nb(counts.numpy(), rates.numpy(), grid.numpy())
-    score = torch.zeros(len(grid), counts.shape[1], dtype=torch.float64)
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for rows in range(0, min(len(counts), OWN_CELLS), ROWS):
-            x, mu = counts[rows : rows + ROWS], rates[:, rows : rows + ROWS]
-            for t, value in enumerate(grid):
-                log_p = likelihood(mu, {**others, name: value.expand(counts.shape[1])}).log_prob(x.expand_as(mu))
-                score[t] += (torch.logsumexp(log_p, 0) - np.log(len(rates))).sum(0)
-    return score.numpy()
-
-
-
-def _learn_parameters(
-    likelihood: Likelihood, inner_genes: list[tuple[Tensor, Tensor]], z: NDArray[np.float64]
-) -> dict[str, list[float]]:
-    """Hyper-priors [a, b, s] of the likelihood's parameters from (counts, rates) of the inner genes of each fold; z is their covariate.
-
-    One parameter after the other, the others at the mean of their hyper-prior; twice where there are several.
-    """
-    learned = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
-    sizes = [counts.shape[1] for counts, _ in inner_genes]
-    for _ in range(min(2, len(learned))):
-        for name in learned:
-            center = {k: torch.from_numpy(a + b * z).split(sizes) for k, (a, b, _) in learned.items()}
-            scores = [
-                _score_grid(likelihood, name, {k: v[fold] for k, v in center.items()}, counts, rates)
-                for fold, (counts, rates) in enumerate(inner_genes)
-            ]
-            learned[name] = parameter_prior(
-                np.concatenate(scores, 1), z, likelihood.grid(name).numpy(), *likelihood.priors[name]
-            )
-    return learned
-
-
 def start_parameters(
     data: Data, some: Data, config: "Config", hyper: Hyper, em: Start, local: Local, seed: int
 ) -> dict[str, Tensor]:
@@ -363,7 +317,7 @@ def start_parameters(
     for _ in range(min(2, len(found))):
         for name, (_, _, scale) in hyper.parameters.items():
             grid = likelihood.grid(name)[:, None]
-            log_p = torch.from_numpy(_score_grid(likelihood, name, found, x, rates))
+            log_p = torch.from_numpy(score_grid(likelihood, name, found, x, rates))
             weight = torch.softmax(log_p - 0.5 * ((grid - prior[name]) / scale) ** 2, 0)
             found[name] = (weight * grid).sum(0)
     return {name: values.float() for name, values in found.items()}

@@ -23,8 +23,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
-from ppl_st.inference.hyperpriors import random_effects
-from ppl_st.models.siid.hyper import _learn_parameters
+from ppl_st.inference.hyperpriors import learn_parameters, random_effects
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.observation import Likelihood
 
@@ -287,7 +286,7 @@ def _hyper_priors(
         rate = np.exp(np.clip(log_rate, -20, 20))
         draws.append(rate * (counts.sum(0) + 0.5) / (rate.sum(0) + 0.5))
     inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
-    parameters = _learn_parameters(likelihood, inner_genes, z)
+    parameters = learn_parameters(likelihood, inner_genes, z)
     gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
     say(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
