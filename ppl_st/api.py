@@ -144,6 +144,12 @@ def recalibrate(
         raise UserError(f"recalibrate: level {level} must lie strictly between 0 and 1")
     talk = say or (lambda line: None)
     genes = np.sort(np.intersect1d(run.target.genes, run.genes))
+    needed = int(np.ceil(round(1 / (1 - level), 6))) - 1  # 1 / (genes + 1) <= 1 - level
+    if guarantee and len(genes) < needed:
+        raise UserError(
+            f"recalibrate: {len(genes)} measured genes cannot promise a coverage of {level:g}: that needs {needed} or more; lower --level, or "
+            "use --no-guarantee"
+        )
     parts, curves = gene_folds(genes, folds, seed), []
     for number, held in enumerate(parts):
         talk(f"fold {number + 1} of {folds}: {len(held)} genes held out")
@@ -158,6 +164,7 @@ def recalibrate(
     talk(
         f"{made.genes} genes: raw {level:.0%} intervals cover {made.raw_coverage:.3f}; nominal levels "
         f"{', '.join(f'{one:.3f}' for one in made.nominal)}"
+        + (" (1: no finite interval will do; upper is infinite there)" if max(made.nominal) >= 1 else "")
     )
     if run.folder is not None:
         posterior.write_json(run.folder / "recalibration.json", made._asdict())

@@ -148,6 +148,8 @@ class Run:
         result = self._table(summary, index, counts)
         if levels is not None:
             result.var["nominal_level"] = levels
+            boundless = levels >= 1  # no finite interval covers what was asked for
+            result.layers["lower"][:, boundless], result.layers["upper"][:, boundless] = 0.0, np.inf
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names))
         if samples:

@@ -218,6 +218,10 @@ def test_recalibration_is_stored_and_widens_or_narrows_as_the_inner_genes_say(ru
     wide = replace(again, recalibration=again.recalibration._replace(nominal=[0.5])).predict(genes, draws=40)
     assert (wide.layers["upper"] - wide.layers["lower"]).sum() < (table.layers["upper"] - table.layers["lower"]).sum()
     assert "lower" not in plain.layers
+    nothing = replace(again, recalibration=again.recalibration._replace(nominal=[1.0])).predict(genes, draws=40)
+    assert (nothing.layers["lower"] == 0).all() and np.isinf(nothing.layers["upper"]).all()  # not the range of 40 draws
+    with pytest.raises(UserError, match=r"30 measured genes cannot promise a coverage of 0\.99: that needs 99"):
+        api.recalibrate(mine, level=0.99)
 
 
 def test_proportions(run, sim):
