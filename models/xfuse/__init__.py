@@ -1,0 +1,1 @@
+"""XFuse: histology and spot counts fused into super-resolved expression (under construction)."""
