@@ -14,7 +14,7 @@ summaries are exact functions of the draws:
 Peak memory is about S x cells x genes x 12 bytes of one block plus the result; ``memory_gb`` bounds the block.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -27,7 +27,9 @@ from torch import Tensor
 from ppl_st.inference.pair import Pair
 from ppl_st.inference.randomness import rng_scope
 
-__all__ = ["QUANTILES", "Predictor", "Scores", "Summary", "count_draws", "draw_globals", "posterior_predictive"]
+__all__ = [
+    "QUANTILES", "Predictor", "Scores", "Summary", "count_draws", "draw_globals", "posterior_predictive", "predictive_blocks",
+]  # fmt: skip
 
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 BYTES_PER_DRAW = 16  # rate, count, sorted copy, workspace
@@ -115,20 +117,50 @@ def posterior_predictive(
     """
     n, g = predictor.n_cells, len(genes)
     empty = lambda: np.zeros((n, g), dtype=np.float32)  # noqa: E731
-    wanted: dict[str, NDArray[np.float64]] = {name: np.full(g, q) for name, q in QUANTILES.items()}
-    if levels is not None:
-        wanted |= {"lower": 0.5 - 0.5 * levels, "upper": 0.5 + 0.5 * levels}
-    quantiles = {name: empty() for name in wanted}
+    quantiles = {name: empty() for name in _wanted(g, levels)}
     summary = Summary(empty(), empty(), empty(), quantiles, None if factor is None else empty())
-    factors = None if factor is None else torch.from_numpy(factor.astype(np.float32))
     scores = None if truth is None else Scores(empty(), empty(), empty(), empty())
+    for rows, part, block, score in predictive_blocks(
+        predictor, chains, genes, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth, levels=levels, factor=factor
+    ):
+        where = np.ix_(rows, np.arange(part.start, part.stop))
+        for target, value in zip(summary[:3], block[:3], strict=True):
+            target[where] = value
+        if summary.lognorm_mean is not None and block.lognorm_mean is not None:
+            summary.lognorm_mean[where] = block.lognorm_mean
+        for name, value in block.quantiles.items():
+            summary.quantiles[name][where] = value
+        if scores is not None and score is not None:
+            for target, value in zip(scores, score, strict=True):
+                target[where] = value
+    return summary, scores
+
+
+def predictive_blocks(
+    predictor: Predictor,
+    chains: Sequence[Pair],
+    genes: NDArray[np.int64],
+    *,
+    draws: int,
+    seed: int,
+    memory_gb: float = 1.0,
+    truth: sp.csr_matrix | None = None,
+    levels: NDArray[np.float64] | None = None,
+    factor: NDArray[np.float64] | None = None,
+) -> Iterator[tuple[NDArray[np.int64], slice, Summary, Scores | None]]:
+    """The parts of `posterior_predictive` as they are made: (rows, slice of ``genes``, summary, scores) of [rows, slice].
+
+    The slices of the same rows follow each other from the first gene to the last.
+    """
+    wanted = _wanted(len(genes), levels)
+    factors = None if factor is None else torch.from_numpy(factor.astype(np.float32))
     drawn = draw_globals(chains, draws, seed)
-    cells, width = block_sizes(g, draws, memory_gb)
+    cells, width = block_sizes(len(genes), draws, memory_gb)
     for b, batch in enumerate(predictor.blocks(cells)):
         rows = predictor.rows(batch)
         local = [predictor.local(batch, c) for c in range(min(draws, len(chains)))]
-        for start in range(0, g, width):
-            part = slice(start, min(start + width, g))
+        for start in range(0, len(genes), width):
+            part = slice(start, min(start + width, len(genes)))
             x = None if truth is None else truth[rows, part].toarray()
             ends = {name: q[part] for name, q in wanted.items()}
             depth = None if factors is None else factors[rows, None]
@@ -137,17 +169,15 @@ def posterior_predictive(
                 exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
                 rate, lognorm = (torch.stack(values).mean(0).numpy() for values in zip(*exact, strict=True))
                 block = block._replace(rate_mean=rate, lognorm_mean=None if depth is None else lognorm)
-            where = np.ix_(rows, np.arange(part.start, part.stop))
-            for target, value in zip(summary[:3], block[:3], strict=True):
-                target[where] = value
-            if summary.lognorm_mean is not None and block.lognorm_mean is not None:
-                summary.lognorm_mean[where] = block.lognorm_mean
-            for name in wanted:
-                summary.quantiles[name][where] = block.quantiles[name]
-            if scores is not None and score is not None:
-                for target, value in zip(scores, score, strict=True):
-                    target[where] = value
-    return summary, scores
+            yield rows, part, block, score
+
+
+def _wanted(g: int, levels: NDArray[np.float64] | None) -> dict[str, NDArray[np.float64]]:
+    """Quantile of each gene, [g], by name."""
+    wanted: dict[str, NDArray[np.float64]] = {name: np.full(g, q) for name, q in QUANTILES.items()}
+    if levels is not None:
+        wanted |= {"lower": 0.5 - 0.5 * levels, "upper": 0.5 + 0.5 * levels}
+    return wanted
 
 
 def count_draws(

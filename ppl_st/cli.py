@@ -199,8 +199,6 @@ def predict(
     store = out.with_name(f"{out.stem}.samples.zarr")
     if proportions and (genes or target or samples):
         raise UserError("--proportions goes without --genes, --target and --samples; run predict twice")
-    if samples and target:
-        raise UserError("--samples draws for the cells of the run; leave out --target")
     from ppl_st.api import load
     from ppl_st.data import read_genes
     from ppl_st.io import write_adata
@@ -210,18 +208,19 @@ def predict(
     say = _say(quiet)
     if proportions:
         result = fitted.proportions(draws=draws, seed=seed)
+        write_adata(result, out)
+        shape = result.shape
     else:
         if names is None and fitted.measured.all():
             raise UserError(f"{run}: its target measured every gene; name genes with --genes")
         number = int((~fitted.measured).sum()) if names is None else len(names)
         say(f"predicting {number} genes, {draws} draws")
-        result = fitted.predict(names, target=target, draws=draws, seed=seed, memory_gb=memory_gb)
-    write_adata(result, out)
-    typer.echo(f"{out}: {result.n_obs} x {result.n_vars}")
+        shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb)
+    typer.echo(f"{out}: {shape[0]} x {shape[1]}")
     if samples:
         say(f"{samples} joint draws")
-        fitted.write_samples(store, None if names is None else list(names), samples, seed)
-        typer.echo(f"{store}: count[{samples}, {result.n_obs}, {result.n_vars}]")
+        fitted.write_samples(store, None if names is None else list(names), samples, seed, target=target)
+        typer.echo(f"{store}: count[{samples}, {shape[0]}, {shape[1]}]")
 
 
 @app.command()

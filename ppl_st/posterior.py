@@ -34,6 +34,7 @@ from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
 from ppl_st.io import atomic
+from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -145,11 +146,7 @@ class Run:
             predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels,
             factor=_factor(counts, self.genes) if lognorm else None,
         )  # fmt: skip
-        result = self._table(summary, index, counts)
-        if levels is not None:
-            result.var["nominal_level"] = levels
-            boundless = levels >= 1  # no finite interval covers what was asked for
-            result.layers["lower"][:, boundless], result.layers["upper"][:, boundless] = 0.0, np.inf
+        result = self._table(summary, index, counts, levels)
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names))
         if samples:
@@ -164,27 +161,40 @@ class Run:
             result.obs = result.obs.assign(**obs)
         return result
 
-    def write_samples(self, path: str | Path, genes: Sequence[str] | None, draws: int, seed: int = 0) -> None:
-        """Write ``count[sample, cell, gene]``, joint posterior predictive draws, as a zarr store, block by block."""
-        import zarr
-
+    def write(
+        self,
+        path: str | Path,
+        genes: Sequence[str] | NDArray[np.str_] | None = None,
+        *,
+        target: str | Path | ad.AnnData | None = None,
+        draws: int = 100,
+        seed: int = 0,
+        memory_gb: float = 1.0,
+    ) -> tuple[int, int]:
+        """What `predict` returns, written block by block to ``.zarr`` or ``.h5ad``; memory does not grow with the cells. Returns the shape."""
         index = self._index(genes)
-        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
-        with atomic(path) as temporary:
-            group = zarr.open_group(str(temporary), mode="w")
-            shape = (draws, predictor.n_cells, len(index))
-            array = group.create_array(
-                "count",
-                shape=shape,
-                chunks=(1, min(2048, shape[1]), min(256, shape[2])),
-                dtype="f4",
-                dimension_names=("sample", "cell", "gene"),
-            )
-            for rows, drawn in count_draws(predictor, predictor.chains, index, draws=draws, seed=seed):
-                array.oindex[:, rows, :] = drawn
-            group.attrs.update(
-                cells=self.target.names.tolist(), genes=self.genes[index].tolist(), manifest=json.dumps(self.manifest)
-            )
+        data, counts = (self.data, self.target) if target is None else self._other(target)
+        predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
+        levels = None if self.recalibration is None else self.recalibration.nominal_of(self.reference_mean[index])
+        return write_prediction(
+            self, path, predictor, index, counts, levels, own=target is None, draws=draws, seed=seed, memory_gb=memory_gb
+        )
+
+    def write_samples(
+        self,
+        path: str | Path,
+        genes: Sequence[str] | None,
+        draws: int,
+        seed: int = 0,
+        *,
+        target: str | Path | ad.AnnData | None = None,
+    ) -> None:
+        """Write ``count[sample, cell, gene]``, joint posterior predictive draws, as a zarr store, block by block."""
+        index = self._index(genes)
+        data, counts = (self.data, self.target) if target is None else self._other(target)
+        predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
+        blocks = count_draws(predictor, predictor.chains, index, draws=draws, seed=seed)
+        write_samples(path, counts.names, self.genes[index], draws, blocks, self.manifest)
 
     def score(
         self,
@@ -301,20 +311,16 @@ class Run:
             )
         )
 
-    def _table(self, summary: Summary, index: NDArray[np.int64], counts: Counts) -> ad.AnnData:
-        result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=pd.DataFrame(index=self.genes[index]))
+    def _table(
+        self, summary: Summary, index: NDArray[np.int64], counts: Counts, levels: NDArray[np.float64] | None
+    ) -> ad.AnnData:
+        noise = np.square(summary.count_sd, dtype=np.float64).mean(0)
+        var = var_of(self, index, summary.rate_mean.var(0, dtype=np.float64), noise, levels)
+        result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=var)
         result.obs_names = counts.names
-        result.layers["rate_mean"] = summary.rate_mean.copy()
-        result.layers["rate_sd"], result.layers["count_sd"] = summary.rate_sd, summary.count_sd
-        if summary.lognorm_mean is not None:
-            result.layers["lognorm_mean"] = summary.lognorm_mean
-        for name, values in summary.quantiles.items():
+        for name, values in layers_of(summary, levels).items():
             result.layers[name] = values
-        result.var["measured"] = self.measured[index]
-        explained = summary.rate_mean.var(0, dtype=np.float64)
-        result.var["trust"] = explained / np.maximum(
-            explained + np.square(summary.count_sd, dtype=np.float64).mean(0), 1e-12
-        )
+        result.layers["rate_mean"] = summary.rate_mean.copy()  # X is it, too
         if counts.xy is not None:
             result.obsm["spatial"] = counts.xy
         result.uns["ppl_st"] = json.dumps(self.manifest)

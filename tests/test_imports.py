@@ -42,7 +42,8 @@ ROOMS: dict[str, set[str]] = {
     "baselines": {"data", "spatial", "metrics"},
     "calibration": {"data", "metrics"},
     "prepare": {"data", "spatial", "models"},  # checked counts -> a method's problem
-    "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "export"},
+    "stream": {"io", "inference"},  # tables that are written while they are computed
+    "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "export", "stream"},
     "export": {"inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "plots": {"data", "posterior", "metrics", "calibration"},
