@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"data"},
     "baselines": {"data", "spatial", "metrics"},
     "calibration": {"data", "metrics"},
+    "pooling": set(),
     "prepare": {"data", "spatial", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "export", "stream"},

@@ -1,0 +1,150 @@
+"""Rubin's rules against known answers; the statistics against brute force; intervals of imputed genes that cover what they should."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy.stats import norm
+
+from ppl_st.errors import UserError
+from ppl_st.pooling import Statistic, ligand_receptor, log_fold_change, morans_i, pool, pooled
+from ppl_st.spatial import neighbors
+
+
+def test_rules_by_hand():
+    found = pool([1.0, 2.0, 3.0], [0.5, 0.5, 0.2])
+    within, between = 0.4, 4 / 3
+    assert found.estimate == 2 and found.se == pytest.approx(np.sqrt(within + between))
+    assert found.missing == pytest.approx(between / (within + between))
+    assert found.df == pytest.approx(2 * ((within + between) / between) ** 2)
+    assert found.lo < 2 < found.hi and found.hi - found.estimate > 1.96 * found.se
+    nothing_missing = pool([[1.0, 0.0]] * 3, [[0.25, 0.0]] * 3)
+    assert nothing_missing.p == pytest.approx([2 * norm.sf(2), 1.0]) and (nothing_missing.missing == 0).all()
+    assert nothing_missing.hi == pytest.approx([1 + norm.ppf(0.975) * 0.5, 0.0])
+
+
+def test_what_cannot_be_pooled_is_refused():
+    with pytest.raises(UserError, match="K >= 2"):
+        pool([1.0], [1.0])
+    with pytest.raises(UserError, match="not negative"):
+        pool([1.0, 2.0], [1.0, -1.0])
+    with pytest.raises(UserError, match="1 draws"):
+        pooled([np.ones((5, 2))], lambda x: Statistic(x.mean(0), x.var(0)))
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, 100, (60, 2))
+    return rng.poisson(2.0, (60, 3)).astype(float), neighbors(xy, 5), rng.random(60) < 0.4
+
+
+def test_fold_change_is_the_ratio_of_means_and_its_variance_that_of_resampled_cells(tissue):
+    x, _, group = tissue
+    found = log_fold_change(sp.csr_matrix(x), group)
+    np.testing.assert_allclose(found.estimate, np.log(x[group].mean(0) / x[~group].mean(0)))
+    rng, resampled = np.random.default_rng(1), []
+    a, b = x[group], x[~group]
+    for _ in range(2000):
+        means = [side[rng.integers(0, len(side), len(side))].mean(0) for side in (a, b)]
+        resampled.append(np.log(means[0] / means[1]))
+    np.testing.assert_allclose(found.variance, np.var(resampled, axis=0), rtol=0.2)
+    with pytest.raises(UserError, match="both sides"):
+        log_fold_change(x, np.ones(60))
+
+
+def test_spatial_scores_have_the_moments_of_random_exchange(tissue):
+    x, graph, _ = tissue
+    x = x.copy()
+    x[0, 0] = 40.0  # a heavy tail: the kurtosis term matters
+    rng = np.random.default_rng(2)
+    found = morans_i(x, graph)
+    exchanged = np.stack([morans_i(x[rng.permutation(60)], graph).estimate for _ in range(4000)])
+    np.testing.assert_allclose(found.variance, exchanged.var(0), rtol=0.12)
+    assert np.abs(exchanged.mean(0)).max() < 5 * np.sqrt(found.variance.max() / 4000)
+    pairs = [(0, 1), (2, 1)]
+    score = ligand_receptor(x, graph, pairs)
+    shuffled = []
+    for _ in range(4000):
+        y = x.copy()
+        y[:, 1] = rng.permutation(y[:, 1])
+        shuffled.append(ligand_receptor(y, graph, pairs).estimate)
+    np.testing.assert_allclose(score.variance, np.var(shuffled, axis=0), rtol=0.12)
+    assert np.abs(np.mean(shuffled, axis=0)).max() < 5 * np.sqrt(score.variance.max() / 4000)
+    row = graph[7].indices  # by hand, for one cell's senders
+    w = sp.csr_matrix(sp.diags(1 / np.asarray(graph.sum(1)).ravel()) @ graph)
+    by_hand = sum(w[i, j] * x[i, 0] * x[j, 1] for i in range(60) for j in graph[i].indices) / 60
+    sent = (w.T @ x[:, 0]).mean()
+    assert len(row) and score.estimate[0] == pytest.approx(by_hand / (sent * x[:, 1].mean()) - 1)
+
+
+def test_a_pattern_is_found_and_a_constant_gene_is_nothing(tissue):
+    _, graph, _ = tissue
+    rng = np.random.default_rng(3)
+    smooth = graph @ (graph @ rng.standard_normal((60, 1)))
+    found = morans_i(np.hstack([smooth, np.ones((60, 1))]), graph)
+    assert found.estimate[0] > 3 * np.sqrt(found.variance[0]) and found.estimate[1] == found.variance[1] == 0
+    with pytest.raises(UserError, match="graph"):
+        morans_i(np.ones((60, 1)), sp.csr_matrix((60, 60)))
+
+
+class World:
+    """Gene levels of 4 cell types, known through a reference alone: conjugate, so that the imputation model is exactly right.
+
+    lambda_tg ~ Gamma(2, 1); reference counts c_tg ~ Poisson(DEPTH lambda_tg); a cell of type t has x_ig ~ Poisson(lambda_tg).
+    """
+
+    TYPES, GENES, CELLS, DEPTH, DRAWS = 4, 40, 400, 4.0, 20
+
+    def __init__(self, seed):
+        rng = np.random.default_rng(seed)
+        side = rng.uniform(0, 1, (self.CELLS, 2))
+        self.types = (self.TYPES * np.clip(side[:, 0] + 0.1 * rng.standard_normal(self.CELLS), 0, 0.999)).astype(int)
+        self.group, self.graph = side[:, 0] < 0.5, neighbors(side, 6)
+        self.level = rng.gamma(2.0, 1.0, (self.TYPES, self.GENES))
+        self.counts = rng.poisson(self.level[self.types]).astype(float)
+        self.shape, self.rate = 2.0 + rng.poisson(self.DEPTH * self.level), 1.0 + self.DEPTH
+        self.rng = rng
+
+    def draws(self):
+        for _ in range(self.DRAWS):
+            yield self.rng.poisson(self.rng.gamma(self.shape, 1 / self.rate)[self.types]).astype(float)
+
+    @property
+    def mean(self):
+        return (self.shape / self.rate)[self.types]
+
+
+def covered(interval, truth):
+    return float(((interval.lo <= truth) & (truth <= interval.hi)).mean())
+
+
+def naive(one, level=1.959964):
+    se = np.sqrt(one.variance)
+    return Statistic(one.estimate - level * se, one.estimate + level * se)
+
+
+def test_pooled_intervals_cover_and_imputed_means_do_not():
+    """95 % intervals over 12 worlds x 40 genes: fold change of the population, Moran's I and product score of the very cells."""
+    found = {name: [] for name in ("fold", "fold of means", "moran", "pairs", "error of moran of means", "error of moran")}
+    for seed in range(12):
+        world = World(seed)
+        share = np.stack([np.bincount(world.types[side], minlength=4) / side.sum() for side in (world.group, ~world.group)])
+        truth = np.log(share[0] @ world.level) - np.log(share[1] @ world.level)
+        draws = list(world.draws())
+        found["fold"].append(covered(pooled(draws, lambda x, w=world: log_fold_change(x, w.group)), truth))
+        one = log_fold_change(world.mean, world.group)
+        half = 1.96 * np.sqrt(one.variance)
+        found["fold of means"].append(float((np.abs(one.estimate - truth) <= half).mean()))
+        truth = morans_i(world.counts, world.graph).estimate
+        interval = pooled(draws, lambda x, w=world: morans_i(x, w.graph), population=False)
+        found["moran"].append(covered(interval, truth))
+        found["error of moran"].append(float((interval.estimate - truth).mean()))
+        found["error of moran of means"].append(float((morans_i(world.mean, world.graph).estimate - truth).mean()))
+        pairs = np.arange(40).reshape(20, 2)
+        truth = ligand_receptor(world.counts, world.graph, pairs).estimate
+        interval = pooled(draws, lambda x, w=world, p=pairs: ligand_receptor(x, w.graph, p), population=False)
+        found["pairs"].append(covered(interval, truth))
+    mean = {name: np.mean(values) for name, values in found.items()}
+    assert 0.93 < mean["fold"] < 0.99 and mean["fold of means"] < 0.75
+    assert 0.92 < mean["moran"] < 0.98 and 0.92 < mean["pairs"] < 0.98
+    assert abs(mean["error of moran"]) < 0.02 and mean["error of moran of means"] > 0.2  # a mean is smoother than counts
