@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ppl_st import config as configs
 from ppl_st import posterior
-from ppl_st.calibration import Recalibration, recalibration
+from ppl_st.conformal import Recalibration, recalibration
 from ppl_st.data import Counts, gene_folds, read_counts, read_genes
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of

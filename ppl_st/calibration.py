@@ -1,20 +1,11 @@
-"""Calibration of count forecasts: randomised PIT and coverage without drawing random numbers, and a conformal layer over genes.
+"""How good are the forecasts of counts: coverage, PIT, risk against trust, where the variance comes from. Correcting them is `ppl_st.conformal`.
 
 Shapes: ``truth`` and PIT bounds are [cells, genes], draws [S, cells, genes]. Counts are integers with
 probability mass, so a plain quantile interval of a sparse gene covers far more than its level even under the
 true model; coverage here is the expected share of randomised PIT values inside the central interval.
 
-The conformal layer treats *genes* as the exchangeable units: the cells of one gene share its gain and dispersion, so however many they are
-they count as one observation of "how wrong is a gene". Inner held-out genes g = 1..m give curves c_g(l), the coverage of the nominal level l.
-The nominal level for a new gene is
-
-    l* = min { l : (m mean_g (1 - c_g(l)) + 1) / (m + 1) <= 1 - level }
-
-Then E[coverage of a new gene] >= level for any m, whatever the forecaster, as long as the new gene is exchangeable with the inner ones
-(conformal risk control: Angelopoulos, Bates, Fisch, Lei, Schuster, ICLR 2024, Theorem 1; the miscoverage falls with l and lies in [0, 1]). The
-"+ 1" costs up to 1 / (m + 1) of over-coverage; ``guarantee=False`` leaves it out. The guarantee is for the mean over genes, not for each gene.
-
-Not here: simulation-based calibration.
+Genes are the units of every bootstrap interval: the cells of one gene share its level and dispersion, so however many they are they count as one
+observation of "how wrong is a gene". ``predict(truth=...)`` gives the PIT bounds of every entry as layers ``pit_low`` and ``pit_high``.
 """
 
 from __future__ import annotations
@@ -23,14 +14,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from ppl_st.errors import UserError
 
-__all__ = ["GRID", "Coverage", "Recalibration", "conformal_level", "coverage", "pit_bounds", "recalibration"]
+__all__ = [
+    "GRID", "LEVELS", "Coverage", "RiskCoverage", "coverage", "coverage_table", "pit_bounds", "pit_histogram", "randomised_pit",
+    "risk_coverage", "variance_decomposition",
+]  # fmt: skip
+
+LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 # Nominal levels of a coverage curve.
 GRID = np.concatenate([np.arange(0.02, 0.98, 0.02), np.arange(0.98, 0.999, 0.002), [0.999]])
-STRATUM = 50  # inner genes that a stratum needs
 
 
 class Coverage(NamedTuple):
@@ -55,7 +51,7 @@ def pit_bounds(draws: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def coverage(
-    pit_low: Any, pit_high: Any, levels: Sequence[float] | np.ndarray = (0.5, 0.8, 0.9, 0.95)
+    pit_low: Any, pit_high: Any, levels: Sequence[float] | np.ndarray = LEVELS
 ) -> Coverage:
     """Expected randomised coverage of the central intervals, without drawing random numbers.
 
@@ -74,74 +70,113 @@ def coverage(
         raise UserError("coverage: need 0 <= pit_low <= pit_high <= 1 (P(X < x) and P(X <= x))")
     if not ((level > 0) & (level < 1)).all():
         raise UserError(f"coverage: levels {level.tolist()} must lie strictly between 0 and 1")
-    width = high - low
-    shares = []
-    for one in level:
-        a, b = 0.5 - 0.5 * one, 0.5 + 0.5 * one
-        overlap = np.clip(np.minimum(high, b) - np.maximum(low, a), 0.0, None)
-        point = ((low >= a) & (low <= b)).astype(np.float64)
-        shares.append(np.divide(overlap, width, out=point, where=width > 0).mean(0))
-    per_gene = np.stack(shares)
+    per_gene = np.stack([_mass(low, high, 0.5 - 0.5 * one, 0.5 + 0.5 * one).mean(0) for one in level])
     return Coverage(level, per_gene, per_gene.mean(1))
 
 
-def conformal_level(curves: Any, level: float, *, guarantee: bool = True) -> float:
-    """Nominal level at which a new gene's central interval covers ``level`` on average.
+def _mass(low: np.ndarray, high: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Share of each [low, high] that lies in [a, b]; a point is in or out."""
+    width = high - low
+    overlap = np.clip(np.minimum(high, b) - np.maximum(low, a), 0.0, None)
+    point = ((low >= a) & (low <= b)).astype(np.float64)
+    return np.divide(overlap, width, out=point, where=width > 0)
+
+
+def coverage_table(
+    pit_low: Any,
+    pit_high: Any,
+    groups: Any = None,
+    *,
+    levels: Sequence[float] = LEVELS,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> pd.DataFrame:
+    """`coverage` overall and in each group of cells, with 95 % bootstrap intervals over genes.
 
     Parameters
     ----------
-    curves
-        Coverage of every inner gene at every nominal level of `GRID`, [levels, genes].
-    level
-        Wanted coverage, in (0, 1).
-    guarantee
-        Whether the finite-sample bound of the module's docstring holds; else the inner genes' own mean coverage reaches ``level``.
+    pit_low, pit_high
+        As in `coverage`, [cells, genes].
+    groups
+        Label of every cell (a cell type, a region); None = all cells together only.
+    levels, seed, resamples
+        Nominal levels; of the bootstrap, which resamples the same genes in every group and at every level.
 
     Returns
     -------
-    float
-        A level of `GRID`; 1 (no finite interval will do) if even the widest covers too little.
+    DataFrame
+        Columns group ("all" first), level, coverage, lo, hi, cells, genes.
     """
-    table = np.asarray(curves, dtype=np.float64)
-    if table.ndim != 2 or table.shape[0] != len(GRID) or table.shape[1] == 0:
-        raise UserError(
-            f"conformal_level: curves have shape {table.shape}; need [{len(GRID)}, genes] with at least one gene"
-        )
-    if not 0 < level < 1:
-        raise UserError(f"conformal_level: level {level} must lie strictly between 0 and 1")
-    genes = table.shape[1]
-    miss = 1 - np.maximum.accumulate(table.mean(1))
-    bound = (genes * miss + 1) / (genes + 1) if guarantee else miss
-    enough = np.flatnonzero(bound <= 1 - level + 1e-12)
-    return float(GRID[enough[0]]) if enough.size else 1.0
+    low, high = np.asarray(pit_low), np.asarray(pit_high)
+    labels = np.full(len(low), "all") if groups is None else np.asarray(groups).astype(str)
+    if labels.shape != low.shape[:1]:
+        raise UserError(f"coverage_table: {len(labels)} group labels for {len(low)} cells")
+    parts = [("all", slice(None))] + ([] if groups is None else [(name, labels == name) for name in np.unique(labels)])
+    pick = np.random.default_rng([seed, 21]).integers(0, low.shape[1], (resamples, low.shape[1]))
+    rows = []
+    for name, cells in parts:
+        found = coverage(low[cells], high[cells], levels)
+        for level, per_gene in zip(levels, found.per_gene, strict=True):
+            lo, hi = np.quantile(per_gene[pick].mean(1), [0.025, 0.975])
+            rows.append((name, level, per_gene.mean(), lo, hi, len(low[cells]), len(per_gene)))
+    return pd.DataFrame(rows, columns=["group", "level", "coverage", "lo", "hi", "cells", "genes"])
 
 
-class Recalibration(NamedTuple):
-    """What inner held-out genes say about the intervals of new genes; plain numbers, stored with a run."""
+def pit_histogram(pit_low: Any, pit_high: Any, bins: int = 20) -> np.ndarray:
+    """Density of the randomised PIT of every gene in equal bins, [bins, genes]; 1 everywhere under a perfect forecaster (in expectation).
 
-    level: float  # coverage that is wanted
-    edges: list[float]  # values of the covariate between the strata
-    nominal: list[float]  # nominal level of each stratum
-    genes: int  # inner genes
-    raw_coverage: float  # mean coverage of the uncorrected interval on them
-    guarantee: bool
-
-    def nominal_of(self, covariate: Any) -> np.ndarray:
-        """Nominal level for genes with these values of the covariate, like ``covariate``."""
-        return np.asarray(self.nominal)[np.searchsorted(self.edges, np.asarray(covariate, dtype=np.float64))]
-
-
-def recalibration(curves: Any, covariate: Any, level: float = 0.9, *, guarantee: bool = True) -> Recalibration:
-    """`conformal_level` in strata of a covariate, `STRATUM` inner genes or more in each (with fewer genes there is one stratum).
-
-    ``curves`` [levels, genes] as in `conformal_level`; ``covariate`` [genes] is known of a new gene too, such as its mean count in the reference.
+    No random numbers: each count spreads its mass evenly over [pit_low, pit_high]. High at both ends: intervals too short; high in the
+    middle: too long; leaning to the right: the truth is larger than forecast.
     """
-    table, known = np.asarray(curves, dtype=np.float64), np.asarray(covariate, dtype=np.float64)
-    if known.shape != table.shape[1:]:
-        raise UserError(f"recalibration: {table.shape[1]} curves but {known.size} values of the covariate")
-    strata = max(1, known.size // STRATUM)
-    edges = [float(np.quantile(known, k / strata)) for k in range(1, strata)]
-    of = np.searchsorted(edges, known)
-    nominal = [conformal_level(table[:, of == k], level, guarantee=guarantee) for k in range(strata)]
-    raw = float(np.mean([np.interp(level, GRID, curve) for curve in table.T]))
-    return Recalibration(level, edges, nominal, known.size, raw, guarantee)
+    low, high = np.asarray(pit_low, dtype=np.float64), np.asarray(pit_high, dtype=np.float64)
+    edges = np.linspace(0, 1, bins + 1)
+    upper = np.r_[edges[1:-1], 1.5]  # a point at 1 belongs to the last bin, at an inner edge to one bin only
+    point = (low == high)[None] & (low[None] < upper[:, None, None]) & (low[None] >= edges[:-1, None, None])
+    overlap = np.clip(np.minimum(high[None], edges[1:, None, None]) - np.maximum(low[None], edges[:-1, None, None]), 0.0, None)
+    width = np.where(high > low, high - low, 1.0)
+    return bins * np.where(low == high, point, overlap / width).mean(1)
+
+
+def randomised_pit(pit_low: Any, pit_high: Any, seed: int = 0) -> np.ndarray:
+    """One draw of the randomised PIT, like ``pit_low``: uniform on (0, 1) if the forecasts are right, also for counts."""
+    low, high = np.asarray(pit_low, dtype=np.float64), np.asarray(pit_high, dtype=np.float64)
+    return low + np.random.default_rng([seed, 22]).random(low.shape) * (high - low)
+
+
+class RiskCoverage(NamedTuple):
+    """Mean ``risk`` of the share ``retained`` of the genes that are trusted most, both [genes]; ``area`` under the curve, smaller is better."""
+
+    retained: np.ndarray
+    risk: np.ndarray
+    area: float
+
+
+def risk_coverage(risk: Any, trust: Any) -> RiskCoverage:
+    """Does a score of trust say which genes to believe?
+
+    ``risk`` [genes] is what went wrong (1 - R2, say), ``trust`` [genes] the score by which genes are kept, the largest first (equal scores share
+    their mean risk). The area lies between that of the ranking by risk itself and that of its reverse; a useless score has the mean risk. Hold it
+    against the ranking by mean expression: deep genes are easier, and every score that knows only this is no news.
+    """
+    r, t = np.asarray(risk, dtype=np.float64).ravel(), np.asarray(trust, dtype=np.float64).ravel()
+    if r.shape != t.shape or not r.size or not (np.isfinite(r).all() and np.isfinite(t).all()):
+        raise UserError(f"risk_coverage: {r.size} risks and {t.size} scores; need one finite value of each for every gene")
+    _, tied = np.unique(-t, return_inverse=True)
+    mean = np.bincount(tied, r) / np.bincount(tied)
+    curve = np.cumsum(mean[np.sort(tied)]) / np.arange(1, r.size + 1)
+    return RiskCoverage(np.arange(1, r.size + 1) / r.size, curve, float(curve.mean()))
+
+
+def variance_decomposition(rate_mean: Any, rate_sd: Any, count_sd: Any) -> pd.DataFrame:
+    """Where the predicted variance of a gene's counts over cells comes from: DataFrame [genes] x between, epistemic, noise, trust.
+
+    With layers of `Run.predict`, [cells, genes]: ``between`` = variance over cells of the mean rate (the pattern that is predicted), ``epistemic`` =
+    mean over cells of rate_sd^2 (what the model does not know: state, level), ``noise`` = mean of count_sd^2 - rate_sd^2 (what no model could
+    know). By the law of total variance they add up to the predictive variance of a count in a cell picked at random; ``trust`` = between / sum is
+    the squared correlation with the counts that the model expects of its prediction.
+    """
+    mean, sd, count = (np.asarray(layer, dtype=np.float64) for layer in (rate_mean, rate_sd, count_sd))
+    between, epistemic = mean.var(0), (sd**2).mean(0)
+    noise = np.maximum((count**2).mean(0) - epistemic, 0.0)
+    trust = between / np.maximum(between + epistemic + noise, 1e-12)
+    return pd.DataFrame({"between": between, "epistemic": epistemic, "noise": noise, "trust": trust})

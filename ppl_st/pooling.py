@@ -201,7 +201,7 @@ def ligand_receptor(counts: Any, graph: sp.csr_matrix, pairs: Any) -> Statistic:
 
 
 def _counts(counts: Any) -> Floats:
-    x = np.asarray(counts.toarray() if sp.issparse(counts) else counts, dtype=np.float64)
+    x = np.asarray(counts.toarray() if hasattr(counts, "toarray") else counts, dtype=np.float64)
     if x.ndim != 2 or len(x) < 4 or not np.isfinite(x).all():
         raise UserError(f"counts have shape {x.shape}; need finite [cells, genes] with four cells or more")
     return x

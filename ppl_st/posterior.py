@@ -28,7 +28,8 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.calibration import GRID, Recalibration, coverage
+from ppl_st.calibration import GRID, LEVELS, coverage
+from ppl_st.conformal import Recalibration
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
@@ -38,8 +39,6 @@ from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
 
 if TYPE_CHECKING:
     import xarray as xr
-
-LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,8 @@ class Run:
         seed, memory_gb
             Seed of the draws; bound on the memory of one block of draws.
         truth
-            Counts of the same cells and genes to judge by: the columns of `score` are added to ``var``.
+            Counts of the same cells and genes to judge by: the columns of `score` are added to ``var``, and layers ``log_prob`` (log predictive
+            probability of the count), ``pit_low``, ``pit_high`` (see `ppl_st.calibration`).
         lognorm
             Also a layer ``lognorm_mean``: posterior mean of log1p(count / cell's total x median total), totals over genes shared with the reference.
 
@@ -149,6 +149,8 @@ class Run:
         result = self._table(summary, index, counts, levels)
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names))
+            for name in ("log_prob", "pit_low", "pit_high"):
+                result.layers[name] = getattr(scores, name)
         if samples:
             kept = np.zeros((samples, *result.shape), dtype=np.float32)
             for rows, drawn in count_draws(predictor, chains, index, draws=samples, seed=seed):

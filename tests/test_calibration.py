@@ -1,65 +1,99 @@
-"""The conformal layer over genes: its finite-sample guarantee by simulation, its strata, its refusals."""
+"""Coverage, PIT, risk against trust and the parts of the variance: known answers, and what each must tell apart."""
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy import stats
 
-from ppl_st.calibration import GRID, STRATUM, conformal_level, recalibration
+from ppl_st.calibration import (
+    coverage,
+    coverage_table,
+    pit_bounds,
+    pit_histogram,
+    randomised_pit,
+    risk_coverage,
+    variance_decomposition,
+)  # fmt: skip
 from ppl_st.errors import UserError
 
-Z = norm.ppf(0.5 + 0.5 * GRID)[:, None]
 
-
-def curves(rng, genes, centre=0.3, spread=0.4):
-    """Coverage at `GRID` of N(0, 1) forecasts of genes that are really N(0, s_g): the forecaster is too sure, each gene in its own way."""
-    s = np.exp(centre + spread * rng.standard_normal(genes))
-    return 2 * norm.cdf(Z / s) - 1
-
-
-@pytest.mark.parametrize("genes", [12, 40])
-def test_a_new_gene_is_covered_as_often_as_promised(genes):
+@pytest.fixture(scope="module")
+def forecasts():
+    """PIT bounds of NB counts under the truth, and under a forecaster whose genes have levels of their own that it does not know."""
     rng = np.random.default_rng(0)
-    found = {True: [], False: []}
-    for _ in range(1500):
-        table = curves(rng, genes + 1)
-        for guarantee, covered in found.items():
-            level = conformal_level(table[:, :-1], 0.9, guarantee=guarantee)
-            covered.append(1.0 if level == 1 else table[np.searchsorted(GRID, level), -1])
-    raw = curves(rng, 5000)[np.searchsorted(GRID, 0.9)].mean()
-    assert raw < 0.8  # there is something to correct
-    assert 0.9 <= np.mean(found[True]) <= 0.9 + 1 / (genes + 1) + 0.02
-    assert abs(np.mean(found[False]) - 0.9) < 0.015
+    cells, genes = 600, 60
+    mean = np.exp(rng.normal(-0.5, 1.0, genes)) * rng.gamma(2.0, 0.5, (cells, genes))
+    level = np.exp(0.7 * rng.standard_normal(genes))
+
+    def bounds(truth):
+        return stats.poisson(mean).cdf(truth - 1), stats.poisson(mean).cdf(truth)
+
+    return bounds(rng.poisson(mean)), bounds(rng.poisson(mean * level)), np.repeat(["a", "b"], [200, 400])
 
 
-def test_too_few_genes_get_no_finite_promise():
-    """With 8 genes 1 / (m + 1) > 0.1: no interval short of everything can be promised."""
-    perfect = np.repeat(GRID[:, None], 8, 1)
-    assert conformal_level(perfect, 0.9) == 1.0
-    assert conformal_level(perfect, 0.9, guarantee=False) == pytest.approx(0.9)
+def test_the_truth_is_covered_overall_and_in_every_group(forecasts):
+    right, _, groups = forecasts
+    table = coverage_table(*right, groups)
+    assert table["group"].tolist() == ["all"] * 4 + ["a"] * 4 + ["b"] * 4
+    assert table["cells"].tolist() == [600] * 4 + [200] * 4 + [400] * 4 and (table["genes"] == 60).all()
+    np.testing.assert_allclose(table["coverage"], table["level"], atol=0.01)
+    assert (table["lo"] <= table["level"] + 0.004).all() and (table["level"] - 0.004 <= table["hi"]).all()
+    weighted = (200 * table["coverage"][4:8].to_numpy() + 400 * table["coverage"][8:].to_numpy()) / 600
+    np.testing.assert_allclose(weighted, table["coverage"][:4])
 
 
-def test_a_calibrated_forecaster_is_left_alone():
-    perfect = np.repeat(GRID[:, None], 2000, 1)
-    assert conformal_level(perfect, 0.9) == pytest.approx(0.9, abs=0.021)
+def test_bootstrap_intervals_see_genes_not_cells(forecasts):
+    """Levels that the forecaster does not know: coverage differs between genes, so the interval must be as wide as 60 genes make it."""
+    _, wrong, _ = forecasts
+    row = coverage_table(*wrong, levels=(0.9,)).iloc[0]
+    per_gene = coverage(*wrong, (0.9,)).per_gene[0]
+    assert row["coverage"] < 0.85 and (row["hi"] - row["lo"]) / 3.92 == pytest.approx(per_gene.std() / np.sqrt(60), rel=0.15)
+    with pytest.raises(UserError, match="3 group labels"):
+        coverage_table(*wrong, ["a", "b", "c"])
 
 
-def test_strata_follow_the_covariate():
-    rng = np.random.default_rng(1)
-    mean = np.sort(rng.lognormal(0, 1, 4 * STRATUM))
-    half = len(mean) // 2
-    table = np.concatenate([curves(rng, half, 0.0, 0.0), curves(rng, half, 0.6, 0.0)], 1)
-    made = recalibration(table, mean, guarantee=False)
-    assert len(made.nominal) == 4 and made.genes == len(mean) and made.raw_coverage < 0.85
-    low, high = made.nominal_of([mean[0], mean[-1]])
-    assert low == pytest.approx(0.9, abs=0.011) and high > 0.99
-    one = recalibration(table[:, :STRATUM], mean[:STRATUM])
-    assert one.edges == [] and len(one.nominal) == 1
+def test_pit_is_flat_only_for_the_truth(forecasts):
+    right, wrong, _ = forecasts
+    for pit in (right, wrong):
+        np.testing.assert_allclose(pit_histogram(*pit, bins=10).mean(0), 1)
+    assert np.abs(pit_histogram(*right, bins=10).mean(1) - 1).max() < 0.05
+    wrong_shape = pit_histogram(*wrong, bins=10).mean(1)
+    assert wrong_shape[-1] > 1.3 and wrong_shape[0] > wrong_shape[4] < wrong_shape[-1]  # too short: high at the ends
+    u = randomised_pit(*right, seed=1)
+    assert stats.kstest(u.ravel()[::7], "uniform").pvalue > 1e-3 and stats.kstest(right[1].ravel()[::7], "uniform").pvalue < 1e-6
+    np.testing.assert_array_equal(u, randomised_pit(*right, seed=1))
+    drawn = np.histogram(u, np.linspace(0, 1, 11))[0] / u.size * 10
+    np.testing.assert_allclose(drawn, pit_histogram(*right, bins=10).mean(1), atol=0.05)
+    edges = pit_histogram([[0.0], [0.5], [1.0]], [[0.0], [0.5], [1.0]], bins=2)
+    np.testing.assert_allclose(edges[:, 0], [2 / 3, 4 / 3])  # points: each in one bin
 
 
-def test_wrong_shapes_are_named():
-    with pytest.raises(UserError, match=r"need .* genes"):
-        conformal_level(np.ones((3, 4)), 0.9)
-    with pytest.raises(UserError, match="strictly between"):
-        conformal_level(np.ones((len(GRID), 4)), 1.0)
-    with pytest.raises(UserError, match="4 curves but 3 values"):
-        recalibration(np.ones((len(GRID), 4)), np.ones(3))
+def test_pit_bounds_of_draws_are_uniform_for_any_number_of_draws():
+    rng = np.random.default_rng(3)
+    draws, truth = rng.poisson(0.7, (9, 4000, 2)), rng.poisson(0.7, (4000, 2))
+    assert stats.kstest(randomised_pit(*pit_bounds(draws, truth)).ravel(), "uniform").pvalue > 1e-3
+
+
+def test_risk_coverage_by_hand_and_its_limits():
+    risk = np.array([0.1, 0.9, 0.5, 0.3])
+    best, worst, useless = (risk_coverage(risk, t) for t in (-risk, risk, np.zeros(4)))
+    np.testing.assert_allclose(best.risk, [0.1, 0.2, 0.3, 0.45])
+    np.testing.assert_allclose(best.retained, [0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_allclose(useless.risk, 0.45)
+    assert best.area == pytest.approx(np.mean([0.1, 0.2, 0.3, 0.45])) and best.area < useless.area < worst.area
+    with pytest.raises(UserError, match="finite"):
+        risk_coverage(risk, [np.nan] * 4)
+
+
+def test_variances_add_up_and_trust_is_the_squared_correlation():
+    rng = np.random.default_rng(4)
+    draws, cells = 4000, 300
+    mean = rng.gamma(3.0, 1.0, (cells, 2))
+    rate = mean * rng.gamma(16.0, 1 / 16, (draws, cells, 2))
+    count = rng.poisson(rate)
+    table = variance_decomposition(rate.mean(0), rate.std(0), count.std(0))
+    np.testing.assert_allclose(table[["between", "epistemic", "noise"]].sum(axis=1), count.reshape(-1, 2).var(0), rtol=0.03)
+    np.testing.assert_allclose(table["between"], mean.var(0), rtol=0.03)
+    np.testing.assert_allclose(table["epistemic"], (mean**2).mean(0) / 16, rtol=0.05)
+    np.testing.assert_allclose(table["noise"], mean.mean(0), rtol=0.05)
+    realised = [np.mean([np.corrcoef(count[d, :, g], mean[:, g])[0, 1] ** 2 for d in range(200)]) for g in range(2)]
+    np.testing.assert_allclose(table["trust"], realised, atol=0.02)

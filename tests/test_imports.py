@@ -41,10 +41,11 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"data"},
     "baselines": {"data", "spatial", "metrics"},
     "calibration": {"data", "metrics"},
+    "conformal": {"calibration"},
     "pooling": set(),
     "prepare": {"data", "spatial", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
-    "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "export", "stream"},
+    "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "plots": {"data", "posterior", "metrics", "calibration"},

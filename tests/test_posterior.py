@@ -14,8 +14,8 @@ import torch
 import zarr
 
 import ppl_st.api as api
+from ppl_st.calibration import LEVELS
 from ppl_st.errors import UserError
-from ppl_st.posterior import LEVELS
 from ppl_st.simulate import checkerboard
 
 matplotlib.use("Agg")
