@@ -30,6 +30,10 @@ ROOMS: dict[str, set[str]] = {
     "data": {"io"},
     "spatial": {"io", "data"},
     "images": {"io", "data"},
+    "annotations": {"images"},
+    "slides": {"io", "data", "images", "spaceranger", "spatialdata_zarr"},  # one section's counts and image, whatever holds them
+    "spaceranger": {"data", "images"},
+    "spatialdata_zarr": {"data", "images"},
     "simulate": {"likelihoods"},
     "config": {"io"},
     "inference": {"io", "data"},  # the writer of files and row blocks; never a named method
@@ -43,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"data", "metrics"},
     "conformal": {"calibration"},
     "pooling": set(),
-    "prepare": {"data", "spatial", "models"},  # checked counts -> a method's problem
+    "prepare": {"data", "spatial", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"inference"},
@@ -59,7 +63,7 @@ ROOMS["cli"] = set(ROOMS) | {""}
 ROOMS[""] = set(ROOMS)  # ppl_st/__init__.py, the public face
 
 # Costly to import, needed by few functions: only inside functions (or for type checking).
-LAZY = {"arviz", "sklearn", "matplotlib", "spatialdata"}
+LAZY = {"arviz", "sklearn", "matplotlib", "spatialdata", "skimage", "tifffile", "PIL"}
 # `ppl-st --help` imports these modules: nothing heavy at their top.
 START = {"cli", "", "config", "errors"}
 HEAVY = LAZY | {"torch", "pyro", "anndata", "pandas", "scipy", "xarray", "zarr", "h5py", "jinja2"}

@@ -3,13 +3,56 @@
 All images are at the working resolution; n is a section, l a measurement (a spot, or the whole area off the tissue), g a gene.
 """
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-__all__ = ["Data", "Section"]
+__all__ = ["Data", "Input", "Section"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """How files become sections (`ppl_st.prepare.xfuse`). Coordinates are those of ``obsm["spatial"]``.
+
+    Attributes
+    ----------
+    scale
+        Pixels of a section per pixel of its file, at most 1; None: so that the pitch of the spots becomes ``pitch`` pixels.
+    pitch
+        See ``scale``.
+    radius
+        Of the spots, in coordinates; None: what the file says, else 0.275 pitches (Visium's share).
+    mask
+        "auto" (Otsu), "none" (tissue everywhere) or an image file, not 0 on tissue, for all sections or one each.
+    background
+        Whether the area off the tissue is a measurement of zero counts.
+    check
+        Whether positions that contradict the image are an error.
+    min_counts, min_gene_counts
+        Spots, and genes over all sections, with fewer counts are left out.
+    drop_genes, top_genes
+        Regular expression of genes to leave out ("^(RPS|RPL|MT-)"); keep only so many genes, those with the largest totals.
+    covariates
+        Columns of ``obs``, each with one value per section, or "section": every section is its own level.
+    annotation
+        A column of ``obs``, or files: GeoJSON polygons in coordinates or label images over the whole image; for all sections or one each.
+    """
+
+    scale: float | None = field(default=None, metadata={"gt": 0, "le": 1})
+    pitch: float = field(default=16.0, metadata={"gt": 1})
+    radius: float | None = field(default=None, metadata={"gt": 0})
+    mask: tuple[str, ...] = ("auto",)
+    background: bool = True
+    check: bool = True
+    min_counts: int = field(default=1, metadata={"ge": 0})
+    min_gene_counts: int = field(default=1, metadata={"ge": 0})
+    drop_genes: str = ""
+    top_genes: int | None = field(default=None, metadata={"gt": 0})
+    covariates: tuple[str, ...] = ("section",)
+    annotation: tuple[str, ...] = ()
 
 
 class Section(NamedTuple):
@@ -37,6 +80,12 @@ class Section(NamedTuple):
         [K] level of every covariate; -1: unknown, to be integrated over its prior.
     annotation
         [H, W] int64 region of every pixel, 0 for none; None without annotation.
+    regions
+        Names of regions 1, 2, ... of ``annotation``.
+    scale, origin
+        Pixel coordinates of ``image`` are (coordinates of the file - origin) * scale.
+    micron
+        Micrometers per pixel of ``image``; NaN: unknown.
     """
 
     name: str
@@ -49,6 +98,10 @@ class Section(NamedTuple):
     radius: float
     covariates: NDArray[np.int64]
     annotation: NDArray[np.int64] | None
+    regions: tuple[str, ...] = ()
+    scale: float = 1.0
+    origin: tuple[float, float] = (0.0, 0.0)
+    micron: float = float("nan")
 
 
 class Data(NamedTuple):

@@ -1,0 +1,321 @@
+"""Histology: image files -> uint8 RGB at a working resolution, tissue masks, label maps, pictures of the overlay.
+
+Coordinates are continuous: x runs right and y down, and pixel (row i, column j) covers [j, j + 1) x [i, i + 1).
+Shrinking is the mean over areas. PNG and JPEG are read by pillow (JPEG shrinks while it is decoded); TIFF and its
+relatives (OME, pyramids, tiles, strips) by tifffile, segment by segment from the smallest sufficient level of the
+pyramid, so that memory holds the result and one tile.
+
+What files get wrong is put right in `to_rgb`: an alpha channel is laid on white, gray becomes three equal channels,
+12 and 16 bits and floats become 8 bits by the range that the values use.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppl_st.data import Counts
+from ppl_st.errors import UserError
+
+__all__ = [
+    "VISIUM_RADIUS", "VISIUM_SPOT", "Slide", "Source", "image_size", "label_discs", "overlay", "read_image", "read_labels", "resize",
+    "tissue_mask", "to_rgb",
+]  # fmt: skip
+
+Source: TypeAlias = str | Path | NDArray[Any]
+_TIFF = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".qptiff")
+_PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+MAX_SIDE = 8000  # pixels of a working image: more is hardly ever meant
+SMALLEST = 1e-4  # share of the image below which a piece of tissue, or a hole in it, is dirt (the published (1 %)^2)
+
+VISIUM_SPOT = 65.0  # um: Space Ranger's spot_diameter_fullres is the size in pixels of a theoretical spot of 65 um, not of the printed one
+VISIUM_RADIUS = 27.5  # um: the printed spots
+
+
+class Slide(NamedTuple):
+    """One section as it lies in files.
+
+    Attributes
+    ----------
+    name
+        Of the section.
+    counts
+        With ``xy`` in the coordinates of the slide; None for an image without counts.
+    image
+        File, or array.
+    image_scale
+        Pixels of the image per unit of the coordinates: 1 where they are pixels of this image.
+    radius
+        Of the spots in coordinates; None: unknown.
+    micron
+        Micrometers per unit of the coordinates; NaN: unknown.
+    """
+
+    name: str
+    counts: Counts | None
+    image: Source
+    image_scale: float = 1.0
+    radius: float | None = None
+    micron: float = float("nan")
+
+
+# ---- reading ----
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """Height and width in pixels of a file or array, without decoding it."""
+    if isinstance(source, np.ndarray):
+        return int(source.shape[0]), int(source.shape[1])
+    with _opened(source) as (kind, file):
+        if kind == "pillow":
+            return int(file.height), int(file.width)
+        level = file.series[0]
+        return int(level.shape[level.axes.index("Y")]), int(level.shape[level.axes.index("X")])
+
+
+def read_image(source: Source, *, scale: float = 1.0) -> NDArray[np.uint8]:
+    """An image shrunk to ``scale``.
+
+    Parameters
+    ----------
+    source
+        Path of a PNG, JPEG or TIFF (also OME, tiled, pyramidal), or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+    scale
+        Side of the result over side of the file, in (0, 1].
+
+    Returns
+    -------
+    uint8 [round(H scale), round(W scale), 3]
+
+    Raises
+    ------
+    UserError
+        For a missing or damaged file, an unknown kind, a number of channels that is no color, a result of more than `MAX_SIDE` pixels a side.
+    """
+    if not 0 < scale <= 1:
+        raise UserError(f"image {_name(source)}: scale {scale:g} must lie in (0, 1]; images are never enlarged")
+    height, width = image_size(source)
+    shape = max(1, round(height * scale)), max(1, round(width * scale))
+    if max(shape) > MAX_SIDE:
+        raise UserError(
+            f"image {_name(source)}: {width} x {height} px at scale {scale:g} is more than {MAX_SIDE} px a side; about 1,000 px work best: "
+            f"--set input.scale={1000 / max(height, width):.2g}"
+        )
+    if isinstance(source, np.ndarray):
+        return resize(to_rgb(source, _name(source)), shape)
+    with _opened(source) as (kind, file):
+        if kind == "tiff":
+            return resize(to_rgb(_shrunk_tiff(file, shape, _name(source)), _name(source)), shape)
+        if file.format == "JPEG":
+            file.draft("RGB" if file.mode != "L" else "L", (shape[1], shape[0]))
+        if file.mode in ("P", "PA", "LA", "La", "RGBa"):
+            file = file.convert("RGBA")
+        elif file.mode in ("1", "CMYK", "YCbCr", "LAB", "HSV"):
+            file = file.convert("RGB")
+        return resize(to_rgb(np.asarray(file), _name(source)), shape)
+
+
+def resize(image: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Area means of an image [h, w, 3] on a grid of ``shape`` (height, width)."""
+    from PIL import Image
+
+    if image.shape[:2] == shape:
+        return image
+    return np.asarray(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BOX))
+
+
+def read_labels(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
+    """A label or mask image on a grid of ``shape`` (height, width) by nearest pixel, [H, W] int64; of color images, whether a pixel is not black."""
+    with _opened(path) as (kind, file):
+        values: NDArray[Any] = file.asarray() if kind == "tiff" else np.asarray(file)
+    values = np.squeeze(values)
+    if values.ndim == 3 and values.shape[2] in (2, 3, 4):
+        values = np.asarray(values[..., : 3 if values.shape[2] > 2 else 1].any(2))
+    if values.ndim != 2:
+        raise UserError(f"label image {path}: shape {values.shape} is no plane image")
+    rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(shape, values.shape, strict=True))
+    return values[rows.astype(np.int64)[:, None], columns.astype(np.int64)].astype(np.int64)
+
+
+def to_rgb(values: NDArray[Any], name: str = "array") -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] of any image array [H, W] or [H, W, 1, 2 (gray, alpha), 3 or 4 (RGB, alpha)].
+
+    Full scale is 255, 4095 or 65535 for integers and 1 or 255 for floats: the smallest that holds the largest value.
+    """
+    pixels = values[..., None] if values.ndim == 2 else values
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
+        raise UserError(
+            f"image {name}: shape {values.shape} is no color image; give RGB [H, W, 3] (of a fluorescence stack: choose or combine three channels)"
+        )
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return pixels
+    if not np.isfinite(pixels).all() or pixels.min() < 0:
+        raise UserError(f"image {name}: holds negative or non-finite values; store intensities from 0 up")
+    top = float(pixels[..., :3].max()) if pixels.shape[2] > 2 else float(pixels[..., 0].max())
+    scales = [255.0] if pixels.dtype == np.uint8 else [1.0, 255.0] if pixels.dtype.kind in "fb" else [255.0, 4095.0, 65535.0]
+    full = next((one for one in scales if top <= one), None)
+    if full is None:
+        raise UserError(f"image {name}: values up to {top:g} of type {pixels.dtype} fit no usual range; convert it to 8 bits")
+    color = pixels.astype(np.float32) / np.float32(full)
+    if pixels.shape[2] in (2, 4):
+        alpha = color[..., -1:] / max(1.0, float(color[..., -1].max()))  # 12-bit color with 16-bit alpha exists
+        color = color[..., :-1] * alpha + (1 - alpha)
+    return np.broadcast_to(np.rint(255 * color), (*color.shape[:2], 3)).astype(np.uint8)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """("pillow" or "tiff", open file); whatever the decoders throw becomes one sentence."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"image: no such file: {path}; check the path (the working directory is {Path.cwd()})")
+    if suffix not in _TIFF + _PILLOW:
+        raise UserError(f"image: cannot read {path}: unknown suffix {suffix!r}; give a PNG, JPEG or TIFF file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pillow warns of large images: they are what we are for
+            if suffix in _TIFF:
+                import tifffile
+
+                with tifffile.TiffFile(path) as file:
+                    yield "tiff", file
+            else:
+                from PIL import Image
+
+                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                try:
+                    with Image.open(path) as picture:
+                        yield "pillow", picture
+                finally:
+                    Image.MAX_IMAGE_PIXELS = limit
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise many types for a damaged file
+        if "imagecodecs" in str(error):
+            raise UserError(f"image: {path} is compressed in a way that needs one more package: pip install imagecodecs") from error
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"image: cannot read {path}: {reason}; it is probably damaged or of another kind") from error
+
+
+def _shrunk_tiff(file: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
+    """The smallest sufficient level, divided by the whole factor that still leaves at least ``shape``, [h, w, channels] in the file's type."""
+    fits = [level for level in file.series[0].levels if level.shape[level.axes.index("Y")] >= shape[0]]
+    level = fits[-1]
+    axes = "".join(one for one, size in zip(level.axes, level.shape, strict=True) if size > 1 or one in "YX")
+    if axes not in ("YX", "YXS", "SYX", "CYX", "YXC"):
+        raise UserError(f"image {name}: axes {level.axes} {level.shape} are no plane image; export one plane in RGB")
+    height, width = level.shape[level.axes.index("Y")], level.shape[level.axes.index("X")]
+    channels = max(1, int(np.prod(level.shape)) // (height * width))
+    factor = max(1, int(min(height / shape[0], width / shape[1])))
+    sums = np.zeros((-(-height // factor), -(-width // factor), channels), np.float64)
+    for number, page in enumerate(level.pages):
+        for segment, (plane, _, y, x, _), _ in page.segments():
+            if segment is None:  # a tile that was never written
+                continue
+            block = segment[0, : height - y, : width - x].astype(np.float64)
+            rows, columns = (np.arange(start, start + size) // factor for start, size in ((y, block.shape[0]), (x, block.shape[1])))
+            for axis, index in ((0, rows), (1, columns)):
+                block = np.add.reduceat(block, np.flatnonzero(np.diff(index, prepend=-1)), axis=axis)
+            first = number if len(level.pages) > 1 else plane
+            sums[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, first : first + block.shape[2]] += block
+    per_row, per_column = (np.bincount(np.arange(size) // factor) for size in (height, width))
+    means = sums / (per_row[:, None] * per_column)[..., None]
+    if level.keyframe.photometric.name == "MINISWHITE":
+        means = means.max() - means
+    return means if level.dtype.kind == "f" else np.rint(means).astype(level.dtype)
+
+
+def _name(source: Source) -> str:
+    return "array" if isinstance(source, np.ndarray) else str(source)
+
+
+# ---- tissue ----
+
+
+def tissue_mask(image: NDArray[np.uint8], xy: NDArray[np.float64] | None = None) -> NDArray[np.bool_]:
+    """Where the tissue is: Otsu's threshold on the distance from the color of the glass, [H, W].
+
+    The glass is the median color of the lightest quarter of the frame of the image (of the darkest, where most of the frame is dark, as in
+    fluorescence); the distance is smoothed over 1/300 of the image. With ``xy`` [n, 2], positions known to lie on tissue, the threshold is lowered
+    until 95 % of them do. Pieces and holes below `SMALLEST` of the image are removed. An image without contrast is tissue everywhere.
+    """
+    from skimage.filters import gaussian, threshold_otsu
+    from skimage.morphology import remove_small_holes, remove_small_objects
+
+    color = image.astype(np.float32)
+    edge = max(1, min(image.shape[:2]) // 20)
+    inner = np.zeros(image.shape[:2], bool)
+    inner[edge:-edge, edge:-edge] = True
+    frame = color[~inner]
+    brightness = frame.mean(1)
+    light = np.median(brightness) > 127
+    cut = np.quantile(brightness, 0.75 if light else 0.25)
+    glass = np.median(frame[brightness >= cut] if light else frame[brightness <= cut], axis=0)
+    distance = gaussian(np.linalg.norm(color - glass, axis=2), max(1.0, max(image.shape[:2]) / 300))
+    if np.ptp(distance) < 8:  # of 255: nothing to tell apart
+        return np.ones(image.shape[:2], bool)
+    threshold = float(threshold_otsu(distance))
+    if xy is not None and len(xy):
+        threshold = min(threshold, float(np.quantile(distance[_pixels(xy, distance.shape)], 0.05)))
+    size = max(8, int(SMALLEST * distance.size))
+    return np.asarray(remove_small_holes(remove_small_objects(distance >= threshold, max_size=size), max_size=size), bool)
+
+
+def _pixels(xy: NDArray[np.float64], shape: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of the pixels that hold ``xy``, clipped to the image."""
+    column, row = np.floor(xy).astype(np.int64).T
+    return row.clip(0, shape[0] - 1), column.clip(0, shape[1] - 1)
+
+
+# ---- label maps ----
+
+
+def label_discs(shape: tuple[int, int], centers: NDArray[np.float64], radius: float) -> NDArray[np.int64]:
+    """[H, W] int64: k + 1 where the pixel's middle lies within ``radius`` of center k (the nearest one, where discs overlap), 0 elsewhere.
+
+    A disc that holds no pixel's middle still gets the pixel that its center is in. A center outside the image paints what of its disc is inside.
+    """
+    label = np.zeros(shape, np.int64)
+    nearest = np.full(shape, np.inf)
+    reach = int(np.ceil(radius)) + 1
+    for k, (x, y) in enumerate(centers):
+        top, left = int(np.floor(y)) - reach, int(np.floor(x)) - reach
+        rows = slice(max(0, top), max(0, min(shape[0], top + 2 * reach + 1)))
+        columns = slice(max(0, left), max(0, min(shape[1], left + 2 * reach + 1)))
+        if rows.start >= rows.stop or columns.start >= columns.stop:
+            continue
+        i, j = np.ogrid[rows, columns]
+        distance = (j + 0.5 - x) ** 2 + (i + 0.5 - y) ** 2
+        inside = (distance <= radius**2) | ((i == np.floor(y)) & (j == np.floor(x)))
+        inside &= distance < nearest[rows, columns]
+        nearest[rows, columns][inside] = distance[inside]
+        label[rows, columns][inside] = k + 1
+    return label
+
+
+def overlay(path: Path, image: NDArray[np.uint8], centers: NDArray[np.float64], radius: float) -> Path:
+    """Write a PNG of the image (at most 1,000 px a side, on a wider canvas where spots lie outside) with the spots as circles; returns ``path``."""
+    from PIL import Image, ImageDraw
+
+    from ppl_st.io import atomic
+
+    low = np.minimum(np.nanmin(centers, 0, initial=0.0) - radius, 0)
+    high = np.maximum(np.nanmax(centers, 0, initial=0.0) + radius, image.shape[1::-1])
+    high = np.minimum(high, low + 20 * np.array(image.shape[1::-1]))  # spots in another unit can be anywhere
+    shrink = min(1.0, 1000 / (high - low).max())
+    size = np.maximum(1, np.ceil((high - low) * shrink).astype(int))
+    canvas = Image.new("RGB", tuple(size), (128, 128, 128))
+    small = resize(image, tuple(max(1, round(side * shrink)) for side in image.shape[:2]))
+    canvas.paste(Image.fromarray(small), tuple(np.round(-low * shrink).astype(int)))
+    draw = ImageDraw.Draw(canvas)
+    for x, y in (centers - low) * shrink:
+        r = max(1.5, radius * shrink)
+        draw.ellipse([x - r, y - r, x + r, y + r], outline=(230, 30, 30))
+    with atomic(path) as temporary:
+        canvas.save(temporary)
+    return path

@@ -1,0 +1,384 @@
+"""XFuse's problem: slides -> sections at the working resolution, with label maps, masks, common genes and covariates.
+
+What can be told from image and positions alone is checked here, because a wrong scale or exchanged axes otherwise end in a fit that runs
+and means nothing: spots outside the image, spots off the tissue that another reading of the coordinates would put on it, masks that keep
+nothing. Such an error writes a picture of the overlay beside the run and names it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from ppl_st.annotations import Regions, regions_from_geojson, regions_from_image, regions_from_spots
+from ppl_st.data import Counts
+from ppl_st.errors import UserError
+from ppl_st.images import Slide, Source, image_size, label_discs, overlay, read_image, read_labels, tissue_mask
+from ppl_st.models.xfuse.data import Data, Input, Section
+from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
+
+__all__ = ["new_image", "problem", "section_at"]
+
+MARGIN = 0.12  # of the extent of the spots, kept around them
+UNSCALED = 1000  # longest side in pixels of an image without spots and without a scale
+INSIDE = 0.9  # share of its disc that a spot must have inside the image
+ON_TISSUE, ELSEWHERE, BETTER = 0.85, 0.9, 0.1  # an error: a smaller share of spots on tissue than the first, while another reading of the
+# positions puts at least the second there, and better by the third (measured: right positions .97 to .99, exchanged axes .58 to .79)
+
+
+def problem(
+    slides: Sequence[Slide], config: Input, say: Callable[[str], None], pictures: Path = Path()
+) -> tuple[Data, list[Counts]]:
+    """The problem of several slides, and the counts of each section's rows (without the virtual one).
+
+    Parameters
+    ----------
+    slides
+        From `ppl_st.slides`.
+    config, say
+        Settings; receives one line per event.
+    pictures
+        Folder for the overlay of a section that is refused.
+    """
+    if not any(slide.counts for slide in slides):
+        raise UserError("xfuse: no section has counts; a fit needs at least one target with counts")
+    for name in ("mask", "annotation"):
+        given = getattr(config, name)
+        if len(given) > 1 and len(given) != len(slides):
+            raise UserError(f"input.{name} names {len(given)} files for {len(slides)} sections; give one for all, or one each in their order")
+    genes = _genes(slides, config, say)
+    sections, kept = [], []
+    levels = _covariates(slides, config)
+    for number, slide in enumerate(slides):
+        codes = np.array([_code(slide, key, names) for key, names in levels.items()], np.int64)
+        section, counts = _section(slide, number, genes, codes, config, say, pictures)
+        sections.append(section)
+        kept.append(counts)
+    return Data(tuple(sections), genes, levels), kept
+
+
+def section_at(section: Section, xy: NDArray[np.float64], radius: float | None = None) -> Section:
+    """The section with other measurements in it: discs at ``xy`` [n, 2] and of ``radius``, in coordinates of the file; no counts.
+
+    Raises
+    ------
+    UserError
+        If a disc has its middle outside the section's image: nothing was seen there.
+    """
+    centers = (xy - np.array(section.origin)) * section.scale
+    outside = _outside(centers, section.image.shape[:2])
+    if outside.any():
+        first = xy[outside][0]
+        height, width = section.image.shape[:2]
+        low, high = np.array(section.origin), np.array(section.origin) + np.array([width, height]) / section.scale
+        raise UserError(
+            f"target: {outside.sum()} of {len(xy)} positions lie outside section {section.name!r}, e.g. ({first[0]:.6g}, {first[1]:.6g}); it spans "
+            f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file"
+        )
+    pixels = section.radius if radius is None else radius * section.scale
+    empty = _no_counts(len(xy), section.counts.shape[1])
+    label = label_discs(section.label.shape, centers, pixels)
+    return section._replace(label=label, counts=empty, virtual=-1, centers=centers, radius=pixels)
+
+
+def new_image(image: Source, like: Data, config: Input, say: Callable[[str], None], *, name: str = "new", scale: float | None = None) -> Section:
+    """A section of an image without counts, for prediction: tissue with its margin, effects of unknown covariates.
+
+    ``scale``: working pixels per pixel of the image; None: ``input.scale``, else the scale of the first section of the fit where the images
+    resolve alike (same size within a factor of 2), else the longest side becomes `UNSCALED` pixels.
+    """
+    height, width = image_size(image)
+    if scale is None:
+        scale = config.scale if config.scale is not None else min(1.0, like.sections[0].scale)
+    pixels = read_image(image, scale=scale)
+    mask = tissue_mask(pixels)
+    box = _box(np.argwhere(mask)[:, ::-1].astype(np.float64), pixels.shape[:2], 1.0)
+    pixels, mask = pixels[box[0] : box[1], box[2] : box[3]], mask[box[0] : box[1], box[2] : box[3]]
+    say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {mask.mean():.0%} tissue")
+    first = like.sections[0]
+    nowhere = _no_counts(0, len(like.genes))
+    return Section(
+        name, np.ascontiguousarray(pixels), np.zeros(mask.shape, np.int64), nowhere, -1, mask, np.zeros((0, 2)), first.radius,
+        np.full(len(like.covariates), -1, np.int64), None, scale=scale, origin=(box[2] / scale, box[0] / scale), micron=first.micron,
+    )  # fmt: skip
+
+
+# ---- genes and covariates ----
+
+
+def _genes(slides: Sequence[Slide], config: Input, say: Callable[[str], None]) -> NDArray[np.str_]:
+    """Genes that every section with counts has, after the filters, sorted."""
+    tables = [slide.counts for slide in slides if slide.counts is not None]
+    everywhere = reduce(np.intersect1d, [table.genes for table in tables])
+    genes = everywhere
+    if config.drop_genes:
+        try:
+            pattern = re.compile(config.drop_genes)
+        except re.error as error:
+            raise UserError(f"input.drop_genes={config.drop_genes!r} is no regular expression ({error})") from error
+        genes = genes[[pattern.search(gene) is None for gene in genes.tolist()]]
+    if len(genes):
+        total = np.sum([np.asarray(table.take_genes(genes).matrix.sum(0), np.float64).ravel() for table in tables], 0)
+        enough = total >= config.min_gene_counts
+        genes, total = genes[enough], total[enough]
+        if config.top_genes is not None and len(genes) > config.top_genes:
+            genes = np.sort(genes[np.argsort(-total, kind="stable")[: config.top_genes]])
+    if not len(genes):
+        raise UserError(
+            f"xfuse: no gene is left of {len(everywhere)} that all sections share; check gene names (var_names), input.drop_genes and "
+            "input.min_gene_counts"
+        )
+    most = max(len(table.genes) for table in tables)
+    if len(genes) < most:
+        say(f"{len(genes)} genes of up to {most} stay: those that all sections have and the filters keep")
+    return np.asarray(genes, dtype=str)
+
+
+def _covariates(slides: Sequence[Slide], config: Input) -> dict[str, tuple[str, ...]]:
+    """Levels of every covariate that differs between the sections; one that does not explains nothing and is left out."""
+    found = {}
+    for key in config.covariates:
+        values = {_level(slide, key) for slide in slides} - {None}
+        if len(values) > 1:
+            found[key] = tuple(sorted(value for value in values if value is not None))
+    return found
+
+
+def _level(slide: Slide, key: str) -> str | None:
+    """The one value of a slide; None where it is unknown."""
+    if slide.counts is None:
+        return None
+    if key == "section":
+        return slide.name
+    if key not in slide.counts.obs:
+        has = ", ".join(map(str, slide.counts.obs.columns[:5])) or "none"
+        raise UserError(f"target ({slide.counts.source}): no obs column {key!r} (input.covariates); it has {has}")
+    values = slide.counts.obs[key].dropna().astype(str).unique()
+    if len(values) > 1:
+        raise UserError(
+            f"target ({slide.counts.source}): obs[{key!r}] has {len(values)} values ({', '.join(values[:3])}, ...) within one section; a covariate "
+            "has one value per section: split the file, or use it as input.annotation"
+        )
+    return str(values[0]) if len(values) else None
+
+
+def _code(slide: Slide, key: str, names: tuple[str, ...]) -> int:
+    value = _level(slide, key)
+    return -1 if value is None else names.index(value)
+
+
+def _no_counts(rows: int, genes: int) -> sp.csr_matrix:
+    shape: Any = (rows, genes)  # the stubs do not know csr_matrix(shape)
+    return sp.csr_matrix(shape, dtype=np.float32)
+
+
+# ---- one section ----
+
+
+class _Frame(NamedTuple):
+    """A slide's whole image at the working resolution, and its spots in it."""
+
+    image: NDArray[np.uint8]
+    centers: NDArray[np.float64]
+    radius: float
+    scale: float  # working pixels per coordinate
+
+
+def _section(
+    slide: Slide, number: int, genes: NDArray[np.str_], codes: NDArray[np.int64], config: Input, say: Callable[[str], None], pictures: Path
+) -> tuple[Section, Counts]:
+    if slide.counts is None:
+        raise UserError(f"{slide.name}: has no counts; images without counts are for prediction")
+    counts = slide.counts.take_genes(genes)
+    enough = slide.counts.totals >= config.min_counts
+    if not enough.any():
+        raise UserError(f"target ({counts.source}): no spot has {config.min_counts} counts (input.min_counts); lower it, or check the counts")
+    frame = _frame(slide, config)
+    if config.check:
+        _check_positions(slide, frame, pictures)
+    shape = frame.image.shape[:2]
+    inside = _inside_share(frame.centers, frame.radius, shape) >= INSIDE
+    keep = enough & inside
+    if not keep.all():
+        say(
+            f"{slide.name}: {int((~keep).sum())} of {len(keep)} spots are left out ({int((~enough).sum())} with fewer than "
+            f"{config.min_counts} counts, {int((~inside).sum())} not wholly in the image)"
+        )
+    if not keep.any():
+        raise UserError(f"target ({counts.source}): no spot is left of {len(keep)}")
+    box = _box(frame.centers, shape, MARGIN * max(np.ptp(frame.centers, axis=0).max(), 8 * frame.radius))
+    crop = (slice(box[0], box[1]), slice(box[2], box[3]))
+    image = np.ascontiguousarray(frame.image[crop])
+    centers = frame.centers - [box[2], box[0]]
+    mask = _mask(slide, number, image, shape, crop, centers[keep], config, frame, pictures)
+
+    everything = label_discs(image.shape[:2], centers, frame.radius)
+    label = np.append(0, np.cumsum(keep) * keep)[everything]
+    if (np.bincount(label.ravel(), minlength=keep.sum() + 1)[1:] == 0).any():
+        raise UserError(
+            f"{slide.name}: at scale {frame.scale / slide.image_scale:.3g} some spots share all their pixels with others; raise input.scale "
+            "or input.pitch, or check for repeated positions"
+        )
+    regions = _annotation(slide, number, label, shape, box, frame, keep, config)
+    rows = counts.take_rows(keep)
+    matrix, where, virtual = rows.matrix, centers[keep], -1
+    if config.background:
+        far = _beyond(mask | (everything > 0), frame.radius)
+        if far.any():
+            virtual = matrix.shape[0]
+            label[far] = virtual + 1
+            matrix = sp.csr_matrix(sp.vstack([matrix, _no_counts(1, matrix.shape[1])], dtype=np.float32))
+            where = np.vstack([where, [np.nan, np.nan]])
+    say(
+        f"{slide.name}: {int(keep.sum())} spots, {image.shape[1]} x {image.shape[0]} px, spot radius {frame.radius:.3g} px, tissue {mask.mean():.0%}"
+        f"{'' if virtual < 0 else f', off tissue {np.mean(label == virtual + 1):.0%}'}"
+    )
+    section = Section(
+        slide.name, image, label, matrix, virtual, mask, where, frame.radius, codes, None if regions is None else regions[0],
+        () if regions is None else regions[1], frame.scale, (box[2] / frame.scale, box[0] / frame.scale), slide.micron / frame.scale,
+    )  # fmt: skip
+    return section, rows
+
+
+def _frame(slide: Slide, config: Input) -> _Frame:
+    assert slide.counts is not None and slide.counts.xy is not None
+    xy = slide.counts.xy
+    radius = config.radius or slide.radius
+    pitch = spot_pitch(xy) if radius is None or config.scale is None else None
+    if radius is None:
+        assert pitch is not None
+        radius = DEFAULT_FRACTION * pitch
+    if config.scale is not None:
+        file_scale = config.scale
+    else:
+        assert pitch is not None
+        file_scale = min(1.0, config.pitch / (pitch * slide.image_scale))
+        height, width = image_size(slide.image)
+        file_scale = max(file_scale, min(1.0, 64 / max(height, width)))  # positions in another unit: enough pixels to see it
+        file_scale = min(file_scale, 6000 / max(height, width))
+    image = read_image(slide.image, scale=file_scale)
+    scale = file_scale * slide.image_scale
+    return _Frame(image, xy * scale, radius * scale, scale)
+
+
+def _check_positions(slide: Slide, frame: _Frame, pictures: Path) -> None:
+    """Refuse spots outside the image, and positions that another reading would put on tissue (see `ON_TISSUE`)."""
+    shape = frame.image.shape[:2]
+    outside = _outside(frame.centers, shape)
+    mask = tissue_mask(frame.image)
+    readings = _readings(frame, mask)
+    share = {name: _on(mask, xy) for name, xy in readings.items()}
+    best = max(share, key=lambda name: share[name])
+    own = _on(mask, frame.centers)
+    hint = f"; {best}, {share[best]:.0%} would lie on tissue" if share[best] >= max(own + BETTER, ELSEWHERE) else ""
+    width, height = shape[1] / frame.scale, shape[0] / frame.scale
+    if outside.any():
+        xy = frame.centers / frame.scale
+        low, high = (f"({x:.6g}, {y:.6g})" for x, y in (xy.min(0), xy.max(0)))
+        problem = (
+            f"{outside.sum()} of {len(outside)} spots lie outside the image ({width:.6g} x {height:.6g} px): obsm['spatial'] spans {low} to "
+            f"{high}{hint}"
+        )
+    elif own < ON_TISSUE and hint:
+        problem = f"only {own:.0%} of the spots lie on tissue{hint}"
+    else:
+        return
+    path = overlay(pictures / f"overlay_{slide.name}.png", frame.image, frame.centers, frame.radius)
+    raise UserError(
+        f"section {slide.name} ({slide.counts.source if slide.counts else ''}): {problem}; obsm['spatial'] must be x (right) and y (down) in "
+        f"pixels of the image; see {path} (if the positions are right: --set input.check=false)"
+    )
+
+
+def _readings(frame: _Frame, mask: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
+    """Other meanings that the positions could have."""
+    xy, (height, width) = frame.centers, frame.image.shape[:2]
+    found = {
+        "with x and y exchanged": xy[:, ::-1],
+        "with x counted from the right": np.array([width, 0]) + xy * [-1, 1],
+        "with y counted from below": np.array([0, height]) + xy * [1, -1],
+    }
+    middle = np.argwhere(mask)[:, ::-1].mean(0) + 0.5 if mask.any() else np.array([width, height]) / 2
+    factor = float(np.hypot(*middle)) / max(float(np.hypot(*xy.mean(0))), 1e-300)
+    if not 0.8 < factor < 1.25:
+        found[f"multiplied by about {factor:.2g} (coordinates of another resolution, or um?)"] = xy * factor
+    return found
+
+
+def _on(mask: NDArray[np.bool_], xy: NDArray[np.float64]) -> float:
+    """Share of the positions that lie in the image and on the mask."""
+    inside = ~_outside(xy, mask.shape)
+    column, row = np.floor(xy[inside]).astype(np.int64).T
+    return float(mask[row, column].sum() / max(1, len(xy)))
+
+
+def _outside(xy: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    return np.asarray((xy < 0).any(1) | (xy >= np.array([shape[1], shape[0]])).any(1))
+
+
+def _inside_share(xy: NDArray[np.float64], radius: float, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Share of each disc that lies in the image [n], by the pixels' middles of a disc on a grid of 20 x 20."""
+    steps = (np.arange(20) + 0.5) / 10 - 1
+    offset = radius * np.array([(a, b) for a in steps for b in steps if a * a + b * b <= 1])
+    return 1 - _outside((xy[:, None] + offset).reshape(-1, 2), shape).reshape(len(xy), -1).mean(1)
+
+
+def _box(xy: NDArray[np.float64], shape: tuple[int, ...], margin: float) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of the part of the image within ``margin`` of the positions."""
+    left, top = np.maximum(0, np.floor(xy.min(0) - margin)).astype(int)
+    right, bottom = np.minimum([shape[1], shape[0]], np.ceil(xy.max(0) + margin)).astype(int)
+    return int(top), int(bottom), int(left), int(right)
+
+
+def _mask(
+    slide: Slide, number: int, image: NDArray[np.uint8], shape: tuple[int, ...], crop: tuple[slice, slice], centers: NDArray[np.float64],
+    config: Input, frame: _Frame, pictures: Path,
+) -> NDArray[np.bool_]:  # fmt: skip
+    choice = config.mask[number if len(config.mask) > 1 else 0]
+    if choice == "none":
+        return np.ones(image.shape[:2], bool)
+    if choice == "auto":
+        return tissue_mask(image, centers)
+    mask = read_labels(Path(choice), (shape[0], shape[1]))[crop] > 0
+    share = _on(mask, centers)
+    if not mask.any() or share < 0.01:
+        path = overlay(pictures / f"overlay_{slide.name}.png", np.where(mask[..., None], image, image // 2), centers, frame.radius)
+        raise UserError(
+            f"section {slide.name}: mask {choice} keeps {mask.mean():.0%} of the section and {share:.0%} of its spots; it must be an image over the "
+            f"whole of {slide.image if isinstance(slide.image, str | Path) else 'the image'} that is not 0 on tissue (is it inverted?); see {path}"
+        )
+    return mask
+
+
+def _beyond(mask: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:
+    """Pixels farther than ``distance`` from the mask: what lies at the edge of the tissue is neither tissue nor surely empty."""
+    from scipy.ndimage import distance_transform_edt
+
+    if not mask.any():
+        return np.ones_like(mask)
+    return np.asarray(distance_transform_edt(~mask) > distance)
+
+
+def _annotation(
+    slide: Slide, number: int, label: NDArray[np.int64], shape: tuple[int, ...], box: tuple[int, int, int, int], frame: _Frame,
+    keep: NDArray[np.bool_], config: Input,
+) -> Regions | None:  # fmt: skip
+    if not config.annotation:
+        return None
+    choice = config.annotation[number if len(config.annotation) > 1 else 0]
+    assert slide.counts is not None
+    if choice in slide.counts.obs:
+        return regions_from_spots(slide.counts.obs[choice][keep], label)
+    path = Path(choice)
+    if path.suffix.lower() in (".json", ".geojson"):
+        origin = np.array([box[2], box[0]]) / frame.scale
+        return regions_from_geojson(path, label.shape, frame.scale, origin)
+    if path.is_file():
+        return regions_from_image(path, (shape[0], shape[1]), box)
+    columns = ", ".join(map(str, slide.counts.obs.columns[:5])) or "none"
+    raise UserError(f"input.annotation={choice!r} is neither an obs column of {slide.counts.source} (it has {columns}) nor a file")

@@ -1,0 +1,95 @@
+"""Where a section's counts and image come from: AnnData with an image file, a Space Ranger folder, a SpatialData store."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+
+from ppl_st.data import read_counts
+from ppl_st.errors import UserError
+from ppl_st.images import VISIUM_RADIUS, VISIUM_SPOT, Slide, Source
+from ppl_st.io import read_adata
+
+__all__ = ["positions", "read_slide", "read_slides"]
+
+
+def read_slides(
+    targets: Sequence[str | Path | ad.AnnData], images: Sequence[Source | None], *, layer: str | None = None, gene_key: str | None = None
+) -> list[Slide]:
+    """One `read_slide` per target; images are none at all (each target carries its own) or one each. Names are made unique."""
+    if images and len(images) != len(targets):
+        raise UserError(
+            f"{len(targets)} --target but {len(images)} --image: give one image per target, in the same order (none where each carries its own)"
+        )
+    slides: list[Slide] = []
+    for target, image in zip(targets, images or [None] * len(targets), strict=True):
+        slide = read_slide(target, image, layer=layer, gene_key=gene_key)
+        taken = [one.name for one in slides]
+        number = 2
+        name = slide.name
+        while name in taken:
+            name, number = f"{slide.name}-{number}", number + 1
+        slides.append(slide._replace(name=name))
+    return slides
+
+
+def read_slide(
+    target: str | Path | ad.AnnData, image: Source | None, *, layer: str | None = None, gene_key: str | None = None
+) -> Slide:
+    """One section from an AnnData (object, ``.h5ad``, ``.zarr``), a Space Ranger ``outs`` folder or a SpatialData ``.zarr``.
+
+    An AnnData in scanpy's convention (``uns["spatial"]``) tells spot size and scale, and its hires image serves where ``image`` is None.
+    """
+    if isinstance(target, str | Path):
+        path = Path(target)
+        if path.is_dir() and path.suffix.lower() != ".zarr":
+            from ppl_st.spaceranger import read_spaceranger
+
+            return read_spaceranger(path, image)
+        if path.suffix.lower() == ".zarr" and (path / "images").is_dir():
+            from ppl_st.spatialdata_zarr import read_spatialdata
+
+            return read_spatialdata(path, image, layer=layer, gene_key=gene_key)
+    adata = read_adata(target, role="target")
+    counts = read_counts(adata, role="target", layer=layer, gene_key=gene_key)
+    name = "section"
+    if not isinstance(target, ad.AnnData):
+        name, counts = Path(target).stem, replace(counts, source=str(target))
+    radius, micron, factors, stored = _scanpy(adata)
+    if image is not None:
+        return Slide(name, counts, image, 1.0, radius, micron)
+    for key in ("hires", "lowres"):
+        if key in stored and f"tissue_{key}_scalef" in factors:
+            return Slide(name, counts, np.asarray(stored[key]), float(factors[f"tissue_{key}_scalef"]), radius, micron)
+    raise UserError(
+        f"target ({name}): it carries no image (uns['spatial'][...]['images']['hires']); give one with --image, in whose pixels obsm['spatial'] is"
+    )
+
+
+def positions(source: str | Path | ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """Names [n] and coordinates [n, 2] of any AnnData; its counts, if any, are not looked at."""
+    adata = read_adata(source, role="target")
+    if "spatial" not in adata.obsm:
+        raise UserError("target: no obsm['spatial']; predictions of spots need their positions in the coordinates of the section")
+    xy = np.asarray(adata.obsm["spatial"], dtype=np.float64)
+    if xy.ndim != 2 or xy.shape[1] < 2 or not np.isfinite(xy[:, :2]).all() or not len(xy):
+        raise UserError(f"target: obsm['spatial'] has shape {xy.shape} or values that are not finite; it must be x and y of at least one spot")
+    return np.asarray(adata.obs_names, dtype=str), xy[:, :2]
+
+
+def _scanpy(adata: ad.AnnData) -> tuple[float | None, float, dict[str, Any], dict[str, Any]]:
+    """Radius, micrometers per pixel, scale factors and images of ``uns["spatial"]`` where it has exactly one library."""
+    libraries = adata.uns.get("spatial", {})
+    if not isinstance(libraries, dict) or len(libraries) != 1:
+        return None, float("nan"), {}, {}
+    library = next(iter(libraries.values()))
+    if not isinstance(library, dict):
+        return None, float("nan"), {}, {}
+    factors, images = library.get("scalefactors", {}), library.get("images", {})
+    if "spot_diameter_fullres" not in factors:
+        return None, float("nan"), factors, images
+    micron = VISIUM_SPOT / float(factors["spot_diameter_fullres"])
+    return VISIUM_RADIUS / micron, micron, factors, images

@@ -1,0 +1,116 @@
+"""A Space Ranger ``outs`` folder -> `Slide`: versions 1 to 3, Visium and (with pyarrow) one bin size of Visium HD.
+
+    filtered_feature_bc_matrix.h5                  counts; genes of one name are summed
+    spatial/tissue_positions_list.csv              version 1: no header
+    spatial/tissue_positions.csv | .parquet        from version 2: header; HD: parquet
+    spatial/scalefactors_json.json                 sizes in full-resolution pixels
+    spatial/tissue_hires_image.png                 the image, unless the full-resolution one is given
+
+Coordinates are full-resolution pixels. An image that is given may be the full-resolution one or the hires one: told apart by its size.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from ppl_st.data import read_counts
+from ppl_st.errors import UserError
+from ppl_st.images import VISIUM_RADIUS, VISIUM_SPOT, Slide, Source, image_size
+
+__all__ = ["read_spaceranger"]
+
+COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+
+
+def read_spaceranger(folder: Path, image: Source | None = None) -> Slide:
+    """The spots under tissue with their counts, and the image. See the module's docstring.
+
+    Raises
+    ------
+    UserError
+        Naming what the folder lacks; for a folder with several bin sizes, its names.
+    """
+    bins = sorted(path.name for path in folder.glob("binned_outputs/square_*"))
+    if bins:
+        shown = ", ".join(bins)
+        raise UserError(f"{folder}: holds several bin sizes ({shown}); give one of them as target: {folder / 'binned_outputs' / bins[-1]}")
+    spatial = folder / "spatial"
+    factors = _json(spatial / "scalefactors_json.json")
+    table = _positions(spatial)
+    adata = _matrix(folder)
+    table = table[table["in_tissue"] == 1]
+    known = adata.obs_names.intersection(table.index)
+    if not len(known):
+        raise UserError(f"{folder}: no barcode of the matrix is a spot under tissue in {spatial}; do both come from one run?")
+    adata = adata[known].copy()
+    adata.obs = table.loc[known, ["array_row", "array_col"]].copy()
+    adata.obsm["spatial"] = table.loc[known, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(np.float64)
+    counts = replace(read_counts(adata, role="target"), source=str(folder))
+    if "microns_per_pixel" in factors:  # HD: square bins, as discs of the same area
+        micron = float(factors["microns_per_pixel"])
+        radius = float(factors["bin_size_um"]) / np.sqrt(np.pi) / micron
+    else:
+        micron = VISIUM_SPOT / float(factors["spot_diameter_fullres"])
+        radius = VISIUM_RADIUS / micron
+    hires, scale = spatial / "tissue_hires_image.png", float(factors["tissue_hires_scalef"])
+    name = folder.parent.name if folder.name == "outs" else folder.name
+    if image is None or (hires.is_file() and image_size(image) == image_size(hires)):
+        return Slide(name, counts, hires if image is None else image, scale, radius, micron)
+    return Slide(name, counts, image, 1.0, radius, micron)
+
+
+def _positions(spatial: Path) -> pd.DataFrame:
+    """One row per spot, indexed by barcode."""
+    new, old, parquet = (spatial / name for name in ("tissue_positions.csv", "tissue_positions_list.csv", "tissue_positions.parquet"))
+    if new.is_file() or old.is_file():
+        path = new if new.is_file() else old
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        header = 0 if first.startswith("barcode") else None  # version 2 renamed the file and gave it a header; both mixtures exist
+        table = pd.read_csv(path, header=header, names=COLUMNS)
+    elif parquet.is_file():
+        try:
+            table = pd.read_parquet(parquet)
+        except ImportError as error:
+            raise UserError(f"{parquet}: reading it needs one more package: pip install pyarrow") from error
+    else:
+        raise UserError(
+            f"{spatial}: no tissue_positions.csv, tissue_positions_list.csv or tissue_positions.parquet; give the outs folder of Space Ranger"
+        )
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        raise UserError(f"{spatial}: the table of positions lacks the columns {', '.join(missing)}")
+    return table.set_index("barcode")
+
+
+def _matrix(folder: Path) -> ad.AnnData:
+    """Gene expression of ``filtered_feature_bc_matrix.h5`` (else ``raw_...``), genes of one name summed."""
+    path = next((folder / name for name in ("filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5") if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: no filtered_feature_bc_matrix.h5; give the outs folder of Space Ranger")
+    try:
+        with h5py.File(path) as file:
+            group = file["matrix"]
+            entries = tuple(group[name][:] for name in ("data", "indices", "indptr"))
+            matrix = sparse.csr_matrix(entries, shape=tuple(group["shape"][:])[::-1])  # stored as genes x spots by column
+            barcodes, genes, kinds = (np.asarray(group[name].asstr()[:]) for name in ("barcodes", "features/name", "features/feature_type"))
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as a 10x matrix ({error}); is the file whole?") from error
+    expression = kinds == "Gene Expression"
+    names, index = np.unique(genes[expression], return_inverse=True)
+    columns: Any = (np.ones(len(index), np.float32), (np.arange(len(index)), index))
+    summed = sparse.csr_matrix(matrix[:, expression] @ sparse.csr_matrix(columns, shape=(len(index), len(names))))
+    return ad.AnnData(summed.astype(np.float32), obs=pd.DataFrame(index=barcodes), var=pd.DataFrame(index=names))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give the outs folder of Space Ranger as target") from error

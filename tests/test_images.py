@@ -1,0 +1,179 @@
+"""Image files at a working resolution, masks, label maps and annotations."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from PIL import Image
+
+from ppl_st import images
+from ppl_st.annotations import regions_from_geojson, regions_from_image, regions_from_spots
+from ppl_st.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """[150, 210, 3]: smooth, so that what is wrong shows and JPEG is nearly exact."""
+    i, j = np.mgrid[:150, :210]
+    return np.stack([i, j, 255 - (i + j) / 2], -1).astype(np.uint8)
+
+
+def blocks(picture, k):
+    """Area means over k x k pixels of a picture whose sides k divides."""
+    h, w = picture.shape[:2]
+    return picture.reshape(h // k, k, w // k, k, -1).mean((1, 3))
+
+
+def test_formats_agree_with_the_area_mean(picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=98, subsampling=0)
+    tifffile.imwrite(tmp_path / "strips.tif", picture, rowsperstrip=7, photometric="rgb")
+    tifffile.imwrite(tmp_path / "tiles.tif", picture, tile=(64, 48), photometric="rgb", compression="zlib")
+    tifffile.imwrite(tmp_path / "planes.ome.tif", np.moveaxis(picture, 2, 0), photometric="minisblack", metadata={"axes": "CYX"})
+    for name in ("a.png", "a.jpg", "strips.tif", "tiles.tif", "planes.ome.tif"):
+        path = tmp_path / name
+        assert images.image_size(path) == (150, 210)
+        tolerance = 3 if name.endswith("jpg") else 0
+        assert np.abs(images.read_image(path).astype(int) - picture).max() <= tolerance, name
+        for k in (2, 3, 5):
+            small = images.read_image(path, scale=1 / k)
+            assert np.abs(small - blocks(picture, k)).max() <= 1 + tolerance, (name, k)
+
+
+def test_a_pyramid_is_read_from_the_smallest_sufficient_level(picture, tmp_path):
+    path = tmp_path / "pyramid.tif"
+    with tifffile.TiffWriter(path) as file:
+        file.write(picture, tile=(64, 64), photometric="rgb", subifds=1)
+        file.write(np.full((75, 105, 3), 7, np.uint8), tile=(64, 64), photometric="rgb", subfiletype=1)  # shows which was read
+    assert (images.read_image(path, scale=0.5) == 7).all() and (images.read_image(path, scale=1 / 3) == 7).all()
+    assert (images.read_image(path, scale=1) == picture).all()
+
+
+def test_a_large_tiled_file_needs_little_memory(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "large.tif"
+    tifffile.imwrite(path, shape=(4096, 4096, 3), dtype=np.uint8, tile=(256, 256), photometric="rgb", compression="zlib",
+                     data=(np.full((256, 256, 3), k % 251, np.uint8) for k in range(256)))  # fmt: skip
+    tracemalloc.start()
+    small = images.read_image(path, scale=1 / 16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert small.shape == (256, 256, 3) and small[8, 24, 0] == 1
+    assert peak < 12e6, f"{peak / 1e6:.0f} MB for a file of 50 MB"
+
+
+def test_alpha_depth_and_gray_are_put_right(picture, tmp_path):
+    alpha = np.zeros((*picture.shape[:2], 1), np.uint8)
+    alpha[:, 100:] = 255
+    Image.fromarray(np.concatenate([picture, alpha], -1)).save(tmp_path / "alpha.png")
+    read = images.read_image(tmp_path / "alpha.png")
+    assert (read[:, :100] == 255).all() and (read[:, 100:] == picture[:, 100:]).all()
+    tifffile.imwrite(tmp_path / "deep.tif", picture.astype(np.uint16) * 257, photometric="rgb")
+    assert (images.read_image(tmp_path / "deep.tif") == picture).all()
+    twelve = (picture.astype(np.float64) * 4095 / 255).astype(np.uint16)
+    assert np.abs(images.to_rgb(twelve).astype(int) - picture).max() <= 1
+    assert (images.to_rgb(picture.astype(np.float32) / 255) == picture).all()
+    gray = images.to_rgb(picture[..., 0])
+    assert gray.shape == picture.shape and (gray == picture[..., :1]).all()
+    Image.fromarray(picture).convert("P").save(tmp_path / "palette.png")
+    assert images.read_image(tmp_path / "palette.png").shape == picture.shape
+
+
+def test_what_is_no_image_is_said(picture, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((7, 20, 30), np.uint8), photometric="minisblack")
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    for name, text in [
+        ("gone.png", "no such file"), ("a.pdf", "no such file"), ("broken.png", "damaged"), ("stack.tif", "are no plane image"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=text):
+            images.read_image(tmp_path / name)
+    with pytest.raises(UserError, match="never enlarged"):
+        images.read_image(tmp_path / "a.png", scale=2)
+    with pytest.raises(UserError, match=r"input.scale=0.05"):
+        images.read_image(np.zeros((20_000, 10, 3), np.uint8))
+    with pytest.raises(UserError, match="negative"):
+        images.to_rgb(-np.ones((4, 4), np.float32))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_mask_finds_the_tissue_and_not_the_dust(dark):
+    rng = np.random.default_rng(0)
+    i, j = np.mgrid[:200, :300]
+    tissue = ((i - 100) / 60) ** 2 + ((j - 140) / 90) ** 2 < 1
+    image = np.where(tissue[..., None], [150, 110, 170], [240, 238, 242]) + rng.normal(0, 6, (200, 300, 3))
+    image[20:22, 20:22] = 60  # dust
+    image[:, 40:] -= np.linspace(0, 12, 260)[None, :, None]  # uneven light
+    image = np.clip(255 - image if dark else image, 0, 255).astype(np.uint8)
+    mask = images.tissue_mask(image)
+    assert (mask == tissue).mean() > 0.985 and not mask[15:30, 15:30].any()
+    assert images.tissue_mask(np.full((50, 60, 3), 200, np.uint8)).all()
+
+
+def test_mask_follows_known_positions_to_pale_tissue():
+    image = np.full((120, 120, 3), 245, np.uint8)
+    image[20:60, 20:100] = [120, 80, 150]
+    image[60:100, 20:100] = [222, 205, 226]  # pale: off by Otsu's threshold
+    xy = np.array([(x, y) for x in range(25, 100, 10) for y in range(25, 100, 10)], float)
+    assert not images.tissue_mask(image)[80, 60] and images.tissue_mask(image, xy)[80, 60]
+    assert not images.tissue_mask(image, xy)[:14].any()
+
+
+def test_discs_hold_the_pixels_whose_middle_is_within_the_radius():
+    centers = np.array([[10.2, 8.7], [14.0, 8.0], [0.4, 19.0], [60.0, 5.0], [30.5, 30.5]])
+    label = images.label_discs((40, 50), centers, 3.0)
+    i, j = np.mgrid[:40, :50]
+    distance = np.hypot(j[..., None] + 0.5 - centers[:, 0], i[..., None] + 0.5 - centers[:, 1])
+    expected = np.where(distance.min(-1) <= 3, distance.argmin(-1) + 1, 0)
+    assert label.dtype == np.int64 and (label == expected).all()
+    tiny = images.label_discs((40, 50), centers, 0.1)
+    assert [(tiny == k + 1).sum() for k in range(5)] == [1, 1, 1, 0, 1]
+
+
+def test_discs_of_many_spots_are_fast_and_ids_are_whole_numbers():
+    grid = np.stack(np.meshgrid(np.arange(5, 1000, 10.0), np.arange(5, 1000, 10.0)), -1).reshape(-1, 2)
+    label = images.label_discs((1000, 1000), grid, 3.0)
+    assert label.max() == len(grid) == 10_000 and len(np.unique(np.bincount(label.ravel())[1:])) == 1
+
+
+def test_overlay_shows_spots_outside_the_image(tmp_path, picture):
+    path = images.overlay(tmp_path / "sub" / "o.png", picture, np.array([[400.0, 20.0], [30.0, 30.0]]), 4.0)
+    with Image.open(path) as made:
+        assert 400 < made.width < 420 and 150 <= made.height < 160
+        red = (np.asarray(made) == [230, 30, 30]).all(-1)
+    assert red[:, :50].any() and red[:, 390:].any()
+
+
+def test_geojson_regions_have_names_holes_and_the_frame_of_the_section(tmp_path):
+    square = lambda low, high: [[low, low], [high, low], [high, high], [low, high], [low, low]]  # noqa: E731
+    features = [
+        {"geometry": {"type": "Polygon", "coordinates": [square(100, 300), square(150, 200)]}, "properties": {"classification": {"name": "tumor"}}},
+        {"geometry": {"type": "MultiPolygon", "coordinates": [[square(310, 390)]]}, "properties": {"name": "stroma"}},
+        {"geometry": {"type": "Point", "coordinates": [1, 1]}, "properties": {}},
+    ]
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    label, names = regions_from_geojson(path, (40, 40), 0.1, np.array([0.0, 0.0]))
+    assert names == ("tumor", "stroma")
+    assert label[12, 12] == 1 and label[17, 17] == 0 and label[35, 35] == 2 and (label == 1).sum() == 400 - 25
+    moved, _ = regions_from_geojson(path, (30, 30), 0.1, np.array([100.0, 100.0]))
+    assert moved[2, 2] == 1 and moved[7, 7] == 0
+    with pytest.raises(UserError, match="no region covers"):
+        regions_from_geojson(path, (5, 5), 0.1, np.array([9e5, 0.0]))
+    path.write_text("{")
+    with pytest.raises(UserError, match="GeoJSON"):
+        regions_from_geojson(path, (5, 5), 1.0, np.zeros(2))
+
+
+def test_label_image_and_spot_columns_become_regions(tmp_path):
+    values = np.zeros((100, 200), np.uint16)
+    values[:50, :100], values[50:, 100:] = 300, 7
+    tifffile.imwrite(tmp_path / "l.tif", values)
+    label, names = regions_from_image(tmp_path / "l.tif", (50, 100), (0, 50, 10, 100))
+    assert names == ("7", "300") and label[10, 5] == 2 and label[40, 80] == 1 and label[40, 5] == 0
+    discs = np.array([[0, 1, 2], [3, 4, 0]])  # the last is the virtual measurement
+    label, names = regions_from_spots(pd.Series(["b", None, "a"]), discs)
+    assert names == ("a", "b") and label.tolist() == [[0, 2, 0], [1, 0, 0]]

@@ -1,0 +1,319 @@
+"""Slides -> sections: what is right comes through, what is wrong is said with a picture."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from PIL import Image
+
+import realdata
+from ppl_st.errors import UserError
+from ppl_st.images import Slide
+from ppl_st.models.xfuse.data import Input
+from ppl_st.prepare.xfuse import new_image, problem, section_at
+from ppl_st.slides import positions, read_slide, read_slides
+
+WIDTH, HEIGHT, PITCH = 400, 300, 20.0
+
+
+def quiet(line):
+    pass
+
+
+def world(seed=0, genes=("A", "B", "RPL1", "Z")):
+    """Tissue: an ellipse left of the middle; spots on a grid over it; counts that know their place."""
+    rng = np.random.default_rng(seed)
+    i, j = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    tissue = ((i - 150) / 120) ** 2 + ((j - 130) / 100) ** 2 < 1
+    image = np.where(tissue[..., None], [150, 100, 170], [242, 240, 244]).astype(np.uint8)
+    x, y = np.meshgrid(np.arange(40, 240, PITCH), np.arange(40, 280, PITCH))
+    xy = np.stack([x.ravel(), y.ravel()], 1)
+    xy = xy[((xy[:, 1] - 150) / 115) ** 2 + ((xy[:, 0] - 130) / 95) ** 2 < 1]
+    counts = rng.poisson(5.0, (len(xy), len(genes))).astype(np.float32) + 1
+    obs, var = pd.DataFrame(index=[f"s{k}" for k in range(len(xy))]), pd.DataFrame(index=list(genes))
+    adata = ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var)
+    adata.obsm["spatial"] = xy
+    return adata, image, tissue
+
+
+def slide(adata, image, name="one", **more):
+    return read_slide(adata, image)._replace(name=name, **more)
+
+
+def test_a_section_is_what_the_slide_says():
+    adata, image, tissue = world()
+    data, kept = problem([slide(adata, image)], Input(scale=0.5, radius=6.0), quiet)
+    (section,) = data.sections
+    assert data.genes.tolist() == ["A", "B", "RPL1", "Z"] and data.covariates == {} and len(section.covariates) == 0
+    assert section.image.dtype == np.uint8 and section.label.dtype == np.int64 and section.scale == 0.5 and section.radius == 3.0
+    assert section.counts.shape == (adata.n_obs + 1, 4) and section.virtual == adata.n_obs and section.counts[section.virtual].nnz == 0
+    assert (section.counts[:-1] != adata.X).nnz == 0 and kept[0].names.tolist() == adata.obs_names.tolist()
+    # the frame: spot coordinates -> pixels of the section
+    mapped = (adata.obsm["spatial"] - np.array(section.origin)) * section.scale
+    assert np.allclose(section.centers[:-1], mapped) and np.isnan(section.centers[-1]).all()
+    for k, (x, y) in enumerate(mapped):
+        assert section.label[int(y), int(x)] == k + 1
+    sizes = np.bincount(section.label.ravel())[1:-1]
+    assert (sizes == 32).all()  # pixels whose middle is within 3 of a corner of pixels
+    # image and tissue are the part that origin names
+    x0, y0 = (int(v) for v in section.origin)
+    truth = tissue[y0 : y0 + 2 * section.mask.shape[0] : 2, x0 : x0 + 2 * section.mask.shape[1] : 2]
+    assert (truth == section.mask).mean() > 0.97
+    empty = section.label == section.virtual + 1
+    assert empty.any() and not (empty & section.mask).any()
+    assert image.base is None and (adata.X.data > 0).all()
+
+
+def test_the_pitch_chooses_the_scale_and_images_are_never_enlarged():
+    adata, image, _ = world()
+    data, _ = problem([slide(adata, image)], Input(pitch=10.0), quiet)
+    assert data.sections[0].scale == pytest.approx(0.5) and data.sections[0].radius == pytest.approx(2.75)
+    data, _ = problem([slide(adata, image)], Input(pitch=50.0), quiet)
+    assert data.sections[0].scale == 1
+
+
+def test_genes_and_spots_are_filtered():
+    adata, image, _ = world()
+    counts = adata.X.toarray()
+    counts[3], counts[:, 3], counts[3, 0] = 0, 0, 2
+    adata.X = sp.csr_matrix(counts)
+    lines = []
+    data, kept = problem([slide(adata, image)], Input(min_counts=3, drop_genes="^RPL", background=False), lines.append)
+    assert data.genes.tolist() == ["A", "B"] and "s3" not in kept[0].names and data.sections[0].virtual == -1
+    assert data.sections[0].counts.shape == (adata.n_obs - 1, 2) and any("1 of" in line and "fewer than 3" in line for line in lines)
+    x, y = (adata.obsm["spatial"][3] - np.array(data.sections[0].origin)) * data.sections[0].scale
+    assert data.sections[0].label[int(y), int(x)] == 0  # what a dropped spot covers is unobserved
+    data, _ = problem([slide(adata, image)], Input(top_genes=1), quiet)
+    totals = np.asarray(adata.X.sum(0)).ravel()
+    assert data.genes.tolist() == [adata.var_names[totals.argmax()]]
+    with pytest.raises(UserError, match="no gene is left of 4"):
+        problem([slide(adata, image)], Input(drop_genes="."), quiet)
+    with pytest.raises(UserError, match="no spot has 1000000 counts"):
+        problem([slide(adata, image)], Input(min_counts=1_000_000), quiet)
+
+
+def test_sections_share_genes_and_know_their_levels():
+    (a, image, _), (b, other, _) = world(), world(1, genes=("B", "A", "C"))
+    a.obs["patient"], b.obs["patient"] = "p1", "p2"
+    slides = [slide(a, image, "one"), slide(b, other, "two")]
+    data, _ = problem(slides, Input(covariates=("section", "patient")), quiet)
+    assert data.genes.tolist() == ["A", "B"]
+    assert data.covariates == {"section": ("one", "two"), "patient": ("p1", "p2")}
+    assert [section.covariates.tolist() for section in data.sections] == [[0, 0], [1, 1]]
+    assert (data.sections[1].counts[:-1].toarray() == b[:, ["A", "B"]].X.toarray()).all()
+    b.obs["patient"] = None
+    data, _ = problem([slides[0], slide(b, other, "two"), slide(a, image, "three")], Input(covariates=("patient",)), quiet)
+    assert data.covariates == {}  # one known level: nothing to learn
+    a.obs["patient"] = ["p1", "p2"] * (a.n_obs // 2) + ["p1"] * (a.n_obs % 2)
+    with pytest.raises(UserError, match=r"2 values .* within one section"):
+        problem([slide(a, image, "one")], Input(covariates=("patient",)), quiet)
+    with pytest.raises(UserError, match="no obs column 'donor'"):
+        problem(slides, Input(covariates=("donor",)), quiet)
+
+
+# ---- wrong input ----
+
+
+def refused(adata, image, tmp_path, **settings):
+    with pytest.raises(UserError) as caught:
+        problem([slide(adata, image)], Input(**settings), quiet, tmp_path)
+    message = str(caught.value)
+    picture = tmp_path / "overlay_one.png"
+    assert str(picture) in message and picture.is_file()
+    with Image.open(picture) as made:
+        assert (np.asarray(made) == [230, 30, 30]).all(-1).any()
+    return message
+
+
+def test_exchanged_axes_are_found(tmp_path):
+    adata, image, _ = world()
+    adata.obsm["spatial"] = adata.obsm["spatial"][:, ::-1] + np.array([150, 0])
+    image = np.concatenate([np.full((150, WIDTH, 3), 242, np.uint8), image])  # the tissue is far from the diagonal
+    message = refused(adata, image, tmp_path)
+    assert "with x and y exchanged, 100% would lie on tissue" in message
+    data, _ = problem([slide(adata, image)], Input(check=False), quiet)  # a person may know better
+    assert len(data.sections) == 1
+
+
+@pytest.mark.parametrize("factor", [4.0, 0.2])
+def test_a_wrong_scale_is_found(tmp_path, factor):
+    adata, image, _ = world()
+    adata.obsm["spatial"] = adata.obsm["spatial"] * factor
+    message = refused(adata, image, tmp_path)
+    assert f"multiplied by about {1 / factor:.2g}"[:-1] in message
+    assert ("lie outside the image" in message) == (factor > 1)
+
+
+def test_mirrored_and_shifted_spots_are_found(tmp_path):
+    adata, image, _ = world()
+    right = adata.copy()
+    right.obsm["spatial"] = np.array([WIDTH, 0]) + adata.obsm["spatial"] * [-1, 1]
+    assert "x counted from the right" in refused(right, image, tmp_path)
+    right.obsm["spatial"] = adata.obsm["spatial"] + [5000, 0]
+    assert f"{adata.n_obs} of {adata.n_obs} spots lie outside the image (400 x 300 px)" in refused(right, image, tmp_path)
+
+
+def test_masks(tmp_path):
+    adata, image, tissue = world()
+    Image.fromarray((255 * tissue).astype(np.uint8)).resize((200, 150)).save(tmp_path / "mask.png")  # of another resolution
+    data, _ = problem([slide(adata, image)], Input(mask=(str(tmp_path / "mask.png"),)), quiet, tmp_path)
+    auto, _ = problem([slide(adata, image)], Input(), quiet)
+    assert (data.sections[0].mask == auto.sections[0].mask).mean() > 0.97
+    none, _ = problem([slide(adata, image)], Input(mask=("none",)), quiet)
+    assert none.sections[0].mask.all() and none.sections[0].virtual == -1
+    Image.fromarray(np.zeros((300, 400), np.uint8)).save(tmp_path / "empty.png")
+    message = refused(adata, image, tmp_path, mask=(str(tmp_path / "empty.png"),))
+    assert "keeps 0% of the section and 0% of its spots" in message
+    with pytest.raises(UserError, match=r"input.mask names 2 files for 1 sections"):
+        problem([slide(adata, image)], Input(mask=("auto", "none")), quiet)
+
+
+def test_a_spot_cut_by_the_border_is_left_out():
+    adata, image, _ = world()
+    cut = image[:, 37:]  # the spots at x = 40 and beyond; a disc of 5.5 px at 3 px from the border is cut
+    adata.obsm["spatial"] = adata.obsm["spatial"] - [37.0, 0.0]
+    _, kept = problem([slide(adata, cut)], Input(), quiet)
+    gone = set(adata.obs_names) - set(kept[0].names)
+    assert gone == {name for name, (x, _) in zip(adata.obs_names, adata.obsm["spatial"], strict=True) if x < 5} and gone
+
+
+def test_too_small_a_scale_is_said():
+    adata, image, _ = world()
+    with pytest.raises(UserError, match="share all their pixels"):
+        problem([slide(adata, image)], Input(scale=0.02), quiet)
+
+
+def test_annotations(tmp_path):
+    adata, image, _ = world()
+    adata.obs["region"] = np.where(adata.obsm["spatial"][:, 0] < 130, "left", "right")
+    (section,) = problem([slide(adata, image)], Input(annotation=("region",)), quiet)[0].sections
+    assert section.regions == ("left", "right") and set(np.unique(section.annotation)) == {0, 1, 2}
+    x = section.centers[:-1, 0] / section.scale + section.origin[0]
+    assert (section.annotation[section.label == 1] == 1 + (x[0] >= 130)).all()
+    polygon = [[0, 0], [130, 0], [130, 300], [0, 300]]
+    (tmp_path / "p.geojson").write_text(json.dumps([{"geometry": {"type": "Polygon", "coordinates": [polygon]}, "properties": {"name": "west"}}]))
+    (section,) = problem([slide(adata, image)], Input(annotation=(str(tmp_path / "p.geojson"),)), quiet)[0].sections
+    edge = np.flatnonzero(section.annotation[10])[-1] + 1
+    assert section.regions == ("west",) and edge == pytest.approx((130 - section.origin[0]) * section.scale, abs=1)
+    with pytest.raises(UserError, match=r"neither an obs column .* nor a file"):
+        problem([slide(adata, image)], Input(annotation=("zone",)), quiet)
+
+
+# ---- prediction ----
+
+
+def test_other_positions_and_new_images():
+    adata, image, _ = world()
+    data, _ = problem([slide(adata, image)], Input(), quiet)
+    section = data.sections[0]
+    names, xy = positions(ad.AnnData(obs=pd.DataFrame(index=["p", "q"]), obsm={"spatial": np.array([[100.0, 100.0], [130.0, 170.0]])}))
+    asked = section_at(section, xy, radius=12.0)
+    assert names.tolist() == ["p", "q"] and asked.counts.shape == (2, 4) and asked.radius == pytest.approx(12 * section.scale)
+    own = (100 - np.array(section.origin)) * section.scale
+    assert asked.label[int(own[1]), int(own[0])] == 1 and (section.label == problem([slide(adata, image)], Input(), quiet)[0].sections[0].label).all()
+    with pytest.raises(UserError, match=r"1 of 2 positions lie outside section 'one', e.g. "):
+        section_at(section, np.array([[100.0, 100.0], [1e4, 0.0]]))
+    fresh = new_image(image[:, ::-1], data, Input(), quiet)
+    assert fresh.counts.shape == (0, 4) and fresh.scale == section.scale and (fresh.label == 0).all()
+    assert abs(fresh.mask.sum() / section.mask.sum() - 1) < 0.05
+
+
+# ---- files ----
+
+
+def spaceranger(folder, adata, version, image):
+    """A Space Ranger folder of the given version: hires image at half the full resolution."""
+    spatial = folder / "spatial"
+    spatial.mkdir(parents=True)
+    factors = {"spot_diameter_fullres": 13.0, "tissue_hires_scalef": 0.5, "tissue_lowres_scalef": 0.1, "fiducial_diameter_fullres": 20.0}
+    (spatial / "scalefactors_json.json").write_text(json.dumps(factors))
+    Image.fromarray(image[::2, ::2]).save(spatial / "tissue_hires_image.png")
+    xy = adata.obsm["spatial"]
+    rows = [f"{name},1,{k},{k},{y:g},{x:g}" for k, (name, (x, y)) in enumerate(zip(adata.obs_names, xy, strict=True))]
+    rows += ["off-tissue,0,9,9,10,10"]
+    header = ["barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres"]
+    name = "tissue_positions_list.csv" if version == 1 else "tissue_positions.csv"
+    (spatial / name).write_text("\n".join(([] if version == 1 else header) + rows) + "\n")
+    barcodes = [*adata.obs_names, "off-tissue"]
+    matrix = sp.csc_matrix(sp.vstack([adata.X, np.ones((1, adata.n_vars), np.float32)]).T.astype(np.int32))  # genes x barcodes
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
+        group = file.create_group("matrix")
+        for key in ("data", "indices", "indptr"):
+            group[key] = getattr(matrix, key)
+        group["shape"] = matrix.shape
+        group["barcodes"] = np.array(barcodes, dtype="S")
+        group["features/name"] = np.array(adata.var_names, dtype="S")
+        group["features/feature_type"] = np.array(["Gene Expression"] * adata.n_vars, dtype="S")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_space_ranger_folders(tmp_path, version):
+    adata, image, _ = world()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adata.var_names = ["A", "B", "A", "C"]  # a repeated name is summed
+    spaceranger(tmp_path / "run" / "outs", adata, version, image)
+    read = read_slide(tmp_path / "run" / "outs", None)
+    assert read.name == "run" and read.image_scale == 0.5 and read.micron == pytest.approx(5) and read.radius == pytest.approx(5.5)
+    assert read.counts.genes.tolist() == ["A", "B", "C"] and np.allclose(read.counts.xy, adata.obsm["spatial"])
+    assert (read.counts.matrix[:, 0].toarray().ravel() == adata.X[:, [0, 2]].toarray().sum(1)).all()
+    data, _ = problem([read], Input(pitch=10.0), quiet)
+    section = data.sections[0]
+    assert section.scale == pytest.approx(0.5) and section.micron == pytest.approx(10) and section.radius == pytest.approx(2.75)
+    Image.fromarray(image).save(tmp_path / "full.png")
+    full, _ = problem([read_slide(tmp_path / "run" / "outs", tmp_path / "full.png")], Input(pitch=10.0), quiet)
+    assert np.abs(full.sections[0].centers - section.centers)[:-1].max() < 1e-6 and full.sections[0].image.shape == section.image.shape
+    hires = tmp_path / "run" / "outs" / "spatial" / "tissue_hires_image.png"
+    assert read_slide(tmp_path / "run" / "outs", hires).image_scale == 0.5
+
+
+def test_space_ranger_folders_that_lack_something(tmp_path):
+    with pytest.raises(UserError, match="give the outs folder"):
+        read_slide(tmp_path, None)
+    (tmp_path / "binned_outputs" / "square_008um").mkdir(parents=True)
+    with pytest.raises(UserError, match="several bin sizes"):
+        read_slide(tmp_path, None)
+
+
+def test_anndata_with_its_own_image(tmp_path):
+    adata, image, _ = world()
+    with pytest.raises(UserError, match="carries no image"):
+        read_slide(adata, None)
+    factors = {"spot_diameter_fullres": 13.0, "tissue_hires_scalef": 0.5}
+    adata.uns["spatial"] = {"lib": {"images": {"hires": image[::2, ::2] / np.float32(255)}, "scalefactors": factors}}
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    read = read_slide(tmp_path / "a.h5ad", None)
+    assert read.name == "a" and read.image_scale == 0.5 and read.radius == pytest.approx(5.5)
+    assert problem([read], Input(), quiet)[0].sections[0].scale == pytest.approx(0.5)  # that of the image: never enlarged
+    pair = read_slides([adata, adata], [])
+    assert [one.name for one in pair] == ["section", "section-2"]
+    with pytest.raises(UserError, match="2 --target but 1 --image"):
+        read_slides([adata, adata], [image])
+
+
+def test_slides_without_counts_cannot_be_fitted():
+    _, image, _ = world()
+    with pytest.raises(UserError, match="no section has counts"):
+        problem([Slide("one", None, image)], Input(), quiet)
+
+
+@pytest.mark.parametrize(("folder", "names"), [("st_olfactory_bulb", ("MOB1", "MOB2")), ("st_her2_breast", ("C2", "C3"))])
+def test_real_sections(folder, names, tmp_path):
+    targets = [realdata.path(f"{folder}/spatial_{name}.h5ad") for name in names]
+    slides = read_slides(targets, [realdata.path(f"{folder}/he_{name}.jpg") for name in names])
+    data, kept = problem(slides, Input(), quiet)
+    assert data.covariates["section"] == tuple(f"spatial_{name}" for name in names)
+    for section, counts in zip(data.sections, kept, strict=True):
+        assert 0.3 < section.mask.mean() < 0.6 and len(counts.names) in (379, 407, 187, 180)
+        on = section.mask[tuple(np.floor(section.centers[:-1, ::-1]).astype(int).T)]
+        assert on.mean() > 0.94
+    for one in slides:
+        exchanged = one._replace(counts=replace(one.counts, xy=one.counts.xy[:, ::-1]))
+        with pytest.raises(UserError, match=r"with x and y exchanged, 9.% would lie on tissue"):
+            problem([exchanged], Input(), quiet, tmp_path)
