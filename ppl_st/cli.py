@@ -123,23 +123,28 @@ def demo(
 
 @app.command()
 def simulate(
-    protocol: Annotated[str, typer.Argument(help="checkerboard, blocks or spatial_field.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for target.h5ad, reference.h5ad, truth.h5ad.")],
+    protocol: Annotated[str, typer.Argument(help="checkerboard, blocks, spatial_field or shapes.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
     seed: Seed = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Knob, as n_cells=2000.")] = None,
 ) -> None:
-    """Write a simulated pair and its truth."""
+    """Write a simulated pair and its truth; of shapes: sections with images, the kinds behind them, and settings to fit them with."""
     _check_folder(out)
     from ppl_st.io import write_adata
+    from ppl_st.shapes import shapes
     from ppl_st.simulate import PROTOCOLS
 
-    if protocol not in PROTOCOLS:
-        raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(PROTOCOLS)}")
+    protocols = cast(dict[str, Callable[..., Any]], {**PROTOCOLS, "shapes": shapes})
+    if protocol not in protocols:
+        raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(protocols)}")
+    if protocol == "shapes":
+        _write_shapes(out, _knobs(shapes, protocol, overrides or []), seed)
+        return
     paths = {name: out / f"{name}.h5ad" for name in ("target", "reference", "truth")}
     taken = [str(path) for path in paths.values() if path.exists()]
     if taken:
         raise UserError(f"{', '.join(taken)}: already there; choose another --out or remove them")
-    simulator = cast(Callable[..., Any], PROTOCOLS[protocol])
+    simulator = protocols[protocol]
     world = simulator(seed=seed, **_knobs(simulator, protocol, overrides or []))
     for name, path in paths.items():
         write_adata(getattr(world, name), path)
@@ -405,6 +410,32 @@ def _check_folder(path: Path) -> None:
 
 
 # ---- small helpers ----
+
+
+def _write_shapes(out: Path, knobs: dict[str, Any], seed: int) -> None:
+    """OUT/section0.h5ad, section0.png, section0.truth.npz (kind, depth, hidden, profiles), ..., config.toml."""
+    import numpy as np
+    import tomli_w
+    from PIL import Image
+
+    from ppl_st.io import atomic, write_adata
+    from ppl_st.shapes import shapes
+
+    if (out / "config.toml").exists() or (out / "section0.h5ad").exists():
+        raise UserError(f"{out}: holds a simulation already; choose another --out or remove it")
+    world = shapes(seed=seed, **knobs)
+    for n, section in enumerate(world.sections):
+        path = out / f"section{n}.h5ad"
+        write_adata(section.adata, path)
+        with atomic(path.with_suffix(".png")) as temporary:
+            Image.fromarray(section.image).save(temporary)
+        with atomic(out / f"section{n}.truth.npz") as temporary:
+            truth = {"kind": section.kind, "depth": section.depth, "hidden": section.hidden, "profiles": world.profiles}
+            np.savez_compressed(temporary, allow_pickle=False, **truth)
+        typer.echo(path)
+    with atomic(out / "config.toml") as temporary:
+        temporary.write_text(tomli_w.dumps({"input": world.settings}), encoding="utf-8")
+    typer.echo(out / "config.toml")
 
 
 def _knobs(protocol: Callable[..., Any], name: str, items: list[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ppl_st.data import Counts
 from ppl_st.errors import UserError
 
 __all__ = [
-    "VISIUM_RADIUS", "VISIUM_SPOT", "Slide", "Source", "image_size", "label_discs", "overlay", "read_image", "read_labels", "resize",
+    "VISIUM_RADIUS", "VISIUM_SPOT", "Slide", "Source", "image_size", "label_spots", "overlay", "read_image", "read_labels", "resize",
     "tissue_mask", "to_rgb",
 ]  # fmt: skip
 
@@ -53,6 +53,8 @@ class Slide(NamedTuple):
         Of the spots in coordinates; None: unknown.
     micron
         Micrometers per unit of the coordinates; NaN: unknown.
+    square
+        Whether spots are squares of twice the radius (bins) instead of discs.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Slide(NamedTuple):
     image_scale: float = 1.0
     radius: float | None = None
     micron: float = float("nan")
+    square: bool = False
 
 
 # ---- reading ----
@@ -275,10 +278,13 @@ def _pixels(xy: NDArray[np.float64], shape: tuple[int, ...]) -> tuple[NDArray[np
 # ---- label maps ----
 
 
-def label_discs(shape: tuple[int, int], centers: NDArray[np.float64], radius: float) -> NDArray[np.int64]:
-    """[H, W] int64: k + 1 where the pixel's middle lies within ``radius`` of center k (the nearest one, where discs overlap), 0 elsewhere.
+def label_spots(
+    shape: tuple[int, int], centers: NDArray[np.float64], radius: float, *, square: bool = False
+) -> NDArray[np.int64]:
+    """[H, W] int64: k + 1 where the pixel's middle lies within ``radius`` of center k (the nearest one, where spots overlap), 0 elsewhere.
 
-    A disc that holds no pixel's middle still gets the pixel that its center is in. A center outside the image paints what of its disc is inside.
+    Spots are discs, or with ``square`` upright squares of twice the radius. One that holds no pixel's middle still gets the pixel that its center
+    is in. A center outside the image paints what of its spot is inside.
     """
     label = np.zeros(shape, np.int64)
     nearest = np.full(shape, np.inf)
@@ -290,7 +296,8 @@ def label_discs(shape: tuple[int, int], centers: NDArray[np.float64], radius: fl
         if rows.start >= rows.stop or columns.start >= columns.stop:
             continue
         i, j = np.ogrid[rows, columns]
-        distance = (j + 0.5 - x) ** 2 + (i + 0.5 - y) ** 2
+        across, down = np.abs(j + 0.5 - x), np.abs(i + 0.5 - y)
+        distance = np.maximum(across, down) ** 2 if square else across**2 + down**2
         inside = (distance <= radius**2) | ((i == np.floor(y)) & (j == np.floor(x)))
         inside &= distance < nearest[rows, columns]
         nearest[rows, columns][inside] = distance[inside]

@@ -53,17 +53,18 @@ def read_spaceranger(folder: Path, image: Source | None = None) -> Slide:
     adata.obs = table.loc[known, ["array_row", "array_col"]].copy()
     adata.obsm["spatial"] = table.loc[known, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(np.float64)
     counts = replace(read_counts(adata, role="target"), source=str(folder))
-    if "microns_per_pixel" in factors:  # HD: square bins, as discs of the same area
+    square = "microns_per_pixel" in factors
+    if square:  # HD: square bins
         micron = float(factors["microns_per_pixel"])
-        radius = float(factors["bin_size_um"]) / np.sqrt(np.pi) / micron
+        radius = float(factors["bin_size_um"]) / 2 / micron
     else:
         micron = VISIUM_SPOT / float(factors["spot_diameter_fullres"])
         radius = VISIUM_RADIUS / micron
     hires, scale = spatial / "tissue_hires_image.png", float(factors["tissue_hires_scalef"])
     name = folder.parent.name if folder.name == "outs" else folder.name
     if image is None or (hires.is_file() and image_size(image) == image_size(hires)):
-        return Slide(name, counts, hires if image is None else image, scale, radius, micron)
-    return Slide(name, counts, image, 1.0, radius, micron)
+        return Slide(name, counts, hires if image is None else image, scale, radius, micron, square)
+    return Slide(name, counts, image, 1.0, radius, micron, square)
 
 
 def _positions(spatial: Path) -> pd.DataFrame:

@@ -62,10 +62,20 @@ def test_simulate_writes_what_its_knobs_say(folder):
     assert "already there" in refused("simulate", "checkerboard", "--out", folder / "data")
 
 
+def test_simulate_shapes_writes_sections_images_truth_and_settings(tmp_path):
+    ok("simulate", "shapes", "--out", tmp_path, "--set", "size=192", "--set", "sections=2", "--set", "color=same")
+    section = ad.read_h5ad(tmp_path / "section1.h5ad")
+    with np.load(tmp_path / "section1.truth.npz") as truth:
+        assert truth["kind"].shape == (192, 192) and truth["profiles"].shape == (3, 3)
+    assert section.shape == (16, 3) and (tmp_path / "section1.png").is_file()
+    assert 'spot = "square"' in (tmp_path / "config.toml").read_text()
+    assert "holds a simulation already" in refused("simulate", "shapes", "--out", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chess"], "unknown protocol 'chess'; available: checkerboard, blocks, spatial_field"),
+        (["chess"], "unknown protocol 'chess'; available: checkerboard, blocks, spatial_field, shapes"),
         (["checkerboard", "--set", "n_cell=3"], "did you mean 'n_cells'"),
         (["checkerboard", "--set", "n_cells=many"], "n_cells must be a whole number"),
         (["checkerboard", "--set", "rho=x"], "rho must be a number"),

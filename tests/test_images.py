@@ -124,18 +124,24 @@ def test_mask_follows_known_positions_to_pale_tissue():
 
 def test_discs_hold_the_pixels_whose_middle_is_within_the_radius():
     centers = np.array([[10.2, 8.7], [14.0, 8.0], [0.4, 19.0], [60.0, 5.0], [30.5, 30.5]])
-    label = images.label_discs((40, 50), centers, 3.0)
+    label = images.label_spots((40, 50), centers, 3.0)
     i, j = np.mgrid[:40, :50]
     distance = np.hypot(j[..., None] + 0.5 - centers[:, 0], i[..., None] + 0.5 - centers[:, 1])
     expected = np.where(distance.min(-1) <= 3, distance.argmin(-1) + 1, 0)
     assert label.dtype == np.int64 and (label == expected).all()
-    tiny = images.label_discs((40, 50), centers, 0.1)
+    tiny = images.label_spots((40, 50), centers, 0.1)
     assert [(tiny == k + 1).sum() for k in range(5)] == [1, 1, 1, 0, 1]
+
+
+def test_square_spots_tile_the_image():
+    at = (np.arange(4) + 0.5) * 24
+    label = images.label_spots((96, 96), np.stack(np.meshgrid(at, at), -1).reshape(-1, 2), 12.0, square=True)
+    assert (np.bincount(label.ravel())[1:] == 24**2).all() and (label == np.kron(np.arange(1, 17).reshape(4, 4), np.ones((24, 24)))).all()
 
 
 def test_discs_of_many_spots_are_fast_and_ids_are_whole_numbers():
     grid = np.stack(np.meshgrid(np.arange(5, 1000, 10.0), np.arange(5, 1000, 10.0)), -1).reshape(-1, 2)
-    label = images.label_discs((1000, 1000), grid, 3.0)
+    label = images.label_spots((1000, 1000), grid, 3.0)
     assert label.max() == len(grid) == 10_000 and len(np.unique(np.bincount(label.ravel())[1:])) == 1
 
 

@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "spatial": {"io", "data"},
     "images": {"io", "data"},
     "annotations": {"images"},
+    "shapes": {"data", "images"},  # the simulated sections
     "slides": {"io", "data", "images", "spaceranger", "spatialdata_zarr"},  # one section's counts and image, whatever holds them
     "spaceranger": {"data", "images"},
     "spatialdata_zarr": {"data", "images"},

@@ -4,7 +4,7 @@ All images are at the working resolution; n is a section, l a measurement (a spo
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,6 +25,8 @@ class Input:
         See ``scale``.
     radius
         Of the spots, in coordinates; None: what the file says, else 0.275 pitches (Visium's share).
+    spot
+        Its form; a square has twice the radius as its side; "auto": what the file says, else a disc.
     mask
         "auto" (Otsu), "none" (tissue everywhere) or an image file, not 0 on tissue, for all sections or one each.
     background
@@ -44,6 +46,7 @@ class Input:
     scale: float | None = field(default=None, metadata={"gt": 0, "le": 1})
     pitch: float = field(default=16.0, metadata={"gt": 1})
     radius: float | None = field(default=None, metadata={"gt": 0})
+    spot: Literal["auto", "disc", "square"] = "auto"
     mask: tuple[str, ...] = ("auto",)
     background: bool = True
     check: bool = True
@@ -86,6 +89,8 @@ class Section(NamedTuple):
         Pixel coordinates of ``image`` are (coordinates of the file - origin) * scale.
     micron
         Micrometers per pixel of ``image``; NaN: unknown.
+    square
+        Whether spots are squares of twice the radius, not discs.
     """
 
     name: str
@@ -102,6 +107,7 @@ class Section(NamedTuple):
     scale: float = 1.0
     origin: tuple[float, float] = (0.0, 0.0)
     micron: float = float("nan")
+    square: bool = False
 
 
 class Data(NamedTuple):

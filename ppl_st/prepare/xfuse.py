@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ppl_st.annotations import Regions, regions_from_geojson, regions_from_image, regions_from_spots
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
-from ppl_st.images import Slide, Source, image_size, label_discs, overlay, read_image, read_labels, tissue_mask
+from ppl_st.images import Slide, Source, image_size, label_spots, overlay, read_image, read_labels, tissue_mask
 from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
 
@@ -82,7 +82,7 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
         )
     pixels = section.radius if radius is None else radius * section.scale
     empty = _no_counts(len(xy), section.counts.shape[1])
-    label = label_discs(section.label.shape, centers, pixels)
+    label = label_spots(section.label.shape, centers, pixels, square=section.square)
     return section._replace(label=label, counts=empty, virtual=-1, centers=centers, radius=pixels)
 
 
@@ -211,13 +211,14 @@ def _section(
         )
     if not keep.any():
         raise UserError(f"target ({counts.source}): no spot is left of {len(keep)}")
-    box = _box(frame.centers, shape, MARGIN * max(np.ptp(frame.centers, axis=0).max(), 8 * frame.radius))
+    box = _box(frame.centers, shape, max(MARGIN * np.ptp(frame.centers, axis=0).max(), 4 * frame.radius))
     crop = (slice(box[0], box[1]), slice(box[2], box[3]))
     image = np.ascontiguousarray(frame.image[crop])
     centers = frame.centers - [box[2], box[0]]
     mask = _mask(slide, number, image, shape, crop, centers[keep], config, frame, pictures)
 
-    everything = label_discs(image.shape[:2], centers, frame.radius)
+    square = slide.square if config.spot == "auto" else config.spot == "square"
+    everything = label_spots(image.shape[:2], centers, frame.radius, square=square)
     label = np.append(0, np.cumsum(keep) * keep)[everything]
     if (np.bincount(label.ravel(), minlength=keep.sum() + 1)[1:] == 0).any():
         raise UserError(
@@ -240,7 +241,7 @@ def _section(
     )
     section = Section(
         slide.name, image, label, matrix, virtual, mask, where, frame.radius, codes, None if regions is None else regions[0],
-        () if regions is None else regions[1], frame.scale, (box[2] / frame.scale, box[0] / frame.scale), slide.micron / frame.scale,
+        () if regions is None else regions[1], frame.scale, (box[2] / frame.scale, box[0] / frame.scale), slide.micron / frame.scale, square,
     )  # fmt: skip
     return section, rows
 
