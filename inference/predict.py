@@ -74,6 +74,7 @@ class Scores(NamedTuple):
     crps: NDArray[np.float32]
     pit_low: NDArray[np.float32]  # P(X < x)
     pit_high: NDArray[np.float32]  # P(X <= x)
+    corrected_crps: NDArray[np.float32] | None = None  # of the corrected predictive, where its mass was given
 
 
 def draw_globals(chains: Sequence[Pair], draws: int, seed: int) -> list[dict[str, Tensor]]:
@@ -105,23 +106,25 @@ def posterior_predictive(
     seed: int,
     memory_gb: float = 1.0,
     truth: sp.csr_matrix | None = None,
-    levels: NDArray[np.float64] | None = None,
+    ends: NDArray[np.float64] | None = None,
+    mass: NDArray[np.float64] | None = None,
     factor: NDArray[np.float64] | None = None,
 ) -> tuple[Summary, Scores | None]:
     """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given; ``factor`` [n] asks for
     ``lognorm_mean``.
 
-    ``levels`` [g] asks for the ends of a central interval of that nominal level per gene, quantiles "lower" and "upper".
+    ``ends`` [2, g] are two probabilities per gene: quantiles "lower" and "upper". ``mass`` [draws, g] is what a corrected predictive gives to the
+    draws in rising order (1 / draws each without it): scores then have ``corrected_crps``.
 
     The stream of random numbers depends on ``seed``, ``draws`` and the block sizes, hence on ``memory_gb``; on nothing else.
     """
     n, g = predictor.n_cells, len(genes)
     empty = lambda: np.zeros((n, g), dtype=np.float32)  # noqa: E731
-    quantiles = {name: empty() for name in _wanted(g, levels)}
+    quantiles = {name: empty() for name in _wanted(g, ends)}
     summary = Summary(empty(), empty(), empty(), quantiles, None if factor is None else empty())
-    scores = None if truth is None else Scores(empty(), empty(), empty(), empty())
+    scores = None if truth is None else Scores(empty(), empty(), empty(), empty(), None if mass is None else empty())
     for rows, part, block, score in predictive_blocks(
-        predictor, chains, genes, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth, levels=levels, factor=factor
+        predictor, chains, genes, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth, ends=ends, mass=mass, factor=factor
     ):
         where = np.ix_(rows, np.arange(part.start, part.stop))
         for target, value in zip(summary[:3], block[:3], strict=True):
@@ -131,8 +134,9 @@ def posterior_predictive(
         for name, value in block.quantiles.items():
             summary.quantiles[name][where] = value
         if scores is not None and score is not None:
-            for target, value in zip(scores, score, strict=True):
-                target[where] = value
+            for kept, found in zip(scores, score, strict=True):
+                if kept is not None and found is not None:
+                    kept[where] = found
     return summary, scores
 
 
@@ -145,14 +149,15 @@ def predictive_blocks(
     seed: int,
     memory_gb: float = 1.0,
     truth: sp.csr_matrix | None = None,
-    levels: NDArray[np.float64] | None = None,
+    ends: NDArray[np.float64] | None = None,
+    mass: NDArray[np.float64] | None = None,
     factor: NDArray[np.float64] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], slice, Summary, Scores | None]]:
     """The parts of `posterior_predictive` as they are made: (rows, slice of ``genes``, summary, scores) of [rows, slice].
 
     The slices of the same rows follow each other from the first gene to the last.
     """
-    wanted = _wanted(len(genes), levels)
+    wanted = _wanted(len(genes), ends)
     factors = None if factor is None else torch.from_numpy(factor.astype(np.float32))
     drawn = draw_globals(chains, draws, seed)
     cells, width = block_sizes(len(genes), draws, memory_gb)
@@ -162,9 +167,10 @@ def predictive_blocks(
         for start in range(0, len(genes), width):
             part = slice(start, min(start + width, len(genes)))
             x = None if truth is None else truth[rows, part].toarray()
-            ends = {name: q[part] for name, q in wanted.items()}
+            quantiles = {name: q[part] for name, q in wanted.items()}
             depth = None if factors is None else factors[rows, None]
-            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, ends, depth)
+            masses = None if mass is None else mass[:, part]
+            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, quantiles, depth, masses)
             if hasattr(predictor, "closed_form"):
                 exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
                 rate, lognorm = (torch.stack(values).mean(0).numpy() for values in zip(*exact, strict=True))
@@ -172,11 +178,11 @@ def predictive_blocks(
             yield rows, part, block, score
 
 
-def _wanted(g: int, levels: NDArray[np.float64] | None) -> dict[str, NDArray[np.float64]]:
+def _wanted(g: int, ends: NDArray[np.float64] | None) -> dict[str, NDArray[np.float64]]:
     """Quantile of each gene, [g], by name."""
     wanted: dict[str, NDArray[np.float64]] = {name: np.full(g, q) for name, q in QUANTILES.items()}
-    if levels is not None:
-        wanted |= {"lower": 0.5 - 0.5 * levels, "upper": 0.5 + 0.5 * levels}
+    if ends is not None:
+        wanted |= {"lower": ends[0], "upper": ends[1]}
     return wanted
 
 
@@ -230,6 +236,7 @@ def _block(
     x: NDArray[np.float32] | None,
     wanted: dict[str, NDArray[np.float64]],
     factor: Tensor | None,
+    mass: NDArray[np.float64] | None,
 ) -> tuple[Summary, Scores | None]:
     draws, shape = len(drawn), (len(predictor.rows(batch)), len(genes))
     truth = None if x is None else torch.from_numpy(x)
@@ -268,7 +275,18 @@ def _block(
     # The truth's rank among the draws: exactly uniform for any number of draws when it is exchangeable with them.
     low, high = below / (draws + 1), (below + equal + 1) / (draws + 1)
     crps = (distance / draws - _half_spread(ordered)).numpy()
-    return summary, Scores((log_p - np.log(draws)).float().numpy(), crps, low.numpy(), high.numpy())
+    corrected = None if mass is None else _weighted_crps(ordered, mass, x)
+    return summary, Scores((log_p - np.log(draws)).float().numpy(), crps, low.numpy(), high.numpy(), corrected)
+
+
+def _weighted_crps(ordered: NDArray[np.float32], mass: NDArray[np.float64], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Fair CRPS of draws [S, n, g] in rising order that have these masses [S, g] (columns sum to 1); with 1 / S each it is the plain one."""
+    weight = mass[:, None].astype(np.float32)
+    distance = (weight * np.abs(ordered - x)).sum(0)
+    below = np.cumsum(mass, 0)[:-1, None].astype(np.float32)
+    spread = (below * (1 - below) * np.diff(ordered, axis=0)).sum(0)  # sum_{s < t} m_s m_t (x_t - x_s)
+    pairs = np.maximum(1 - np.square(mass).sum(0), 1e-6)  # without the self-pairs
+    return np.asarray(distance - spread / pairs, dtype=np.float32)
 
 
 def _quantile(ordered: NDArray[np.float32], q: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ppl_st import config as configs
 from ppl_st import posterior
-from ppl_st.conformal import Recalibration, recalibration
+from ppl_st.conformal import Inner, recalibration
 from ppl_st.data import Counts, gene_folds, read_counts, read_genes
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
@@ -114,15 +114,15 @@ def recalibrate(
     *,
     folds: int = 5,
     level: float = 0.9,
-    guarantee: bool = True,
+    guarantee: bool = False,
     draws: int = 100,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> Run:
-    """The run with intervals for genes that the target never measured corrected on genes that it did measure.
+    """The run with forecasts of genes that the target never measured corrected on genes that it did measure.
 
     The method is fitted again ``folds`` times with its own settings, each time without a part of the target's genes, and scored on them: the
-    honest situation of a new gene. See `ppl_st.calibration` for what is promised. With a folder the result is stored in it.
+    honest situation of a new gene. See `ppl_st.conformal` for what is done and promised. With a folder the result is stored in it.
 
     Parameters
     ----------
@@ -131,14 +131,14 @@ def recalibrate(
     folds
         Parts that the target's genes are cut into, by ``seed``.
     level, guarantee
-        Wanted coverage; whether the finite-sample bound shall hold (wider intervals, notably with few genes).
+        Wanted coverage of the interval; whether the finite-sample bound shall hold (wider intervals, notably with few genes).
     draws
         Posterior draws of each prediction.
 
     Returns
     -------
     Run
-        Predicts ``lower`` and ``upper`` besides the raw quantiles.
+        Predicts ``lower`` and ``upper`` besides the raw quantiles; `ppl_st.stack` can weigh it against other runs.
     """
     if not 0 < level < 1:
         raise UserError(f"recalibrate: level {level} must lie strictly between 0 and 1")
@@ -148,27 +148,33 @@ def recalibrate(
     if guarantee and len(genes) < needed:
         raise UserError(
             f"recalibrate: {len(genes)} measured genes cannot promise a coverage of {level:g}: that needs {needed} or more; lower --level, or "
-            "use --no-guarantee"
+            "leave out --guarantee"
         )
-    parts, curves = gene_folds(genes, folds, seed), []
-    for number, held in enumerate(parts):
+    parts: list[Inner] = []
+    for number, held in enumerate(gene_folds(genes, folds, seed)):
         talk(f"fold {number + 1} of {folds}: {len(held)} genes held out")
         cells = run.target.take_genes(run.target.genes[~np.isin(run.target.genes, held)])
         data, cells, other = load_prepare(run.method).problem(cells, run.reference, run.config, lambda line: None)
         fitted = _train(
             run.method, run.module, run.config, data, cells, other, run.manifest, None, None, "quiet", lambda line: None
         )
-        curves.append(fitted.coverage_curves(run.target.take_genes(held), draws=draws, seed=seed))
-    order = pd.Index(run.genes).get_indexer(pd.Index(np.concatenate(parts)))
-    made = recalibration(np.concatenate(curves, 1), run.reference_mean[order], level, guarantee=guarantee)
+        parts.append(fitted.inner_scores(run.target.take_genes(held), draws=draws, seed=seed))
+    inner = Inner(
+        np.concatenate([part.genes for part in parts]), np.concatenate([part.pit for part in parts], 1), parts[0].cells,
+        np.concatenate([part.log_prob for part in parts], 1),
+    )  # fmt: skip
+    order = pd.Index(run.genes).get_indexer(pd.Index(inner.genes))
+    made = recalibration(inner.pit, run.reference_mean[order], level, guarantee=guarantee)
+    low, high = made.ends_of(run.reference_mean)
     talk(
-        f"{made.genes} genes: raw {level:.0%} intervals cover {made.raw_coverage:.3f}; nominal levels "
-        f"{', '.join(f'{one:.3f}' for one in made.nominal)}"
-        + (" (1: no finite interval will do; upper is infinite there)" if max(made.nominal) >= 1 else "")
+        f"{made.genes} genes: raw {level:.0%} intervals cover {made.raw_coverage:.3f}; corrected ones lie between the quantiles "
+        f"{low.min():.3f} to {low.max():.3f} and {high.min():.3f} to {high.max():.3f}"
+        + (" (1: no finite interval will do; upper is infinite there)" if high.max() >= 1 else "")
     )
     if run.folder is not None:
+        posterior.write_inner(run.folder, inner)
         posterior.write_json(run.folder / "recalibration.json", made._asdict())
-    return replace(run, recalibration=made)
+    return replace(run, inner=inner, recalibration=made)
 
 
 def _read_reference(method: str, source: Source, layer: str | None, gene_key: str | None) -> Counts:
@@ -314,12 +320,9 @@ def _run(
     folder: Path | None,
 ) -> Run:
     prepared = load_prepare(method)
-    stored = None if folder is None else folder / "recalibration.json"
-    layer = None
-    if stored is not None and stored.is_file():
-        layer = Recalibration(**json.loads(stored.read_text(encoding="utf-8")))
+    inner, layer = (None, None) if folder is None else posterior.read_inner(folder)
 
     def new_cells(counts: Counts) -> tuple[Any, Counts]:
         return prepared.new_cells(counts, cells, data, settings)
 
-    return Run(method, module, settings, spec, pair, data, cells, other, manifest, record, new_cells, folder, layer)
+    return Run(method, module, settings, spec, pair, data, cells, other, manifest, record, new_cells, folder, inner, layer)

@@ -19,7 +19,7 @@ import pandas as pd
 from ppl_st.errors import UserError
 
 __all__ = [
-    "GRID", "LEVELS", "Coverage", "RiskCoverage", "coverage", "coverage_table", "pit_bounds", "pit_histogram", "randomised_pit",
+    "GRID", "LEVELS", "Coverage", "RiskCoverage", "coverage", "coverage_table", "interval_coverage", "pit_bounds", "pit_histogram", "randomised_pit",
     "risk_coverage", "variance_decomposition",
 ]  # fmt: skip
 
@@ -74,12 +74,18 @@ def coverage(
     return Coverage(level, per_gene, per_gene.mean(1))
 
 
-def _mass(low: np.ndarray, high: np.ndarray, a: float, b: float) -> np.ndarray:
+def _mass(low: np.ndarray, high: np.ndarray, a: Any, b: Any) -> np.ndarray:
     """Share of each [low, high] that lies in [a, b]; a point is in or out."""
     width = high - low
     overlap = np.clip(np.minimum(high, b) - np.maximum(low, a), 0.0, None)
     point = ((low >= a) & (low <= b)).astype(np.float64)
     return np.divide(overlap, width, out=point, where=width > 0)
+
+
+def interval_coverage(pit_low: Any, pit_high: Any, ends: Any) -> np.ndarray:
+    """Expected randomised coverage of the interval between two probabilities of each gene's predictive, ``ends`` [2, genes]; [genes]."""
+    low, high, (a, b) = np.asarray(pit_low, dtype=np.float64), np.asarray(pit_high, dtype=np.float64), np.asarray(ends)
+    return _mass(low, high, a, b).mean(0)
 
 
 def coverage_table(

@@ -233,12 +233,12 @@ def recalibrate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     folds: Annotated[int, typer.Option("--folds", min=2, help="Fits, each without a part of the genes.")] = 5,
     level: Annotated[float, typer.Option("--level", help="Wanted coverage of the intervals.")] = 0.9,
-    guarantee: Annotated[bool, typer.Option(help="Keep the finite-sample promise (wider with few genes).")] = True,
+    guarantee: Annotated[bool, typer.Option(help="Keep the finite-sample promise (wider with few genes).")] = False,
     draws: Draws = 100,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Correct the intervals for new genes on held-out genes of the target; predict then adds layers lower and upper."""
+    """Correct the forecasts of new genes on held-out genes of the target; predict then adds layers lower and upper."""
     from ppl_st.api import load
     from ppl_st.api import recalibrate as run_recalibration
 

@@ -7,7 +7,8 @@ A run folder:
     genes.txt           genes that can be predicted, in order; "gene<TAB>measured" (1: measured in the target)
     target.h5ad         the counts that the fit saw (training genes only), coordinates, obs
     reference.h5ad      the same of the reference
-    recalibration.json  what inner held-out genes say about the intervals, after `ppl_st.recalibrate`
+    inner.npz           scores of genes of the target that were hidden in turn, after `ppl_st.recalibrate`
+    recalibration.json  what they say about the forecasts of new genes
     fit.json            specification and record of the fit (status, seconds, losses live in log.jsonl)
     state.pt, log.jsonl resume point and log of the training loop
     weights.safetensors parameters and buffers of the fitted pair: a folder with this file is a finished run
@@ -28,8 +29,8 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.calibration import GRID, LEVELS, coverage
-from ppl_st.conformal import Recalibration
+from ppl_st.calibration import LEVELS, coverage, interval_coverage
+from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
@@ -39,6 +40,8 @@ from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
 
 if TYPE_CHECKING:
     import xarray as xr
+
+INNER_CELLS = 2000  # cells whose log scores of inner held-out genes are kept
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Run:
         Turns other counts of the same panel into a problem of the same kind.
     folder
         Where the run is stored, if anywhere.
-    recalibration
-        The conformal layer, after `ppl_st.recalibrate`.
+    inner, recalibration
+        Scores of inner held-out genes, and the correction that they teach, after `ppl_st.recalibrate`.
     """
 
     method: str
@@ -79,6 +82,7 @@ class Run:
     record: dict[str, Any]
     new_cells: Callable[[Counts], tuple[Any, Counts]]
     folder: Path | None = None
+    inner: Inner | None = None
     recalibration: Recalibration | None = None
 
     @property
@@ -141,14 +145,17 @@ class Run:
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
         observed = None if truth is None else _matched(truth, counts, self.genes[index])
-        levels = None if self.recalibration is None else self.recalibration.nominal_of(self.reference_mean[index])
+        known = self.reference_mean[index]
+        ends = None if self.recalibration is None else self.recalibration.ends_of(known)
+        maps = None if self.recalibration is None else self.recalibration.maps_of(known)
         summary, scores = posterior_predictive(
-            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, levels=levels,
+            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, ends=ends,
+            mass=None if maps is None else np.diff(_at(np.linspace(0, 1, draws + 1), maps), axis=0),
             factor=_factor(counts, self.genes) if lognorm else None,
         )  # fmt: skip
-        result = self._table(summary, index, counts, levels)
+        result = self._table(summary, index, counts, ends)
         if scores is not None and observed is not None:
-            result.var = result.var.join(_score_columns(scores, observed, result.var_names))
+            result.var = result.var.join(_score_columns(scores, observed, result.var_names, ends, maps))
             for name in ("log_prob", "pit_low", "pit_high"):
                 result.layers[name] = getattr(scores, name)
         if samples:
@@ -177,9 +184,9 @@ class Run:
         index = self._index(genes)
         data, counts = (self.data, self.target) if target is None else self._other(target)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
-        levels = None if self.recalibration is None else self.recalibration.nominal_of(self.reference_mean[index])
+        ends = None if self.recalibration is None else self.recalibration.ends_of(self.reference_mean[index])
         return write_prediction(
-            self, path, predictor, index, counts, levels, own=target is None, draws=draws, seed=seed, memory_gb=memory_gb
+            self, path, predictor, index, counts, ends, own=target is None, draws=draws, seed=seed, memory_gb=memory_gb
         )
 
     def write_samples(
@@ -213,7 +220,8 @@ class Run:
         -------
         DataFrame
             One row per gene: mean_count, log_score (mean log predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected
-            randomised coverage of the central interval).
+            randomised coverage of the central interval); of a recalibrated run also recalibrated_crps (of the corrected predictive) and
+            recalibrated_coverage (of the interval lower, upper).
         """
         names = (
             (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).genes
@@ -223,10 +231,8 @@ class Run:
         table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
         return table.drop(columns=["measured", "trust"]).rename_axis("gene")
 
-    def coverage_curves(
-        self, truth: Counts, *, draws: int = 100, seed: int = 0, memory_gb: float = 1.0
-    ) -> NDArray[np.float64]:
-        """Randomised coverage of every gene of ``truth`` (counts of the run's cells) at the nominal levels `GRID`, [levels, genes]."""
+    def inner_scores(self, truth: Counts, *, draws: int = 100, seed: int = 0, memory_gb: float = 1.0) -> Inner:
+        """Scores of the genes of ``truth`` (counts of the run's cells), as `ppl_st.recalibrate` keeps them of genes that the run was not shown."""
         index = self._index(truth.genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed = _matched(truth, self.target, self.genes[index])
@@ -234,7 +240,9 @@ class Run:
             predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
         )
         assert scores is not None
-        return coverage(scores.pit_low, scores.pit_high, GRID).per_gene
+        cells = np.sort(np.random.default_rng([seed, 9]).permutation(predictor.n_cells)[:INNER_CELLS])
+        curves = pit_curves(scores.pit_low, scores.pit_high)
+        return Inner(self.genes[index], curves, self.target.names[cells], scores.log_prob[cells])
 
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
@@ -314,13 +322,13 @@ class Run:
         )
 
     def _table(
-        self, summary: Summary, index: NDArray[np.int64], counts: Counts, levels: NDArray[np.float64] | None
+        self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None
     ) -> ad.AnnData:
         noise = np.square(summary.count_sd, dtype=np.float64).mean(0)
-        var = var_of(self, index, summary.rate_mean.var(0, dtype=np.float64), noise, levels)
+        var = var_of(self, index, summary.rate_mean.var(0, dtype=np.float64), noise, ends)
         result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=var)
         result.obs_names = counts.names
-        for name, values in layers_of(summary, levels).items():
+        for name, values in layers_of(summary, ends).items():
             result.layers[name] = values
         result.layers["rate_mean"] = summary.rate_mean.copy()  # X is it, too
         if counts.xy is not None:
@@ -349,7 +357,18 @@ def _matched(truth: str | Path | ad.AnnData | Counts, cells: Counts, genes: NDAr
     return sp.csr_matrix(counts.matrix[order])
 
 
-def _score_columns(scores: Scores, truth: sp.csr_matrix, genes: pd.Index) -> pd.DataFrame:
+def _at(u: NDArray[np.float64], maps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Recalibrated probabilities [..., genes] of raw ones ``u`` [...], for the maps [knots, genes] of each gene."""
+    return np.stack([np.interp(u, KNOTS, one) for one in maps.T], -1)
+
+
+def _score_columns(
+    scores: Scores,
+    truth: sp.csr_matrix,
+    genes: pd.Index,
+    ends: NDArray[np.float64] | None,
+    maps: NDArray[np.float64] | None,
+) -> pd.DataFrame:
     table = pd.DataFrame(index=genes)
     table["mean_count"] = np.asarray(truth.mean(0)).ravel()
     table["log_score"] = scores.log_prob.mean(0, dtype=np.float64)
@@ -357,6 +376,9 @@ def _score_columns(scores: Scores, truth: sp.csr_matrix, genes: pd.Index) -> pd.
     covered = coverage(scores.pit_low, scores.pit_high, LEVELS)
     for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
         table[f"coverage_{round(100 * level)}"] = per_gene
+    if ends is not None and maps is not None and scores.corrected_crps is not None:
+        table["recalibrated_crps"] = scores.corrected_crps.mean(0, dtype=np.float64)
+        table["recalibrated_coverage"] = interval_coverage(scores.pit_low, scores.pit_high, ends)
     return table
 
 
@@ -414,6 +436,26 @@ def load_weights(folder: Path, pair: Pair) -> None:
         module.load_state_dict(
             {name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")}
         )
+
+
+def write_inner(folder: Path, inner: Inner) -> None:
+    """Store the scores of inner held-out genes."""
+    with atomic(folder / "inner.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **inner._asdict())
+
+
+def read_inner(folder: Path) -> tuple[Inner | None, Recalibration | None]:
+    """Scores of inner held-out genes and the correction, if the run has them."""
+    if not (folder / "recalibration.json").is_file():
+        return None, None
+    try:
+        made = Recalibration(**json.loads((folder / "recalibration.json").read_text(encoding="utf-8")))
+        with np.load(folder / "inner.npz", allow_pickle=False) as stored:
+            return Inner(*(stored[name] for name in Inner._fields)), made
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'recalibration.json'}: cannot be read ({error}); remove it, and repeat `ppl-st recalibrate {folder}`"
+        ) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ def write_prediction(
     predictor: Any,
     index: NDArray[np.int64],
     counts: Any,
-    levels: NDArray[np.float64] | None,
+    ends: NDArray[np.float64] | None,
     *,
     own: bool,
     draws: int,
@@ -119,9 +119,9 @@ def write_prediction(
     def blocks() -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
         whole: dict[str, NDArray[np.float32]] = {}
         for rows, part, summary, _ in predictive_blocks(
-            predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, levels=levels
+            predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, ends=ends
         ):
-            layers = layers_of(summary, None if levels is None else levels[part])
+            layers = layers_of(summary, None if ends is None else ends[:, part])
             rate, sd = layers["rate_mean"].astype(np.float64), layers["count_sd"].astype(np.float64)
             moments[:, part] += rate.sum(0), (rate**2).sum(0), (sd**2).sum(0)
             if part.start == 0:
@@ -133,26 +133,25 @@ def write_prediction(
 
     def var() -> pd.DataFrame:
         rate, square, noise = moments / max(1, n)
-        return var_of(run, index, np.maximum(square - rate**2, 0), noise, levels)
+        return var_of(run, index, np.maximum(square - rate**2, 0), noise, ends)
 
     obs, obsm = counts.obs.set_axis(pd.Index(counts.names)), {} if counts.xy is None else {"spatial": counts.xy}
     if own:
         more, columns = run.module.quantities(run.pair, run.data, run.config, run.spec)
         obs, obsm = obs.assign(**columns), obsm | more
-    names = ["rate_mean", "rate_sd", "count_sd", *QUANTILES, *([] if levels is None else ["lower", "upper"])]
+    names = ["rate_mean", "rate_sd", "count_sd", *QUANTILES, *([] if ends is None else ["lower", "upper"])]
     write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest)}, run.genes[index], names, blocks(), var)
     return n, len(index)
 
 
-def layers_of(summary: Summary, levels: NDArray[np.float64] | None) -> dict[str, NDArray[np.float32]]:
+def layers_of(summary: Summary, ends: NDArray[np.float64] | None) -> dict[str, NDArray[np.float32]]:
     """The arrays of a summary by the names that `ppl_st.posterior.Run.predict` gives them."""
     layers = {"rate_mean": summary.rate_mean, "rate_sd": summary.rate_sd, "count_sd": summary.count_sd}
     if summary.lognorm_mean is not None:
         layers["lognorm_mean"] = summary.lognorm_mean
     layers |= summary.quantiles
-    if levels is not None:
-        boundless = levels >= 1  # no finite interval covers what was asked for
-        layers["lower"][:, boundless], layers["upper"][:, boundless] = 0.0, np.inf
+    if ends is not None:  # where no finite interval covers what was asked for
+        layers["lower"][:, ends[0] <= 0], layers["upper"][:, ends[1] >= 1] = 0.0, np.inf
     return layers
 
 
@@ -161,12 +160,12 @@ def var_of(
     index: NDArray[np.int64],
     explained: NDArray[np.float64],
     noise: NDArray[np.float64],
-    levels: NDArray[np.float64] | None,
+    ends: NDArray[np.float64] | None,
 ) -> pd.DataFrame:
     """What is known of the genes, from the variance of the rate over cells (``explained``) and the mean variance of the count in a cell."""
     var = pd.DataFrame({"measured": run.measured[index]}, index=run.genes[index])
     var["trust"] = explained / np.maximum(explained + noise, 1e-12)
-    return var if levels is None else var.assign(nominal_level=levels)
+    return var if ends is None else var.assign(nominal_level=ends[1] - ends[0])
 
 
 def write_table(

@@ -123,7 +123,7 @@ def test_predict_samples_proportions_and_zarr(folder, tmp_path):
 
 def test_recalibrate_changes_what_predict_writes(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
-    said = ok("recalibrate", tmp_path / "run", "--folds", 2, "--no-guarantee", "--draws", 10)
+    said = ok("recalibrate", tmp_path / "run", "--folds", 2, "--draws", 10)
     assert "recalibration.json" in said.output
     ok("predict", tmp_path / "run", "--out", tmp_path / "imputed.h5ad", "--draws", 10)
     imputed = ad.read_h5ad(tmp_path / "imputed.h5ad")

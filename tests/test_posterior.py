@@ -15,6 +15,7 @@ import zarr
 
 import ppl_st.api as api
 from ppl_st.calibration import LEVELS
+from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
 
@@ -200,28 +201,51 @@ def test_score_table(run, sim):
         run.score(sim.truth[1:].copy())
 
 
-def test_recalibration_is_stored_and_widens_or_narrows_as_the_inner_genes_say(run, tmp_path):
+def test_recalibration_is_stored_and_widens_or_narrows_as_the_inner_genes_say(run, sim, tmp_path):
     shutil.copytree(run.folder, tmp_path / "run")
     mine = api.load(tmp_path / "run")
     lines = []
-    done = api.recalibrate(mine, folds=2, guarantee=False, draws=30, say=lines.append)
+    done = api.recalibrate(mine, folds=2, draws=30, say=lines.append)
     assert mine.recalibration is None and done.recalibration.genes == mine.measured.sum()
     assert len(lines) == 3 and "raw 90% intervals cover" in lines[-1]
     again = api.load(tmp_path / "run")
     assert again.recalibration == done.recalibration
+    for name, values in done.inner._asdict().items():
+        np.testing.assert_array_equal(getattr(again.inner, name), values)
+    assert sorted(done.inner.genes) == sorted(mine.target.genes) and done.inner.log_prob.shape == (250, 30)
     genes = ["gene0035", "gene0001"]
     table, plain = again.predict(genes, draws=40), mine.predict(genes, draws=40)
     np.testing.assert_array_equal(table.X, plain.X)  # the predictive itself is untouched
-    nominal = again.recalibration.nominal_of(again.reference_mean[[35, 1]])
-    np.testing.assert_allclose(table.var["nominal_level"], nominal)
+    ends = again.recalibration.ends_of(again.reference_mean[[35, 1]])
+    np.testing.assert_allclose(table.var["nominal_level"], ends[1] - ends[0])
     assert (table.layers["lower"] <= table.layers["q50"]).all() and (table.layers["q50"] <= table.layers["upper"]).all()
-    wide = replace(again, recalibration=again.recalibration._replace(nominal=[0.5])).predict(genes, draws=40)
-    assert (wide.layers["upper"] - wide.layers["lower"]).sum() < (table.layers["upper"] - table.layers["lower"]).sum()
+    promised = again.recalibration._replace(nominal=[0.5])
+    narrow = replace(again, recalibration=promised).predict(genes, draws=40)
+    assert (narrow.layers["upper"] - narrow.layers["lower"]).sum() < (table.layers["upper"] - table.layers["lower"]).sum()
     assert "lower" not in plain.layers
-    nothing = replace(again, recalibration=again.recalibration._replace(nominal=[1.0])).predict(genes, draws=40)
+    nothing = replace(again, recalibration=promised._replace(nominal=[1.0])).predict(genes, draws=40)
     assert (nothing.layers["lower"] == 0).all() and np.isinf(nothing.layers["upper"]).all()  # not the range of 40 draws
     with pytest.raises(UserError, match=r"30 measured genes cannot promise a coverage of 0\.99: that needs 99"):
-        api.recalibrate(mine, level=0.99)
+        api.recalibrate(mine, level=0.99, guarantee=True)
+    (tmp_path / "run" / "recalibration.json").write_text('{"nominal_from_an_older_version": 1}')
+    with pytest.raises(UserError, match=r"recalibration\.json.*repeat `ppl-st recalibrate"):
+        api.load(tmp_path / "run")
+
+
+def test_scores_of_the_corrected_predictive(run, sim):
+    """The identity changes nothing; a map that says "too wide" shortens the interval, which here is wrong and costs CRPS."""
+
+    def judged(one):
+        made = Recalibration(0.9, [], [one.tolist()], [], 30, 0.9)
+        return replace(run, recalibration=made).score(sim.truth, draws=60)
+
+    same = judged(KNOTS)
+    np.testing.assert_allclose(same["recalibrated_crps"], same["crps"], rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(same["recalibrated_coverage"], same["coverage_90"], rtol=1e-6)
+    wide = judged(np.clip(2 * KNOTS - 0.5, 0, 1) * 0.999 + 0.001 * KNOTS)
+    assert (wide["recalibrated_coverage"] < same["recalibrated_coverage"] - 0.2).all()
+    assert wide["recalibrated_crps"].mean() > same["recalibrated_crps"].mean()  # this predictive was right before
+    assert run.score(sim.truth, draws=60).columns.tolist()[-1] == "coverage_95"
 
 
 def test_proportions(run, sim):

@@ -95,9 +95,9 @@ def test_zarr_is_read_lazily(run, tmp_path):
 def test_recalibrated_run_and_new_cells(run, sim, tmp_path):
     from dataclasses import replace
 
-    from ppl_st.calibration import Recalibration
+    from ppl_st.conformal import KNOTS, Recalibration
 
-    wide = replace(run, recalibration=Recalibration(0.9, [0.0], [0.95, 1.0], 3, 0.8, False))
+    wide = replace(run, recalibration=Recalibration(0.9, [0.0], [KNOTS.tolist()] * 2, [0.95, 1.0], 3, 0.8))
     options = {"target": sim.target[:30].copy(), "draws": 6}
     wide.write(tmp_path / "a.zarr", **options)
     found, want = ad.read_zarr(tmp_path / "a.zarr"), wide.predict(**options)
