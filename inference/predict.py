@@ -53,6 +53,7 @@ class Predictor(Protocol):
         """p(count | one draw) of the owned cells, [rows, genes]; draws the local sites with torch's generator."""
 
 
+    # Optional: at(rows) -> batch that owns these rows, in their order; only then can runs of different methods be stacked (`ppl_st.stack`).
     # Optional: closed_form(batch, chain, local, genes) -> posterior means of the rate and of log1p(normalised count) [rows, genes], without the
     # Monte Carlo error of means over draws; the depth it normalises by is the method's own.
 

@@ -188,7 +188,7 @@ def fit(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folder; several (recalibrated) are stacked.")],
     out: Annotated[Path, typer.Option("--out", help="Output .h5ad or .zarr.")],
     genes: Annotated[Path | None, typer.Option("--genes", help="Gene list; default: unmeasured.")] = None,
     target: Annotated[Path | None, typer.Option("--target", help="Other cells of the same panel.")] = None,
@@ -199,25 +199,31 @@ def predict(
     proportions: Annotated[bool, typer.Option("--proportions", help="Deconvolve the spots.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Impute genes in every cell, or (--proportions) deconvolve the spots of the run."""
-    _check_file(out, "predict", inputs=[target, run / "target.h5ad", run / "reference.h5ad"])
+    """Impute genes in every cell, or (--proportions) deconvolve the spots of the run. Several runs: their mixture, weighted by held-out scores."""
+    _check_file(out, "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
     store = out.with_name(f"{out.stem}.samples.zarr")
-    if proportions and (genes or target or samples):
-        raise UserError("--proportions goes without --genes, --target and --samples; run predict twice")
+    if proportions and (genes or target or samples or len(runs) > 1):
+        raise UserError("--proportions goes with one run, without --genes, --target and --samples; run predict twice")
     from ppl_st.api import load
     from ppl_st.data import read_genes
     from ppl_st.io import write_adata
 
     names = None if genes is None else read_genes(genes)
-    fitted = load(run)
-    say = _say(quiet)
+    fitted, say = load(runs[0]), _say(quiet)
+    if len(runs) > 1:
+        from ppl_st.stack import stack
+
+        fitted = stack([fitted, *map(load, runs[1:])])
+        for name, score in fitted.record["inner_log_score"].items():
+            share = f"{fitted.record['weights'].get(name, 1):.3f}"
+            say(f"weight {share}, log score {score:.4f} on {fitted.record['inner_genes']} held-out genes: {name}")
     if proportions:
         result = fitted.proportions(draws=draws, seed=seed)
         write_adata(result, out)
         shape = result.shape
     else:
         if names is None and fitted.measured.all():
-            raise UserError(f"{run}: its target measured every gene; name genes with --genes")
+            raise UserError(f"{runs[0]}: its target measured every gene; name genes with --genes")
         number = int((~fitted.measured).sum()) if names is None else len(names)
         say(f"predicting {number} genes, {draws} draws")
         shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb)

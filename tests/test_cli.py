@@ -129,6 +129,10 @@ def test_recalibrate_changes_what_predict_writes(folder, tmp_path):
     imputed = ad.read_h5ad(tmp_path / "imputed.h5ad")
     assert {"lower", "upper"} <= set(imputed.layers) and "nominal_level" in imputed.var
     assert "strictly between" in refused("recalibrate", tmp_path / "run", "--level", "1.5", "--folds", 2)
+    assert "first: ppl-st recalibrate" in refused("predict", tmp_path / "run", folder / "run", "--out", tmp_path / "both.h5ad")
+    shutil.copytree(tmp_path / "run", tmp_path / "twin")
+    said = ok("predict", tmp_path / "run", tmp_path / "twin", "--out", tmp_path / "both.h5ad", "--draws", 10)
+    assert "weight 0.500" in said.stderr and json.loads(ad.read_h5ad(tmp_path / "both.h5ad").uns["ppl_st"])["method"] == "stack"
 
 
 def test_compare_ranks_runs_and_evaluations(folder, tmp_path):

@@ -56,6 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "plots": {"data", "posterior", "metrics", "calibration"},
     "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},
 }
+ROOMS["stack"] = {"data", "inference", "posterior"}
 ROOMS["api"] = set(ROOMS)
 ROOMS["evaluate"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)

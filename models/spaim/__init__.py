@@ -176,6 +176,10 @@ class Predictor:
         for first in range(0, self.n_cells, max_cells):
             yield Cells(np.arange(first, min(first + max_cells, self.n_cells)))
 
+    def at(self, rows: NDArray[np.int64]) -> Cells:
+        """Any cells as a block."""
+        return Cells(rows)
+
     def restrict(self, batch: Cells, keep: NDArray[np.bool_]) -> Cells:
         """The cells of the block that are in ``keep`` [n]."""
         return Cells(batch.rows[keep[batch.rows]])

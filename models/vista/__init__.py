@@ -204,6 +204,10 @@ class Predictor:
         """Batches that own every cell once."""
         return self.batches.in_order(max_cells)
 
+    def at(self, rows: NDArray[np.int64]) -> Batch:
+        """Any cells as a batch."""
+        return self.batches.of(rows)
+
     def restrict(self, batch: Batch, keep: NDArray[np.bool_]) -> Batch:
         """The batch owning only cells in ``keep`` [n]; their neighbors still inform them."""
         kept = np.flatnonzero(keep[batch.rows.numpy()])

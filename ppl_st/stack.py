@@ -1,0 +1,208 @@
+"""Predictive stacking: several runs as one forecaster whose predictive is the mixture of theirs (Yao, Vehtari, Simpson, Gelman 2018).
+
+    p(x) = sum_k w_k p_k(x),   w = argmax  sum_g mean_i log sum_k w_k p_k(x_ig)  over inner held-out genes g and their cells i,
+
+with a Dirichlet prior worth a tenth of a gene, split evenly. The problem is concave; EM solves it (w_k <- mean responsibility of run k). Inner
+genes are those of `ppl_st.recalibrate`, so the weights are learned on genes that no run was shown and cost nothing more. Unlike the choice of
+the best run the mixture hedges: where two runs disagree it is as wide as their disagreement.
+
+Draw d of the mixture is a draw of run t(d), with turns so arranged that any number of first draws has the runs in proportion to their weights;
+so summaries, scores, samples and files of a stack are made by the code that makes those of a run: it *is* a `Run`, of the method "stack".
+Runs cut cells into blocks in their own ways: one leads, the others offer ``at(rows)``, which gives them any cells.
+
+Not here: ArviZ export (the runs have different sites), refitting.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_st.data import Counts
+from ppl_st.errors import UserError
+from ppl_st.posterior import Run
+
+__all__ = ["Predictor", "Spec", "quantities", "stack", "stacked", "stacking_weights"]
+
+TURNS = 1000  # draws until the order of the runs repeats itself
+PRIOR_GENES = 0.1
+EM_STEPS = 2000
+
+Floats = NDArray[np.float64]
+
+
+def stacking_weights(log_prob: Any) -> Floats:
+    """Weights of K forecasters, [K], sum to 1, from their log predictive probabilities [K, cells, genes] of held-out counts."""
+    table = np.asarray(log_prob, dtype=np.float64)
+    if table.ndim != 3 or not np.isfinite(table).all():
+        raise UserError(f"stacking_weights: log probabilities have shape {table.shape}; need finite [runs, cells, genes]")
+    runs, _, genes = table.shape
+    p = np.exp(table - table.max(0))
+    weights = np.full(runs, 1 / runs)
+    for _ in range(EM_STEPS):
+        share = weights[:, None, None] * p
+        new = (share / share.sum(0)).mean(1).sum(1) + PRIOR_GENES / runs
+        new /= genes + PRIOR_GENES
+        if np.abs(new - weights).max() < 1e-7:
+            return new
+        weights = new
+    return weights
+
+
+def stacked(log_prob: Any, weights: Any) -> Floats:
+    """Log predictive probabilities of the mixture [cells, genes]."""
+    table = np.asarray(log_prob, dtype=np.float64)
+    return np.asarray(np.logaddexp.reduce(table + np.log(np.asarray(weights))[:, None, None], axis=0))
+
+
+def stack(runs: Sequence[Run]) -> Run:
+    """The runs as one, weighted by their scores on inner held-out genes.
+
+    Parameters
+    ----------
+    runs
+        Two or more recalibrated runs on the same cells (`ppl_st.recalibrate`, same ``folds`` and ``seed``); methods and settings may differ.
+
+    Returns
+    -------
+    Run
+        Predicts the genes that all of them can predict; ``record["weights"]`` are the weights, ``record["inner_log_score"]`` the mean log
+        score of each run and of the mixture on the inner genes.
+
+    Raises
+    ------
+    UserError
+        Fewer than two runs, other cells, a run that is not recalibrated, no gene in common.
+    """
+    if len(runs) < 2:
+        raise UserError(f"stack: {len(runs)} run; give two or more")
+    names = [f"{run.method} ({run.folder})" if run.folder else f"{run.method} (run {k})" for k, run in enumerate(runs)]
+    for run, name in zip(runs, names, strict=True):
+        if not np.array_equal(run.target.names, runs[0].target.names):
+            raise UserError(f"stack: {name} was fitted on other cells than {names[0]}; fit both on the same target")
+        if run.inner is None:
+            raise UserError(f"stack: {name} has no scores of held-out genes; first: ppl-st recalibrate {run.folder or 'RUN'}")
+    log_prob, inner = _inner_scores(runs)
+    weights = stacking_weights(log_prob)
+    genes = _common([run.genes for run in runs])
+    if not genes.size:
+        raise UserError("stack: the runs can predict no gene in common; fit them with the same reference")
+    first = runs[0]
+    target = first.target.take_genes(_common([run.target.genes for run in runs]))
+    spec = Spec(tuple(runs), weights.tolist(), genes)
+    scores = [float(one.mean()) for one in (*log_prob, stacked(log_prob, weights))]
+    record = {
+        "seconds": sum(run.record["seconds"] for run in runs),
+        "peak_memory_bytes": max(run.record["peak_memory_bytes"] for run in runs),
+        "weights": dict(zip(names, weights.tolist(), strict=True)),
+        "inner_log_score": dict(zip([*names, "stack"], scores, strict=True)),
+        "inner_genes": len(inner),
+    }
+    manifest = {"method": "stack", "weights": record["weights"], "runs": [run.manifest for run in runs]}
+    return replace(
+        first, method="stack", module=sys.modules[__name__], spec=spec, data=tuple(run.data for run in runs), target=target,
+        reference=first.reference.take_genes(genes), manifest=manifest, record=record, new_cells=spec.new_cells, folder=None, inner=None,
+        recalibration=None,
+    )  # fmt: skip
+
+
+def _inner_scores(runs: Sequence[Run]) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
+    """Log scores [runs, cells, genes] of the inner genes that all runs were judged on."""
+    inner = [run.inner for run in runs if run.inner is not None]
+    genes = _common([one.genes for one in inner])
+    if not genes.size or any(not np.array_equal(one.cells, inner[0].cells) for one in inner):
+        raise UserError("stack: the runs were not judged on the same held-out genes and cells; recalibrate them with the same --seed")
+    columns = [pd.Index(one.genes).get_indexer(pd.Index(genes)) for one in inner]
+    return np.stack([one.log_prob[:, at] for one, at in zip(inner, columns, strict=True)]), genes
+
+
+def _common(genes: Sequence[NDArray[np.str_]]) -> NDArray[np.str_]:
+    """Genes in all lists, in the order of the first."""
+    return genes[0][np.all([np.isin(genes[0], other) for other in genes], axis=0)]
+
+
+# ---- what a method's module offers to `Run` ----
+
+
+class Spec(NamedTuple):
+    """Runs, their weights, and the genes that can be predicted."""
+
+    runs: tuple[Run, ...]
+    weights: list[float]
+    genes: NDArray[np.str_]
+
+    def new_cells(self, counts: Counts) -> tuple[Any, Counts]:
+        """The problem of every run for other cells."""
+        made = [run.new_cells(counts) for run in self.runs]
+        return tuple(data for data, _ in made), made[0][1]
+
+
+class Block(NamedTuple):
+    """The same cells as every run's batch; ``kept``: what was computed for them, by run and chain."""
+
+    parts: list[Any]
+    kept: dict[tuple[int, int], Any]
+
+
+class Predictor:
+    """Posterior predictive of the mixture; see `ppl_st.inference.predict.Predictor`."""
+
+    def __init__(self, pair: Any, data: Any, config: Any, spec: Spec) -> None:
+        self.parts = [
+            run.module.Predictor(run.pair, own, run.config, run.spec) for run, own in zip(spec.runs, data, strict=True)
+        ]
+        self.columns = [pd.Index(run.genes).get_indexer(pd.Index(spec.genes)) for run in spec.runs]
+        self.turns = turns(spec.weights, [len(part.chains) for part in self.parts])
+        self.chains = [self.parts[k].chains[c] for k, c in self.turns]
+        self.n_cells = self.parts[0].n_cells
+        fixed = [k for k, part in enumerate(self.parts) if not hasattr(part, "at")]
+        self.lead = fixed[0] if fixed else 0
+        self.fixed = fixed[1:]  # they must cut the cells as the leading run does
+
+    def blocks(self, max_cells: int) -> Iterator[Block]:
+        """Batches of all runs that own the same cells."""
+        others = {k: iter(self.parts[k].blocks(max_cells)) for k in self.fixed}
+        for batch in self.parts[self.lead].blocks(max_cells):
+            rows = self.parts[self.lead].rows(batch)
+            found = {k: next(blocks) for k, blocks in others.items()} | {self.lead: batch}
+            if any(not np.array_equal(self.parts[k].rows(found[k]), rows) for k in others):
+                raise UserError("stack: two of the runs infer cells in different blocks and cannot be stacked; fit them with the same settings")
+            yield Block([found[k] if k in found else part.at(rows) for k, part in enumerate(self.parts)], {})
+
+    def rows(self, batch: Block) -> NDArray[np.int64]:
+        """Rows of the result that the block owns."""
+        return np.asarray(self.parts[self.lead].rows(batch.parts[self.lead]))
+
+    def local(self, batch: Block, chain: int) -> Any:
+        """What the run whose turn it is computes for these cells, once."""
+        k, c = self.turns[chain]
+        if (k, c) not in batch.kept:
+            batch.kept[k, c] = self.parts[k].local(batch.parts[k], c)
+        return batch.kept[k, c]
+
+    def count_dist(self, batch: Block, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
+        """p(count | draw) of the run whose turn it is."""
+        k, c = self.turns[chain]
+        return self.parts[k].count_dist(batch.parts[k], c, drawn, local, genes.new_tensor(self.columns[k])[genes])
+
+
+def turns(weights: Sequence[float], chains: Sequence[int], length: int = TURNS) -> list[tuple[int, int]]:
+    """(run, chain) of every draw: each next draw goes to the run that is furthest behind its weight, within a run chain after chain."""
+    done, order = np.zeros(len(weights)), []
+    for d in range(length):
+        k = int(np.argmax(np.asarray(weights) * (d + 1) - done))
+        order.append((k, int(done[k]) % chains[k]))
+        done[k] += 1
+    return order
+
+
+def quantities(pair: Any, data: Any, config: Any, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nothing: latent states of different methods do not mix."""
+    return {}, {}

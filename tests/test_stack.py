@@ -1,0 +1,134 @@
+"""Stacking: weights that solve the problem, draws in proportion to them, and a mixture that is the mixture."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.optimize import minimize_scalar
+
+from ppl_st import api
+from ppl_st.errors import UserError
+from ppl_st.simulate import checkerboard, spatial_field
+from ppl_st.stack import stack, stacked, stacking_weights, turns
+
+torch.set_num_threads(1)
+
+
+def densities(seed=0, cells=200, genes=20):
+    rng = np.random.default_rng(seed)
+    first = rng.random((cells, genes)) < 0.7
+    x = np.where(first, rng.poisson(1.0, first.shape), rng.poisson(6.0, first.shape))
+    return np.stack([stats.poisson(m).logpmf(x) for m in (1.0, 6.0, 30.0)])
+
+
+def test_weights_are_the_mixture_that_made_the_data():
+    log_prob = densities()
+    weights = stacking_weights(log_prob)
+    assert weights.sum() == pytest.approx(1) and weights[:2] == pytest.approx([0.7, 0.3], abs=0.04) and weights[2] < 0.03
+    two = log_prob[:2]
+
+    def loss(w):  # the same problem by another solver: score plus prior worth a tenth of a gene
+        return -(20 * stacked(two, [w, 1 - w]).mean() + 0.05 * np.log(w) + 0.05 * np.log(1 - w))
+
+    found = minimize_scalar(loss, bounds=(1e-3, 1 - 1e-3), method="bounded", options={"xatol": 1e-7}).x
+    assert stacking_weights(two)[0] == pytest.approx(found, abs=1e-4)
+    best = stacked(log_prob, weights).mean()
+    assert best > log_prob.mean((1, 2)).max() + 0.1
+    with pytest.raises(UserError, match="finite"):
+        stacking_weights(np.full((2, 3, 4), -np.inf))
+
+
+def test_a_useless_run_gets_next_to_nothing_and_equal_runs_share():
+    log_prob = densities(1)
+    assert stacking_weights(log_prob[[0, 0]]) == pytest.approx([0.5, 0.5])
+    assert stacking_weights(np.stack([log_prob[0], log_prob[0] - 3]))[1] < 0.1
+
+
+def test_any_first_draws_are_in_proportion():
+    weights = [0.62, 0.3, 0.08]
+    order = turns(weights, [2, 1, 3], 400)
+    runs = np.array([k for k, _ in order])
+    for draws in (10, 57, 100, 400):
+        share = np.bincount(runs[:draws], minlength=3)
+        assert np.abs(share - np.array(weights) * draws).max() <= 1.0
+    assert [c for k, c in order if k == 0][:4] == [0, 1, 0, 1] and [c for k, c in order if k == 2][:4] == [0, 1, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return spatial_field(seed=1, n_cells=300, n_reference=200, n_genes=60, n_panel=24)
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Two methods on one pair, recalibrated: scores of 24 inner genes each."""
+    base = tmp_path_factory.mktemp("stack")
+    made = []
+    for method in ("vista", "spaim"):
+        run = api.fit(method, target=world.target, reference=world.reference, seed=0, out=base / method)
+        made.append(api.recalibrate(run, folds=2, draws=30))
+    return made
+
+
+def test_a_stack_is_the_mixture_of_its_runs(world, runs):
+    both = stack(runs)
+    weights = np.array(list(both.record["weights"].values()))
+    assert both.method == "stack" and weights.sum() == pytest.approx(1) and both.record["inner_genes"] == 24
+    scores = list(both.record["inner_log_score"].values())
+    assert scores[2] >= max(scores[:2]) - 2e-3
+    genes = world.truth.var_names[[3, 30]].tolist()
+    found, parts = both.predict(genes, draws=400, truth=world.truth), [run.predict(genes, draws=400, truth=world.truth) for run in runs]
+    mean = sum(w * part.X for w, part in zip(weights, parts, strict=True))
+    np.testing.assert_allclose(found.X.mean(0), mean.mean(0), rtol=0.06)
+    assert np.corrcoef(found.X.ravel(), mean.ravel())[0, 1] > 0.98
+    second = sum(w * (p.layers["count_sd"] ** 2 + p.X**2) for w, p in zip(weights, parts, strict=True))
+    np.testing.assert_allclose(found.layers["count_sd"].mean(), np.sqrt(second - mean**2).mean(), rtol=0.06)
+    log_prob = stacked(np.stack([part.layers["log_prob"] for part in parts]), weights)
+    assert np.abs(found.layers["log_prob"] - log_prob).mean() < 0.03
+    np.testing.assert_array_equal(found.obsm["spatial"], world.target.obsm["spatial"])
+    again = stack(runs).predict(genes, draws=400)
+    np.testing.assert_array_equal(again.layers["q95"], found.layers["q95"])
+    assert list(found.var["measured"]) == [gene in set(world.target.var_names) for gene in genes]
+
+
+def test_a_stack_predicts_other_cells_and_samples(world, runs, tmp_path):
+    both = stack(runs)
+    new = world.target[:50].copy()
+    table = both.predict(world.truth.var_names[:3].tolist(), target=new, draws=10)
+    assert table.shape == (50, 3)
+    sampled = both.predict(world.truth.var_names[:2].tolist(), draws=4, samples=3)
+    assert (sampled.layers["sample_2"] == np.floor(sampled.layers["sample_2"])).all()
+    assert both.write(tmp_path / "s.h5ad", world.truth.var_names[:3].tolist(), draws=4) == (300, 3)
+
+
+def test_runs_that_cut_cells_in_their_own_way_lead():
+    """SIID's blocks follow the spots; the others follow SIID. Two SIID runs on the same data have the same blocks."""
+    sim = checkerboard(seed=1, n_cells=250, side=6, squares=6, n_types=3, n_genes=40, n_panel=30, contrast=1.0)
+    fast = ["factors=3", "chains=2", "sparsity=0.0", "fit.steps=2"]
+    settings = {"siid": [*fast, "sweeps=8"], "siid again": [*fast, "sweeps=1"], "spaim": []}
+    made = []
+    for name, overrides in settings.items():
+        run = api.fit(name.split()[0], target=sim.target, reference=sim.reference, overrides=overrides)
+        made.append(api.recalibrate(run, folds=2, draws=10))
+    for runs in (made[:2], made[::2], made[::-1]):
+        both = stack(runs)
+        table = both.predict(draws=100)
+        weights = list(both.record["weights"].values())
+        mean = sum(w * run.predict(draws=50).X for w, run in zip(weights, runs, strict=True))
+        assert np.corrcoef(table.X.ravel(), mean.ravel())[0, 1] > 0.97  # rows are where they belong
+
+
+def test_what_cannot_be_stacked_is_refused(world, runs):
+    with pytest.raises(UserError, match="two or more"):
+        stack(runs[:1])
+    fresh = api.fit("spaim", target=world.target, reference=world.reference, seed=0)
+    with pytest.raises(UserError, match="first: ppl-st recalibrate"):
+        stack([runs[0], fresh])
+    other = api.fit("spaim", target=world.target[:200].copy(), reference=world.reference, seed=0)
+    with pytest.raises(UserError, match="other cells"):
+        stack([runs[0], other])
+    from dataclasses import replace
+
+    moved = replace(runs[1], inner=runs[1].inner._replace(cells=runs[1].inner.cells[::-1]))
+    with pytest.raises(UserError, match="same held-out genes and cells"):
+        stack([runs[0], moved])
