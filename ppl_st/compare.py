@@ -7,7 +7,8 @@ noisy than either score. With s_mg the score of method m on gene g and b the met
 
 An interval that holds 0 says that these genes cannot tell the two apart.
 
-Not here: stacking weights (they need the log density of every entry, which evaluations do not keep).
+By log score there are also stacking weights (`ppl_st.stack`) and a row "stack": the mixture of all methods. Its score on a gene is that under weights
+learned on the *other* parts of the genes, so the row is no better than what a user would get. Both rest on a subset of the cells.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +18,12 @@ import numpy as np
 import pandas as pd
 
 from ppl_st.api import Source, load
-from ppl_st.data import Counts, read_counts
+from ppl_st.data import Counts, gene_folds, read_counts
 from ppl_st.errors import UserError
+from ppl_st.evaluate import read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
+from ppl_st.posterior import INNER_CELLS
+from ppl_st.stack import stacked, stacking_weights
 
 __all__ = ["METRICS", "compare"]
 
@@ -28,6 +32,8 @@ METRICS = {
     "log_score": 1, "crps": -1, "coverage_error": -1, "log_pcc": 1, "log_scc": 1, "raw_pcc": 1, "raw_scc": 1, "log_ssim": 1, "log_js": -1,
     "seconds": -1, "peak_gb": -1,
 }  # fmt: skip
+
+STACK, STACK_FOLDS = "stack", 5
 
 
 def compare(
@@ -57,8 +63,9 @@ def compare(
     Returns
     -------
     DataFrame
-        One row per method, the best first: genes, the metric's mean, ``difference`` to the best with ``lo`` and ``hi``, ``wins`` (share of genes
-        on which it beats the best), then the means of all other metrics. ``coverage_error`` is the mean over genes of |coverage_90 - 0.9|.
+        One row per method, the best first: rank, genes, the metric's mean and its standard error over genes ``se``, ``difference`` to the best with
+        ``lo``, ``hi`` and standard error ``dse``, ``wins`` (share of genes on which it beats the best), stacking ``weight``, then the means of all
+        other metrics. ``coverage_error`` is the mean over genes of |coverage_90 - 0.9|. The row "stack" is not among the ranks.
 
     Raises
     ------
@@ -69,13 +76,18 @@ def compare(
     if metric not in METRICS:
         raise UserError(f"compare: unknown metric {metric!r}; one of {', '.join(METRICS)}")
     tables: dict[str, pd.DataFrame] = {}
+    entries: dict[str, pd.DataFrame] = {}
     counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
     for source in map(Path, sources):
-        for name, table in _tables(source, counted, draws, seed, talk).items():
+        scored, log_probs = _tables(source, counted, draws, seed, talk)
+        for name, table in scored.items():
             if metric not in table or table[metric].isna().any():
                 talk(f"{source}: {name} has no {metric} and is left out")
                 continue
-            tables[name if name not in tables else f"{name} ({source})"] = table
+            label = name if name not in tables else f"{name} ({source})"
+            tables[label] = table
+            if name in log_probs:
+                entries[label] = log_probs[name]
     if len(tables) < 2:
         raise UserError(f"compare: {len(tables)} methods with {metric}; there is nothing to compare")
     genes = sorted(set.intersection(*(set(table.index) for table in tables.values())))
@@ -86,13 +98,18 @@ def compare(
     every = set.union(*(set(table.index) for table in tables.values()))
     if len(genes) < len(every):
         talk(f"{len(genes)} of {len(every)} genes were held out in every folder; only they are compared")
-    return _ranked({name: table.loc[genes] for name, table in tables.items()}, metric, seed)
+    ranked = _ranked({name: table.loc[genes] for name, table in tables.items()}, metric, seed)
+    if metric != "log_score" or set(entries) != set(tables):
+        return ranked
+    order = [str(name) for name in ranked.index]
+    return _with_stack(ranked, {name: entries[name] for name in order}, genes, seed)
 
 
 def _tables(
     folder: Path, truth: Counts | None, draws: int, seed: int, say: Callable[[str], None]
-) -> dict[str, pd.DataFrame]:
-    """Method -> scores [genes x metrics] of one folder."""
+) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
+    """Method -> scores [genes x metrics] of one folder, and method -> log predictive probabilities [cells x genes] where they are known."""
+    entries: dict[str, pd.DataFrame]
     if (folder / "scores.csv").is_file():
         scores = pd.read_csv(folder / "scores.csv", dtype={"gene": str})
         if scores.duplicated(["method", "gene"]).any():
@@ -100,6 +117,7 @@ def _tables(
                 f"{folder / 'scores.csv'}: a gene is held out in several folds; compare needs one score per gene"
             )
         found = {str(name): table.set_index("gene") for name, table in scores.groupby("method", sort=False)}
+        entries = read_entries(folder)
     else:
         run = load(folder)
         if truth is None:
@@ -116,11 +134,13 @@ def _tables(
         mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
         table = score_prediction(counts, mean, lognorm, run.target.totals, held_out)
         table = table.join(predicted.var[["log_score", "crps", "coverage_90"]])
+        kept = np.sort(np.random.default_rng([seed, 9]).permutation(predicted.n_obs)[:INNER_CELLS])
+        entries = {run.method: pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], held_out)}
         found = {run.method: table.assign(seconds=run.record["seconds"], peak_gb=run.record["peak_memory_bytes"] / 1e9)}
     return {
         name: table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
         for name, table in found.items()
-    }
+    }, entries
 
 
 def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataFrame:
@@ -128,11 +148,36 @@ def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataF
     order = sorted(tables, key=lambda name: -sign * float(tables[name][metric].mean()))
     best = tables[order[0]][metric].to_numpy(dtype=np.float64)
     rows = []
-    for name in order:
+    for rank, name in enumerate(order, start=1):
         values = tables[name][metric].to_numpy(dtype=np.float64)
         interval = bootstrap_mean(values - best, np.random.default_rng(seed))
-        row = {"method": name, "genes": len(values), metric: values.mean(), "difference": interval.mean}
-        row |= {"lo": interval.lo, "hi": interval.hi, "wins": float((sign * values > sign * best).mean())}
+        row = {"method": name, "rank": rank, "genes": len(values), metric: values.mean(), "se": _standard_error(values)}
+        row |= {"difference": interval.mean, "lo": interval.lo, "hi": interval.hi, "dse": _standard_error(values - best)}
+        row |= {"wins": float((sign * values > sign * best).mean())}
         others = [other for other in METRICS if other != metric and other in tables[name]]
         rows.append(row | {other: tables[name][other].mean() for other in others})
     return pd.DataFrame(rows).set_index("method")
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def _with_stack(ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: list[str], seed: int) -> pd.DataFrame:
+    """The table with stacking weights, and the mixture as its last row; its difference is to the best method on the same cells."""
+    cells = sorted(set.intersection(*(set(table.index) for table in entries.values())))
+    if not cells:
+        return ranked
+    log_prob = np.stack([table.loc[cells, genes].to_numpy(dtype=np.float64) for table in entries.values()])
+    score = np.zeros(len(genes))
+    for held in gene_folds(np.array(genes), min(STACK_FOLDS, len(genes)), seed):
+        at = np.isin(genes, held)
+        learned = stacking_weights(log_prob[:, :, ~at]) if not at.all() else np.full(len(log_prob), 1 / len(log_prob))
+        score[at] = stacked(log_prob[:, :, at], learned).mean(0)
+    difference = score - log_prob[0].mean(0)
+    interval = bootstrap_mean(difference, np.random.default_rng(seed))
+    row = {"genes": len(genes), "log_score": ranked["log_score"].iloc[0] + interval.mean, "difference": interval.mean}
+    row |= {"lo": interval.lo, "hi": interval.hi, "dse": _standard_error(difference), "wins": float((difference > 0).mean())}
+    table = pd.concat([ranked, pd.DataFrame([row], index=pd.Index([STACK], name="method"))])
+    table.insert(list(table.columns).index("wins") + 1, "weight", [*stacking_weights(log_prob), np.nan])
+    return table.assign(rank=table["rank"].astype("Int64"))

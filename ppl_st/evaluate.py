@@ -35,14 +35,15 @@ from ppl_st.errors import UserError
 from ppl_st.io import atomic
 from ppl_st.metrics import bootstrap_mean, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
+from ppl_st.posterior import INNER_CELLS
 
-__all__ = ["RANKED", "Evaluation", "evaluate", "read_folds", "summarise"]
+__all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
 
 RANKED = (
     "raw_pcc", "raw_scc", "raw_partial_pcc", "log_pcc", "log_scc", "log_partial_pcc", "log_score",
 )  # fmt: skip
 UPPER = "upper reference: sees truth"
-_BYTES_PER_PREDICTION = 32  # seven float32 layers and X
+_BYTES_PER_PREDICTION = 44  # ten float32 layers and X
 
 
 class Evaluation(NamedTuple):
@@ -106,7 +107,7 @@ def evaluate(
     draws, memory_gb
         Posterior draws of a prediction, and the bound on their memory.
     out
-        Folder for ``scores.csv`` (rewritten after every split), ``summary.csv`` and ``evaluation.json``.
+        Folder for ``scores.csv`` and ``log_prob.npz`` (rewritten after every split), ``summary.csv`` and ``evaluation.json``.
     say
         Receives one line per event.
 
@@ -133,7 +134,7 @@ def evaluate(
     other = read_counts(reference, role="reference", layer=layer, need_spatial=spots)
     tasks = _tasks(cells, other, folds, truth, seed, talk)[:max_folds]
 
-    parts = []
+    parts, entries = [], []
     for task in tasks:
         talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
         split = Split(task.target, other, task.held_out, seed, library_key)
@@ -141,7 +142,9 @@ def evaluate(
             # The counts handed over lie in X, whatever layer they came from.
             options: dict[str, Any] = {"overrides": [*overrides, "layer=X"], "config": config}
             options |= {"preset": preset, "seed": seed, "device": device, "progress": progress, "say": say}
-            parts.append(_score_method(method, task, split, options, draws, memory_gb))
+            table, log_prob = _score_method(method, task, split, options, draws, memory_gb)
+            parts.append(table)
+            entries.append(log_prob)
             talk(_line(parts[-1]))
         if baselines:
             for table in _score_baselines(task, split, SPOT_BASELINES if spots else REFERENCE_BASELINES):
@@ -149,6 +152,7 @@ def evaluate(
                 talk(_line(table))
         if folder is not None:
             _write_csv(pd.concat(parts, ignore_index=True), folder / "scores.csv")
+            write_entries(folder, list(methods), entries)
     scores = pd.concat(parts, ignore_index=True)
     summary = summarise(scores, seed)
     if folder is not None:
@@ -301,12 +305,14 @@ def _same_cells(truth: Counts, cells: Counts) -> Counts:
 
 def _score_method(
     method: str, task: _Task, split: Split, options: dict[str, Any], draws: int, memory_gb: float
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores [genes], and log predictive probabilities [cells, genes] in a seeded subset of the cells."""
     _reset_peak()
     began = time.perf_counter()
     run = fit(method, target=_adata(task.target), reference=_adata(split.reference), **options)
     width = max(1, int(memory_gb * 1e9 / (_BYTES_PER_PREDICTION * len(task.target.names))))
-    parts = []
+    parts, entries = [], []
+    kept = np.sort(np.random.default_rng([options["seed"], 9]).permutation(len(task.target.names))[:INNER_CELLS])
     seconds = time.perf_counter() - began
     for start in range(0, len(task.held_out), width):
         genes = task.held_out[start : start + width]
@@ -320,10 +326,11 @@ def _score_method(
         mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
         table = score_prediction(truth.matrix, mean, lognorm, split.training_total, genes)
         parts.append(table.join(predicted.var.drop(columns=["measured", "mean_count"])))
+        entries.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], list(genes)))
         del predicted
     del run
     gc.collect()  # models hold cycles; the next fit should not find them in memory
-    return _labelled(pd.concat(parts), method, "method", task.fold, seconds)
+    return _labelled(pd.concat(parts), method, "method", task.fold, seconds), pd.concat(entries, axis=1)
 
 
 def _score_baselines(task: _Task, split: Split, table: dict[str, Any]) -> list[pd.DataFrame]:
@@ -379,6 +386,25 @@ def _peak_gb() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def write_entries(folder: Path, methods: list[str], entries: list[pd.DataFrame]) -> None:
+    """Store log predictive probabilities [cells, genes] of every method, given split after split, methods in turn, as ``log_prob.npz``."""
+    tables = [pd.concat(entries[k :: len(methods)], axis=1) for k in range(len(methods))]
+    with atomic(folder / "log_prob.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(
+            file, methods=np.array(methods), cells=tables[0].index.to_numpy(dtype=str), genes=tables[0].columns.to_numpy(dtype=str),
+            log_prob=np.stack([table.to_numpy(dtype=np.float32) for table in tables]),
+        )  # fmt: skip
+
+
+def read_entries(folder: Path) -> dict[str, pd.DataFrame]:
+    """Method -> log predictive probabilities [cells, genes] of an evaluation; nothing if it kept none."""
+    if not (folder / "log_prob.npz").is_file():
+        return {}
+    with np.load(folder / "log_prob.npz", allow_pickle=False) as stored:
+        methods, cells, genes, table = (stored[name] for name in ("methods", "cells", "genes", "log_prob"))
+    return {str(method): pd.DataFrame(one, cells, genes) for method, one in zip(methods, table, strict=True)}
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:

@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import poisson
 
 from ppl_st import api
 from ppl_st.compare import compare
 from ppl_st.errors import UserError
+from ppl_st.evaluate import write_entries
 from ppl_st.simulate import checkerboard
 
 
@@ -45,6 +47,25 @@ def test_only_common_genes_and_methods_with_the_metric(tmp_path):
     assert any("mean has no log_score" in line for line in said) and any("5 of 45 genes" in line for line in said)
 
 
+def test_weights_and_the_mixture_of_evaluations(tmp_path):
+    """Each count comes from one of two forecasters: the mixture beats both, on genes that its weights did not see."""
+    rng, genes, cells = np.random.default_rng(0), [f"g{g:03d}" for g in range(30)], [f"c{i}" for i in range(120)]
+    x = np.where(rng.random((120, 30)) < 0.5, rng.poisson(1.0, (120, 30)), rng.poisson(7.0, (120, 30)))
+    tables = {m: pd.DataFrame(poisson(mean).logpmf(x), cells, genes) for m, mean in (("low", 1.0), ("high", 7.0))}
+    for name, table in tables.items():
+        (tmp_path / name).mkdir()
+        rows = pd.DataFrame({"method": name, "kind": "method", "fold": "0", "gene": genes, "log_score": table.mean(0).to_numpy()})
+        rows.to_csv(tmp_path / name / "scores.csv", index=False)
+        write_entries(tmp_path / name, [name], [table.iloc[:, :20], table.iloc[:, 20:]])
+    found = compare([tmp_path / "low", tmp_path / "high"])
+    assert found.index[-1] == "stack" and found.loc["stack", "lo"] > 0.3 and found.loc["stack", "wins"] == 1
+    assert found["weight"].iloc[:2].tolist() == pytest.approx([0.5, 0.5], abs=0.05)
+    best = found.iloc[0]
+    difference = tables["low"].mean(0) - tables["high"].mean(0)
+    assert found.iloc[1].dse == pytest.approx(difference.std(ddof=1) / np.sqrt(30)) and best.se > 0
+    assert "stack" not in compare([tmp_path / "low", tmp_path / "high", write(tmp_path / "a", {"none kept": 0.0}, genes=30)]).index
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     a, b = write(tmp_path / "a", {"one": 0.0}), write(tmp_path / "b", {"two": 0.1}, first=100)
     with pytest.raises(UserError, match="no held-out gene in common"):
@@ -75,8 +96,10 @@ def test_runs_are_scored_on_their_held_out_genes(tmp_path):
     with pytest.raises(UserError, match="--truth"):
         compare([tmp_path / "long", tmp_path / "short"])
     table = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth, draws=20)
-    assert set(table.index) == {f"siid ({tmp_path / 'long'})", "siid"} and (table["genes"] == 10).all()
-    assert table["difference"].iloc[0] == 0 > table["difference"].iloc[1] and table["seconds"].notna().all()
+    assert set(table.index) == {f"siid ({tmp_path / 'long'})", "siid", "stack"} and (table["genes"] == 10).all()
+    assert table["difference"].iloc[0] == 0 > table["difference"].iloc[1] and table["seconds"].iloc[:2].notna().all()
+    assert table["weight"].iloc[:2].sum() == pytest.approx(1) and table["weight"].iloc[0] > table["weight"].iloc[1]
+    assert table.loc["stack", "difference"] > -0.01 and table["rank"].tolist()[:2] == [1, 2]
     long = api.load(tmp_path / "long").score(sim.truth, draws=20)
     assert table.loc[f"siid ({tmp_path / 'long'})", "log_score"] == pytest.approx(long["log_score"].mean())
     measured = sim.target[:, :5].copy()

@@ -40,7 +40,7 @@ class Stub:
         scores = pd.DataFrame(0.5, index=pd.Index(genes), columns=columns)
         total = np.maximum(self.target.totals, 1e-9)
         log = np.log1p(answer * (np.median(total) / total)[:, None])
-        return ad.AnnData(answer, obs=pd.DataFrame(index=self.target.names), var=scores, layers={"lognorm_mean": log})
+        return ad.AnnData(answer, obs=pd.DataFrame(index=self.target.names), var=scores, layers={"lognorm_mean": log, "log_prob": -answer})
 
 
 @pytest.fixture
@@ -144,6 +144,9 @@ def test_a_real_fit_against_a_truth_file(world, tmp_path):
     # The files hold the same numbers, and the report is made from them alone.
     np.testing.assert_allclose(pd.read_csv(out / "summary.csv")["mean"], done.summary["mean"])
     assert len(pd.read_csv(out / "scores.csv")) == len(done.scores)
+    (entries,) = ev.read_entries(out).values()
+    mine = done.scores[done.scores["method"] == "siid"].set_index("gene")["log_score"]
+    np.testing.assert_allclose(entries.mean(0), mine[entries.columns], rtol=1e-4)  # fewer cells than are kept
     tables = overview(pd.read_csv(out / "summary.csv"))
     assert "siid\n(method)" in tables["Raw counts"].index
     assert tables["Predictive distribution"].shape[0] == 1  # baselines have no distribution
