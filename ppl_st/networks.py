@@ -50,9 +50,11 @@ class GraphAttention(nn.Module):
         Widths of x and y.
     heads
         Number of attention heads, averaged.
+    identity
+        W = I (width = output), not trained, and a = 0 at the start: y is the mean over the neighborhood until the attention has learned better.
     """
 
-    def __init__(self, width: int, output: int, heads: int = 1) -> None:
+    def __init__(self, width: int, output: int, heads: int = 1, *, identity: bool = False) -> None:
         super().__init__()
         self.heads, self.output = heads, output
         self.project = nn.Linear(width, heads * output, bias=False)
@@ -61,6 +63,11 @@ class GraphAttention(nn.Module):
         self.bias = nn.Parameter(torch.zeros(output))
         for parameter in (self.project.weight, self.center, self.neighbor):
             nn.init.xavier_uniform_(parameter)
+        if identity:
+            self.project.weight = nn.Parameter(torch.eye(width).repeat(heads, 1), requires_grad=False)
+            self.bias.requires_grad_(False)
+            nn.init.zeros_(self.center)
+            nn.init.zeros_(self.neighbor)
 
     def forward(self, x: Tensor, neighbors: Tensor, present: Tensor) -> Tensor:
         """x [c, width] (the n centers first), neighbors [n, k] rows of x, present [n, k] whether each exists -> [n, output]."""

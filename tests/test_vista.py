@@ -295,16 +295,17 @@ def test_space_helps_where_there_is_some_and_intervals_cover(spatial):
     world = spatial_field(seed=0, n_cells=1500, n_reference=1000, n_genes=140, spatial=spatial, length=200.0)
     truth = world.truth.X.toarray()
     found = {}
-    for graph in ("none", "prior"):
+    for graph in ("none", "prior", "posterior"):
         run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=[f"graph={graph}"])
         table = run.predict(world.truth.var_names, draws=50, truth=world.truth)
         pcc = np.nanmean([np.corrcoef(table.layers["rate_mean"][:, g], truth[:, g])[0, 1] for g in range(truth.shape[1])])
         found[graph] = np.array([pcc, table.var["log_score"].mean(), table.var["coverage_90"].mean()])
     assert all(0.87 < value[2] < 0.93 for value in found.values()), found
-    if spatial:
-        assert (found["prior"][:2] > found["none"][:2]).all(), found
-    else:
-        assert (np.abs(found["prior"] - found["none"])[:2] < 0.01).all(), found
+    for graph in ("prior", "posterior"):
+        if spatial:
+            assert (found[graph][:2] > found["none"][:2]).all(), found
+        else:
+            assert (np.abs(found[graph] - found["none"])[:2] < 0.01).all(), found
 
 
 @pytest.mark.slow

@@ -128,8 +128,8 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             _write(model.reference_slope, found.scale * spread)
             _write(guide.log_scale, np.log(SPREAD * np.maximum(z.std(0), 1e-3)))
             _write(guide.reference_log_scale, np.full(z.shape[1], np.log(SPREAD)))
-            if config.graph == "prior":
-                for side in (model, guide):
+            for side in (model, guide):
+                if hasattr(side, "gate"):
                     side.gate.fill_(float(np.arctanh(hyper.mix)))
         for name, (loc, _) in model.priors().items():
             getattr(guide, f"{name}_loc").copy_(loc)

@@ -292,11 +292,15 @@ class Guide(PyroModule):
             self.target_input = MLP([p, width, width], dropout=config.dropout)
             self.shared = MLP([width, width, 2 * d], dropout=config.dropout)
         self.library = nn.Parameter(torch.tensor([0.0, -2.0]))  # log library: shift from the observed, log sd
-        if config.graph in ("posterior", "kl_only"):
+        # The closed map's coordinates are kept: the attention learns which neighbors count (all alike at the start), the gate how much.
+        self.attends = self.closed and config.graph == "posterior"
+        if self.attends:
+            self.attention = GraphAttention(d, d, config.heads, identity=True)
+        elif config.graph in ("posterior", "kl_only"):
             self.attention = GraphAttention(d, d, config.heads)
             self.attention_output = nn.Linear(d, d, bias=False)
             nn.init.zeros_(self.attention_output.weight)
-        if config.graph == "prior":
+        if config.graph == "prior" or self.attends:
             # Else the share chosen on inner genes stays: learned by likelihood it follows the few strongest genes.
             self.gate = nn.Parameter(torch.zeros(d), requires_grad=model.scores_states)
         for name, (loc, _) in model.priors().items():
@@ -377,6 +381,8 @@ class Guide(PyroModule):
         if self.config.graph == "prior":
             there = batch.present.any(1, keepdim=True)
             return torch.where(there, loc + torch.tanh(self.gate) * (neighbor_mean(base, batch) - loc), loc), scale
+        if self.attends:
+            return loc + torch.tanh(self.gate) * (self.attention(base, batch.neighbors, batch.present) - loc), scale
         if self.config.graph in ("posterior", "kl_only"):
             loc = loc + self.attention_output(torch.relu(self.attention(base, batch.neighbors, batch.present)))
         return loc, scale
