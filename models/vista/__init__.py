@@ -14,9 +14,9 @@ GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes 
 GUIDE
     q(z | x)       normal; location = closed-form map of the panel genes, log-normalised and z-scored within each modality (`closed.py`): no gene-wise
                    platform effect enters, and the map is the same on both sides. Several chains are Bayesian bootstraps of the reference.
-    graph          "posterior": location + attention over the neighbors' locations;  "prior": location moved towards their mean by a share
-                   chosen on inner held-out genes;  "kl_only": the released code, where the graph alters the KL term alone.
-                   Attention ends in a zero layer and shares start at zero: `build` gives gimVI in every mode.
+    graph          "prior": location moved towards the neighbors' mean by a share chosen on inner held-out genes; "posterior": moved by that share
+                   towards what graph attention makes of cell and neighbors, which starts as their mean (closed map) or at zero (learned map);
+                   "kl_only": the released code, where the graph alters the KL term alone. Shares are zero in `build`: gimVI in every mode.
     training       in each step a quarter of the panel is hidden from the encoder, in cells and neighbors alike, and only hidden genes are scored:
                    attention, gains, slopes and dispersions are learned in the situation in which they will be used (``visible=1``: the
                    whole evidence bound, which trains shares and spreads too).
