@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "baselines": {"data", "spatial", "metrics"},
     "calibration": {"data", "metrics"},
     "conformal": {"calibration"},
+    "neighbor_score": set(),
     "pooling": set(),
     "prepare": {"data", "spatial", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed

@@ -1,0 +1,199 @@
+"""Calibration of unmeasured genes on real data: raw, recalibrated, TISSUE-style; trust; stacking. Numbers in BENCHMARKS.md.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py collect DATA METHOD FOLD DIR      # osmfish, starmap: folds 0 to 4; xenium: 0
+    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py table DIR
+
+"collect" hides one fifth of the shared genes (xenium: nothing; its truth is another file), fits, and scores the hidden genes; then does the same with
+each fifth of the *remaining* genes hidden as well, as `ppl_st.recalibrate` does. "table" learns corrections and weights on the inner genes and
+judges them on the hidden ones. Data: $PPL_ST_DATA or ../shared/data.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ppl_st
+import realdata
+from ppl_st.calibration import coverage, interval_coverage, risk_coverage, variance_decomposition
+from ppl_st.conformal import KNOTS, pit_curves, recalibration
+from ppl_st.data import gene_folds, read_counts, shared_genes
+from ppl_st.inference.predict import count_draws
+from ppl_st.metrics import bootstrap_mean, crps_from_draws, pcc
+from ppl_st.neighbor_score import neighbor_intervals
+from ppl_st.spatial import neighbors
+from ppl_st.stack import stacked, stacking_weights
+
+FILES = {
+    "osmfish": ("osmfish_cortex/spatial.h5ad", "osmfish_cortex/scrna.h5ad", None),
+    "starmap": ("starmap_visual_cortex/spatial.h5ad", "starmap_visual_cortex/scrna_zeisel500.h5ad", None),
+    "xenium": (
+        "derived_pair_xenium_brain/xenium_like_panel.h5ad", "derived_pair_xenium_brain/visium_like_spots.h5ad",
+        "derived_pair_xenium_brain/heldout_truth_cells.h5ad",
+    ),
+}  # fmt: skip
+METHODS = {"osmfish": ["vista", "spaim"], "starmap": ["vista", "spaim"], "xenium": ["siid", "vista", "spaim"]}
+FOLDS, MOST_CELLS, CELLS, DRAWN_CELLS, DRAWS = 5, 6000, 4000, 400, 100  # of more than MOST_CELLS cells CELLS are judged
+
+
+def problem(name):
+    """Cells with every gene, reference, hidden genes of every fold, truth (Counts) of the hidden genes."""
+    target, reference, other = (None if one is None else ad.read_h5ad(realdata.path(one)) for one in FILES[name])
+    if "duplicate_row" in target.obs:
+        target = target[~target.obs["duplicate_row"].astype(bool)].copy()
+    cells = read_counts(target, role="target")
+    known = read_counts(reference, role="reference", need_spatial=name == "xenium")
+    if other is not None:
+        truth = read_counts(other, role="truth", need_spatial=False)
+        return cells, known, [truth.genes[np.isin(truth.genes, known.genes)]], truth
+    shared = np.sort(shared_genes(cells, known))
+    folds, keep = gene_folds(shared, FOLDS, 0), np.ones(len(cells.names), bool)
+    for hidden in folds:
+        keep &= cells.take_genes(shared[~np.isin(shared, hidden)]).totals > 0
+    cells = cells.take_rows(keep)
+    return cells, known, folds, cells
+
+
+def collect(name, method, fold, folder):
+    """Write NAME.METHOD.FOLD.-.npz (hidden genes) and .0 to .4.npz (inner genes)."""
+    cells, reference, folds, truth = problem(name)
+    seen = cells.take_genes(cells.genes[~np.isin(cells.genes, folds[fold])])
+    inner = gene_folds(np.sort(np.intersect1d(seen.genes, reference.genes)), FOLDS, 0)
+    for part, held in [("-", folds[fold]), *((str(k), genes) for k, genes in enumerate(inner))]:
+        path = Path(folder) / f"{name}.{method}.{fold}.{part}.npz"
+        if path.exists():
+            continue
+        began = time.process_time()
+        target = seen.take_genes(seen.genes[~np.isin(seen.genes, held)])
+        run = ppl_st.fit(method, target=as_adata(target), reference=as_adata(reference), overrides=["layer=X"], seed=0)
+        counts = (truth if part == "-" else seen).take_genes(held)
+        predicted = run.predict(list(held), draws=DRAWS, truth=counts)
+        seconds = time.process_time() - began
+        judged_cells = CELLS if len(cells.names) > MOST_CELLS else MOST_CELLS
+        rows = [np.sort(np.random.default_rng(k).permutation(len(cells.names))[:n]) for k, n in ((6, judged_cells), (5, DRAWN_CELLS))]
+        drawn = np.zeros((DRAWS, len(rows[1]), len(held)), np.uint16)
+        predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
+        for at, values in count_draws(predictor, predictor.chains, run._index(list(held)), draws=DRAWS, seed=0):
+            mine = np.isin(at, rows[1])
+            drawn[:, np.searchsorted(rows[1], at[mine])] = values[:, mine]
+        dense = counts.matrix.toarray()
+        layers = {name: predicted.layers[name][rows[0]] for name in ("rate_mean", "rate_sd", "count_sd", "log_prob")}
+        np.savez(
+            path, genes=held, ref_mean=run.reference_mean[run._index(list(held))], some=rows[0], sub=rows[1], truth=dense[rows[0]],
+            truth_sub=dense[rows[1]], mean=dense.mean(0), draws=drawn,
+            low=predicted.layers["pit_low"][rows[0]], high=predicted.layers["pit_high"][rows[0]],
+            crps=predicted.var["crps"].to_numpy(), log_score=predicted.var["log_score"].to_numpy(), xy=target.xy[rows[0]], seconds=seconds, **layers,
+        )  # fmt: skip
+        print(path.name, len(held), f"{seconds:.0f} cpu s, log score {predicted.var['log_score'].mean():.4f}", flush=True)
+
+
+def as_adata(counts):
+    made = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes))
+    made.obs_names = counts.names
+    if counts.xy is not None:
+        made.obsm["spatial"] = counts.xy
+    return made
+
+
+def parts(folder, name, method, fold):
+    """Hidden genes, and the inner genes joined; None if not all was collected."""
+    paths = [Path(folder) / f"{name}.{method}.{fold}.{part}.npz" for part in "-01234"]
+    if not all(path.exists() for path in paths):
+        return None
+    hidden, *inner = ({key: values for key, values in np.load(path).items()} for path in paths)
+    joined = {
+        key: np.concatenate([one[key] for one in inner], axis=-1)
+        for key in ("genes", "ref_mean", "low", "high", "log_prob", "rate_mean", "truth", "mean")
+    }
+    return hidden, joined
+
+
+def judged(hidden, inner, name, level=0.9):
+    """Scores of the hidden genes, one row per gene, and the shrinkage that was chosen."""
+    rows = pd.DataFrame(index=hidden["genes"])
+    rows["raw"] = coverage(hidden["low"], hidden["high"], (level,)).per_gene[0]
+    ordered, x = np.sort(hidden["draws"].astype(np.float64), axis=0), hidden["truth_sub"].astype(np.float64)
+    rows["crps raw"] = crps_from_draws(ordered, x).mean(0)
+    for label, guarantee in (("recalibrated", False), ("guaranteed", True)):
+        made = recalibration(pit_curves(inner["low"], inner["high"]), inner["ref_mean"], level, guarantee=guarantee)
+        rows[label] = interval_coverage(hidden["low"], hidden["high"], made.ends_of(hidden["ref_mean"]))
+    maps = made.maps_of(hidden["ref_mean"])
+    p = np.arange(DRAWS + 1) / DRAWS
+    mass = np.stack([np.diff(np.interp(p, KNOTS, one)) for one in maps.T], 1)[:, None]
+    below = np.cumsum(mass, 0)[:-1]
+    spread = (below * (1 - below) * np.diff(ordered, axis=0)).sum(0) / (1 - (mass**2).sum(0))
+    rows["crps recalibrated"] = ((mass * np.abs(ordered - x)).sum(0) - spread).mean(0)
+    found = neighbor_intervals(
+        np.log1p(inner["rate_mean"]), np.log1p(inner["truth"]), np.log1p(hidden["rate_mean"]), neighbors(hidden["xy"], 15), level=level
+    )
+    y = np.log1p(hidden["truth"])
+    rows["TISSUE"] = ((found.lower <= y) & (y <= found.upper)).mean(0)
+    rows["risk"] = 1 - pcc(hidden["truth"], hidden["rate_mean"]) ** 2
+    rows["trust"] = variance_decomposition(hidden["rate_mean"], hidden["rate_sd"], hidden["count_sd"])["trust"].to_numpy()
+    rows["expression"], rows["reference"] = hidden["rate_mean"].mean(0), hidden["ref_mean"]
+    rows["touched"] = np.abs(maps - KNOTS[:, None]).max(0)
+    return rows
+
+
+def table(folder):
+    """Print the tables of BENCHMARKS.md."""
+    for name, methods in METHODS.items():
+        for method in methods:
+            found = [parts(folder, name, method, fold) for fold in range(FOLDS)]
+            rows = [judged(*one, name) for one in found if one is not None]
+            if rows:
+                show(name, method, len(rows), pd.concat(rows))
+        stack(folder, name, methods)
+
+
+def show(name, method, folds, rows):
+    print(f"\n{name} {method}: {folds} folds, {len(rows)} genes; corrections move probabilities by up to {rows['touched'].max():.3f}")
+    for label in ("raw", "recalibrated", "guaranteed", "TISSUE"):
+        values = rows[label]
+        mean, (low, high) = bootstrap_mean(values, np.random.default_rng(0)), values.quantile([0.05, 0.95])
+        print(
+            f"  {label:13s} {mean.mean:.3f} [{mean.lo:.3f}, {mean.hi:.3f}]  5% to 95% of genes {low:.2f} to {high:.2f}, lowest {values.min():.2f}, "
+            f"in 80-97% {values.between(0.8, 0.97).mean():.2f}"
+        )
+    change = bootstrap_mean(rows["crps recalibrated"] - rows["crps raw"], np.random.default_rng(0))
+    means = rows[["crps raw", "crps recalibrated"]].mean()
+    print(f"  CRPS {means.iloc[0]:.4f} -> {means.iloc[1]:.4f}, change {change.mean:+.4f} [{change.lo:+.4f}, {change.hi:+.4f}]")
+    risk = rows["risk"].to_numpy()
+    scores = {score: rows[score].to_numpy() for score in ("trust", "expression", "reference")} | {"none": 0 * risk, "best": -risk}
+    print("  area under risk-coverage:", ", ".join(f"{score} {risk_coverage(risk, values).area:.3f}" for score, values in scores.items()))
+    picks = np.random.default_rng(1).integers(0, len(rows), (1000, len(rows)))
+    gap = [risk_coverage(risk[i], scores["trust"][i]).area - risk_coverage(risk[i], scores["expression"][i]).area for i in picks]
+    low, high = np.quantile(gap, [0.025, 0.975])
+    print(f"  trust - expression: 95% bootstrap [{low:+.3f}, {high:+.3f}]")
+
+
+def stack(folder, name, methods):
+    scores, weights = [], []
+    for fold in range(FOLDS):
+        found = [one for one in (parts(folder, name, method, fold) for method in methods) if one is not None]
+        if len(found) < len(methods):
+            continue
+        learned = stacking_weights(np.stack([inner["log_prob"] for _, inner in found]))
+        log_prob = np.stack([hidden["log_prob"] for hidden, _ in found])
+        scores.append(np.vstack([log_prob.mean(1, dtype=np.float64), stacked(log_prob, learned).mean(0)]))
+        weights.append(" ".join(f"{w:.2f}" for w in learned))
+    if not scores:
+        return
+    every = np.hstack(scores)
+    best = int(every[:-1].mean(1).argmax())
+    gain = bootstrap_mean(every[-1] - every[best], np.random.default_rng(0))
+    named = zip([*methods, "stack"], every.mean(1), strict=True)
+    print(f"\n{name} stack, {every.shape[1]} genes: " + ", ".join(f"{method} {score:.4f}" for method, score in named))
+    print(f"  stack - {methods[best]} {gain.mean:+.4f} [{gain.lo:+.4f}, {gain.hi:+.4f}]; weights {'; '.join(weights)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "collect":
+        collect(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    else:
+        table(sys.argv[2])
