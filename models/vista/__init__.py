@@ -58,7 +58,7 @@ from ppl_st.models.vista.closed import (
     mean_of_neighbors,
     moments,
     panel_totals,
-    standardise,
+    project,
     weights,
 )
 from ppl_st.models.vista.model import PRESETS, RESERVED, Config, Guide, Model, Spec, build, sides
@@ -113,11 +113,10 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             _write(getattr(guide, name), value)
         _write(guide.depths, np.array([mine.depth, theirs.depth]))
         if model.closed:
-            x = standardise(data.counts, data.batch, mine)
             rng = np.random.default_rng([seed, 4, chain])
-            w = weights(data, x, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
+            w = weights(data, mine, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
             found = fit_map(data, w / w.sum(), hyper.penalty, config.latent)
-            z = x @ found.encoder
+            z = project(data.counts, data.batch, mine, found.encoder)
             around = mean_of_neighbors(data.graph) @ z if hyper.mix else z
             z = (1 - hyper.mix) * z + hyper.mix * around
             spread = np.maximum(np.sqrt(np.einsum("dg,de,eg->g", found.decoder, np.cov(z.T), found.decoder)), 1e-6)

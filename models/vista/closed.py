@@ -34,6 +34,7 @@ MIXES = (0.0, 0.3, 0.5, 0.7)
 FOLDS = 8
 CELLS = 2000  # cells of either side on which weights and inner genes are judged
 CLIP = 8.0  # standard deviations
+ROWS = 4096  # cells made dense together
 ROUNDS, DAMPING, NEAR = 4, 0.7, 30  # of the density ratio
 RATIO_PENALTY = 3.0
 DRAWS = 4
@@ -88,9 +89,11 @@ def moments(counts: sp.csr_matrix, batch: NDArray[np.int64]) -> Moments:
     depth = float(np.median(totals))
     mean, sd = [], []
     for b in range(int(batch.max(initial=0)) + 1):
-        x = log_normalised(sp.csr_matrix(counts[batch == b]), totals[batch == b], depth)
-        mean.append(x.mean(0))
-        s = x.std(0)
+        x, n = sp.csr_matrix(counts[batch == b], dtype=np.float64, copy=True), max(1, int((batch == b).sum()))
+        x.data = np.log1p(x.data * np.repeat(depth / totals[batch == b], np.diff(x.indptr)))
+        mean.append(np.asarray(x.sum(0)).ravel() / n)
+        x.data **= 2
+        s = np.sqrt(np.maximum(np.asarray(x.sum(0)).ravel() / n - mean[-1] ** 2, 0.0))
         sd.append(np.where(s > 1e-6, s, 1.0))
     return Moments(np.stack(mean), np.stack(sd), depth)
 
@@ -101,6 +104,12 @@ def standardise(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments) -> 
     return np.clip((x - m.mean[batch]) / m.sd[batch], -CLIP, CLIP)
 
 
+def project(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments, weights: Floats) -> Floats:
+    """z-scores @ weights [P, d], in blocks of cells: [n, d]."""
+    starts = range(0, counts.shape[0], ROWS)
+    return np.concatenate([standardise(counts[i : i + ROWS], batch[i : i + ROWS], m) @ weights for i in starts])
+
+
 def weighted(x: Floats, w: Floats) -> Floats:
     """Columns centered and scaled under weights w that sum to 1."""
     mean = w @ x
@@ -109,9 +118,8 @@ def weighted(x: Floats, w: Floats) -> Floats:
 
 
 def density_ratio(x: Floats, r: Floats, rng: np.random.Generator) -> Floats:
-    """Weights [m] of the reference cells r [m, P] that make them look like the target x [n, P]; they sum to 1."""
+    """Weights [m] of the reference cells r [m, P] that make them look like cells of the target x [n, P]; they sum to 1."""
     m = len(r)
-    x = x[rng.permutation(len(x))[:CELLS]]
     w = np.full(m, 1.0 / m)
     pool = rng.permutation(m)[:CELLS]  # neighbors are sought among these
     k = max(1, min(NEAR, len(pool) // 4))
@@ -139,11 +147,13 @@ def _nearest(x: NDArray[np.float32], pool: NDArray[np.float32], k: int) -> NDArr
     return np.concatenate(found)
 
 
-def weights(data: Data, x: Floats, reweight: bool, rng: np.random.Generator) -> Floats:
-    """Weights of the reference cells, summing to 1; x [n, P] standardised target."""
+def weights(data: Data, mine: Moments, reweight: bool, rng: np.random.Generator) -> Floats:
+    """Weights of the reference cells, summing to 1; ``mine`` standardises the target."""
     m = data.reference.shape[0]
     if not reweight:
         return np.full(m, 1.0 / m)
+    some = rng.permutation(data.counts.shape[0])[:CELLS]
+    x = standardise(data.counts[some], data.batch[some], mine)
     panel = sp.csr_matrix(data.reference[:, data.panel])
     return density_ratio(x, standardise(panel, data.reference_batch, moments(panel, data.reference_batch)), rng)
 
@@ -186,8 +196,10 @@ def learn(
     p = len(data.panel)
     rows = np.sort(rng.permutation(data.counts.shape[0])[:CELLS])
     folds = np.array_split(rng.permutation(p), FOLDS)
-    truth = standardise(data.counts, data.batch, moments(data.counts, data.batch))[rows]
-    mixer = mean_of_neighbors(data.graph)
+    truth = standardise(data.counts[rows], data.batch[rows], moments(data.counts, data.batch))
+    mixer = mean_of_neighbors(data.graph)[rows]
+    needed = np.union1d(rows, mixer.indices)  # the judged cells and their neighbors
+    mixer, rows_of = sp.csr_matrix(mixer[:, needed]), np.searchsorted(needed, rows)
     penalties = PENALTIES if penalty is None else (penalty,)
     options = (False, True) if reweight is None else (reweight,)
     mixes = MIXES if data.graph.nnz else (0.0,)
@@ -196,14 +208,13 @@ def learn(
     for inner in folds:
         kept = np.setdiff1d(np.arange(p), inner)
         sub = data._replace(counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept])
-        x = standardise(sub.counts, sub.batch, moments(sub.counts, sub.batch))
+        mine = moments(sub.counts, sub.batch)
         for option in options:
-            w = weights(sub, x, option, np.random.default_rng([seed, 2]))
+            w = weights(sub, mine, option, np.random.default_rng([seed, 2]))
             for strength in penalties:
                 guess = fit_map(sub, w, strength, p, data.panel[inner])
-                score = x @ guess.encoder @ guess.decoder
-                around = (mixer @ score)[rows]
-                score = score[rows]
+                score = project(sub.counts[needed], sub.batch[needed], mine, guess.encoder @ guess.decoder)
+                around, score = mixer @ score, score[rows_of]
                 states.setdefault((option, strength), []).append(np.stack([score, around]))
                 for mix in mixes:
                     r = _correlation(truth[:, inner], (1 - mix) * score + mix * around)
