@@ -317,6 +317,22 @@ def compare(
 
 
 @app.command()
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="What to vary, a TOML file (see `ppl_st.sweep`).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder; one that holds a part of this sweep is continued.")],
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Variants of a method on the same splits, with paired uncertainty over genes and seeds."""
+    _check_folder(out)
+    from ppl_st.sweep import sweep as run_sweep
+
+    table = run_sweep(spec, out=out, device=device, progress=_progress(quiet), say=_say(quiet), command=_command())
+    for metric, rows in table.groupby("metric", sort=False):
+        _print_table(f"{metric}: difference to {rows['variant'].iloc[0]}, 95 % interval over genes", rows.drop(columns="metric").set_index("variant"))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option("--out", help="posterior.nc or posterior.zarr.")],

@@ -61,6 +61,7 @@ ROOMS["stack"] = {"data", "inference", "posterior"}
 ROOMS["api"] = set(ROOMS)
 ROOMS["evaluate"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)
+ROOMS["sweep"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS) | {""}
 ROOMS[""] = set(ROOMS)  # ppl_st/__init__.py, the public face

@@ -1,0 +1,185 @@
+"""Variants of a method on the same splits, over seeds: what a likelihood, a prior or a factor brings, with paired uncertainty.
+
+A specification (TOML; relative paths are taken from its folder):
+
+    method = "vista"
+    target = "cells.h5ad"
+    reference = "scrna.h5ad"
+    folds = 5                     # of the genes; also: truth = "truth.h5ad", max_folds = 2, draws = 50, preset = "default"
+    seeds = [0, 1, 2, 3, 4]       # each splits the genes anew and fits anew
+
+    [variants.default]            # the first one is what the others are compared with
+    [variants.gimvi]
+    graph = "none"
+    [variants.published]
+    preset = "paper"
+    fit.steps = 500
+
+    [grid]                        # and all combinations of these over the first variant
+    likelihood = ["nb", "poisson"]
+    platform = ["hierarchical", "none"]
+
+Result: DIR/<variant>/seed<k> are evaluations (`ppl_st.evaluate`, for ``ppl-st compare``), DIR/scores.csv all their genes, DIR/summary.csv the
+table. A sweep that was stopped goes on where it was; variants and seeds may be added.
+
+For a metric m, variant v, seed k, gene g:  d_g = mean_k (m_vkg - m_0kg),  difference = mean_g d_g with its 95 % bootstrap interval over genes, and
+``seed_se`` = sd over seeds of mean_g (m_vkg - m_0kg) over the root of their number: the one says whether other genes, the other whether another
+split and start would tell the same.
+"""
+
+import itertools
+import json
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import tomli_w
+
+from ppl_st.compare import METRICS
+from ppl_st.errors import UserError
+from ppl_st.evaluate import evaluate
+from ppl_st.io import atomic
+from ppl_st.metrics import bootstrap_mean
+
+__all__ = ["read_spec", "summarise", "sweep"]
+
+KNOWN = {"method", "target", "reference", "truth", "folds", "max_folds", "draws", "preset", "seeds", "variants", "grid"}
+FIRST = "default"  # variant of a sweep that has a grid only
+
+
+def read_spec(path: str | Path) -> dict[str, Any]:
+    """The specification with every default in place and ``variants``: name -> settings, the grid's combinations among them.
+
+    Raises
+    ------
+    UserError
+        Unreadable, unknown or missing keys, or a name that cannot be a folder.
+    """
+    path = Path(path)
+    try:
+        spec = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the sweep ({error.strerror}); check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    unknown, missing = sorted(set(spec) - KNOWN), [key for key in ("method", "target", "reference") if key not in spec]
+    if unknown or missing:
+        what = f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]!r} is missing"
+        raise UserError(f"{path}: {what}; a sweep has {', '.join(sorted(KNOWN))}")
+    spec = {"folds": 5, "max_folds": None, "draws": 50, "preset": "default", "seeds": [0], "truth": None, "grid": {}} | spec
+    seeds = spec["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{path}: seeds = {seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
+    for key in ("target", "reference", "truth"):
+        if spec[key] is not None:
+            spec[key] = path.parent / spec[key]
+    variants = dict(spec.get("variants", {})) or {FIRST: {}}
+    first = next(iter(variants.values()))
+    for key, values in spec["grid"].items():
+        if not isinstance(values, list):
+            raise UserError(f"{path}: grid.{key} = {values!r}; give a list of values")
+    for values in itertools.product(*spec["grid"].values()):
+        changes = dict(zip(spec["grid"], values, strict=True))
+        if changes:
+            variants[" ".join(f"{key}={value}" for key, value in changes.items())] = first | changes
+    for name, settings in variants.items():
+        if not isinstance(settings, dict) or not name or name.startswith(".") or set(name) & set("/\\\0"):
+            raise UserError(f"{path}: variants.{name}: give a table of settings under a name that can be a folder")
+    if len(variants) < 2:
+        raise UserError(f"{path}: {len(variants)} variant; name at least two under [variants], or a [grid]")
+    return spec | {"variants": variants}
+
+
+def sweep(
+    spec: str | Path,
+    *,
+    out: str | Path,
+    device: str = "auto",
+    progress: Literal["auto", "quiet"] = "quiet",
+    say: Callable[[str], None] | None = None,
+    command: str | None = None,
+) -> pd.DataFrame:
+    """Evaluate every variant of ``spec`` (file) for every seed into ``out``, and return `summarise` of it."""
+    talk, folder = say or (lambda line: None), Path(out)
+    plan = read_spec(spec)
+    tables = []
+    for seed, (name, settings) in itertools.product(plan["seeds"], plan["variants"].items()):
+        place = folder / name / f"seed{seed}"
+        settings = dict(settings)
+        preset = settings.pop("preset", plan["preset"])
+        overrides = _overrides(settings)
+        if (place / "summary.csv").is_file():
+            _refuse_other(place, preset, overrides)
+        else:
+            if place.exists():
+                talk(f"{place}: unfinished, done again")
+                shutil.rmtree(place)
+            talk(f"{name}, seed {seed}")
+            evaluate(
+                [plan["method"]], plan["target"], plan["reference"], folds=plan["folds"], truth=plan["truth"], max_folds=plan["max_folds"],
+                baselines=False, seed=seed, preset=preset, overrides=overrides, device=device, draws=plan["draws"], out=place,
+                progress=progress, say=talk, command=command,
+            )  # fmt: skip
+        scores = pd.read_csv(place / "scores.csv", dtype={"gene": str})
+        scores.insert(0, "variant", name)
+        tables.append(scores.assign(seed=seed))
+        _write(pd.concat(tables), folder / "scores.csv")
+    summary = summarise(pd.concat(tables))
+    _write(summary, folder / "summary.csv")
+    return summary
+
+
+def summarise(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per variant and metric: mean, difference to the first variant with its interval over genes, standard error over seeds.
+
+    Parameters
+    ----------
+    scores
+        Columns variant, seed, gene and metrics, as in scores.csv; the first variant in it is what the others are compared with.
+    """
+    scores = scores.assign(coverage_error=(scores["coverage_90"] - 0.9).abs()) if "coverage_90" in scores else scores
+    metrics = [metric for metric in METRICS if metric in scores and metric != "peak_gb"] + ["coverage_90"] * ("coverage_90" in scores)
+    values = scores.set_index(["variant", "seed", "gene"])[metrics].astype(float)
+    names = list(dict.fromkeys(scores["variant"]))
+    first, rows = values.loc[names[0]], []
+    for name in names:
+        own = values.loc[name]
+        difference = own - first  # rows pair by seed and gene
+        genes, seeds = difference.groupby("gene").mean(), difference.groupby("seed").mean()
+        for metric in metrics:
+            interval = bootstrap_mean(genes[metric].to_numpy(), np.random.default_rng(0))
+            error = float(seeds[metric].std() / np.sqrt(len(seeds)))  # nan with one seed
+            rows.append({
+                "variant": name, "metric": metric, "mean": own[metric].mean(), "difference": difference[metric].mean(), "lo": interval.lo,
+                "hi": interval.hi, "seed_se": error, "genes": len(genes), "seeds": len(seeds),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings, tables within them flattened, as ``key=value`` texts."""
+    texts = []
+    for key, value in settings.items():
+        if isinstance(value, dict) and key == "fit":
+            texts += _overrides(value, f"{prefix}{key}.")
+        else:
+            texts.append(f"{prefix}{key}={tomli_w.dumps({'v': value}).removeprefix('v = ').strip()}")
+    return texts
+
+
+def _refuse_other(place: Path, preset: str, overrides: list[str]) -> None:
+    stored = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+    if (stored["preset"], stored["overrides"]) != (preset, overrides):
+        raise UserError(
+            f"{place}: was made with preset {stored['preset']} and {', '.join(stored['overrides']) or 'nothing set'}, now it is preset {preset} and "
+            f"{', '.join(overrides) or 'nothing set'}; choose another --out, or give the variant another name"
+        )
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)

@@ -1,0 +1,110 @@
+"""sweep: variants on the same splits, continued where it stopped, paired differences as defined, refusals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from ppl_st import sweep as sw
+from ppl_st.cli import app
+from ppl_st.errors import UserError
+from ppl_st.io import write_adata
+from ppl_st.simulate import spatial_field
+
+SPEC = """
+method = "spaim"
+target = "target.h5ad"
+reference = "reference.h5ad"
+folds = 3
+max_folds = 1
+draws = 8
+seeds = [0, 1]
+[variants.default]
+fit.steps = 2
+[variants.level]
+fit.steps = 2
+gain = "none"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("sweep")
+    world = spatial_field(seed=3, n_cells=200, n_reference=200, n_genes=40, n_panel=24)
+    for name in ("target", "reference"):
+        write_adata(getattr(world, name), made / f"{name}.h5ad")
+    (made / "spec.toml").write_text(SPEC)
+    return made
+
+
+def test_variants_share_their_splits_and_a_stopped_sweep_goes_on(folder, monkeypatch):
+    out = folder / "out"
+    ran = []
+    real = sw.evaluate
+
+    def counted(methods, target, reference, **options):
+        ran.append((options["seed"], options["overrides"]))
+        if len(ran) == 3:  # the power goes
+            raise KeyboardInterrupt
+        return real(methods, target, reference, **options)
+
+    monkeypatch.setattr(sw, "evaluate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sw.sweep(folder / "spec.toml", out=out)
+    assert ran == [(0, ["fit.steps=2"]), (0, ["fit.steps=2", 'gain="none"']), (1, ["fit.steps=2"])]
+    (out / "default" / "seed1").mkdir(parents=True, exist_ok=True)
+    (out / "default" / "seed1" / "evaluation.json").write_text("{}")  # what an interrupted evaluation leaves
+    table = sw.sweep(folder / "spec.toml", out=out)
+    assert len(ran) == 5 and ran[3] == ran[2]
+    scores = pd.read_csv(out / "scores.csv")
+    held = scores.groupby(["seed", "variant"])["gene"].apply(frozenset)
+    assert held[0]["default"] == held[0]["level"] != held[1]["default"]
+    score = table[(table["metric"] == "log_score") & (table["variant"] == "level")].iloc[0]
+    assert score["difference"] != 0 and score["lo"] < score["difference"] < score["hi"] and score["seeds"] == 2
+    done = CliRunner().invoke(app, ["sweep", str(folder / "spec.toml"), "--out", str(out), "--quiet"])
+    assert done.exit_code == 0 and len(ran) == 5 and "level" in done.output
+    (folder / "other.toml").write_text(SPEC.replace('"none"', '"hierarchical"'))
+    with pytest.raises(UserError, match=r"level.*seed0.*another --out"):
+        sw.sweep(folder / "other.toml", out=out)
+
+
+def test_differences_pair_by_seed_and_gene():
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(4):
+        for gene in range(50):
+            hard = 5 * rng.standard_normal()
+            for name, shift in (("a", 0.0), ("b", 0.1 + 0.02 * (seed - 1.5))):
+                value = hard + shift + (0.05 * rng.standard_normal() if name == "b" else 0.0)
+                rows.append({"variant": name, "seed": seed, "gene": f"g{gene}", "log_score": value, "coverage_90": 0.8})
+    table = sw.summarise(pd.DataFrame(rows)).set_index(["variant", "metric"])
+    b = table.loc["b", "log_score"]
+    assert b["difference"] == pytest.approx(0.1, abs=0.02) and 0.08 < b["lo"] < b["difference"] < b["hi"] < 0.12
+    assert b["seed_se"] == pytest.approx(0.02 * np.sqrt(5 / 3) / 2, abs=0.008)  # sd of (-.03, -.01, .01, .03) over 2
+    assert (table.loc["a", ["difference", "lo", "hi"]].to_numpy() == 0).all()
+    assert table.loc["b", "coverage_error"]["mean"] == pytest.approx(0.1)
+
+
+def test_a_grid_varies_the_first_variant(folder):
+    (folder / "grid.toml").write_text(SPEC.split("[variants.level]")[0] + '[grid]\ngain = ["hierarchical", "none"]\nneighbors = [5, 10]\n')
+    variants = sw.read_spec(folder / "grid.toml")["variants"]
+    assert list(variants)[:2] == ["default", "gain=hierarchical neighbors=5"] and len(variants) == 5
+    assert variants["gain=none neighbors=10"] == {"fit": {"steps": 2}, "gain": "none", "neighbors": 10}
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("method", "methods", "unknown key 'methods'"),
+        ('target = "target.h5ad"', "", "'target' is missing"),
+        ("[0, 1]", "3", "seeds = 3"),
+        ('[variants.level]\nfit.steps = 2\ngain = "none"', "", "at least two"),
+        ("[variants.level]", '[variants."../level"]', "can be a folder"),
+        ("folds = 3", "folds = ", "not valid TOML"),
+    ],
+)
+def test_refusals_name_the_key(folder, old, new, message):
+    (folder / "bad.toml").write_text(SPEC.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        sw.sweep(folder / "bad.toml", out=folder / "bad")
+    assert not (folder / "bad").exists()
