@@ -351,13 +351,20 @@ def export(
 def report(
     folder: Annotated[Path, typer.Argument(help="Run folder or evaluation folder.")],
     out: Annotated[Path, typer.Option("--out", help="The .html file to write.")],
+    genes: Annotated[Path | None, typer.Option("--genes", help="Genes to browse, one per line; default: 50.")] = None,
+    truth: Annotated[Path | None, typer.Option("--truth", help="Counts that judge the run's held-out genes.")] = None,
+    draws: Draws = 100,
+    seed: Seed = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Write one self-contained HTML page about a run or an evaluation."""
-    _check_file(out, "report", inputs=[])
-    from ppl_st.report import report_folder
+    """Write one self-contained HTML page about a run (with a browser of its genes) or an evaluation."""
+    _check_file(out, "report", inputs=[genes, truth])
+    from ppl_st.data import read_genes
+    from ppl_st.report_run import report_folder
 
-    report_folder(folder, out)
-    typer.echo(out)
+    names = None if genes is None else list(read_genes(genes))
+    report_folder(folder, out, genes=names, truth=truth, draws=draws, seed=seed, say=_say(quiet))
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
 def main() -> None:

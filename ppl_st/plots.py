@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["calibration_curve", "gene_maps", "loss_curve", "metric_strip", "proportion_maps"]
+__all__ = ["calibration_curve", "ceiling_plot", "gene_maps", "loss_curve", "metric_strip", "proportion_maps", "risk_curve"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PANEL = 3.2  # inches, longer side of one map
@@ -231,6 +231,32 @@ def metric_strip(
         ax.grid(axis="x", color="0.9")
         ax.set_axisbelow(True)
     panels[0].set_yticks(range(len(order)), [str(name) for name in order])
+    return figure
+
+
+def ceiling_plot(ceiling: "ArrayLike", reached: "ArrayLike", label: str) -> "Figure":
+    """One dot per gene: the correlation ``reached`` against the noise ``ceiling``, both [genes]; nothing lies above the diagonal but by chance."""
+    figure, ax = _single(4.0, 4.0)
+    x, y = np.asarray(ceiling, dtype=float), np.asarray(reached, dtype=float)
+    low = min(0.0, float(np.nanmin(y, initial=0.0)))
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as good as counting noise allows")
+    ax.scatter(x, y, s=14, color=COLORS[0], alpha=0.6, linewidths=0)
+    ax.set(xlim=(0, 1), ylim=(low, 1))
+    ax.set_xlabel("noise ceiling of the correlation")
+    ax.set_ylabel(label)
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    return figure
+
+
+def risk_curve(curves: "Mapping[str, tuple[ArrayLike, ArrayLike]]", label: str) -> "Figure":
+    """Mean risk of the genes kept, by who ranks them: name -> (share retained, risk), as of `ppl_st.calibration.risk_coverage`."""
+    figure, ax = _single(5.0, 3.4)
+    for (name, (retained, risk)), color in zip(curves.items(), COLORS, strict=False):
+        ax.plot(np.asarray(retained, dtype=float), np.asarray(risk, dtype=float), color=color, label=name)
+    ax.set(xlim=(0, 1))
+    ax.set_xlabel("share of the genes kept, the most trusted first")
+    ax.set_ylabel(label)
+    ax.legend(frameon=False, fontsize="small")
     return figure
 
 

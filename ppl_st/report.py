@@ -1,15 +1,13 @@
-"""One self-contained HTML page: text, tables with units, figures as inline PNG, reading aid, manifest.
+"""One self-contained HTML page: text, warnings, tables with units, figures as inline PNG, a gene browser, reading aid, manifest.
 
-No JavaScript, no links, no fonts from elsewhere: the file can be mailed. Everything that came from the user
-is escaped. `write_report` lays out what the caller decides; `report_folder` makes the plain report of a run
-folder or an evaluation from the files in it, without loading the model. `overview` puts a long summary into
-tables that fit a terminal.
+Nothing comes from elsewhere, and a content security policy in the page forbids it: the file can be mailed and opened offline. Everything
+that came from the user is escaped. `write_report` lays out what the caller decides; `evaluation_report` makes the report of an evaluation
+from its files, `ppl_st.report_run` that of a run. `overview` puts a long summary into tables that fit a terminal.
 """
 
 import base64
 import io
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from ppl_st.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Section", "Table", "overview", "report_folder", "write_report"]
+__all__ = ["Section", "Table", "evaluation_report", "overview", "read_json", "write_report"]
 
 # Metrics of an evaluation that are worth a column, by table: column of summary.csv -> name and direction.
 OVERVIEW = {
@@ -45,61 +43,86 @@ class Table:
         The numbers; a meaningful index becomes the first column, the default 0..n-1 index is left out.
     units
         Column -> unit, set behind the column name.
+    links
+        Entry of the first column -> address within the page.
+    folded
+        Whether the reader opens the table by a click on its caption.
     """
 
     caption: str
     frame: pd.DataFrame
     units: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """One section: paragraphs (split at blank lines), then tables, then figures (caption -> figure)."""
+    """One section: paragraphs (split at blank lines), warnings, ``html`` of this package's own making (a gene browser; not escaped), then
+    tables, then figures (caption -> figure).
+    """
 
     title: str
     text: str = ""
     tables: Sequence[Table] = ()
     figures: "Mapping[str, Figure]" = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    html: str = ""
 
 
 HOW_TO_READ = {
-    "rate": "The expected count of a gene in a cell, without observation noise. Its sd is what the model "
-    "does not know.",
-    "count": "A count that could be observed: the rate plus observation noise. Its sd is larger, and only "
-    "its intervals should be held against data.",
+    "Where to start": "Read the warnings first. Then look up your gene: does the predicted pattern vary more than the doubt about it? "
+    "A pattern that is no stronger than its doubt is not a finding.",
+    "predicted mean (rate)": "The expected count of a gene in a cell, without observation noise: what to plot, and what to hand on as the "
+    "imputed value. It is smoother than any observed map, because it holds no noise.",
+    "doubt about the mean (sd of the rate)": "What the model does not know about the expected count: the state of the cell, the level of "
+    "the gene. More counts in the cell or a better reference would make it smaller.",
+    "interval of the count": "Where an observed count should lie: the doubt about the mean plus the noise of counting, which no model can "
+    "remove. Only this interval should be held against data. It is wide where a gene is high; compare it with the mean.",
+    "trust": "The share of a gene's variance over cells that the model expects to predict: 0 nothing, 1 everything. It is known before "
+    "there is any truth, and it is the model's own opinion: where a truth is given, look how well it ranks the genes.",
     "held-out genes": "Genes that were hidden from the fit; every score is computed on them only.",
-    "coverage": "Share of held-out counts inside the interval, randomised because counts are discrete. A "
-    "90 % interval should hold 90 %: less is over-confident, more is needlessly wide. Look at the spread "
-    "over genes as well as at the overall number.",
-    "PCC, SCC": "Pearson and Spearman correlation over cells, per gene; 1 is perfect, a constant "
-    "prediction counts as 0.",
-    "depth-controlled": "Correlation after the total count of the cell is accounted for. Cell size alone "
-    "can explain much of a plain correlation.",
-    "noise ceiling": "The best correlation any rate could reach against counts with Poisson noise. Compare "
-    "with it, not with 1.",
-    "log score, CRPS": "Proper scores of the whole predictive distribution. A higher log score and a lower "
-    "CRPS are better; only differences on the same genes and cells mean something.",
-    "baselines": "Cheap methods on the same split. Rows marked as upper reference have seen the truth on "
-    "other cells.",
+    "coverage": "Share of held-out counts inside the interval, randomised because counts are discrete. A 90 % interval should hold 90 %: "
+    "less is over-confident, more is needlessly wide. Look at the spread over genes as well as at the overall number.",
+    "recalibrated": "Intervals corrected on genes of the panel that were hidden from further fits. The promise is a coverage on average "
+    "over new genes, not for each single gene.",
+    "PCC, SCC": "Pearson and Spearman correlation over cells, per gene; 1 is perfect, a constant prediction counts as 0.",
+    "depth-controlled": "Correlation after the total count of the cell is accounted for. Cell size alone can explain much of a plain correlation.",
+    "noise ceiling": "The best correlation any rate could reach against counts with Poisson noise. Compare with it, not with 1.",
+    "log score, CRPS": "Proper scores of the whole predictive distribution. A higher log score and a lower CRPS are better; only differences "
+    "on the same genes and cells mean something.",
+    "baselines": "Cheap methods on the same split. Rows marked as upper reference have seen the truth on other cells.",
 }
+
+_POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 _TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; }
-body { padding: 0 1rem; } h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; overflow-wrap: anywhere; } h2 { margin-top: 2.5rem; } p, dd, li { max-width: 46rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption, figcaption { text-align: left; color: #555; padding: .4rem 0; }
+figcaption, summary { text-align: left; color: #555; padding: .4rem 0; max-width: 46rem; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; } td { white-space: pre-line; }
-.wide { overflow-x: auto; margin: 1rem 0; } .unit { font-weight: normal; color: #555; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; }
+.wide { overflow-x: auto; } .unit { font-weight: normal; color: #555; }
+summary { cursor: pointer; } details { max-height: 30rem; overflow: auto; margin: 1rem 0; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; } @media (max-width: 40rem) { img.broad { max-width: none; } } a { color: #0060a8; }
 dt { font-weight: 600; } dd { margin: 0 0 .6rem 0; }
 pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; }
+.warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .5rem .8rem; margin: .5rem 0; max-width: 46rem; }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.maps figure { margin: 0; min-width: 0; }
+#gene-browser input, #gene-browser button { font: inherit; padding: .3rem .5rem; min-height: 2.4rem; }
+#gene-browser input { width: 12rem; max-width: 50%; } #gene-facts { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: .5rem 0; }
+#gene-facts dt { font-weight: normal; color: #555; font-size: .85rem; } #gene-facts dd { margin: 0; } #gene-status { color: #555; margin: .3rem 0; }
+#readout { min-height: 3rem; max-width: none; margin: .5rem 0; padding: .3rem 0; position: sticky; bottom: 0; background: #fff;
+  border-top: 1px solid #eee; }
 </style>
 </head>
 <body>
@@ -110,9 +133,13 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; }
 {% for paragraph in section.paragraphs %}
 <p>{{ paragraph }}</p>
 {% endfor %}
+{% for warning in section.warnings %}
+<p class="warning">{{ warning }}</p>
+{% endfor %}
+{{ section.html | safe }}
 {% for table in section.tables %}
+{% if table.folded %}<details><summary>{{ table.caption }}</summary>{% else %}<figure><figcaption>{{ table.caption }}</figcaption>{% endif %}
 <div class="wide"><table>
-<caption>{{ table.caption }}</caption>
 <thead><tr>
 {% for name, unit in table.columns %}
 <th>{{ name }}{% if unit %} <span class="unit">({{ unit }})</span>{% endif %}</th>
@@ -120,13 +147,20 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; }
 </tr></thead>
 <tbody>
 {% for row in table.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr>
+{%- for cell in row %}<td>
+{%- if loop.first and cell in table.links %}<a href="{{ table.links[cell] }}">{{ cell }}</a>{% else %}{{ cell }}{% endif -%}
+</td>{% endfor -%}
+</tr>
 {% endfor %}
 </tbody>
 </table></div>
+{% if table.folded %}</details>{% else %}</figure>{% endif %}
+
 {% endfor %}
-{% for caption, png in section.figures %}
-<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ png }}">
+{% for caption, png, width in section.figures %}
+<figure><div class="wide"><img alt="{{ caption }}" style="width: {{ width }}px" src="data:image/png;base64,{{ png }}"
+{%- if width > 600 %} class="broad"{% endif %}></div>
 <figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 </section>
@@ -174,6 +208,7 @@ def write_report(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     html = environment.from_string(_TEMPLATE).render(
         title=title,
+        policy=_POLICY,
         sections=[_section(section) for section in sections],
         how_to_read=HOW_TO_READ,
         manifest=json.dumps(manifest, indent=2) if manifest else None,
@@ -213,24 +248,9 @@ def _interval(row: "pd.Series[Any]") -> str:
     return f"{row['mean']:.3f} / {row['median']:.3f}\n[{row['lo']:.3f}, {row['hi']:.3f}]{rank}"
 
 
-def report_folder(folder: str | Path, path: str | Path) -> None:
-    """Write the plain report of a run folder or of an evaluation folder to ``path``.
-
-    Raises
-    ------
-    UserError
-        If ``folder`` is neither, or an unfinished run.
-    """
-    folder = Path(folder)
-    if (folder / "summary.csv").is_file() and (folder / "scores.csv").is_file():
-        title, sections, record = f"Evaluation {folder.name}", _evaluation(folder), "evaluation.json"
-    elif (folder / "manifest.json").is_file():
-        title, sections, record = f"Run {folder.name}", _run(folder), "manifest.json"
-    else:
-        inner = f"; it holds a run: give {folder / 'run'}" if (folder / "run").is_dir() else ""
-        missing = "" if folder.exists() else " (it does not exist)"
-        raise UserError(f"{folder}: neither a run folder nor an evaluation{missing}{inner}")
-    write_report(path, title, sections, manifest=_json(folder / record))
+def evaluation_report(folder: Path, path: str | Path) -> None:
+    """Write the report of an evaluation folder to ``path``."""
+    write_report(path, f"Evaluation {folder.name}", _evaluation(folder), manifest=read_json(folder / "evaluation.json"))
 
 
 def _evaluation(folder: Path) -> list[Section]:
@@ -242,47 +262,17 @@ def _evaluation(folder: Path) -> list[Section]:
         for title, table in overview(summary).items()
     ]
     panels = {"raw_pcc": "PCC, raw counts", "raw_partial_pcc": "PCC given depth", "log_pcc": "PCC, log scale"}
-    figures = {"One dot per held-out gene, the bar is the median": metric_strip(scores, panels)}
+    figures = {
+        "Correlation with the held-out counts (no unit, 1 is perfect): one dot per gene, bar and number at the median. The further right, the "
+        "better; methods whose clouds overlap differ less than their genes do.": metric_strip(scores, panels)
+    }
     genes, folds = scores["gene"].nunique(), scores["fold"].nunique()
     text = f"{genes} held-out genes in {folds} fold{'s' if folds > 1 else ''}. Every row saw the same split."
     return [Section("Scores", text, tables, figures)]
 
 
-def _run(folder: Path) -> list[Section]:
-    from ppl_st.plots import loss_curve
-
-    record = _json(folder / "fit.json") if (folder / "fit.json").is_file() else {}
-    if record.get("status") != "done":
-        raise UserError(f"{folder}: the fit is not finished; continue it with `ppl-st fit ... --resume`")
-    manifest = _json(folder / "manifest.json")
-    facts = {
-        "method": manifest.get("method"),
-        "preset": manifest.get("preset"),
-        "seed": manifest.get("seed"),
-        "chains": record.get("chains"),
-        "steps": record.get("steps"),
-        "stopped": record.get("stop_reason"),
-        "seconds of training": record.get("seconds"),
-        "peak memory (GB)": record.get("peak_memory_bytes", float("nan")) / 1e9,
-        "skipped steps (not finite)": len(record.get("skipped", [])),
-    }
-    settings = _flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
-    tables = [
-        Table(caption, pd.DataFrame({"value": list(rows.values())}, index=pd.Index(list(rows), name="name")))
-        for caption, rows in (("The fit", facts), ("Settings", settings))
-    ]
-    figures = {"Loss of the variational fit": loss_curve(record["losses"], unit="loss per entry")}
-    return [Section("Fit", tables=tables, figures=figures)]
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
-    return flat
-
-
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a folder of ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -295,8 +285,10 @@ def _section(section: Section) -> dict[str, Any]:
     return {
         "title": section.title,
         "paragraphs": [part.strip() for part in section.text.split("\n\n") if part.strip()],
+        "warnings": section.warnings,
+        "html": section.html,
         "tables": [_table(table) for table in section.tables],
-        "figures": [(caption, _png(figure)) for caption, figure in section.figures.items()],
+        "figures": [(caption, _png(figure), round(80 * figure.get_figwidth())) for caption, figure in section.figures.items()],
     }
 
 
@@ -308,6 +300,8 @@ def _table(table: Table) -> dict[str, Any]:
         "caption": table.caption,
         "columns": [(name, table.units.get(name, "")) for name in map(str, frame.columns)],
         "rows": [[_cell(value) for value in row] for row in frame.itertuples(index=False)],
+        "links": table.links,
+        "folded": table.folded,
     }
 
 

@@ -9,7 +9,8 @@ from ppl_st.baselines import SPOT_BASELINES, Split, supervised_ridge
 from ppl_st.data import gene_folds, read_counts
 from ppl_st.errors import UserError
 from ppl_st.metrics import score_table
-from ppl_st.report import overview, report_folder
+from ppl_st.report import overview
+from ppl_st.report_run import report_folder
 from ppl_st.simulate import checkerboard
 
 FAST = ["factors=3", "chains=1", "sparsity=0", "sweeps=3", "fit.steps=3", "batch_spots=0"]

@@ -58,16 +58,18 @@ ROOMS: dict[str, set[str]] = {
     "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},
 }
 ROOMS["stack"] = {"data", "inference", "posterior"}
+ROOMS["browser"] = set()  # arrays -> an interactive page fragment
 ROOMS["api"] = set(ROOMS)
 ROOMS["evaluate"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)
 ROOMS["sweep"] = set(ROOMS)
+ROOMS["report_run"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS) | {""}
 ROOMS[""] = set(ROOMS)  # ppl_st/__init__.py, the public face
 
 # Costly to import, needed by few functions: only inside functions (or for type checking).
-LAZY = {"arviz", "sklearn", "matplotlib", "spatialdata", "skimage", "tifffile", "PIL"}
+LAZY = {"arviz", "sklearn", "matplotlib", "spatialdata", "skimage", "tifffile", "PIL", "bokeh"}
 # `ppl-st --help` imports these modules: nothing heavy at their top.
 START = {"cli", "", "config", "errors"}
 HEAVY = LAZY | {"torch", "pyro", "anndata", "pandas", "scipy", "xarray", "zarr", "h5py", "jinja2"}

@@ -54,7 +54,7 @@ def modules():
 def test_wheel_holds_every_module_once_and_nothing_else(archives):
     _, wheel, metadata = archives
     code = [name for name in wheel if ".dist-info/" not in name]
-    assert sorted(code) == sorted(modules() | {"ppl_st/py.typed"})
+    assert sorted(code) == sorted(modules() | {"ppl_st/py.typed", "ppl_st/browser.js"})
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
     assert f"Version: {ppl_st.__version__}\n".encode() in metadata
 
