@@ -229,7 +229,8 @@ def _radius(xy: NDArray[np.float64], extent: float) -> float:
     if len(xy) < 5:
         return extent / 20
     some = xy[:: max(1, len(xy) // 5000)]
-    return max(float(np.median(cKDTree(xy).query(some, k=5)[0][:, 4])) / 2, extent / 2000)
+    distance = np.asarray(cKDTree(xy).query(some, k=5)[0])
+    return max(float(np.median(distance[:, 4])) / 2, extent / 2000)
 
 
 def _bokeh() -> str:

@@ -31,6 +31,7 @@ from ppl_st.io import atomic, write_adata
 from ppl_st.models import METHODS, load_method
 from ppl_st.posterior import LEVELS, Run
 from ppl_st.report import Section, Table, write_report
+from ppl_st.report_run import BROWSED, browser_of
 from ppl_st.simulate import Simulation, checkerboard, spatial_field
 
 if TYPE_CHECKING:
@@ -147,7 +148,10 @@ def demo(
         with atomic(folder / f"{name}.csv") as temporary:
             table.to_csv(temporary)
     seconds = time.perf_counter() - began
-    _report(folder / "report.html", method, scores, facts, figures, run, seconds)
+    talk("report")
+    genes = tables[method].join(predicted.var[["trust"]])
+    browser = browser_of(run, predicted, genes, predicted.var_names[:BROWSED].tolist(), read_counts(world.truth, role="truth"), "cell", seed)
+    _report(folder / "report.html", method, scores, facts, figures, run, seconds, browser)
     return Demo(scores, facts, run, seconds)
 
 
@@ -276,6 +280,7 @@ def _report(
     figures: dict[str, Any],
     run: Run,
     seconds: float,
+    browser: tuple[str, str],
 ) -> None:
     text = (
         f"{METHODS[method].summary}. Simulated: {METHODS[method].needs}. Scores are means over genes that the "
@@ -284,5 +289,7 @@ def _report(
     )
     units = {"log score": "nats per entry", "CRPS": "counts"}
     tables = [Table("Held-out genes", scores, units), Table("Against the truth of the simulation", facts)]
-    sections = [Section("Imputation", text, tables), Section("Figures", figures=dict(figures.values()))]
+    maps, about = browser
+    sections = [Section("Imputation", text, tables), Section("Gene browser", about, html=maps)]
+    sections.append(Section("Figures", figures=dict(figures.values())))
     write_report(path, f"{method} on simulated data", sections, manifest=run.manifest)

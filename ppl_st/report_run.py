@@ -28,7 +28,7 @@ from ppl_st.models import METHODS
 from ppl_st.posterior import Run
 from ppl_st.report import Section, Table, evaluation_report, read_json, write_report
 
-__all__ = ["BROWSED", "report_folder", "report_run"]
+__all__ = ["BROWSED", "browser_of", "report_folder", "report_run"]
 
 BROWSED = 50  # genes of the browser unless they are named
 SCREENED = 150  # unmeasured genes whose trust is looked at when there is no truth
@@ -118,7 +118,7 @@ def report_run(
             [predicted, run.predict(others, draws=draws, seed=seed)], axis=1, merge="first", uns_merge="first", join="outer"
         )
     talk(f"browser of {len(browsed)} genes")
-    browser, about = _browser(run, predicted, scores, browsed, counted, noun, seed)
+    browser, about = browser_of(run, predicted, scores, browsed, counted, noun, seed)
     links = {gene: f"#gene={gene}" for gene in browsed}
     sections = [
         Section("In short", _in_short(run, noun) + note, warnings=_warnings(run, scores, methods, noun)),
@@ -353,7 +353,7 @@ def _fit(run: Run) -> Section:
 # ---- the browser ----
 
 
-def _browser(
+def browser_of(
     run: Run, predicted: ad.AnnData, scores: pd.DataFrame, genes: list[str], truth: Counts | None, noun: str, seed: int
 ) -> tuple[str, str]:
     """The browser's HTML and a paragraph about what it shows."""

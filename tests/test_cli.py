@@ -302,4 +302,4 @@ def test_sigterm_in_the_middle_leaves_a_run_that_resumes(folder, tmp_path):
     assert process.returncode == 130 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
     assert (out / "state.pt").exists() and not [p for p in out.iterdir() if ".tmp" in p.name]
     assert "was interrupted: continue it" in refused("predict", out, "--out", tmp_path / "x.h5ad")
-    assert "not finished" in refused("report", out, "--out", tmp_path / "x.html")
+    assert "was interrupted: continue it" in refused("report", out, "--out", tmp_path / "x.html")

@@ -1,0 +1,133 @@
+"""The report of a run says what the run says: same scores, same choice of genes, warnings where they are due."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_st import api, report_run
+from ppl_st.browser import decode
+from ppl_st.conformal import Recalibration
+from ppl_st.errors import UserError
+from ppl_st.simulate import checkerboard
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bokeh")
+
+
+@pytest.fixture(scope="module")
+def sim():
+    return checkerboard(seed=2, n_cells=250, side=6, squares=6, n_types=4, n_genes=40, n_panel=30, contrast=1.0)
+
+
+@pytest.fixture(scope="module")
+def run(sim, tmp_path_factory):
+    overrides = ["factors=4", "chains=1", "sparsity=0.0", "sweeps=4", "fit.steps=3"]
+    out = tmp_path_factory.mktemp("report") / "run"
+    return api.fit("siid", target=sim.target, reference=sim.reference, overrides=overrides, seed=3, out=out)
+
+
+def data(page):
+    return json.loads(re.search(r'<script type="application/json" id="gene-data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def text(page):
+    """What a reader reads: no scripts, no tags."""
+    bare = re.sub(r"<(script|style)[^>]*>.*?</\1>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", bare))
+
+
+def test_report_with_a_truth(run, sim, tmp_path):
+    said = []
+    shuffled = sim.truth[np.random.default_rng(0).permutation(250)].copy()
+    report_run.report_folder(run.folder, tmp_path / "r.html", truth=shuffled, draws=20, say=said.append)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    words, stored = text(page), data(page)
+    scores = run.score(sim.truth, draws=20)
+    assert f"{scores['log_score'].mean():.4g}" in words and f"{scores['coverage_90'].mean():.4g}" in words
+    for part in ("In short", "Gene browser", "Accuracy on held-out genes", "noise ceiling", "baseline: spot_copy", "upper reference", "Calibration",
+                 "Reliable and unreliable genes", "How to read this", "250 cells with 30 genes", "36 spots with 40 genes", "seed 3"):  # fmt: skip
+        assert part in words, part
+    assert {gene["name"] for gene in stored["genes"]} == set(sim.truth.var_names)
+    one = next(gene for gene in stored["genes"] if gene["name"] == sim.truth.var_names[4])
+    np.testing.assert_array_equal(decode(one["maps"]["truth"]), sim.truth.X.toarray()[:, 4])  # in the order of the run's cells
+    want = run.predict([sim.truth.var_names[4]], truth=sim.truth, draws=20)
+    assert decode(one["maps"]["mean"]).mean() == pytest.approx(want.X.mean(), rel=0.2)  # other gene blocks, other draws
+    pcc = [float(dict(gene["facts"])["PCC (ceiling)"].split()[0]) for gene in stored["genes"]]
+    assert pcc == sorted(pcc, reverse=True)  # from the best predicted to the worst
+    assert "Few shared genes: target and reference have 30" in words and "Small reference: 36 rows" in words and "intervals are raw" in words
+    assert len(said) == 3 and page.count("data:image/png") >= 5
+    links = re.findall(r'<a href="#gene=([^"]+)">', page)
+    assert set(links) == set(sim.truth.var_names)
+
+
+def test_report_without_a_truth_and_in_memory(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_run, "SCREENED", 8)
+    monkeypatch.setattr(report_run, "BROWSED", 5)
+    report_run.report_run(replace(run, folder=None), tmp_path / "r.html", draws=15, seed=1)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    highest = run.genes[~run.measured][np.argsort(-run.reference_mean[~run.measured], kind="stable")[:8]]
+    trust = run.predict(highest, draws=15, seed=1).var["trust"].sort_values(ascending=False, kind="stable")
+    assert [gene["name"] for gene in data(page)["genes"]] == trust.index[:5].tolist()
+    assert "truth" not in data(page)["genes"][0]["maps"]
+    assert "Accuracy" not in text(page) and "trusts most among the 8 unmeasured genes" in text(page)
+
+
+def test_chosen_genes_measured_or_not(run, sim, tmp_path):
+    genes = [run.genes[run.measured][2], sim.truth.var_names[0]]
+    report_run.report_run(run, tmp_path / "r.html", genes=genes, draws=10)
+    stored = data((tmp_path / "r.html").read_text(encoding="utf-8"))["genes"]
+    assert [gene["name"] for gene in stored] == genes
+    np.testing.assert_array_equal(decode(stored[0]["maps"]["truth"]), sim.target[:, genes[0]].X.toarray().ravel())
+    assert dict(stored[0]["facts"])["in the panel"].startswith("yes")
+    assert np.isnan(decode(stored[1]["maps"]["truth"])).all() and dict(stored[1]["facts"])["in the panel"].startswith("no")
+    with pytest.raises(UserError, match="nonsense"):
+        report_run.report_run(run, tmp_path / "n.html", genes=["nonsense"], draws=4)
+    assert not (tmp_path / "n.html").exists()
+
+
+def test_recalibrated_intervals_are_the_ones_shown(run, sim, tmp_path):
+    layer = Recalibration(0.9, [], [0.6], 30, 0.8, False)
+    report_run.report_run(replace(run, recalibration=layer), tmp_path / "r.html", truth=sim.truth, draws=20)
+    report_run.report_run(run, tmp_path / "raw.html", truth=sim.truth, draws=20)
+    pages = [(tmp_path / name).read_text(encoding="utf-8") for name in ("r.html", "raw.html")]
+    widths = [sum(decode(gene["maps"]["width"]).sum() for gene in data(page)["genes"]) for page in pages]
+    assert widths[0] < widths[1]  # nominal 60 % against 90 %
+    assert "90 % interval (recalibrated)" in pages[0] and "90 % interval (raw)" in pages[1]
+    assert "Recalibrated intervals of nominal 90% cover" in text(pages[0]) and "intervals are raw" not in text(pages[0])
+    boundless = replace(run, recalibration=layer._replace(nominal=[1.0]))
+    report_run.report_run(boundless, tmp_path / "b.html", truth=sim.truth, draws=10)
+    page = (tmp_path / "b.html").read_text(encoding="utf-8")
+    assert np.isnan(decode(data(page)["genes"][0]["maps"]["width"])).all() and "no finite interval" in text(page)
+
+
+def test_many_cells_are_thinned_and_said_to_be(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_run, "MAX_CELLS", 100)
+    report_run.report_run(run, tmp_path / "r.html", draws=5)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert len(decode(data(page)["genes"][0]["maps"]["mean"])) == 100 and "Of 250 cells 100, picked at random" in text(page)
+
+
+def test_what_cannot_be_reported_is_refused(run, sim, tmp_path):
+    with pytest.raises(UserError, match=r"none of its 30 genes was hidden.*--hold-out"):
+        report_run.report_run(run, tmp_path / "r.html", truth=sim.target, draws=4)
+    with pytest.raises(UserError, match="neither a run folder nor an evaluation"):
+        report_run.report_folder(tmp_path, tmp_path / "r.html")
+    nowhere = replace(run, target=replace(run.target, xy=None))
+    with pytest.raises(UserError, match="no coordinates"):
+        report_run.report_run(nowhere, tmp_path / "r.html", draws=4)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_dissociated_reference(tmp_path):
+    """A method whose reference are cells: its own baselines stand beside it."""
+    from ppl_st.simulate import spatial_field
+
+    world = spatial_field(seed=1, n_cells=300)
+    run = api.fit("spaim", target=world.target, reference=world.reference, overrides=["fit.steps=3"], seed=0)
+    report_run.report_run(run, tmp_path / "r.html", truth=world.truth, draws=5)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "baseline: ridge_z_smooth" in text(page) and len(data(page)["genes"]) == min(50, world.truth.n_vars)
