@@ -38,7 +38,7 @@ POOR_REFERENCE, LOW_TRUST = 0.5, 0.05
 UPPER = "upper reference: ridge that saw the truth of other cells"
 COLUMNS = {
     "raw_pcc": "PCC", "raw_partial_pcc": "PCC given depth", "raw_scc": "SCC", "log_pcc": "PCC, log scale", "log_score": "log score",
-    "crps": "CRPS", "coverage_90": "coverage 90 %",
+    "crps": "CRPS", "coverage_90": "coverage 90 %", "recalibrated_coverage": "coverage, recalibrated",
 }  # fmt: skip
 UNITS = {"log score": "nats per entry", "CRPS": "counts", "mean count": "counts per cell", "coverage 90 %": "share"}
 
@@ -101,7 +101,7 @@ def report_run(
         Receives one line per event.
     """
     talk = say or (lambda line: None)
-    noun = "spot" if METHODS[run.method].needs.startswith("target: spots") else "cell"
+    noun = "spot" if run.method in METHODS and METHODS[run.method].needs.startswith("target: spots") else "cell"
     counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
     judged, note = _judged(run, counted, seed)
     talk(f"predicting {len(judged)} genes in {len(run.target.names)} {noun}s, {draws} draws")
@@ -171,15 +171,19 @@ def _browsed(run: Run, judged: list[str], scores: pd.DataFrame, genes: Sequence[
 
 
 def _in_short(run: Run, noun: str) -> str:
-    method, record = METHODS[run.method], run.record
-    shared = int(np.isin(run.target.genes, run.genes).sum())
-    rows = "spots" if method.reference == "spots" else "reference cells"
+    summary = METHODS[run.method].summary if run.method in METHODS else "a weighted mixture of runs"
+    shared, record = int(np.isin(run.target.genes, run.genes).sum()), run.record
+    training = ""
+    if "losses" in record:
+        why = "the loss no longer fell" if record["stop_reason"] == "converged" else "the steps were used up"
+        training = (
+            f" Training took {record['steps']:,} steps, {record['seconds']:.0f} s and {record['peak_memory_bytes'] / 1e9:.1f} GB; it stopped "
+            f"because {why}."
+        )
     return (
-        f"{run.method}: {method.summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}) and "
-        f"{len(run.reference.names):,} {rows} with {len(run.genes):,} genes ({_source(run, 'reference')}), so {int((~run.measured).sum()):,} "
-        f"genes are predicted that the {noun}s never measured. Training took {record['steps']:,} steps, {record['seconds']:.0f} s and "
-        f"{record.get('peak_memory_bytes', float('nan')) / 1e9:.1f} GB; it stopped because "
-        f"{'the loss no longer fell' if record['stop_reason'] == 'converged' else 'the steps were used up'}. "
+        f"{run.method}: {summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}) and "
+        f"{len(run.reference.names):,} {'spots' if _spots(run) else 'reference cells'} with {len(run.genes):,} genes "
+        f"({_source(run, 'reference')}), so {int((~run.measured).sum()):,} genes are predicted that the {noun}s never measured.{training} "
         f"Preset {run.manifest.get('preset')}, seed {run.manifest.get('seed')}, device {run.manifest.get('device')}."
     )
 
@@ -216,8 +220,11 @@ def _warnings(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame
         found.append(
             "The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on genes of the panel."
         )
-    elif max(layer.nominal) >= 1:
-        found.append(f"Recalibration found that for some genes no finite interval would cover {layer.level:.0%}; their width is drawn grey.")
+    else:
+        at = pd.Index(run.genes).get_indexer(scores.index)
+        boundless = int((layer.ends_of(run.reference_mean[at])[1] >= 1).sum())
+        if boundless:
+            found.append(f"No finite interval would cover {layer.level:.0%} for {boundless} of {len(scores)} genes: their width is drawn grey.")
     if methods:
         covered = scores["coverage_90"]
         bad = ~covered.between(0.8, 0.97)
@@ -241,8 +248,7 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
     ours = metrics.score_prediction(counts, np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"]), total, genes)
     tables = {run.method: ours.join(predicted.var.drop(columns=["measured", "trust", "mean_count"]))}
     split = Split(run.target, run.reference, genes, seed, getattr(run.config, "library_key", None))
-    baselines = {"spots": SPOT_BASELINES, "cells": REFERENCE_BASELINES}.get(METHODS[run.method].reference, {})
-    for name, one in baselines.items():
+    for name, one in (SPOT_BASELINES if _spots(run) else REFERENCE_BASELINES).items():
         tables[f"baseline: {name}"] = metrics.score_table(counts, one.estimate(split), total, genes, scale=one.scale)
     tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts), total, genes, scale="log")
     return tables
@@ -250,6 +256,7 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
 
 def _accuracy(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]) -> list[Section]:
     means = pd.DataFrame({name: table.reindex(columns=list(COLUMNS)).mean() for name, table in methods.items()}).T
+    means = means.dropna(axis=1, how="all")
     means.loc["noise ceiling", "raw_pcc"] = scores["raw_ceiling"].mean()
     table = Table(
         f"Means over {len(scores)} held-out genes. PCC and SCC: 1 is perfect, the noise ceiling is the best that any rate could reach.",
@@ -284,12 +291,12 @@ def _calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame) -> Secti
     text = ""
     layer = run.recalibration
     if layer is not None:
-        nominal = layer.nominal_of(run.reference_mean[pd.Index(run.genes).get_indexer(predicted.var_names)])
-        after = np.array([np.interp(level, GRID, per_gene[:, g]) if level < 1 else 1.0 for g, level in enumerate(nominal)])
+        after = scores["recalibrated_coverage"]
+        raw = np.mean([np.interp(layer.level, GRID, curve) for curve in per_gene.T])
         text = (
-            f"Recalibrated intervals of nominal {layer.level:.0%} cover {after.mean():.1%} of the held-out counts (raw: "
-            f"{np.mean([np.interp(layer.level, GRID, curve) for curve in per_gene.T]):.1%}), and between 80 and 97 % for "
-            f"{np.mean((after >= 0.8) & (after <= 0.97)):.0%} of the genes."
+            f"Recalibrated {layer.level:.0%} intervals hold {after.mean():.1%} of the held-out counts (raw: {raw:.1%}), and between 80 and 97 % for "
+            f"{after.between(0.8, 0.97).mean():.0%} of the genes. CRPS of the recalibrated forecast {scores['recalibrated_crps'].mean():.4g} counts, "
+            f"raw {scores['crps'].mean():.4g}."
         )
     rows = {f"{level:.0%}": scores[f"coverage_{round(100 * level)}"] for level in LEVELS}
     table = pd.DataFrame(
@@ -414,6 +421,13 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
     return flat
+
+
+def _spots(run: Run) -> bool:
+    """Whether the reference are spots; a stack of runs is of the kind of its runs."""
+    if run.method in METHODS:
+        return METHODS[run.method].reference == "spots"
+    return any(METHODS[one["method"]].reference == "spots" for one in run.manifest["runs"])
 
 
 def _source(run: Run, role: str) -> str:

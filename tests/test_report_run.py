@@ -10,7 +10,7 @@ import torch
 
 from ppl_st import api, report_run
 from ppl_st.browser import decode
-from ppl_st.conformal import Recalibration
+from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
 
@@ -90,18 +90,19 @@ def test_chosen_genes_measured_or_not(run, sim, tmp_path):
 
 
 def test_recalibrated_intervals_are_the_ones_shown(run, sim, tmp_path):
-    layer = Recalibration(0.9, [], [0.6], 30, 0.8, False)
+    narrow = np.clip(0.5 + 2.5 * (KNOTS - 0.5), 0, 1)  # as if the raw forecasts were much too wide
+    layer = Recalibration(0.9, [], [narrow.tolist()], [], 30, 0.8)
     report_run.report_run(replace(run, recalibration=layer), tmp_path / "r.html", truth=sim.truth, draws=20)
     report_run.report_run(run, tmp_path / "raw.html", truth=sim.truth, draws=20)
     pages = [(tmp_path / name).read_text(encoding="utf-8") for name in ("r.html", "raw.html")]
     widths = [sum(decode(gene["maps"]["width"]).sum() for gene in data(page)["genes"]) for page in pages]
-    assert widths[0] < widths[1]  # nominal 60 % against 90 %
+    assert widths[0] < widths[1]  # the middle 36 % of the raw forecast against 90 %
     assert "90 % interval (recalibrated)" in pages[0] and "90 % interval (raw)" in pages[1]
-    assert "Recalibrated intervals of nominal 90% cover" in text(pages[0]) and "intervals are raw" not in text(pages[0])
+    assert "Recalibrated 90% intervals hold" in text(pages[0]) and "intervals are raw" not in text(pages[0])
     boundless = replace(run, recalibration=layer._replace(nominal=[1.0]))
     report_run.report_run(boundless, tmp_path / "b.html", truth=sim.truth, draws=10)
     page = (tmp_path / "b.html").read_text(encoding="utf-8")
-    assert np.isnan(decode(data(page)["genes"][0]["maps"]["width"])).all() and "no finite interval" in text(page)
+    assert np.isnan(decode(data(page)["genes"][0]["maps"]["width"])).all() and "No finite interval" in text(page)
 
 
 def test_many_cells_are_thinned_and_said_to_be(run, tmp_path, monkeypatch):
