@@ -6,14 +6,13 @@
     for finding in check_likelihood(subject):
         print(finding)
 
-`strategies` draws numbers and tables, `laws` holds the laws of one likelihood, `check` runs and shrinks them,
-`model_laws` holds those of a pair and its minibatches, `exact` the sums and integrals. Install with
-``pip install 'ppl-st[test]'``.
+`strategies` draws numbers and tables, `laws` and `shape_laws` hold the laws of one likelihood, `check` runs and shrinks
+them, `model_laws` holds those of a pair and its minibatches, `exact` the sums and integrals, `subject` what a law is
+about. Install with ``pip install 'ppl-st[test]'``.
 """
 
 from ppl_st.testing.check import ALL_LAWS, Finding, applicable, check_likelihood
 from ppl_st.testing.exact import Inconclusive
-from ppl_st.testing.laws import LawBroken, Limit, Subject
 from ppl_st.testing.model_laws import check_pair, minibatches_unbiased, plates_scale, simulation_obeys, sites_agree
 from ppl_st.testing.strategies import (
     counts,
@@ -26,6 +25,7 @@ from ppl_st.testing.strategies import (
     sparse_counts,
     tables,
 )
+from ppl_st.testing.subject import LawBroken, Limit, Subject
 
 __all__ = [
     "ALL_LAWS",

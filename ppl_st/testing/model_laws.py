@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ppl_st.inference.pair import Pair
 from ppl_st.inference.randomness import rng_scope
-from ppl_st.testing.laws import LawBroken
+from ppl_st.testing.subject import LawBroken
 
 FAILURE_RATE = 1e-9  # of each law, on right code
 

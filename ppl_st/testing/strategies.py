@@ -1,7 +1,7 @@
 """Hypothesis strategies for count data: numbers, shapes, sparse matrices and cell-by-gene tables.
 
 Each function returns a `hypothesis.strategies.SearchStrategy`. Positive numbers are drawn on a log scale,
-a hundred steps per decade, and shrink towards 1; logits and locations shrink towards 0. Parameters of a
+a million steps per decade, and shrink towards 1 on a grid of a hundred; logits and locations shrink towards 0. Parameters of a
 likelihood are plain floats: `ppl_st.testing.laws` makes the tensors.
 
 Hypothesis comes with ``pip install 'ppl-st[test]'`` and is imported only when a function here is called.
@@ -31,12 +31,18 @@ def hypothesis() -> Any:
 
 
 def positive(low: float, high: float) -> Strategy:
-    """Floats in [low, high], both > 0, a hundred steps per decade; shrink towards 1."""
+    """Floats in [low, high], both > 0, on a log scale; shrink towards 1, and to three digits."""
     if not 0 < low < high:
         raise UserError(f"testing strategy positive: give 0 < low < high, not ({low:g}, {high:g}).")
     st = hypothesis().strategies
     hundredths = st.integers(math.floor(100 * math.log10(low)), math.ceil(100 * math.log10(high)))
-    return hundredths.map(lambda e: min(max(float(f"{10.0 ** (e / 100):.3g}"), low), high))
+
+    def number(drawn: tuple[int, int]) -> float:
+        e, more = drawn  # hundredths of a decade, and ten-thousandths of them
+        exact = 10.0 ** ((e + more / 10_000) / 100)
+        return min(max(exact if more else float(f"{exact:.3g}"), low), high)
+
+    return st.tuples(hundredths, st.one_of(st.just(0), st.integers(0, 9999))).map(number)
 
 
 def real(low: float, high: float) -> Strategy:
