@@ -14,7 +14,12 @@ looked up: with s = max(theta, 1), w_k = 1 / (theta + k),
     log p = V[g, x] + x log(mu s / (theta + mu)) - theta log1p(mu / theta),      V[g, x] = sum_{k<x} log((theta + k) / s) - log x!
     d log p / d theta = D[g, x] + log(1 + u) - u,  u = (x - mu) / (theta + mu),  D[g, x] = sum_{k<x} (w_k - log1p(w_k))
 
-Nothing in the tables cancels. Counts beyond them, or not whole, go the way of the non-zeros (`likelihood_math.nb_hits`).
+With shared odds the shape differs in every entry and nothing can be looked up; there the Gamma functions of dense float32 counts are taken on the
+whole block, in float32 and without gathering (`gamma_ratio`), by Stirling's series after a shift of 4:
+
+    log G(x + r) - log G(r) = x log t + (x + t - 1/2) log1p(x / t) - x + S(x + t) - S(t) - log [P(x + r) / P(r)],   t = r + 4,  P(z) = z (z + 1) (z + 2) (z + 3)
+
+Nothing in either cancels. Counts beyond LARGEST_TABLE, or not whole, go the way of the non-zeros (`likelihood_math.nb_hits`).
 
 `PoissonSparse` is the faster form for sparse Poisson counts: logarithms at the non-zeros only.
 """
@@ -262,20 +267,68 @@ class NegativeBinomialKernel:
         return hit, x.double(), mus, thetas
 
 
+def _quadratic(z: Tensor) -> Tensor:
+    """z (z + 3) = q, so that z (z + 1) (z + 2) (z + 3) = q (q + 2)."""
+    return (z + 3).mul_(z)
+
+
+def gamma_ratio(x: Tensor, r: Tensor) -> Tensor:
+    """log G(x + r) - log G(r), x >= 0 and r > 0 of one shape and dtype; for float32, error about 3e-7 x (|log r| + 1)."""
+    t = r + 4
+    top = x + t
+    out = torch.log1p(x / t).mul_(top - 0.5)
+    out += t.log().sub_(1).mul_(x)
+    for z, sign in ((top, 1.0), (t, -1.0)):
+        w = z.reciprocal()
+        w2 = w * w
+        out.addcmul_((w2 * (1 / 1260)).sub_(1 / 360).mul_(w2).add_(1 / 12), w, value=sign)
+    above, below = _quadratic(x + r), _quadratic(r)
+    return out.sub_(((above / below).mul_((above + 2).div_(below + 2))).log_())
+
+
+def gamma_ratio_slope(x: Tensor, r: Tensor) -> Tensor:
+    """Derivative of `gamma_ratio` by r."""
+    t = r + 4
+    top = x + t
+    out = torch.log1p(x / t)
+    for z, shape, sign in ((top, x + r, 1.0), (t, r, -1.0)):
+        w = z.reciprocal()
+        w2 = w * w
+        # d/dz of log z - 1 / (2 z) - ..., and the four steps of the shift, sum_k 1 / (r + k) = (2 r + 3) (1 / q + 1 / (q + 2))
+        part = (w2 * (-1 / 252)).add_(1 / 120).mul_(w2).sub_(1 / 12).mul_(w2).sub_(w * 0.5)
+        q = _quadratic(shape)
+        part -= (q + 1).div_(q).div_(q + 2).mul_(shape * 4 + 6)
+        out.add_(part, alpha=sign)
+    return out
+
+
 class SharedOddsKernel:
-    """rate = shape, gene = logits [G]; everything but the vector of the zeros at the non-zeros only."""
+    """rate = shape, gene = logits [G]; everything but the vector of the zeros at the non-zeros, or on the block where counts are dense."""
 
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
+        data = counts.data if counts.dense is None else counts.dense
+        self.whole = int(torch.count_nonzero(data)) >= TABLE_ABOVE * counts.shape[0] * counts.shape[1]
 
     def value(self, rows: slice, rate: Tensor, logits: Tensor) -> Tensor:
         """log p of each row, float64 [r]."""
-        hit, xs, rs, us = self._hits(rows, rate, logits)
         out = -(rate.double() @ torch.nn.functional.softplus(logits.double()))
+        if self.whole and rate.dtype == torch.float32:
+            x, small, index, tail = self._block(rows, rate.dtype)
+            terms = gamma_ratio(small, rate.clamp(min=THETA_RANGE[0]))
+            terms += small * torch.nn.functional.logsigmoid(logits)
+            terms -= log_factorial(torch.arange(LARGEST_TABLE + 1.0, device=x.device).double()).to(rate.dtype)[index]
+            if len(tail):
+                xs, rs, us = _at(tail, x, rate.clamp(min=THETA_RANGE[0]), logits)
+                terms.view(-1).scatter_(0, tail, nb_hits(xs, rs * us.exp(), rs).to(terms.dtype))
+            return out + terms.sum(1, dtype=torch.float64)
+        hit, xs, rs, us = self._hits(rows, rate, logits)
         return out.index_add_(0, hit // rate.shape[1], nb_hits(xs, rs * us.exp(), rs))
 
     def slopes(self, rows: slice, rate: Tensor, logits: Tensor, want: bool) -> tuple[Tensor, Tensor | None]:
         """Derivatives by rate, [r, G], and by logits."""
+        if self.whole and rate.dtype == torch.float32:
+            return self._slopes_on_block(rows, rate, logits)
         hit, xs, rs, us = self._hits(rows, rate, logits)
         mus = rs * us.exp()
         by_rate = (-torch.nn.functional.softplus(logits)).expand_as(rate).contiguous()
@@ -288,6 +341,30 @@ class SharedOddsKernel:
         by_logits = -rate * torch.sigmoid(logits)
         by_logits.view(-1).scatter_add_(0, hit, (xs * torch.sigmoid(-us)).to(rate.dtype))
         return by_rate, by_logits
+
+    def _slopes_on_block(self, rows: slice, rate: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        x, small, _, tail = self._block(rows, rate.dtype)
+        zero = -torch.nn.functional.softplus(logits)
+        by_rate = gamma_ratio_slope(small, rate.clamp(min=THETA_RANGE[0])).add_(zero)
+        if len(tail):
+            xs, rs, us = _at(tail, x, rate.clamp(min=THETA_RANGE[0]), logits)
+            mus = rs * us.exp()
+            by_rate.view(-1).scatter_(0, tail, (nb_hits_slope(xs, mus, rs) + (xs - mus) / (rs + mus)).to(rate.dtype))
+        if rate.min() < THETA_RANGE[0]:  # the logarithm of the shape is constant there
+            by_rate = torch.where(rate < THETA_RANGE[0], zero, by_rate)
+        return by_rate, x * torch.sigmoid(-logits) - rate * torch.sigmoid(logits)
+
+    def _block(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Counts [r, G]; the same where they are tabulated, else 0, as numbers and as indices; flat positions of the others."""
+        x = self.counts.block(rows, dtype)
+        index = x.clamp(max=LARGEST_TABLE).to(torch.int32)
+        tail = positions((x - index).reshape(-1))
+        small = x
+        if len(tail):
+            small, index = x.clone(), index.clone()
+            small.view(-1).index_fill_(0, tail, 0.0)
+            index.view(-1).index_fill_(0, tail, 0)
+        return x, small, index, tail
 
     def _hits(self, rows: slice, rate: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hit, x = self.counts.entries(rows)

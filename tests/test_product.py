@@ -1,5 +1,8 @@
 """Product forms against their dense twins: value, gradient, layouts, memory, and inside a Pyro plate."""
 
+import itertools
+
+import mpmath
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -260,3 +263,15 @@ def test_in_a_subsampled_plate_with_sparse_observations(kind):
         parts = [loss(rows) for rows in np.array_split(np.arange(n), 4)]
     assert full == pytest.approx(np.mean([p[0] for p in parts]), rel=1e-10)
     torch.testing.assert_close(full_grad, torch.stack([p[1] for p in parts]).mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_gamma_ratios_of_dense_counts_are_exact_in_float32():
+    """Shapes 1e-12 to 1e8, counts to 255: against mpmath."""
+    r, counts = torch.logspace(-11.9, 8, 60), [0.0, 1.0, 2.0, 5.0, 30.0, 255.0]
+    x = torch.tensor(counts).expand(60, -1)
+    r = r[:, None].expand(-1, len(counts))
+    value, slope = product_math.gamma_ratio(x, r).double(), product_math.gamma_ratio_slope(x, r).double()
+    for i, j in itertools.product(range(60), range(len(counts))):
+        a, b = mpmath.mpf(r[i, j].item()), counts[j]
+        assert value[i, j].item() == pytest.approx(float(mpmath.loggamma(a + b) - mpmath.loggamma(a)), rel=2e-6, abs=2e-6)
+        assert slope[i, j].item() == pytest.approx(float(mpmath.digamma(a + b) - mpmath.digamma(a)), rel=3e-6)

@@ -17,7 +17,8 @@ Not here: vectors in `gradient` (only scalar parameters are perturbed), exact su
 from unit vectors of 2 or 3, second derivatives. Shapes, masks and state: `ppl_st.testing.shape_laws`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import scipy.stats
@@ -170,11 +171,11 @@ def draw_moments(subject: Subject, rows: Rows) -> int | None:
             if variance is not None:  # where it does not exist, squares say nothing
                 known = variance.reshape(len(part), -1)[:, axis].isfinite()
                 squares = torch.where(known, squares, t.mean(deviation))
-            p = _surprises(deviation, t.mass, squares)
+            p, exact = _surprises(deviation, t.mass, squares), t.mean(deviation)
             need(
                 p * 6 > FAILURE_RATE,
                 part,
-                lambda i, p=p, squares=squares, exact=t.mean(deviation): (
+                lambda i, p=p, squares=squares, exact=exact: (
                     f"{N_DRAWS} draws have variance {squares[i]:.6g}, log_prob says {exact[i]:.6g}; p < {p[i]:.1g}"
                 ),
             )
@@ -344,13 +345,16 @@ def _typical(t: Table, support: str) -> Tensor:
 
 def mixture(subject: Subject, rows: Rows) -> int:
     """A Poisson whose rate is drawn from `mixed_rate` has the subject's probabilities."""
-    assert subject.mixed_rate is not None
+    mixed_rate = subject.mixed_rate
+    assert mixed_rate is not None
+
+    def rate(rows: Rows, index: list[int]) -> Any:
+        return mixed_rate(**columns([rows[k] for k in index]))
+
     judged = 0
-    for _, part, d, t in _summed(subject, rows):
+    for _, part, _, t in _summed(subject, rows):
         x = _typical(t, "count")
-        mixed = subject.mixed_rate
-        rate = lambda i, part=part: mixed(**columns([part[k] for k in i]))  # noqa: E731
-        for index, _, rates in tables(rate, len(part), "positive", nodes=FINE_NODES):
+        for index, _, rates in tables(partial(rate, part), len(part), "positive", nodes=FINE_NODES):
             own = [part[k] for k in index]
             log_rate = rates.points.log()
             terms = [torch.exp(k * log_rate - rates.points - torch.lgamma(k + 1)) * rates.mass for k in x[:, index]]
