@@ -23,6 +23,10 @@ can be held out, a and s are the declared ones and b = 0. Genes that the target 
 others the parameter is drawn from Normal(a + b z_g, s) in every posterior draw, so its uncertainty is in the predictive.
 "nb" and "zinb" are two such functions, below.
 
+What it does not reach. Closed-form steps before and around the gradient steps keep their own working likelihood: in SIID the EM start and the
+posterior of each cell's activities are Poisson, in VISTA the map from reference to target is a penalised regression (their docstrings say more). The
+objective of every SVI step, the learned parameters and every predictive draw use the function.
+
 By name. Settings hold text: "nb", "poisson", "zinb" or "module:function". A function given in Python is stored under its
 own name and must be found under that name again: defined at the top level of an importable module, script or notebook, not
 inside another function. To load a run in another process its module must be importable there, or (a notebook) the function

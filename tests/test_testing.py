@@ -1,7 +1,7 @@
 """The law kit: right likelihoods pass, every law catches a planted fault, known defects of others are found.
 
 `SUBJECTS` is the table of likelihoods: one row puts a likelihood under every law. ``pytest -m slow`` runs it
-with 100,000 sets of parameters per law (20,000 under the two laws about draws); PPL_ST_EXAMPLES sets another number.
+with 100,000 sets of parameters per law (10,000 under the two laws about draws); PPL_ST_EXAMPLES sets another number.
 """
 
 import math
@@ -50,7 +50,7 @@ from ppl_st.testing.exact import surprise, table
 torch.set_num_threads(1)
 
 EXAMPLES = 100  # rows per law in the small profile
-SLOW_DRAWN = 20_000  # under the laws about draws, 4,000 draws for each
+SLOW_DRAWN = 10_000  # under the laws about draws, 4,000 draws for each
 SLOW_EXAMPLES = int(os.environ.get("PPL_ST_EXAMPLES", "100000"))
 WIDE_MEANS = means(1e-12, 1e8, zero=True)
 

@@ -4,7 +4,7 @@
 
     E g(X) = sum_k m_k g(x_k)
 
-Counts are enumerated until less than 1e-18 is left. Densities on the real line are integrated by the
+Counts are enumerated until less than about 1e-15 is left. Densities on the real line are integrated by the
 trapezoidal rule in t, x = centre + spread * sinh(t), which is exponentially accurate for smooth densities and
 reaches heavy tails; positive ones (or those above another bound) in the logarithm of the distance to it. Unit
 vectors of 2 or 3 dimensions are integrated around the distribution's own mean direction, by the tanh-sinh rule in
@@ -133,9 +133,9 @@ def _count(d: Any) -> tuple[Table, Tensor]:
         p = d.log_prob(torch.where(possible, x, stand_in)).exp() * possible
         points.append(x)
         masses.append(p)
-        start, size = start + size, start + size
+        start, size = start + size, max(64, (start + size) // 2)
         last = p.sum(0)
-        done |= (start > reach) & ~(last > 1e-18)
+        done |= (start > reach) & ~(last > 1e-15)
     return Table(torch.cat(points), torch.cat(masses)), done | ~(last > 1e-12)
 
 
