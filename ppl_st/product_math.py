@@ -17,7 +17,8 @@ looked up: with s = max(theta, 1), w_k = 1 / (theta + k),
 With shared odds the shape differs in every entry and nothing can be looked up; there the Gamma functions of dense float32 counts are taken on the
 whole block, in float32 and without gathering (`gamma_ratio`), by Stirling's series after a shift of 4:
 
-    log G(x + r) - log G(r) = x log t + (x + t - 1/2) log1p(x / t) - x + S(x + t) - S(t) - log [P(x + r) / P(r)],   t = r + 4,  P(z) = z (z + 1) (z + 2) (z + 3)
+    log G(x + r) - log G(r) = x log t + (x + t - 1/2) log1p(x / t) - x + S(x + t) - S(t) - log [P(x + r) / P(r)],
+    t = r + 4,  P(z) = z (z + 1) (z + 2) (z + 3)
 
 Nothing in either cancels. Counts beyond LARGEST_TABLE, or not whole, go the way of the non-zeros (`likelihood_math.nb_hits`).
 

@@ -21,11 +21,11 @@ GUIDE
     prediction draws from it. Several starts (``chains``) are fitted side by side and kept as the modes of the posterior: averaging over modes is
     worth more than any single one.
 
-LIKELIHOOD OF THE CELLS (``likelihood=``: "nb", "poisson", "zinb" or a function of your own, `ppl_st.observation`). It scores x in the objective, so
-    it decides profiles, platform factors and its own parameters in every SVI step; it is the count of the predictive; its hyper-priors are learned with
-    it. What it does *not* reach: the EM start, the choices on inner genes of sweeps, sparsity and regional effect, and q(W_i, r_i), which are Poisson
-    whatever the likelihood. An outlying count therefore still pulls the activities of its cell as a Poisson count would, also where the likelihood
-    allows for it; `cells = "softmax"` (the paper's point estimates by gradient) has no such step.
+LIKELIHOOD OF THE CELLS (``likelihood=``: "nb", "poisson", "zinb" or a function of your own, `ppl_st.observation`)
+    It scores x in the objective, so it decides profiles, platform factors and its own parameters in every SVI step; it is the count of the
+    predictive; its hyper-priors are learned with it. What it does *not* reach: the EM start, the choices on inner genes of sweeps, sparsity and
+    regional effect, and q(W_i, r_i), which are Poisson whatever the likelihood. An outlying count therefore still pulls the activities of its cell as
+    a Poisson count would, also where the likelihood allows for it; ``cells="softmax"`` (the paper's point estimates by gradient) has no such step.
 
 PREDICTIVE of gene g in cell i:  rate = sum_k W_ik Q_kg / phi_g  x  regional effect (`regional.py`, unmeasured genes only);  count ~ NB(rate, theta_g)
 
