@@ -1,7 +1,7 @@
 """fit and load: from files or AnnData to a `Run`. The only room that knows data, methods and inference at once."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -150,15 +150,9 @@ def recalibrate(
             f"recalibrate: {len(genes)} measured genes cannot promise a coverage of {level:g}: that needs {needed} or more; lower --level, or "
             "leave out --guarantee"
         )
-    parts: list[Inner] = []
-    for number, held in enumerate(gene_folds(genes, folds, seed)):
-        talk(f"fold {number + 1} of {folds}: {len(held)} genes held out")
-        cells = run.target.take_genes(run.target.genes[~np.isin(run.target.genes, held)])
-        data, cells, other = load_prepare(run.method).problem(cells, run.reference, run.config, lambda line: None)
-        fitted = _train(
-            run.method, run.module, run.config, data, cells, other, run.manifest, None, None, "quiet", lambda line: None
-        )
-        parts.append(fitted.inner_scores(run.target.take_genes(held), draws=draws, seed=seed))
+    parts = [
+        fitted.inner_scores(truth, draws=draws, seed=seed) for truth, fitted in held_out_fits(run, folds=folds, seed=seed, say=talk)
+    ]
     inner = Inner(
         np.concatenate([part.genes for part in parts]), np.concatenate([part.pit for part in parts], 1), parts[0].cells,
         np.concatenate([part.log_prob for part in parts], 1),
@@ -175,6 +169,25 @@ def recalibrate(
         posterior.write_inner(run.folder, inner)
         posterior.write_json(run.folder / "recalibration.json", made._asdict())
     return replace(run, inner=inner, recalibration=made)
+
+
+def held_out_fits(
+    run: Run, *, folds: int = 5, seed: int = 0, say: Callable[[str], None] | None = None
+) -> Iterator[tuple[Counts, Run]]:
+    """Fit the method of ``run`` again without each part of its measured genes in turn: (counts of the hidden genes, the run that was not shown them).
+
+    What goes wrong there goes wrong with new genes: `recalibrate` learns from it, and so can any statistic (`ppl_st.pooling.widened`).
+    """
+    genes = np.sort(np.intersect1d(run.target.genes, run.genes))
+    for number, held in enumerate(gene_folds(genes, folds, seed)):
+        if say is not None:
+            say(f"fold {number + 1} of {folds}: {len(held)} genes held out")
+        cells = run.target.take_genes(run.target.genes[~np.isin(run.target.genes, held)])
+        data, cells, other = load_prepare(run.method).problem(cells, run.reference, run.config, lambda line: None)
+        fitted = _train(
+            run.method, run.module, run.config, data, cells, other, run.manifest, None, None, "quiet", lambda line: None
+        )
+        yield run.target.take_genes(held), fitted
 
 
 def _read_reference(method: str, source: Source, layer: str | None, gene_key: str | None) -> Counts:

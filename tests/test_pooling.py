@@ -6,7 +6,17 @@ import scipy.sparse as sp
 from scipy.stats import norm
 
 from ppl_st.errors import UserError
-from ppl_st.pooling import Statistic, ligand_receptor, log_fold_change, morans_i, pool, pooled
+from ppl_st.pooling import (
+    Statistic,
+    draws_of,
+    joined,
+    ligand_receptor,
+    log_fold_change,
+    morans_i,
+    pool,
+    pooled,
+    widened,
+)
 from ppl_st.spatial import neighbors
 
 
@@ -148,3 +158,45 @@ def test_pooled_intervals_cover_and_imputed_means_do_not():
     assert 0.93 < mean["fold"] < 0.99 and mean["fold of means"] < 0.75
     assert 0.92 < mean["moran"] < 0.98 and 0.92 < mean["pairs"] < 0.98
     assert abs(mean["error of moran"]) < 0.02 and mean["error of moran of means"] > 0.2  # a mean is smoother than counts
+
+
+def test_what_the_model_forgets_is_learned_from_measured_genes():
+    """Draws that know only a quarter of the doubt: pooled intervals miss; widened on half of the genes they cover the other half, as promised."""
+    found = {"pooled": [], "widened": []}
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        doubt, genes = rng.gamma(4.0, 0.25, 60), slice(30, None)
+        truth = rng.standard_normal(60)
+        center = truth + 4 * doubt * rng.standard_normal(60)
+        draws = center + doubt * rng.standard_normal((20, 60))
+        inner, new = (pool(draws[:, part], np.zeros_like(draws[:, part])) for part in (slice(30), genes))
+        wide = widened(new, joined([inner._replace(**{k: v[:10] for k, v in inner._asdict().items()}),
+                                    inner._replace(**{k: v[10:] for k, v in inner._asdict().items()})]), truth[:30], level=0.9)  # fmt: skip
+        found["pooled"].append(covered(new, truth[genes]))
+        found["widened"].append(covered(wide, truth[genes]))
+    assert np.mean(found["pooled"]) < 0.5 and 0.885 < np.mean(found["widened"]) < 0.95
+    few = widened(new, inner._replace(**{k: v[:5] for k, v in inner._asdict().items()}), truth[:5])
+    assert np.isinf(few.hi).all() and (few.p >= 1 / 6).all()  # five genes cannot promise 95 %
+    with pytest.raises(UserError, match="finite"):
+        widened(new, inner, np.full(30, np.nan))
+
+
+def test_draws_come_from_layers_and_from_the_store(tmp_path):
+    import anndata as ad
+    import zarr
+
+    counts = np.random.default_rng(0).poisson(2.0, (4, 6, 3)).astype("f4")
+    table = ad.AnnData(np.zeros((6, 3)), layers={f"sample_{k}": counts[k] for k in range(4)})
+    table.var_names = ["a", "b", "c"]
+    group = zarr.open_group(str(tmp_path / "x.samples.zarr"), mode="w")
+    group.create_array("count", data=counts)
+    group.attrs["genes"] = ["a", "b", "c"]
+    for source in (table, tmp_path / "x.samples.zarr"):
+        np.testing.assert_array_equal(np.stack(list(draws_of(source, ["c", "a"]))), counts[:, :, [2, 0]])
+        with pytest.raises(UserError, match="hold no z"):
+            list(draws_of(source, ["z"]))
+    del table.layers["sample_0"], table.layers["sample_1"], table.layers["sample_2"], table.layers["sample_3"]
+    with pytest.raises(UserError, match="samples=20"):
+        list(draws_of(table))
+    with pytest.raises(UserError, match="no store of count draws"):
+        list(draws_of(tmp_path / "nothing.zarr"))
