@@ -113,7 +113,7 @@ def widened(found: Pooled, inner: Pooled, truth: Any, *, level: float = 0.95) ->
 
     With z_g = |truth_g - estimate_g| / se_g of the m inner genes the interval is estimate -+ q se, q the ceil((m + 1) level)-th smallest z
     (infinite if there are too few genes), and p = (1 + number of z_g >= |estimate| / se) / (m + 1): whatever the model, a new gene that is
-    exchangeable with the inner ones is covered with probability ``level`` or more, because genes, not cells, are counted (split conformal prediction).
+    exchangeable with the inner ones is covered with probability ``level`` or more, because genes, not cells, are counted (split conformal).
 
     Parameters
     ----------
