@@ -10,7 +10,9 @@ is, one step of the critic on detached codes of the same minibatch. T(c) is the 
     hinge            E relu(1 - T(real)) + E relu(1 + T(fake))      -E T(fake)                                   hinge GAN, right sign
     hinge_published  E relu(1 - T(real)) + E relu(1 - T(fake))      E relu(1 - T(fake))                          SpaGene's released code (wrong sign)
 
-Both losses are means over the codes of a minibatch. Nothing random is carried from step to step, so a resumed fit is bitwise the same.
+Both losses are means over the codes of a minibatch. A gradient penalty adds ``penalty`` E (|grad T(c)| - ``center``)^2 over random mixtures c of a
+real and a fake code to what the critic minimises: center 1 as in WGAN-GP, center 0 keeps a critic from growing without bound.
+Nothing random is carried from step to step, so a resumed fit is bitwise the same.
 """
 
 import math
@@ -23,7 +25,7 @@ from torch.nn.functional import relu, softplus
 
 from ppl_st.inference.randomness import rng_scope
 
-__all__ = ["Adversary", "Kind", "Player", "critic_loss", "generator_loss"]
+__all__ = ["Adversary", "Kind", "Player", "critic_loss", "generator_loss", "gradient_penalty"]
 
 Kind = Literal["cross_entropy", "density_ratio", "hinge", "hinge_published"]
 
@@ -44,6 +46,16 @@ def generator_loss(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
+def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, center: float) -> Tensor:
+    """E (|grad T(c)| - center)^2 over random mixtures c of pairs of real [n, d] and fake [m, d] codes."""
+    pairs = max(len(real), len(fake))
+    rows = [torch.randint(len(side), (pairs,), device=side.device) for side in (real, fake)]
+    share = torch.rand(pairs, 1, device=real.device)
+    mixed = (share * real[rows[0]] + (1 - share) * fake[rows[1]]).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
+    return (slope.norm(dim=1) - center).square().mean()
+
+
 class Player(NamedTuple):
     """One critic and the function that makes its (real, fake) codes of a minibatch; called without gradients."""
 
@@ -52,7 +64,7 @@ class Player(NamedTuple):
 
 
 class Adversary:
-    """Critics of one fit (one per chain), their Adam optimiser, and its step.
+    """Critics of one fit (one or more per chain), their Adam optimiser, and its step.
 
     Parameters
     ----------
@@ -60,14 +72,18 @@ class Adversary:
         Critics map codes [n, d] to logits [n] or [n, 1].
     kind
         The game.
-    lr
-        Learning rate of Adam (eps 0.01, weight decay 1e-6 as in gimVI).
+    lr, weight_decay
+        Learning rate and weight decay of Adam (eps 0.01; as in gimVI by default).
+    penalty, center
+        Gradient penalty.
     """
 
-    def __init__(self, players: Sequence[Player], kind: Kind, *, lr: float = 1e-3) -> None:
-        self.players, self.kind = list(players), kind
+    def __init__(
+        self, players: Sequence[Player], kind: Kind, *, lr: float = 1e-3, weight_decay: float = 1e-6, penalty: float = 0.0, center: float = 0.0
+    ) -> None:
+        self.players, self.kind, self.penalty, self.center = list(players), kind, penalty, center
         self.module = nn.ModuleList([player.critic for player in players])
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, eps=0.01, weight_decay=1e-6)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, eps=0.01, weight_decay=weight_decay)
 
     def step(self, batch: Any, seed: int, step: int) -> str:
         """One update of every critic; what was not finite, or an empty text. A faulty step changes nothing."""
@@ -79,6 +95,8 @@ class Adversary:
                     real, fake = player.codes(batch)
                 logits = [player.critic(codes.detach()).reshape(-1) for codes in (real, fake)]
                 total = total.to(logits[0].device) + critic_loss(self.kind, *logits)
+                if self.penalty:
+                    total = total + self.penalty * gradient_penalty(player.critic, real, fake, self.center)
             if not math.isfinite(total.item()):
                 return "the loss of the critic"
             total.backward()

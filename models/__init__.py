@@ -15,6 +15,8 @@ Its module offers
     Predictor(pair, data, config, spec)         -> `ppl_st.inference.predict.Predictor`
     quantities(pair, data, config, spec)        -> (obsm, obs): what else it knows of the target's cells
     proportions(pair, data, config, draws, seed)   only of methods that deconvolve spots
+    alignment(pair, data, config, seed)   -> {name: number}, diagnostics kept in the record; only of methods that align two sides
+    turned(pair, data)        -> (method, data) of the other direction; only of methods that have one
     adversary(pair, config)                     -> `ppl_st.inference.adversary.Adversary` or None; only of methods with a second player
 
 where ``data`` comes from the method's file in ``ppl_st/prepare`` and chains are those of `ppl_st.inference.ensemble`.
@@ -63,6 +65,13 @@ METHODS = {
         summary="spatial expression of a gene from its profile over the clusters of a single-cell reference",
         needs="target: cells or spots with some genes; reference: scRNA-seq with more genes",
         gives="unmeasured genes in every cell or spot",
+        reference="cells",
+    ),
+    "spagene": Method(
+        module="ppl_st.models.spagene",
+        summary="two autoencoders and translators between their codes, in both directions, aligned by cycle, moments and critics",
+        needs="target: cells or spots with some genes, the more the better; reference: scRNA-seq with more genes",
+        gives="unmeasured genes in every cell or spot; reference cells as the target's platform would show them (--turned)",
         reference="cells",
     ),
 }

@@ -294,13 +294,15 @@ def _train(
         pair = module.empty(settings, spec, data, record["chains"])
         state = load_state(folder / "state.pt")
         say(f"resuming at step {state.step} of {settings.fit.steps}")
+    steps = getattr(spec, "steps", settings.fit.steps)  # some methods choose them on inner held-out genes
+    plan = replace(settings.fit, steps=steps)
     batches = module.batches(data, settings, seed)
     adversary = module.adversary(pair, settings) if hasattr(module, "adversary") else None
     scale = 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
-    state, info = run_svi(pair, batches, settings.fit, state, folder=folder, scale=scale, progress=progress, adversary=adversary)
-    if info.stop_reason == INTERRUPTED and state.step < settings.fit.steps:
+    state, info = run_svi(pair, batches, plan, state, folder=folder, scale=scale, progress=progress, adversary=adversary)
+    if info.stop_reason == INTERRUPTED and state.step < steps:
         kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
-        raise Interrupted(f"interrupted at step {state.step} of {settings.fit.steps}; {kept}")
+        raise Interrupted(f"interrupted at step {state.step} of {steps}; {kept}")
     pair = module.select(pair, data, settings, seed)
     say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {info.stop_reason}")
     record = {
@@ -314,6 +316,9 @@ def _train(
         "skipped": [list(entry) for entry in info.skipped],
         "losses": [float(loss) for loss in info.losses],
     }
+    if hasattr(module, "alignment"):
+        record["alignment"] = module.alignment(pair, data, settings, seed)
+        say("alignment: " + ", ".join(f"{name} {value:.3f}" for name, value in record["alignment"].items()))
     if folder is not None:
         posterior.write_result(folder, pair, record)
     return _run(method, module, settings, spec, pair, data, cells, other, manifest, record, folder)

@@ -197,13 +197,17 @@ def predict(
     seed: Seed = 0,
     memory_gb: MemoryGb = 1.0,
     proportions: Annotated[bool, typer.Option("--proportions", help="Deconvolve the spots.")] = False,
+    turned: Annotated[bool, typer.Option("--turned", help="Reference cells as the target's platform would show them.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Impute genes in every cell, or (--proportions) deconvolve the spots of the run. Several runs: their mixture, weighted by held-out scores."""
+    """Impute genes in every cell, or (--proportions) deconvolve the spots of the run. Several runs: their mixture, weighted by held-out scores.
+
+    --turned: the reference's cells as the target's platform would show them.
+    """
     _check_file(out, "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
     store = out.with_name(f"{out.stem}.samples.zarr")
-    if proportions and (genes or target or samples or len(runs) > 1):
-        raise UserError("--proportions goes with one run, without --genes, --target and --samples; run predict twice")
+    if proportions and (genes or target or samples or len(runs) > 1 or turned):
+        raise UserError("--proportions goes with one run, without --genes, --target, --samples and --turned; run predict twice")
     from ppl_st.api import load
     from ppl_st.data import read_genes
     from ppl_st.io import write_adata
@@ -217,13 +221,15 @@ def predict(
         for name, score in fitted.record["inner_log_score"].items():
             share = f"{fitted.record['weights'].get(name, 1):.3f}"
             say(f"weight {share}, log score {score:.4f} on {fitted.record['inner_genes']} held-out genes: {name}")
+    if turned:
+        fitted = fitted.turned()
     if proportions:
         result = fitted.proportions(draws=draws, seed=seed)
         write_adata(result, out)
         shape = result.shape
     else:
         if names is None and fitted.measured.all():
-            raise UserError(f"{runs[0]}: its target measured every gene; name genes with --genes")
+            raise UserError(f"{runs[0]}: its {'reference' if turned else 'target'} measured every gene; name genes with --genes")
         number = int((~fitted.measured).sum()) if names is None else len(names)
         say(f"predicting {number} genes, {draws} draws")
         shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb)

@@ -6,7 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["content_loss", "cosine_loss", "gram", "style_loss"]
+__all__ = ["content_loss", "coral_loss", "cosine_loss", "gram", "mmd_loss", "pearson_loss", "style_loss"]
+
+BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the multi-scale kernel, in units of the median squared distance
+RELEASED_GAMMA = 0.3  # of the fixed kernel in SpaGene's released code
 
 
 def cosine_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -30,3 +33,45 @@ def style_loss(virtual: Sequence[Tensor], style: Sequence[Tensor], kind: Literal
     With a virtual style that is the same in every row the released matrix is a constant of order 1 / B, and the loss of order 1 / B^2: inert.
     """
     return torch.stack([(gram(v, kind) - gram(t, kind).detach()).square().mean() for v, t in zip(virtual, style, strict=True)]).sum()
+
+
+def pearson_loss(a: Tensor, b: Tensor) -> Tensor:
+    """1 - mean over columns of the Pearson correlation over rows of a and b [B, G]; a column that does not vary counts as uncorrelated."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    size = (a.square().sum(0) * b.square().sum(0)).clamp_min(1e-16).sqrt()
+    return 1 - ((a * b).sum(0) / size).mean()
+
+
+def coral_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Frobenius distance of the covariances of a [n, d] and b [m, d], over 4 d^2 (deep CORAL; the text of SpaGene).
+
+    SpaGene's released code has the mean of the squared entries instead: 4 times this.
+    """
+    return (_covariance(a) - _covariance(b)).square().sum() / (4 * a.shape[1] ** 2)
+
+
+def _covariance(x: Tensor) -> Tensor:
+    x = x - x.mean(0)
+    return x.mT @ x / max(1, len(x) - 1)
+
+
+def mmd_loss(a: Tensor, b: Tensor, kernel: Literal["median", "released"] = "median") -> Tensor:
+    """Squared maximum mean discrepancy of codes a [n, d] and b [m, d].
+
+    "median": unbiased (diagonals left out; it can be negative), mean of Gaussian kernels exp(-D / (s h)) over the scales s in `BANDWIDTHS`, h the
+    median squared distance over all pairs, without gradient. "released": SpaGene's code, exp(-0.3 D) with the diagonals: in 200 and more dimensions
+    every other entry is 0, so the value is 1 / n + 1 / m and the gradient 0.
+    """
+    n, m = len(a), len(b)
+    x = torch.cat([a, b])
+    square = x.square().sum(1)
+    off = ~torch.eye(n + m, dtype=torch.bool, device=x.device)
+    d = (square[:, None] + square - 2 * x @ x.mT).clamp_min(0.0) * off  # the diagonal is 0 but for rounding
+    if kernel == "released":
+        k = torch.exp(-RELEASED_GAMMA * d)
+        return k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
+    if min(n, m) < 2:
+        raise ValueError(f"mmd_loss: the unbiased estimate needs two codes on either side, got {n} and {m}")
+    h = d.detach()[off].median().clamp_min(1e-12)
+    k = torch.stack([torch.exp(-d / (s * h)) for s in BANDWIDTHS]).mean(0) * off
+    return k[:n, :n].sum() / (n * (n - 1)) + k[n:, n:].sum() / (m * (m - 1)) - 2 * k[:n, n:].mean()

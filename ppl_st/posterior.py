@@ -18,7 +18,7 @@ Loading needs no other file and never unpickles.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -243,6 +243,23 @@ class Run:
         cells = np.sort(np.random.default_rng([seed, 9]).permutation(predictor.n_cells)[:INNER_CELLS])
         curves = pit_curves(scores.pit_low, scores.pit_high)
         return Inner(self.genes[index], curves, self.target.names[cells], scores.log_prob[cells])
+
+    def turned(self) -> "Run":
+        """The run in its other direction: its cells are those of the reference, its genes those that the target measured.
+
+        `predict`, `write` and `write_samples` of it give the counts that the target's platform would show of each reference cell, at the target's
+        median depth; "measured" are the genes that the reference has, too. It is a view: nothing is fitted, and it has no folder.
+        """
+        if not hasattr(self.module, "turned"):
+            raise UserError(f"{self.method} translates in one direction only; the other one is an output of spagene")
+        module, data = self.module.turned(self.pair, self.data)
+
+        def refuse(counts: Counts) -> tuple[Any, Counts]:
+            raise UserError("the other direction is of the reference's own cells; leave out --target")
+
+        return replace(
+            self, module=module, data=data, target=self.reference, reference=self.target, new_cells=refuse, folder=None, recalibration=None
+        )
 
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""

@@ -343,9 +343,11 @@ def _fit(run: Run) -> Section:
         "skipped steps (not finite)": len(record.get("skipped", [])),
     }
     settings = _flat(tomllib.loads(configs.dumps(run.config)))
+    aligned = record.get("alignment", {})  # of methods that bring two sides together
     tables = [
         Table(caption, pd.DataFrame({"value": list(rows.values())}, index=pd.Index(list(rows), name="name")), folded=folded)
-        for caption, rows, folded in (("The fit.", facts, False), ("All settings.", settings, True))
+        for caption, rows, folded in (("The fit.", facts, False), ("Alignment of the two sides.", aligned, False), ("All settings.", settings, True))
+        if rows
     ]
     figures = {}
     if record.get("losses"):

@@ -28,6 +28,7 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 from scipy.spatial import cKDTree
 
+from ppl_st.data import Counts
 from ppl_st.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -400,6 +401,21 @@ def neighbors(
     return sparse.csr_matrix(
         (np.ones(len(row), dtype=np.float32), (row, column)), shape=(len(points), len(points))
     )
+
+
+def neighbor_mean(cells: Counts, k: int, library_key: str | None = None) -> sparse.csr_matrix | None:
+    """Rows average over the k nearest cells in space, within the section named by ``obs[library_key]``; None without coordinates."""
+    if cells.xy is None or len(cells.names) < 2:
+        return None
+    library = None
+    if library_key is not None:
+        if library_key not in cells.obs:
+            columns = ", ".join(map(str, cells.obs.columns[:5])) or "no columns"
+            raise UserError(f"target ({cells.source}): no obs column {library_key!r} (library_key); it has {columns}")
+        library = cells.obs[library_key].astype(str).tolist()
+    graph = neighbors(cells.xy, k, library)
+    size = np.maximum(np.asarray(graph.sum(1)).ravel(), 1)
+    return sparse.csr_matrix(sparse.diags(1 / size) @ graph, dtype=np.float32)
 
 
 def _query(tree: cKDTree, points: Floats, k: int, bound: float = np.inf) -> tuple[Floats, NDArray[np.int64]]:

@@ -16,8 +16,8 @@ from ppl_st.factors import content_loss, gram, style_loss
 from ppl_st.inference.svi import Pair
 from ppl_st.metrics import score_table
 from ppl_st.models import spaim
+from ppl_st.models.common.cells import find_directions, place_cells, without
 from ppl_st.models.spaim import Config, kernel
-from ppl_st.models.spaim.data import find_directions, place_cells
 from ppl_st.models.spaim.model import Layer
 from ppl_st.models.spaim.network import build_network, observations
 from ppl_st.prepare.spaim import cluster_profiles, leiden, problem
@@ -56,7 +56,7 @@ def dense_kernel(data, genes):
 def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
     held = np.setdiff1d(np.arange(60), data.panel)[:7]
     layer = Layer(data, SMALL, 0, genes=held)
-    mean, variance, draws = layer.codes(4000, [0])
+    mean, variance, draws, _ = layer.codes(4000, [0])
     k = dense_kernel(data, np.concatenate([data.panel, held]))
     p = len(data.panel)
     for direction in range(min(3, len(layer.ratio))):
@@ -71,7 +71,7 @@ def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
 
 def test_the_elbo_is_the_log_marginal_likelihood_for_every_draw(data):
     layer = Layer(data, SMALL, 0)
-    hyper = spaim.learn_hyper(data.without(np.arange(30)), SMALL, 0, lambda line: None, None)  # too few genes: wide hyper-priors
+    hyper = spaim.learn_hyper(without(data, np.arange(30)), SMALL, 0, lambda line: None, None)  # too few genes: wide hyper-priors
     pair = spaim.build(SMALL, spaim.Spec(layer.marks.tolist(), hyper), data, layer)
     gram = layer.phi.astype(np.float64) @ layer.phi.T
     exact = sum(
@@ -143,7 +143,7 @@ def test_directions_from_streamed_sums_are_those_of_the_whole_matrix(data, monke
     z = (logs - logs.mean(0)) / logs.std(0)
     np.testing.assert_allclose(place.T @ place / len(place), np.eye(6), atol=2e-3)
     np.testing.assert_allclose(found.scores, place.T @ z / len(z), atol=2e-3)
-    monkeypatch.setattr("ppl_st.models.spaim.data.DENSE_GENES", 5)
+    monkeypatch.setattr("ppl_st.models.common.cells.DENSE_GENES", 5)
     iterated = find_directions(data, 6)
     np.testing.assert_allclose(np.abs(iterated.scores), np.abs(found.scores), atol=2e-3)
 
@@ -238,7 +238,7 @@ def paper(**changes):
 @pytest.mark.parametrize("kind", ["released", "features"])
 def test_the_published_objective_term_by_term(data, wiring, kind):
     config = paper(wiring=wiring, gram=kind)
-    pair = build_network(config, spaim.learn_hyper(data.without(np.arange(30)), config, 0, lambda line: None, None), data, 0)
+    pair = build_network(config, spaim.learn_hyper(without(data, np.arange(30)), config, 0, lambda line: None, None), data, 0)
     batch = spaim.batches(data, config, 0).at(0)
     trace = poutine.trace(pair.model).get_trace(batch)
     trace.compute_log_prob()
@@ -259,7 +259,7 @@ def test_gaussian_content_of_unit_variance_is_the_content_loss():
 
 def test_the_released_style_loss_is_inert_and_ours_is_not(data):
     config = paper(hidden=(128, 64))
-    pair = build_network(config, spaim.learn_hyper(data.without(np.arange(30)), config, 0, lambda line: None, None), data, 0)
+    pair = build_network(config, spaim.learn_hyper(without(data, np.arange(30)), config, 0, lambda line: None, None), data, 0)
     batch = spaim.batches(data, config, 0).at(0)
     x = batch.x.repeat(10, 1)  # genes enough for the order of the loss to show
     _, style = pair.model.net.encode(x)
@@ -276,7 +276,7 @@ def test_the_released_style_loss_is_inert_and_ours_is_not(data):
 @pytest.mark.parametrize("head", ["cosine", "power_spherical", "gaussian", "nb"])
 def test_every_head_has_a_finite_loss_and_agreeing_sites(data, head):
     config = replace(spaim.PRESETS["network"], head=head, hidden=(16, 8), clusters=8, batch_genes=10)
-    pair = build_network(config, spaim.learn_hyper(data.without(np.arange(30)), config, 0, lambda line: None, None), data, 0)
+    pair = build_network(config, spaim.learn_hyper(without(data, np.arange(30)), config, 0, lambda line: None, None), data, 0)
     batch = spaim.batches(data, config, 0).at(1)
     assert batch.x.shape == (10, 500)
     guided = poutine.trace(pair.guide).get_trace(batch)

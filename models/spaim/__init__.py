@@ -4,12 +4,12 @@ Li et al., Nature Communications 2025, doi:10.1038/s41467-025-63185-9, written a
 
 GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
     z_ig    standardised log-normalised count of gene g in cell i, all genes of the target
-    u_i     place of cell i on the leading directions of z, unit variance, mixed with its spatial neighbors' mean place (`data.py`)
+    u_i     place of cell i on the leading directions of z, unit variance, mixed with its spatial neighbors' mean place (`ppl_st.models.common.cells`)
     t_kg    loading of gene g on direction k: mean_i u_ik z_ig, known for measured genes
     w_k     ~ Normal(0, d_k I)                              "weights", one row per direction
     t_kg    ~ Normal(phi_g . w_k, s_k)                      "scores"; phi_g . phi_h = k(g, h), what the reference knows of two genes (`kernel.py`)
     f_ig    = u_i . t_g                                     the gene's map: every cell is a linear read-out of the gene's features, as in SpaIM
-    x_ig    ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      level, slope, dispersion: `counts.py`
+    x_ig    ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      level, slope, dispersion: `ppl_st.models.common.counts`
 
 GUIDE
     w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k and s_k maximise the
@@ -30,23 +30,21 @@ DIFFERENCES from paper and released code
     * ``preset="paper"`` has the objective term by term (`network.py`) and the released settings.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import Pair
 from ppl_st.inference.svi import fit as run_svi
-from ppl_st.likelihoods import NegativeBinomial, Poisson
-from ppl_st.models.spaim.counts import Codes, Hyper, default_hyper, learn_hyper, log_shape
-from ppl_st.models.spaim.data import Batches, Data, median_depth
+from ppl_st.models.common.counts import Codes, Hyper, default_hyper, learn_hyper
+from ppl_st.models.common.predictor import MapPredictor, smoothed_place
+from ppl_st.models.spaim.data import Batches, Data
 from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build
 from ppl_st.models.spaim.network import NetworkGuide, gene_draws, observations
 
@@ -55,9 +53,6 @@ __all__ = [
     "batches", "build", "empty", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
-CACHED = 512  # loadings of one draw that are kept for the next block of cells
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
-QUADRATURE = tuple((_NODES).tolist()), tuple((_WEIGHTS / _WEIGHTS.sum()).tolist())  # expectation over a standard normal
 SPREAD_CELLS = 4096  # cells on which the variance of the places is taken
 
 
@@ -76,8 +71,8 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     guide = guide_of(pair)
     assert isinstance(guide, Guide)
     some = np.sort(np.random.default_rng([seed, 3]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
-    guide.place_variance.copy_(torch.from_numpy(_place(pair, data, hyper.smoothing, some).var(0)))
-    guide.counts.learn_own(data, partial(_place, pair, data, hyper.smoothing), guide.known_codes)
+    guide.place_variance.copy_(torch.from_numpy(smoothed_place(guide, data, hyper.smoothing, some).var(0)))
+    guide.counts.learn_own(data, partial(smoothed_place, guide, data, hyper.smoothing), guide.known_codes)
     return ensemble([pair]), spec
 
 
@@ -141,112 +136,19 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     return pair
 
 
-def _place(pair: Pair, data: Data, share: float, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Places u of cells [n, q], ``share`` of them their neighbors' mean place."""
-    guide = guide_of(pair)
-    own = guide.place(data, rows)
-    if share == 0.0 or data.neighbors is None:
-        return np.asarray(own)
-    near = data.neighbors[rows]
-    others, index = np.unique(near.indices, return_inverse=True)
-    near = sp.csr_matrix((near.data, index, near.indptr), shape=(len(rows), len(others)))
-    return np.asarray((1 - share) * own + share * (near @ guide.place(data, others.astype(np.int64))), dtype=np.float32)
-
-
-class Cells(NamedTuple):
-    """A block of cells to predict."""
-
-    rows: NDArray[np.int64]
-
-
-class Predictor:
-    """Posterior predictive of cells; see `ppl_st.inference.predict.Predictor`."""
+class Predictor(MapPredictor):
+    """Posterior predictive of cells; with Gaussian codes of the networks there is no closed form."""
 
     def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
-        self.chains, self.data, self.config, self.spec = chains_of(pair), data, config, spec
-        self.n_cells = data.counts.shape[0]
-        self.depth = median_depth(data.totals)
-        self.guides = [guide_of(chain) for chain in self.chains]
-        self.kept: dict[tuple[int, ...], Any] = {}
-        if config.features == "kernel" or config.codes == "point":
-            self.closed_form = self._closed_form  # with Gaussian codes there is no closed form
-
-    def blocks(self, max_cells: int) -> Iterator[Cells]:
-        """Consecutive cells."""
-        for first in range(0, self.n_cells, max_cells):
-            yield Cells(np.arange(first, min(first + max_cells, self.n_cells)))
-
-    def at(self, rows: NDArray[np.int64]) -> Cells:
-        """Any cells as a block."""
-        return Cells(rows)
-
-    def restrict(self, batch: Cells, keep: NDArray[np.bool_]) -> Cells:
-        """The cells of the block that are in ``keep`` [n]."""
-        return Cells(batch.rows[keep[batch.rows]])
-
-    def rows(self, batch: Cells) -> NDArray[np.int64]:
-        """Rows of the result that the block owns."""
-        return batch.rows
-
-    def local(self, batch: Cells, chain: int) -> tuple[Tensor, Tensor]:
-        """Places [n, q] and log depth [n, 1] of the cells."""
-        counts = self.data.counts[batch.rows]
-        depth = np.maximum(np.asarray(counts[:, self.data.columns].sum(1), dtype=np.float32).reshape(-1, 1), 0.5)
-        place = _place(self.chains[chain], self.data, self.spec.hyper.smoothing, batch.rows)
-        return torch.from_numpy(place), torch.from_numpy(np.log(depth))
-
-    def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
-        """p(count | draw): nothing is left to draw, a gene's loadings are the same in all cells."""
-        place, log_depth = local
-        (mean, variance), loadings = self._mean(chain, genes), self._draw(chain, drawn, genes)
-        slope = drawn["slope"][genes].clamp_min(0)
-        trend = place @ mean
-        shape = log_shape(trend, place @ (loadings - mean), place.square() @ variance, self._spread(chain, genes), slope)
-        log_rate = log_depth + drawn["log_gain"][genes] + shape
-        if self.config.likelihood == "poisson":
-            return Poisson(log_rate.exp())
-        return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
-
-    def _closed_form(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior means [n, g] of the rate and of the log-normalised count: level and deviations in closed form, the slope by quadrature.
-
-        The maps are of log-normalised expression, so its mean is read off the rate at the median depth over the shared genes.
-        """
-        place, log_depth = local
-        counts = self.guides[chain].counts
-        trend, spread = place @ self._mean(chain, genes)[0], self._spread(chain, genes)
-        loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]
-        share = torch.zeros_like(trend)
-        for node, weight in zip(*QUADRATURE, strict=True):
-            slope = (loc + node * scale).clamp_min(0)
-            share += weight * log_shape(trend, 0.0, 0.0, spread, slope).exp()
-        share *= (counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
-        return share * log_depth.exp(), torch.log1p(self.depth * share)
-
-    def _mean(self, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
-        return self._keep((chain, -1), genes, lambda: self.guides[chain].mean_codes(genes))
-
-    def _draw(self, chain: int, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
-        return self._keep((chain, int(drawn["gene_key"])), genes, lambda: self.guides[chain].codes(drawn, genes))
-
-    def _spread(self, chain: int, genes: Tensor) -> Tensor:
-        """Variance over cells of the mean map [g]."""
-        return self._keep((chain, -2), genes, lambda: self.guides[chain].spread(self._mean(chain, genes)[0]))
-
-    def _keep(self, key: tuple[int, ...], genes: Tensor, make: Callable[[], Any]) -> Any:
-        """What does not depend on cells is made once per block of genes."""
-        whole = (*key, len(genes), int(genes[0]), int(genes[-1]))
-        if whole not in self.kept:
-            if len(self.kept) >= CACHED:
-                self.kept.clear()
-            with torch.no_grad():
-                self.kept[whole] = make()
-        return self.kept[whole]
+        chains = chains_of(pair)
+        closed = config.features == "kernel" or config.codes == "point"
+        guides = [guide_of(chain) for chain in chains]
+        super().__init__(chains, guides, data, spec.hyper.smoothing, config.likelihood, closed_form=closed)
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
     """``obsm`` latent: places of the cells on the target's leading directions [n, q]."""
     chain = chains_of(pair)[0]
     n = data.counts.shape[0]
-    place = [_place(chain, data, spec.hyper.smoothing, np.arange(first, min(first + 4096, n))) for first in range(0, n, 4096)]
+    place = [smoothed_place(guide_of(chain), data, spec.hyper.smoothing, np.arange(first, min(first + 4096, n))) for first in range(0, n, 4096)]
     return {"latent": np.concatenate(place)}, {}

@@ -19,7 +19,8 @@ import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.models.spaim.data import Data, moments
+from ppl_st.models.common.cells import moments
+from ppl_st.models.spaim.data import Data
 
 CONSTANT = 0.3
 SELF = 1.0 + CONSTANT  # k_gg

@@ -12,8 +12,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_st.inference.svi import FitConfig, Pair
-from ppl_st.models.spaim.counts import Codes, CountLayer, Hyper, gene_noise
-from ppl_st.models.spaim.data import Batch, Data, Directions, find_directions, place_cells
+from ppl_st.models.common.cells import Directions, find_directions, place_cells
+from ppl_st.models.common.counts import Codes, CountLayer, Hyper, gene_noise
+from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
 from ppl_st.models.spaim.network import build_network
 
@@ -117,7 +118,7 @@ class Layer:
         mean, variance = weights @ self.features.T, (signal / precision) @ square.T + rest
         noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
         drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
-        return mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32)
+        return Codes(mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32))
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """u [n, q] of the problem's cells."""
@@ -220,6 +221,9 @@ class Guide(PyroModule):
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings [q, g] of measured genes."""
         return self.scores[:, self.measured[torch.from_numpy(genes)]].numpy()
+
+    def cell_noise(self, genes: Tensor) -> None:
+        """Nothing differs from cell to cell: the places are data."""
 
     def spread(self, loadings: Tensor) -> Tensor:
         """Variance over cells of the map of each gene."""

@@ -28,8 +28,9 @@ from ppl_st.factors import content_loss, cosine_loss, style_loss
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.likelihoods import NegativeBinomial
-from ppl_st.models.spaim.counts import Codes, CountLayer, Hyper, gene_noise
-from ppl_st.models.spaim.data import Batch, Data, log_normalise, median_depth
+from ppl_st.models.common.cells import log_normalise, median_depth
+from ppl_st.models.common.counts import Codes, CountLayer, Hyper, gene_noise
+from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.networks import StyleTransfer
 
 if TYPE_CHECKING:
@@ -208,6 +209,9 @@ class NetworkGuide(PyroModule):
         """Centered rows of the output layer [n, F + 1]."""
         return np.asarray((self._rows() - self.center)[torch.from_numpy(rows)].numpy())
 
+    def cell_noise(self, genes: Tensor) -> None:
+        """Nothing differs from cell to cell: the rows of the output layer are parameters."""
+
     def spread(self, loadings: Tensor) -> Tensor:
         """Variance over cells of the map of each gene."""
         return ((self.covariance @ loadings) * loadings).sum(0)
@@ -260,4 +264,4 @@ def gene_draws(guide: NetworkGuide, genes: NDArray[np.int64], draws: int, seed: 
                 nodes = poutine.trace(guide.globals).get_trace().nodes
             values = {name: torch.as_tensor(site["value"]) for name, site in nodes.items() if site["type"] == "sample"}
             drawn.append(guide.codes(values, index).numpy())
-    return mean.numpy(), variance.numpy(), np.stack(drawn)
+    return Codes(mean.numpy(), variance.numpy(), np.stack(drawn))

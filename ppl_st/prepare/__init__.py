@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 
-__all__ = ["hold_out_genes", "load_prepare"]
+__all__ = ["hold_out_genes", "load_prepare", "same_genes"]
 
 
 def load_prepare(method: str) -> ModuleType:
@@ -37,3 +37,14 @@ def hold_out_genes(target: Counts, genes: Sequence[str] | NDArray[np.str_]) -> C
             "list genes that the target measured (genes it never measured need no holding out)"
         )
     return target.take_genes(target.genes[~np.isin(target.genes, held)])
+
+
+def same_genes(target: Counts, fitted: Counts) -> Counts:
+    """Other cells with the genes of the fitted target, in its order; a gene that they lack is an error."""
+    missing = fitted.genes[~np.isin(fitted.genes, target.genes)]
+    if len(missing):
+        raise UserError(
+            f"target ({target.source}) lacks {len(missing)} of the {len(fitted.genes)} genes that the run was fitted on, e.g. "
+            f"{', '.join(missing[:3])}; a run predicts cells measured with the same genes"
+        )
+    return target.take_genes(fitted.genes)

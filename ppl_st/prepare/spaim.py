@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
+from ppl_st.models.common.cells import log_normalise, median_depth
 from ppl_st.models.spaim import Config, Data
-from ppl_st.models.spaim.data import log_normalise, median_depth
-from ppl_st.spatial import neighbors
+from ppl_st.prepare import same_genes
+from ppl_st.spatial import neighbor_mean
 
 MIN_SHARED = 5
 CELLS_PER_CLUSTER = 5  # fewer on average give no standard error worth the name
@@ -59,7 +60,7 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
         errors=errors,
         log_share=np.log((counts + 0.5) / (totals.sum() + 1)),
         evidence=counts,
-        neighbors=_neighbor_mean(target, config),
+        neighbors=neighbor_mean(target, config.neighbors, config.library_key),
     )
     return data, target, reference
 
@@ -68,14 +69,8 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
     """The same problem for other cells, measured with all the genes of the target of the fit (``fitted``)."""
     if config.features == "network":
         raise UserError("features='network' has a row of weights for every cell of the fit: it cannot predict others; take features='kernel'")
-    missing = fitted.genes[~np.isin(fitted.genes, target.genes)]
-    if len(missing):
-        raise UserError(
-            f"target ({target.source}) lacks {len(missing)} of the {len(fitted.genes)} genes that the run was fitted on, e.g. "
-            f"{', '.join(missing[:3])}; a run predicts cells measured with the same genes"
-        )
-    target = target.take_genes(fitted.genes)
-    return data._replace(counts=target.matrix, neighbors=_neighbor_mean(target, config)), target
+    target = same_genes(target, fitted)
+    return data._replace(counts=target.matrix, neighbors=neighbor_mean(target, config.neighbors, config.library_key)), target
 
 
 def cluster_profiles(
@@ -161,18 +156,3 @@ def leiden(counts: sp.csr_matrix, clusters: int, resolution: float | None, seed:
             best = found
         low, high = (middle, high) if found.max() + 1 < wanted else (low, middle)
     return best
-
-
-def _neighbor_mean(target: Counts, config: Config) -> sp.csr_matrix | None:
-    """Rows average over the nearest cells in space, within the section; None without coordinates."""
-    if target.xy is None or len(target.names) < 2:
-        return None
-    library = None
-    if config.library_key is not None:
-        if config.library_key not in target.obs:
-            columns = ", ".join(map(str, target.obs.columns[:5])) or "no columns"
-            raise UserError(f"target ({target.source}): no obs column {config.library_key!r} (library_key); it has {columns}")
-        library = target.obs[config.library_key].astype(str).tolist()
-    graph = neighbors(target.xy, config.neighbors, library)
-    size = np.maximum(np.asarray(graph.sum(1)).ravel(), 1)
-    return sp.csr_matrix(sp.diags(1 / size) @ graph, dtype=np.float32)

@@ -16,7 +16,7 @@ own level, slope and theta.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyro
@@ -29,10 +29,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from ppl_st.inference.hyperpriors import parameter_prior, random_effects, score_nb
-from ppl_st.models.spaim.data import Data
-
-if TYPE_CHECKING:
-    from ppl_st.models.spaim.model import Config
+from ppl_st.models.common.cells import Problem, take_cells, without
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
 SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3])
@@ -59,33 +56,53 @@ class Hyper(NamedTuple):
     candidates: list[dict[str, float]]  # every smoothing tried, with its score
 
 
-Codes = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # mean and variance [q, genes], draws [draws, q, genes]
+
+
+class Codes(NamedTuple):
+    """Loadings of genes under a fit that was not shown them."""
+
+    mean: NDArray[np.float32]  # [q, genes]
+    variance: NDArray[np.float32]  # [q, genes]
+    draws: NDArray[np.float32]  # [draws, q, genes]
+    noise: NDArray[np.float32] | None = None  # [K, genes] loadings of what differs from cell to cell in every draw: K standard normals each
+
+
+class Settings(Protocol):
+    """What `learn_hyper` uses of a method's settings."""
+
+    @property
+    def smoothing(self) -> float | str:
+        """Share of the spatial neighbors in a cell's place, or "auto"."""
+
+    @property
+    def gain(self) -> str:
+        """Level of unmeasured genes: "hierarchical" or "none"."""
 
 
 class Fit(Protocol):
     """A fit to part of the panel: the inner genes' loadings, and places of cells."""
 
     def codes(self, draws: int, seed: list[int]) -> Codes:
-        """Mean and variance [q, inner genes] of the loadings, and draws [draws, q, inner genes]."""
+        """Loadings of the inner genes."""
 
-    def place(self, data: Data) -> NDArray[np.float32]:
+    def place(self, data: Any) -> NDArray[np.float32]:
         """[n, q], centered."""
 
 
-def default_hyper(data: Data, config: "Config") -> Hyper:
+def default_hyper(data: Problem, config: Settings) -> Hyper:
     """Wide hyper-priors where nothing can be learned: a tiny panel."""
     z = data.log_share[data.panel]
     smoothing = 0.0 if config.smoothing == "auto" else float(config.smoothing)
     return Hyper(smoothing, (_mean_gain(data), 0.5, 1.0), (1.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
-def _mean_gain(data: Data) -> float:
+def _mean_gain(data: Problem) -> float:
     counts = np.asarray(data.counts[:, data.columns].sum(0), dtype=np.float64).ravel()
     return float(np.log((counts + 0.5) / (data.totals.sum() + 1)).mean())
 
 
 def learn_hyper(
-    data: Data, config: "Config", seed: int, say: Callable[[str], None], fit: Callable[[Data, NDArray[np.int64]], Fit], folds: int = FOLDS
+    data: Problem, config: Settings, seed: int, say: Callable[[str], None], fit: Callable[[Any, NDArray[np.int64]], Fit], folds: int = FOLDS
 ) -> Hyper:
     """Choose the smoothing and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows how to
     draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
@@ -103,7 +120,7 @@ def learn_hyper(
     noises, genes = [], []
     for fold in range(folds):
         inner = np.sort(order[fold::FOLDS])
-        split = data.without(inner)
+        split = without(data, inner)
         judged = inner[np.sort(rng.permutation(len(inner))[:INNER_GENES])]
         problem = fit(split, data.panel[judged])
         codes = problem.codes(INNER_DRAWS, [seed, 2, fold])
@@ -135,7 +152,7 @@ def smooth(place: NDArray[np.float32], neighbors: sp.csr_matrix | None, share: f
     return np.asarray((1 - share) * place + share * (neighbors @ place), dtype=np.float32)
 
 
-def _subset(data: Data, rng: np.random.Generator) -> tuple[Data, NDArray[np.int64]]:
+def _subset(data: Any, rng: np.random.Generator) -> tuple[Any, NDArray[np.int64]]:
     """About `INNER_CELLS` cells to judge, with their neighbors; also the rows of the judged ones."""
     n = data.counts.shape[0]
     chosen = np.sort(rng.permutation(n)[:INNER_CELLS])
@@ -144,7 +161,7 @@ def _subset(data: Data, rng: np.random.Generator) -> tuple[Data, NDArray[np.int6
     near = np.empty(0, np.int64) if data.neighbors is None else data.neighbors[chosen].indices
     more = rng.permutation(n)[: 3 * INNER_CELLS]
     cells = np.unique(np.concatenate([chosen, near, more])).astype(np.int64)
-    return data.take_cells(cells), np.searchsorted(cells, chosen)
+    return take_cells(data, cells), np.searchsorted(cells, chosen)
 
 
 def log_shape(mean: Any, deviation: Any, variance: Any, spread: Any, slope: Any) -> Any:
@@ -161,8 +178,12 @@ def _score(
     """Log predictive score [slopes, thetas, genes] at each gene's best level, and that log level [slopes, genes]."""
     used = totals > 0
     counts, depth, place = counts[used], np.maximum(totals[used], 0.5)[:, None], place[used].astype(np.float64)
-    mean, variance = place @ codes[0], place**2 @ codes[1]  # [n, g]
-    deviation = np.stack([place @ (code - codes[0]) for code in codes[2]])  # [D, n, g]
+    mean, variance = place @ codes.mean, place**2 @ codes.variance  # [n, g]
+    deviation = np.stack([place @ (code - codes.mean) for code in codes.draws])  # [D, n, g]
+    if codes.noise is not None:
+        variance += np.square(codes.noise).sum(0)
+        rng = np.random.default_rng(len(counts))
+        deviation += np.stack([rng.standard_normal((len(counts), len(codes.noise))) @ codes.noise for _ in deviation])
     score = np.empty((len(SLOPES), len(LOG_THETA), counts.shape[1]))
     level = np.empty((len(SLOPES), counts.shape[1]))
     for i, slope in enumerate(SLOPES):
@@ -178,7 +199,7 @@ def _priors(
     level: NDArray[np.float64],
     noise: NDArray[np.float64],
     z: NDArray[np.float64],
-    config: "Config",
+    config: Settings,
     smoothing: float,
     candidates: list[dict[str, float]],
 ) -> Hyper:
@@ -201,7 +222,7 @@ def _priors(
 class CountLayer(PyroModule):
     """Level, slope and dispersion of every gene: hyper-priors for unmeasured genes, own values for measured ones (`learn_own`)."""
 
-    def __init__(self, data: Data, hyper: Hyper) -> None:
+    def __init__(self, data: Problem, hyper: Hyper) -> None:
         super().__init__()
         z = torch.from_numpy(data.log_share - hyper.center).float()
         ones = torch.ones_like(z)
@@ -221,7 +242,7 @@ class CountLayer(PyroModule):
             pyro.sample(name, dist.Normal(loc, scale).to_event(1))  # [G]
         pyro.deterministic("gene_key", torch.randint(2**31, ()))
 
-    def learn_own(self, data: Data, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
+    def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
         """Level, slope and theta of the measured genes from their own counts; ``codes(genes)`` gives known loadings [q, g]."""
         n, p = data.counts.shape[0], len(data.panel)
         rows = np.sort(np.random.default_rng(0).permutation(n)[: int(np.clip(OWN_ENTRIES // p, 100, INNER_CELLS))])
@@ -230,7 +251,7 @@ class CountLayer(PyroModule):
             part = slice(start, start + 256)
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
-            score, level = _score(counts, totals, where, (known, np.zeros_like(known), known[None]))
+            score, level = _score(counts, totals, where, Codes(known, np.zeros_like(known), known[None]))
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
             slope = (weight.sum(1) * SLOPES[:, None]).sum(0)
             log_theta = (weight.sum(0) * LOG_THETA[:, None]).sum(0)

@@ -1,0 +1,153 @@
+"""The predictive of methods whose map of a gene over cells is place [cells, q] times loadings [q, genes]: rates, draws, closed-form means."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_st.inference.pair import Pair
+from ppl_st.likelihoods import NegativeBinomial, Poisson
+from ppl_st.models.common.cells import Problem, median_depth
+from ppl_st.models.common.counts import CountLayer, log_shape
+
+CACHED = 512  # loadings of one draw that are kept for the next block of cells
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
+QUADRATURE = tuple((_NODES).tolist()), tuple((_WEIGHTS / _WEIGHTS.sum()).tolist())  # expectation over a standard normal
+
+
+class MapGuide(Protocol):
+    """What a guide knows of cells and genes."""
+
+    @property
+    def counts(self) -> CountLayer:
+        """Level, slope and dispersion of every gene."""
+
+    def place(self, data: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, q] of cells of any problem with the same genes."""
+
+    def mean_codes(self, genes: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance of the loadings, [q, g] each."""
+
+    def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
+        """Loadings [q, g] in one draw, the same for all cells."""
+
+    def cell_noise(self, genes: Tensor) -> Tensor | None:
+        """Loadings [K, g] of what differs from cell to cell in every draw; None where nothing does."""
+
+    def spread(self, loadings: Tensor) -> Tensor:
+        """Variance over the cells of the fit of the maps of loadings [q, g]."""
+
+
+def smoothed_place(guide: MapGuide, data: Any, share: float, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Places of cells [n, q], ``share`` of them their neighbors' mean place."""
+    own = guide.place(data, rows)
+    if share == 0.0 or data.neighbors is None:
+        return np.asarray(own)
+    near = data.neighbors[rows]
+    others, index = np.unique(near.indices, return_inverse=True)
+    near = sp.csr_matrix((near.data, index, near.indptr), shape=(len(rows), len(others)))
+    return np.asarray((1 - share) * own + share * (near @ guide.place(data, others.astype(np.int64))), dtype=np.float32)
+
+
+class Cells(NamedTuple):
+    """A block of cells to predict."""
+
+    rows: NDArray[np.int64]
+
+
+class MapPredictor:
+    """Posterior predictive of cells from places and loadings; see `ppl_st.inference.predict.Predictor`.
+
+    ``smoothing`` is the share of the spatial neighbors in a place; ``closed_form`` says whether the mean map is known without draws.
+    """
+
+    def __init__(
+        self, chains: list[Pair], guides: Sequence[MapGuide], data: Problem, smoothing: float, likelihood: str, *, closed_form: bool = True
+    ) -> None:
+        self.chains, self.guides, self.data = chains, guides, data
+        self.smoothing, self.likelihood = smoothing, likelihood
+        self.n_cells = data.counts.shape[0]
+        self.depth = median_depth(data.totals)
+        self.kept: dict[tuple[int, ...], Any] = {}
+        if closed_form:
+            self.closed_form = self._closed_form
+
+    def blocks(self, max_cells: int) -> Iterator[Cells]:
+        """Consecutive cells."""
+        for first in range(0, self.n_cells, max_cells):
+            yield Cells(np.arange(first, min(first + max_cells, self.n_cells)))
+
+    def at(self, rows: NDArray[np.int64]) -> Cells:
+        """Any cells as a block."""
+        return Cells(rows)
+
+    def restrict(self, batch: Cells, keep: NDArray[np.bool_]) -> Cells:
+        """The cells of the block that are in ``keep`` [n]."""
+        return Cells(batch.rows[keep[batch.rows]])
+
+    def rows(self, batch: Cells) -> NDArray[np.int64]:
+        """Rows of the result that the block owns."""
+        return batch.rows
+
+    def local(self, batch: Cells, chain: int) -> tuple[Tensor, Tensor]:
+        """Places [n, q] and log depth [n, 1] of the cells."""
+        counts = self.data.counts[batch.rows]
+        depth = np.maximum(np.asarray(counts[:, self.data.columns].sum(1), dtype=np.float32).reshape(-1, 1), 0.5)
+        place = smoothed_place(self.guides[chain], self.data, self.smoothing, batch.rows)
+        return torch.from_numpy(place), torch.from_numpy(np.log(depth))
+
+    def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
+        """p(count | draw): a gene's loadings are the same in all cells; what differs from cell to cell is drawn here."""
+        place, log_depth = local
+        (mean, variance), loadings = self._mean(chain, genes), self._draw(chain, drawn, genes)
+        slope = drawn["slope"][genes].clamp_min(0)
+        trend = place @ mean
+        deviation, spread = place @ (loadings - mean), place.square() @ variance
+        noise = self.guides[chain].cell_noise(genes)
+        if noise is not None:
+            deviation, spread = deviation + torch.randn(len(place), len(noise)) @ noise, spread + noise.square().sum(0)
+        shape = log_shape(trend, deviation, spread, self._spread(chain, genes), slope)
+        log_rate = log_depth + drawn["log_gain"][genes] + shape
+        if self.likelihood == "poisson":
+            return Poisson(log_rate.exp())
+        return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
+
+    def _closed_form(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior means [n, g] of the rate and of the log-normalised count: level and deviations in closed form, the slope by quadrature.
+
+        The maps are of log-normalised expression, so its mean is read off the rate at the median depth over the shared genes.
+        """
+        place, log_depth = local
+        counts = self.guides[chain].counts
+        trend, spread = place @ self._mean(chain, genes)[0], self._spread(chain, genes)
+        loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]
+        share = torch.zeros_like(trend)
+        for node, weight in zip(*QUADRATURE, strict=True):
+            slope = (loc + node * scale).clamp_min(0)
+            share += weight * log_shape(trend, 0.0, 0.0, spread, slope).exp()
+        share *= (counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
+        return share * log_depth.exp(), torch.log1p(self.depth * share)
+
+    def _mean(self, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
+        return self._keep((chain, -1), genes, lambda: self.guides[chain].mean_codes(genes))
+
+    def _draw(self, chain: int, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
+        return self._keep((chain, int(drawn["gene_key"])), genes, lambda: self.guides[chain].codes(drawn, genes))
+
+    def _spread(self, chain: int, genes: Tensor) -> Tensor:
+        """Variance over cells of the mean map [g]."""
+        return self._keep((chain, -2), genes, lambda: self.guides[chain].spread(self._mean(chain, genes)[0]))
+
+    def _keep(self, key: tuple[int, ...], genes: Tensor, make: Callable[[], Any]) -> Any:
+        """What does not depend on cells is made once per block of genes."""
+        whole = (*key, len(genes), int(genes[0]), int(genes[-1]))
+        if whole not in self.kept:
+            if len(self.kept) >= CACHED:
+                self.kept.clear()
+            with torch.no_grad():
+                self.kept[whole] = make()
+        return self.kept[whole]

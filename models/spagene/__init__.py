@@ -1,0 +1,300 @@
+r"""SpaGene: two autoencoders, two translators between their codes, and a game that aligns them.
+
+Budhkar et al., bioRxiv 2025, doi:10.1101/2025.10.03.680242, written anew from the equations.
+
+GENERATIVE STORY
+    stage 1, either side alone (`autoencoder.py`)
+        z_i ~ Normal(0, I);   x_i ~ p(x | decoder(z_i))                        then frozen; q(z | x) of every cell is computed once
+    stage 2 (`model.py`, `direction.py`), forward: spatial cells to reference codes; backward alike with the sides exchanged
+        z_i   ~ q(z | x_i)                                                     "forward_z"           [B, q]
+        W     ~ Normal(0, r_k s_k)                                             "forward_translator"  [q, F]
+        y_i   ~ Normal(z_i W R, e^2a)                                          "forward_translated"  [B, L] code in the reference's latent
+        t_g   ~ Normal(W d_g, s)                                               "forward_identity"    [q, P] shared genes, see `closed.py`
+    factors, all optional and by name
+        forward_cycle      -w N mean (D_own(T_back(y)) - x)^2
+        forward_coral      -w N |cov(y) - cov(z_reference)|^2 / 4 d^2          statistics of the two minibatches, of any two sizes
+        forward_mmd        -w N MMD^2(y, z_reference)
+        forward_adversary  -w N loss of a critic (`ppl_st.inference.adversary`), one per direction
+    counts of gene g in cell i (`ppl_st.models.common.counts`)
+        f_ig = z_i . (W d_g + deviation_g);   x_ig ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
+
+GUIDE
+    default: W | t is Gaussian and exact at the start, for either direction; SVI then lets the factors move its mean. An unmeasured gene integrates
+    over W, its own deviation (every gene differs between platforms by more than a gain), the code's doubt, and level, slope, theta from hyper-priors
+    learned on inner held-out genes. ``z`` and ``y`` have the same law in model and guide: what is known of them is what stage 1 and T say.
+    ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
+    Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has point maps: doubt comes from the hyper-priors alone.
+
+SYMBOLS  n spatial and M reference cells, A genes of the target, G of the reference, P of both; q and L latent dimensions; B cells of a minibatch.
+
+DIFFERENCES from paper and released code
+    * default: the autoencoders are linear and in closed form, so is the translator; coordinates smooth the codes; both compared in BENCHMARKS.md;
+    * genes that only the target has place its cells, as in the paper; no gene or cell is filtered out;
+    * preprocessing of ``preset="paper"`` (square root, clipped at mean + 2 sd of positive counts) sees training genes only;
+    * frozen means frozen: evaluation mode, codes cached. Released: dropout and batch statistics move on in stage 2, and every step re-encodes;
+    * LayerNorm and ReLU, no activation on codes. Released: BatchNorm and LeakyReLU, on codes too;
+    * hinge with the right sign in "paper"; ``preset="released"`` has the fault (both terms push up) and the dominating gradient penalty;
+    * MMD: multi-scale and unbiased; "released" kernel (fixed 0.3) in the published presets, where it is the constant 1/n + 1/m;
+    * published epochs are steps here (2000), and the best one is not chosen on the training genes.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ppl_st.inference.adversary import Adversary, Player
+from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.randomness import rng_scope
+from ppl_st.inference.svi import Pair
+from ppl_st.inference.svi import fit as run_svi
+from ppl_st.models.common.cells import median_depth, without
+from ppl_st.models.common.counts import MIN_PANEL, Codes, CountLayer, Hyper, default_hyper, learn_hyper
+from ppl_st.models.common.predictor import MapPredictor, smoothed_place
+from ppl_st.models.spagene.alignment import alignment_of
+from ppl_st.models.spagene.autoencoder import Autoencoder, linear, train
+from ppl_st.models.spagene.closed import Choice, Closed, choose, correlation, features
+from ppl_st.models.spagene.data import Batch, Batches, Data, make
+from ppl_st.models.spagene.direction import Direction
+from ppl_st.models.spagene.model import PRESETS, Config, Guide, Model, Spec, build, direction_of, empty_sides, model_of
+
+__all__ = [
+    "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary", "alignment",
+    "batches", "build", "empty", "make", "quantities", "select", "spec_from", "spec_to", "start", "turned",
+]  # fmt: skip
+
+SPREAD_CELLS = 4096  # cells on which the spread of the places is taken
+INNER_SHARE = 4  # one of so many shared genes is held out to choose the number of steps
+LEVEL_SD = 0.05  # of a gene's log level on the platform that measured it
+
+
+def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
+    """Stage 1, what inner held-out genes teach, and the translators at their start."""
+    problems = (data, data.turned())
+    make_linear = config.translator == "linear"
+    sides = [train(problems[k], config.shape(k), config.stage1, config.batch_cells, seed, f"side {k}") for k in range(2)]
+    both = (sides[0], sides[1])
+    say(f"stage 1: codes of {sides[0].latent} and {sides[1].latent} dimensions")
+    hypers, candidates, steps = [], [], config.fit.steps
+    ratios, deviations = [1.0, 1.0], [[], []]  # type: tuple[list[float], list[list[float]]]
+    for k in range(2):
+        problem = problems[k]
+        if make_linear:
+            other = features(both[1 - k], problem.panel)
+            chosen = choose(problem, config.shape(k), other, config.smoothing, seed, say)
+            fit_inner: Callable[[Data, NDArray[np.int64]], Any] = partial(_closed, config.shape(k), other, chosen)
+            hypers.append(learn_hyper(problem, replace(config, smoothing=chosen.smoothing), seed, say, fit_inner))
+            ratios[k], deviations[k] = chosen.ratio, chosen.deviations
+            candidates += [{"direction": float(k), **one} for one in chosen.candidates]
+        elif k == 0:
+            steps, candidates = choose_steps(data, config, both[1], seed, say)
+            hypers.append(learn_hyper(data, config, seed, say, partial(_inner_network, config, both[1], steps, seed), folds=1))
+        else:
+            hypers.append(default_hyper(problem, config))
+    sizes = (both[0].latent, both[1].latent)
+    spec = Spec((ratios[0], ratios[1]), (deviations[0], deviations[1]), (hypers[0], hypers[1]), steps, sizes, candidates)
+    return ensemble([_build(config, spec, data, both, seed)]), spec
+
+
+def _build(config: Config, spec: Spec, data: Data, sides: tuple[Autoencoder, Autoencoder], seed: int) -> Pair:
+    with rng_scope(seed, "start"):
+        return build(config, spec, data, sides)
+
+
+def _closed(shape: Any, other: Any, chosen: Choice, data: Data, genes: NDArray[np.int64]) -> Closed:
+    return Closed(data, linear(data, shape), other, chosen.ratio, genes, chosen.deviations)
+
+
+class _Inner(NamedTuple):
+    """Networks fitted to part of the panel, as `learn_hyper` wants them."""
+
+    direction: Direction
+    genes: NDArray[np.int64]
+
+    def codes(self, draws: int, seed: list[int]) -> Codes:
+        mean = self.direction.mean_codes(torch.from_numpy(self.genes))[0].detach().numpy()
+        return Codes(mean, np.zeros_like(mean), mean[None])
+
+    def place(self, data: Data) -> NDArray[np.float32]:
+        return self.direction.place(data, np.arange(data.counts.shape[0]))
+
+
+def _inner_pair(config: Config, reference: Autoencoder, data: Data, seed: int) -> Pair:
+    """Stage 1 of a target without inner genes, and stage 2 before training; the reference's side is the one of the whole problem."""
+    target = train(data, config.shape(0), config.stage1, config.batch_cells, seed, "inner")
+    hypers = (default_hyper(data, config), default_hyper(data.turned(), config))
+    spec = Spec((1.0, 1.0), ([], []), hypers, config.fit.steps, (target.latent, reference.latent), [])
+    return _build(config, spec, data, (target, reference), seed)
+
+
+def _inner_network(config: Config, reference: Autoencoder, steps: int, seed: int, data: Data, genes: NDArray[np.int64]) -> _Inner:
+    pair = _inner_pair(config, reference, data, seed)
+    _train(pair, data, config, seed, replace(config.fit, steps=steps))
+    direction = direction_of(pair, 0)
+    _learn_spread(direction, data, 0.0, seed)
+    return _Inner(direction, genes)
+
+
+def _train(pair: Pair, data: Data, config: Config, seed: int, settings: Any, state: Any = None, until: int | None = None) -> Any:
+    scale = 1.0 / (data.counts.shape[0] * data.counts.shape[1])
+    game = adversary(ensemble([pair]), config)
+    device = replace(settings, device="cpu")
+    return run_svi(pair, batches(data, config, seed), device, state, scale=scale, until=until, adversary=game)[0]
+
+
+def choose_steps(data: Data, config: Config, reference: Autoencoder, seed: int, say: Callable[[str], None]) -> tuple[int, list[dict[str, float]]]:
+    """Training steps after which inner held-out genes are predicted best: they peak early and fall while training genes still climb."""
+    whole = config.fit.steps
+    if not config.checkpoints or len(data.panel) < MIN_PANEL:
+        return whole, []
+    order = np.random.default_rng([seed, 6]).permutation(len(data.panel))
+    inner = np.sort(order[: len(order) // INNER_SHARE])
+    split = without(data, inner)
+    rows = np.sort(np.random.default_rng([seed, 7]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
+    truth = linear(data, config.shape(0)._replace(kind="linear")).read(data, rows)[:, data.columns[inner]].numpy()
+    pair, state, tried = _inner_pair(config, reference, split, seed), None, []
+    for until in sorted({-(-whole * (i + 1) // config.checkpoints) for i in range(config.checkpoints)}):
+        state = _train(pair, split, config, seed, config.fit, state, until)
+        direction = direction_of(pair, 0)
+        with torch.no_grad():
+            guess = direction.place(split, rows) @ direction.other.loadings[torch.from_numpy(data.panel[inner])].numpy().T
+        tried.append({"steps": float(until), "inner genes": float(correlation(guess, truth).mean())})
+    best = max(tried, key=lambda one: one["inner genes"])
+    say(f"{int(best['steps'])} of {whole} steps (correlation {best['inner genes']:.3f} on inner held-out genes)")
+    return int(best["steps"]), tried
+
+
+def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
+    """An ensemble with every parameter in place, to read stored weights into."""
+    return ensemble([_build(config, spec, data, empty_sides(config, spec.latent, data), 0) for _ in range(chains)])
+
+
+def spec_to(spec: Spec) -> dict[str, Any]:
+    """The specification as plain JSON."""
+    return {**spec._asdict(), "hypers": [hyper._asdict() for hyper in spec.hypers]}
+
+
+def spec_from(stored: dict[str, Any]) -> Spec:
+    """Inverse of `spec_to`."""
+    first, second = (Hyper(**hyper) for hyper in stored["hypers"])
+    return Spec(**{**stored, "hypers": (first, second)})
+
+
+def batches(data: Data, config: Config, seed: int) -> Batches:
+    """Minibatches of both sides."""
+    return Batches(data, config.batch_cells, config.batch_reference, seed)
+
+
+def adversary(pair: Pair, config: Config) -> Adversary | None:
+    """Two critics per chain: is a code of the reference real or translated, and of the target."""
+    if config.adversary == "off":
+        return None
+
+    def player(model: Model, k: int) -> Player:
+        def codes(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = (batch.rows, batch.reference_rows)
+            drawn = [loc + scale * torch.randn_like(loc) for loc, scale in (model.codes(side, rows[side]) for side in (0, 1))]
+            mean = model.way(k).translate(drawn[k])
+            return drawn[1 - k], mean + model.way(k).noise() * torch.randn_like(mean)
+
+        return Player(model.opponents[k], codes)
+
+    players = [player(model_of(chain), k) for chain in chains_of(pair) for k in range(2)]
+    decay = 1e-3 if config.identity == "pearson" else 1e-6
+    penalty = {"penalty": config.gradient_penalty, "center": config.gradient_center}
+    return Adversary(players, config.adversary, lr=config.critic_lr, weight_decay=decay, **penalty)
+
+
+def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
+    """All chains are kept; here they learn the spread of their maps, and what measured genes and the target's platform show themselves."""
+    problems = (data, data.turned())
+    for chain in chains_of(pair):
+        for k in range(2):
+            direction, share = direction_of(chain, k), smoothing_of(chain, k)
+            _learn_spread(direction, problems[k], share, seed)
+            direction.counts.learn_own(problems[k], partial(smoothed_place, direction, problems[k], share), direction.known_codes)
+        _learn_platform(chain, data)
+    return pair
+
+
+def smoothing_of(pair: Pair, k: int) -> float:
+    """Share of the neighbors in a code, as chosen."""
+    return float(model_of(pair).smoothing[k])
+
+
+def _learn_spread(direction: Direction, data: Data, share: float, seed: int) -> None:
+    some = np.sort(np.random.default_rng([seed, 3]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
+    direction.learn_spread(smoothed_place(direction, data, share, some))
+
+
+def _learn_platform(chain: Pair, data: Data) -> None:
+    """Level and dispersion of the target's genes on the target's own platform, for cells translated backward.
+
+    Learned on the target's cells with its autoencoder's own maps; the total is over all of its genes.
+    """
+    own, genes = model_of(chain).side(0), np.arange(data.counts.shape[1])
+    everything = data._replace(columns=genes, panel=genes)
+    hyper = default_hyper(data.turned(), model_of(chain).config)
+    layer = CountLayer(data.turned(), hyper)
+
+    def place(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            code = own.features(own.encode(own.read(data, rows))[0])
+            return (code - code.mean(0)).numpy()
+
+    def codes(some: NDArray[np.int64]) -> NDArray[np.float32]:
+        return own.loadings.detach()[torch.from_numpy(some)].T.contiguous().numpy()
+
+    layer.learn_own(everything, place, codes)
+    counts = direction_of(chain, 1).counts
+    counts.log_gain_loc.copy_(layer.log_gain_loc)
+    counts.log_gain_scale.fill_(LEVEL_SD)
+    counts.log_theta_loc.copy_(layer.log_theta_loc)
+    counts.log_theta_scale.fill_(LEVEL_SD)
+
+
+class Predictor(MapPredictor):
+    """Posterior predictive of the reference's genes in spatial cells."""
+
+    def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
+        chains = chains_of(pair)
+        directions = [direction_of(chain, 0) for chain in chains]
+        super().__init__(chains, directions, data, spec.hypers[0].smoothing, config.likelihood, closed_form=True)
+
+
+class TurnedPredictor(MapPredictor):
+    """Posterior predictive of the target's genes in reference cells, as the target's platform would count them in a cell of median depth."""
+
+    def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
+        chains = chains_of(pair)
+        directions = [direction_of(chain, 1) for chain in chains]
+        super().__init__([Pair(chain.model, one) for chain, one in zip(chains, directions, strict=True)], directions, data, 0.0, config.likelihood)
+        self.depth = median_depth(np.asarray(data.reference.sum(1), dtype=np.float64).ravel())
+
+    def local(self, batch: Any, chain: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places [n, q] and the common log depth [n, 1]."""
+        place, log_depth = super().local(batch, chain)
+        return place, torch.full_like(log_depth, float(np.log(self.depth)))
+
+
+def turned(pair: Pair, data: Data) -> tuple[Any, Data]:
+    """What `ppl_st.posterior.Run.turned` needs: a method whose cells are the reference's and whose genes are the target's, and its data."""
+    return SimpleNamespace(Predictor=TurnedPredictor, Model=Model, quantities=lambda *_: ({}, {})), data.turned()
+
+
+def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``obsm`` latent: codes of the cells [n, q]; translated: their mean codes in the reference's latent [n, L]."""
+    chain = chains_of(pair)[0]
+    with torch.no_grad():
+        codes = model_of(chain).side(0).codes(data)[0]
+        return {"latent": codes.numpy(), "translated": direction_of(chain, 0).translate(codes).numpy()}, {}
+
+
+def alignment(pair: Pair, data: Data, config: Config, seed: int) -> dict[str, float]:
+    """How well translated codes and the other side's own mix, in either direction; see `alignment.py`."""
+    return alignment_of(model_of(chains_of(pair)[0]), seed)

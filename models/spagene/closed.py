@@ -1,0 +1,165 @@
+r"""The linear Gaussian translator in closed form, and what inner held-out genes teach.
+
+IDENTITY. Let u [n, q] be the codes of one side's cells (unit variance), x_g the standardised expression of a gene there and t_g = u'x_g / n its
+loadings. If translating and decoding is to give the gene back, u W d_g = x_g for every shared gene, d_g the loadings of the *other* side's decoder.
+Genes differ between platforms by more than a gain and an offset, so every gene has its own deviation in every direction k:
+
+    log r_k ~ Normal(log r, 1.5^2)                signal over noise of direction k
+    w_k  ~ Normal(0, r_k s_k I)                   row k of the translator W [q, F]
+    t_kg ~ Normal(d_g . w_k, s_k)                 shared genes g
+
+With the other side's latent rotated so that sum_g d_g d_g' = diag(lambda), everything is elementwise:
+
+    w_kf | t ~ Normal( sum_g t_kg d_gf / (1 / r_k + lambda_f),  s_k / (1 / r_k + lambda_f) ),      s_k = mean_g t_kg (t_kg - d_g . w_k)
+    -2 log p(t_k) = P log s_k + sum_f log(1 + r_k lambda_f) + P                                    at that s_k
+
+r_k maximises the marginal likelihood times its prior: many shared genes tell apart directions that the reference knows of from those it does not, few
+leave all of them near r. A gene that this side never measured has loadings W d_g + Normal(0, v): the evidence behind W is the number of shared genes,
+not of cells. A measured gene takes part in the directions, the weak ones above all, so its deviations s are larger than those of other genes: v is
+what is left of inner held-out genes, direction by direction, beyond the sampling error of their loadings. One column of d is a constant: what all
+genes have in common, depth mostly. r, and the share of the spatial neighbors in a code, are chosen on inner held-out genes, too.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppl_st.models.common.cells import without
+from ppl_st.models.common.counts import MIN_PANEL, Codes, smooth
+from ppl_st.models.spagene.autoencoder import Autoencoder, Shape, blocks, linear
+from ppl_st.models.spagene.data import Data
+
+CONSTANT = 0.2  # square of the constant column
+RATIOS = (0.1, 0.3, 1.0, 3.0)
+RATIO_SD = 1.5  # of log r_k around log r
+GRID = np.geomspace(1e-4, 1e3, 60)  # of r_k
+MIXES = (0.0, 0.15, 0.3, 0.5)  # shares of the neighbors in a code
+USUAL = (1.0, 0.3)  # r and share that others must beat by a standard error
+FOLDS = 4
+START_NOISE = float(np.exp(-3.0))  # of a translated code, before it is learned
+CELLS = 2000  # on which inner genes are judged
+
+Say = Callable[[str], None]
+
+
+class Features(NamedTuple):
+    """Decoder loadings of the other side in the coordinates in which their Gram matrix over the shared genes is diagonal."""
+
+    phi: NDArray[np.float64]  # [genes, F]
+    rotation: NDArray[np.float64]  # [F, L]: phi = [d, constant] @ rotation_full; latent code = (u W) @ rotation
+
+
+def features(other: Autoencoder, panel: NDArray[np.int64]) -> Features:
+    """See `Features`; ``panel`` are the shared genes' positions on the other side."""
+    d = other.loadings.detach().numpy().astype(np.float64)
+    d = np.column_stack([d, np.full(len(d), np.sqrt(CONSTANT))])
+    _, rotation = np.linalg.eigh(d[panel].T @ d[panel])
+    rotation = rotation[:, ::-1]  # directions that no shared gene has stay: what they add to other genes is as the prior says
+    rotation = rotation * np.sign(rotation[np.abs(rotation).argmax(0), np.arange(rotation.shape[1])])
+    return Features(d @ rotation, rotation[:-1].T)
+
+
+class Closed:
+    """The closed-form translator from one side's codes to the other's, on one problem."""
+
+    def __init__(
+        self, data: Data, own: Autoencoder, other: Features, ratio: float, genes: NDArray[np.int64] | None = None,
+        deviations: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        self.own, self.rotation = own, other.rotation
+        self.scores = own.loadings.detach().numpy().astype(np.float64)[data.columns].T  # t [q, P]
+        self.shared = other.phi[data.panel]  # [P, F]
+        self.genes = other.phi if genes is None else other.phi[genes]
+        # Without some genes the Gram matrix is only nearly diagonal: solve it as it is.
+        gram = self.shared.T @ self.shared
+        values, vectors = np.linalg.eigh(gram)
+        values, self.vectors = np.maximum(values, 0.0), vectors
+        projected = self.scores @ self.shared @ vectors  # [q, F]
+        square, p = np.square(self.scores).sum(1), self.scores.shape[1]
+        noise = (square[:, None] - np.square(projected) @ (1 / (1 / GRID[:, None] + values)).T).clip(1e-8 * p) / p  # s [q, grid]
+        log_prior = -0.5 * (np.log(GRID / ratio) / RATIO_SD) ** 2
+        evidence = -0.5 * (p * np.log(noise) + np.log1p(GRID[:, None] * values).sum(1)) + log_prior
+        best = evidence.argmax(1)
+        self.ratios, self.noise = GRID[best], noise[np.arange(len(best)), best]  # r_k and s_k [q]
+        self.precision = 1 / self.ratios[:, None] + values  # [q, F]
+        self.weights = (projected / self.precision) @ vectors.T  # [q, F]
+        self.deviation = of_rank(deviations, self.noise)  # v [q]
+
+    def codes(self, draws: int, seed: Sequence[int]) -> Codes:
+        """Loadings of the genes asked for, [q, genes]; the encoder's doubt as noise of the cells."""
+        rng = np.random.default_rng(list(seed))
+        g = self.genes
+        mean = self.weights @ g.T
+        rest = np.broadcast_to(self.deviation[:, None], mean.shape)
+        sd = np.sqrt(self.noise[:, None] / self.precision)  # [q, F] in the eigenbasis
+        variance = np.square(sd) @ np.square(g @ self.vectors).T + rest
+        drawn = mean + (sd * rng.standard_normal((draws, *sd.shape))) @ (g @ self.vectors).T
+        drawn += np.sqrt(rest) * rng.standard_normal((draws, *mean.shape))
+        noise = np.concatenate([self.own.scale.numpy()[:, None] * mean, START_NOISE * (g @ self.rotation).T])
+        return Codes(mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32), noise.astype(np.float32))
+
+    def place(self, data: Data) -> NDArray[np.float32]:
+        """Codes [n, q] of the problem's cells."""
+        return self.own.codes(data)[0].numpy()
+
+
+def of_rank(deviations: Sequence[float], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """v of every direction [q]: what directions of the same rank taught, the last of them further on; s where nothing was learned."""
+    if not len(deviations):
+        return noise
+    return np.asarray(deviations, dtype=np.float64)[np.minimum(np.arange(len(noise)), len(deviations) - 1)]
+
+
+class Choice(NamedTuple):
+    """What inner held-out genes say of one direction's translator."""
+
+    ratio: float  # r
+    smoothing: float  # share of the neighbors
+    deviations: list[float]  # v
+    candidates: list[dict[str, float]]
+
+
+def choose(data: Data, shape: Shape, other: Features, smoothing: float | str, seed: int, say: Say) -> Choice:
+    """r and the share of the neighbors, by the mean correlation of the translated map with what was measured of inner held-out genes; v at them."""
+    options = (0.0,) if data.neighbors is None else MIXES if smoothing == "auto" else (float(smoothing),)
+    if len(data.panel) < MIN_PANEL:
+        return Choice(1.0, options[0], [], [])
+    rng = np.random.default_rng([seed, 5])
+    n = data.counts.shape[0]
+    rows = np.sort(rng.permutation(n)[:CELLS])
+    order = rng.permutation(len(data.panel))
+    found: dict[tuple[float, float], list[NDArray[np.float64]]] = {}
+    rest: dict[float, list[NDArray[np.float64]]] = {ratio: [] for ratio in RATIOS}
+    whole = linear(data, shape)
+    for fold in range(FOLDS):
+        inner = np.sort(order[fold::FOLDS])
+        split = without(data, inner)
+        own = linear(split, shape)
+        codes = own.codes(split)[0].numpy()
+        truth = np.concatenate([whole.read(data, rows[part])[:, data.columns[inner]].numpy() for part in blocks(len(rows), data.counts.shape[1])])
+        for ratio in RATIOS:
+            closed = Closed(split, own, other, ratio, data.panel[inner])
+            loadings = closed.weights @ closed.genes.T
+            rest[ratio].append(np.square(codes[rows].T @ truth / len(rows) - loadings).mean(1) - 1 / len(rows))
+            for share in options:
+                found.setdefault((ratio, share), []).append(correlation(smooth(codes, data.neighbors, share)[rows] @ loadings, truth))
+    means = {key: float(np.mean(np.concatenate(values))) for key, values in found.items()}
+    best = max(means, key=lambda key: means[key])
+    usual = min(means, key=lambda key: (abs(key[1] - USUAL[1]), abs(key[0] - USUAL[0])))
+    gains = np.concatenate(found[best]) - np.concatenate(found[usual])
+    if gains.mean() < gains.std() / np.sqrt(len(gains)):  # few genes choose badly: what is usual stays unless they agree
+        best = usual
+    say(f"signal over noise {best[0]:g}, {best[1]:.0%} from neighbors (correlation {means[best]:.3f} on inner held-out genes)")
+    ranks = min(map(len, rest[best[0]]))
+    deviations = np.maximum(np.mean([one[:ranks] for one in rest[best[0]]], axis=0), 1e-6)
+    tried = [{"ratio": ratio, "smoothing": share, "inner genes": value} for (ratio, share), value in means.items()]
+    return Choice(*best, [float(v) for v in deviations], tried)
+
+
+def correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Pearson correlation of columns; 0 where one does not vary."""
+    a, b = a - a.mean(0, dtype=np.float64), b - b.mean(0, dtype=np.float64)
+    size = np.sqrt(np.square(a).sum(0) * np.square(b).sum(0))
+    return np.where(size > 1e-12, (a * b).sum(0) / np.maximum(size, 1e-12), 0.0)

@@ -1,0 +1,174 @@
+"""One direction of translation: from the codes of one side to the genes of the other, with the count layer of those genes.
+
+Both directions are the same class with the sides exchanged. It is what the predictive needs (`ppl_st.models.common.predictor.MapGuide`): the map
+of gene g over cells is place times loadings.
+
+    linear     place u [n, q], the cell's own code; loadings W d_g + deviation [q]; of measured genes the known ones
+    network    place h(T(z)) [n, F], last hidden layer of the other side's decoder, centered; loadings its output weights, maps scaled to variance 1
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ppl_st.models.common.counts import CountLayer, Hyper, gene_noise
+from ppl_st.models.spagene.autoencoder import Autoencoder, blocks
+from ppl_st.models.spagene.closed import RATIO_SD, START_NOISE, Closed, Features
+from ppl_st.models.spagene.data import Data
+from ppl_st.networks import MLP
+
+LOG_NOISE = (-6.9, 1.0)  # of the translator's standard deviation: floor 1e-3
+
+
+class Direction(PyroModule):
+    """Translator, its posterior, and the genes it leads to. ``own`` and ``other`` are the frozen autoencoders, no part of this module."""
+
+    phi: Tensor  # [G, F] buffers; linear
+    rotation: Tensor  # [F, L]
+    scores: Tensor  # [q, P]
+    measured: Tensor  # [G] position among the P shared genes, -1
+    panel: Tensor  # [P]
+    columns: Tensor  # [P]
+    center: Tensor  # [f] mean and covariance [f, f] of the places over the cells of the fit
+    covariance: Tensor
+    deviation: Tensor  # [q] variance of an unmeasured gene's own part in its loadings; linear
+
+    def __init__(
+        self, name: str, data: Data, own: Autoencoder, other: Autoencoder, features: Features | None, hyper: Hyper, ratio: float,
+        deviations: Sequence[float], hidden: tuple[int, ...], dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.name = name
+        self.__dict__["own"], self.__dict__["other"] = own, other
+        measured = torch.full((len(other.mean),), -1)
+        measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
+        self.register_buffer("measured", measured, persistent=False)
+        self.register_buffer("panel", torch.from_numpy(data.panel), persistent=False)
+        self.register_buffer("columns", torch.from_numpy(data.columns), persistent=False)
+        self.linear = features is not None
+        self.log_scale = nn.Parameter(torch.full((other.latent,), float(np.log(START_NOISE))))  # translator noise
+        if features is not None:
+            self.register_buffer("phi", torch.from_numpy(features.phi).float())
+            self.register_buffer("rotation", torch.from_numpy(features.rotation).float())
+            self.register_buffer("scores", own.loadings[self.columns].T.clone())
+            closed = Closed(data, own, features, ratio, deviations=deviations)
+            self.register_buffer("deviation", torch.from_numpy(closed.deviation).float())
+            self.loc = nn.Parameter(torch.from_numpy(closed.weights).float())  # [q, F] posterior mean of W
+            self.log_noise = nn.Parameter(torch.from_numpy(np.log(closed.noise)).float())  # log s [q]
+            self.center_ratio = float(np.log(ratio))
+            self.log_ratio = nn.Parameter(torch.from_numpy(np.log(closed.ratios)).float())  # log r_k [q]
+            width = len(closed.noise)
+        else:
+            self.net = MLP([own.latent, *hidden, other.latent], dropout=dropout)
+            width = other.loadings.shape[1]
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("covariance", torch.eye(width))
+        self.counts = CountLayer(data, hyper)
+
+    # ---- the translator ----
+
+    def posterior_scale(self) -> Tensor:
+        """Standard deviation of W given the shared genes' loadings [q, F]."""
+        values = self.phi[self.panel].square().sum(0)
+        return (self.log_noise.exp()[:, None] / ((-self.log_ratio).exp()[:, None] + values)).sqrt()
+
+    def story(self, observe: bool) -> Tensor:
+        """Sample the translator from its prior [q, F], and the shared genes' loadings given it: gain, offset and deviation of every gene."""
+        q, p = self.scores.shape
+        noise = (0.5 * self.log_noise).exp()[:, None]
+        with pyro.plate(f"{self.name}_directions", q):
+            log_ratio = pyro.sample(f"{self.name}_log_ratio", dist.Normal(self.center_ratio, RATIO_SD).expand([q]))  # [q]
+            law: Any = dist.Normal(torch.zeros_like(self.loc), (0.5 * log_ratio).exp()[:, None] * noise)
+            weights: Tensor = pyro.sample(f"{self.name}_translator", law.to_event(1))  # [q, F]
+            law = dist.Normal(weights @ self.phi[self.panel].T, noise.expand(q, p))
+            pyro.sample(f"{self.name}_identity", law.to_event(1), obs=self.scores if observe else None)  # [q, P]
+        return weights
+
+    def posterior(self) -> Tensor:
+        """Sample the translator from q, [q, F]."""
+        with pyro.plate(f"{self.name}_directions", self.loc.shape[0]):
+            pyro.sample(f"{self.name}_log_ratio", dist.Delta(self.log_ratio))  # [q] a point
+            weights: Tensor = pyro.sample(f"{self.name}_translator", dist.Normal(self.loc, self.posterior_scale()).to_event(1))  # [q, F]
+        return weights
+
+    def translate(self, z: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean code of the other side [B, L] for codes z [B, q]."""
+        if self.linear:
+            return z @ (self.loc if weights is None else weights) @ self.rotation
+        result: Tensor = self.net(z)
+        return result
+
+    def noise(self) -> Tensor:
+        """Standard deviation of a translated code [L]."""
+        return self.log_scale.clamp(*LOG_NOISE).exp()
+
+    # ---- the predictive ----
+
+    def globals(self) -> None:
+        """One joint draw: translator, and level, slope and dispersion of every gene."""
+        if self.linear:
+            pyro.sample("translator", dist.Normal(self.loc, self.posterior_scale()).to_event(2))  # [q, F]
+        self.counts.globals()
+
+    def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, q] or [n, F]."""
+        parts = []
+        with torch.no_grad():
+            for part in blocks(len(rows), data.counts.shape[1]):
+                code = self.own.encode(self.own.read(data, rows[part]))[0]
+                if not self.linear:
+                    code = self.other.features(self.translate(code)) - self.center
+                parts.append(code.numpy())
+        return np.concatenate(parts)
+
+    def mean_codes(self, genes: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance of loadings."""
+        if not self.linear:
+            mean = self._output(genes)
+            return mean, torch.zeros_like(mean)
+        phi, at = self.phi[genes], self.measured[genes]
+        mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self.loc @ phi.T)
+        variance = self.posterior_scale().square() @ phi.square().T + self.deviation[:, None]
+        return mean, variance.masked_fill(at >= 0, 0.0)
+
+    def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
+        """Loadings in one draw."""
+        if not self.linear:
+            return self._output(genes)
+        phi, at = self.phi[genes], self.measured[genes]
+        deviation = self.deviation.sqrt()[:, None] * gene_noise(drawn["gene_key"], genes, len(self.scores))
+        return torch.where(at >= 0, self.scores[:, at.clamp_min(0)], drawn["translator"] @ phi.T + deviation)
+
+    def cell_noise(self, genes: Tensor) -> Tensor | None:
+        """The encoder's doubt of a cell's code, and the translator's noise; measured genes have it in their dispersion."""
+        if not self.linear:
+            return None
+        doubt = self.own.scale[:, None] * (self.loc @ self.phi[genes].T)
+        translated = self.noise()[:, None] * self.other.loadings[genes].T
+        return torch.cat([doubt, translated]).masked_fill(self.measured[genes] >= 0, 0.0)
+
+    def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Loadings of measured genes."""
+        return self.mean_codes(torch.from_numpy(genes))[0].detach().numpy()
+
+    def spread(self, loadings: Tensor) -> Tensor:
+        """Variance over the cells of the fit of the maps."""
+        return ((self.covariance @ loadings) * loadings).sum(0)
+
+    def _output(self, genes: Tensor) -> Tensor:
+        """Output weights of the other side's decoder, such that the maps have variance 1 over the cells of the fit."""
+        weights = self.other.loadings[genes].T
+        return weights / self.spread(weights).clamp_min(1e-12).sqrt()
+
+    def learn_spread(self, place: NDArray[np.float32]) -> None:
+        """Mean and covariance of the places [n, f] of some cells of the fit."""
+        if not self.linear:
+            self.center += torch.from_numpy(place.mean(0))
+        self.covariance.copy_(torch.from_numpy(np.cov(place.T.astype(np.float64), bias=True).reshape(self.covariance.shape)))
