@@ -1,1 +1,288 @@
-"""XFuse: histology and spot counts fused into super-resolved expression (under construction)."""
+r"""XFuse: histology and spot counts fused into super-resolved expression with uncertainty.
+
+Bergenstrahle et al., Nat Biotechnol 2022, doi:10.1038/s41587-021-01075-3, written anew from the equations.
+
+GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metagene m, covariate c)
+    z_i          ~ Normal(0, 1)                     latent image, level i = 0..D-1 at resolution 1 / 2^i with C 2^i channels
+    L_mg         ~ Normal(0, sigma_Lg)              metagenes;  E_cg ~ Normal(0, sigma_Eg), F_cg ~ Normal(0, sigma_Fg) effects of covariates;
+                                                    the sigmas are learned per gene
+    v_j, w_nk    ~ Normal(0, 1)                     weights of the regression on image features, and of the spatial field of section n
+    delta_n      ~ Normal(0, 0.5)                   log depth of a section
+    eta_o(xy)    = b_o + alpha_o sum_j v_jo psi_j(f(xy)) + tau_o sum_k w_nko N(xy - x_k) + head_o(U(z)) (+ delta_n for the scale)
+    s, a         = softplus(eta_0), softmax(eta_1..M)                                         scale and metagene activities
+    image        ~ Normal(tanh(head(U(z))), softplus(head(U(z))))                             per pixel and channel
+    B_lm         = sum_{xy in A_l} s a_m                                                      eq. 12: aggregated before the genes
+    x_lg         ~ NB(e^{t_g + E_g} sum_m B_lm e^{L_mg}, odds e^{u_g + F_g})                  closed under summation: pixels add up to spots
+    psi_j are random cosines (a Gaussian process on color, gradient and local spread at three smoothings), N a Gaussian on a lattice (a Gaussian
+    process in space). ``fields=False`` leaves both and delta out, as published.
+
+GUIDE
+    normal q for all global sites (fields included), q(z | image, spots) by the recognition network. Step 0 is data-driven (`warm_start.py`).
+
+PREDICTIVE: globals once per draw and one latent image per draw and section, so draws are joint over genes and places; B_d is kept, any gene is
+    then one matrix product. Spatial field, depth and covariate effects of a section that the fit never saw are drawn from their priors.
+
+SYMBOLS  B patches of p x p pixels, M metagenes, G genes, J features, D levels, C channels.
+
+DIFFERENCES from paper and released code
+    * spatial field and image regression in the generator: networks alone, trained for minutes, are below a Gaussian process (BENCHMARKS.md);
+    * genes of one draw share one latent image (released: a new one for every ten genes); location ids are int64 (released: float32);
+    * weights of patches and spots make the bound unbiased (`patches.py`); metagenes on a fixed maximum with masks (`metagenes.py`), a split
+      subtracts log 2 and changes nothing; group norm; log-odds shared, Gamma functions at the non-zero counts only;
+    * ``preset="paper"`` has the published networks, augmentation, weights and schedule.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.predict import draw_globals
+from ppl_st.inference.svi import Pair, rng_scope
+from ppl_st.inference.threads import torch_threads
+from ppl_st.models.xfuse.data import Data, Input, Section
+from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Lattice, Model, Spec, build, lattice_over, sides
+from ppl_st.models.xfuse.patches import Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
+from ppl_st.models.xfuse.warm_start import constant_start, data_start, gather, learn_kernel
+
+__all__ = [
+    "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
+    "empty", "maps", "quantities", "select", "spec_from", "spec_to", "start",
+]  # fmt: skip
+
+
+def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
+    """The initialised pair (as an ensemble of one) and its specification."""
+    with torch_threads(config.fit.threads):
+        rng = np.random.default_rng([seed, 21])
+        tissues = _tissues(data)
+        spots = gather(data, tissues)
+        kernel = learn_kernel(spots, rng) if config.fields else None
+        spec = _spec(data, *((kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)))
+        with rng_scope(seed, "start"):
+            pair = build(config, spec)
+        spots = constant_start(pair, data, tissues, rng)
+        if kernel:
+            data_start(pair, spots, kernel, rng, say)
+    return ensemble([pair]), spec
+
+
+def _tissues(data: Data) -> list[Tissue]:
+    return [tissue(section) for section in data.sections]
+
+
+def _spec(data: Data, space: float, image: float) -> Spec:
+    levels = [len(names) for names in data.covariates.values()]
+    codes = []
+    for section in data.sections:
+        mine = [int(code) for code in section.covariates]
+        for c, code in enumerate(mine):
+            if code < 0:  # unknown: a level of its own, shrunk towards the others by its prior
+                mine[c], levels[c] = levels[c], levels[c] + 1
+        codes.append(mine)
+    lattices = [_lattice(section, space) for section in data.sections]
+    return Spec(len(data.genes), [section.name for section in data.sections], lattices, levels, codes, image)
+
+
+def _lattice(section: Section, length: float) -> Lattice:
+    height, width = section.label.shape
+    return lattice_over(height, width, max(length * pitch_of(section) / np.sqrt(2), 2.0))
+
+
+def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
+    """An ensemble with every parameter in place, to read stored weights into."""
+    with rng_scope(0, "empty"):
+        pair = ensemble([build(config, spec) for _ in range(chains)])
+    for side in pair:
+        side.eval()
+    return pair
+
+
+def spec_to(spec: Spec) -> dict[str, Any]:
+    """The specification as plain JSON."""
+    return {**spec._asdict(), "lattices": [list(lattice) for lattice in spec.lattices]}
+
+
+def spec_from(stored: dict[str, Any]) -> Spec:
+    """Inverse of `spec_to`."""
+    return Spec(**{**stored, "lattices": [Lattice(*values) for values in stored["lattices"]]})
+
+
+def batches(data: Data, config: Config, seed: int) -> Batches:
+    """Minibatches of patches."""
+    return Batches(_tissues(data), config.patch, config.batch_patches, config.augment, seed, config.hide)
+
+
+def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
+    """All chains are kept."""
+    return pair
+
+
+class MapDraw(NamedTuple):
+    """One posterior draw of one section."""
+
+    section: int
+    draw: int
+    activity: Tensor  # [M, H, W] s a per pixel
+    shape: Tensor  # [M, g] of the genes asked for: the NB shape of a pixel is activity' shape
+    odds: Tensor  # [g] log-odds: mean = shape x e^odds
+
+
+class _Canvas(NamedTuple):
+    """A section as the networks see it, and its q(Z)."""
+
+    tissue: Tissue
+    lattice: Lattice
+    known: int  # position among the sections of the fit; -1: a new one
+    codes: list[int] | None
+    latents: list[tuple[Tensor, Tensor]]
+
+
+class Predictor:
+    """Posterior predictive of the locations of all sections (virtual ones left out); see `ppl_st.inference.predict.Predictor`.
+
+    A section with the name of one of the fit's is that section (its spatial field, depth and effects are known); others are new.
+    """
+
+    def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
+        self.chains, self.data, self.config, self.spec = chains_of(pair), data, config, spec
+        self.models, self.guides = zip(*(sides(chain) for chain in self.chains), strict=True)
+        if len(data.genes) != spec.genes:
+            raise UserError(f"xfuse: the sections have {len(data.genes)} genes and the fit {spec.genes}; give sections made for this fit")
+        self.owners = np.concatenate(
+            [np.full(len(rows), n) for n, rows in enumerate(map(_real_rows, data.sections))] or [np.zeros(0)]
+        ).astype(np.int64)
+        self.n_cells = len(self.owners)
+        self.canvas: dict[tuple[int, int], _Canvas] = {}
+        self.summed: dict[int, tuple[Any, Tensor, dict[str, Tensor]]] = {}  # by draw: of the section that is being predicted
+        self.current = (-1, -1)
+
+    def blocks(self, max_cells: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(section, rows of the result) of at most ``max_cells`` locations."""
+        for n in range(len(self.data.sections)):
+            rows = np.flatnonzero(self.owners == n)
+            for first in range(0, len(rows), max(1, max_cells)):
+                yield n, rows[first : first + max_cells]
+
+    def restrict(self, batch: tuple[int, NDArray[np.int64]], keep: NDArray[np.bool_]) -> tuple[int, NDArray[np.int64]]:
+        """The block with only the locations in ``keep`` [n_cells]."""
+        section, rows = batch
+        return section, rows[keep[rows]]
+
+    def rows(self, batch: tuple[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Rows of the result that the block owns."""
+        return batch[1]
+
+    def local(self, batch: tuple[int, NDArray[np.int64]], chain: int) -> _Canvas:
+        """q(Z) of the block's section."""
+        return self._canvas(batch[0], chain)
+
+    def count_dist(
+        self, batch: tuple[int, NDArray[np.int64]], chain: int, drawn: dict[str, Tensor], local: _Canvas, genes: Tensor
+    ) -> Any:
+        """p(count | draw). The latent image is drawn once per draw and section and serves all blocks of locations and genes."""
+        section, rows = batch
+        if (section, chain) != self.current:
+            if section != self.current[0]:
+                self.summed.clear()
+            self.current = (section, chain)
+        if id(drawn) not in self.summed:
+            activity, full = self._draw(local, chain, drawn)
+            number = len(local.tissue.size)
+            flat = activity.flatten(1).T
+            location = local.tissue.label.reshape(-1) - 1
+            self.summed[id(drawn)] = drawn, aggregate(flat, torch.where(location < 0, number, location), number), full
+        _, summed, full = self.summed[id(drawn)]
+        first = int(np.searchsorted(self.owners, section))
+        own = _real_rows(self.data.sections[section])[rows - first]
+        return self.models[chain].count_dist(full, summed[torch.from_numpy(own)], local.codes, genes)
+
+    def _canvas(self, section: int, chain: int) -> _Canvas:
+        if (section, chain) not in self.canvas:
+            self.canvas.clear()  # one section at a time: images are large
+            one = self.data.sections[section]
+            known = self.spec.sections.index(one.name) if one.name in self.spec.sections else -1
+            codes = self.spec.codes[known] if known >= 0 else [int(code) for code in one.covariates]
+            seen = tissue(one)
+            with torch.no_grad():
+                latents = self.guides[chain].latents(seen.image[None], seen.spots[None])
+            step = self.spec.lattices[known].step / pitch_of(one) if known >= 0 else 0.0
+            lattice = self.spec.lattices[known] if step else _new_lattice(one, self)
+            self.canvas[section, chain] = _Canvas(seen, lattice, known, codes, latents)
+        return self.canvas[section, chain]
+
+    def _draw(self, local: _Canvas, chain: int, drawn: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """s a of one section [M, H, W] for one draw of the globals, and these with the effects of levels that the fit never saw."""
+        model = self.models[chain]
+        height, width = local.tissue.label.shape
+        z = [loc + sd * torch.randn_like(loc) for loc, sd in local.latents]
+        full = dict(drawn)
+        for name in model.priors():
+            if name.startswith(("level_", "logit_")):
+                full[f"new_{name}"] = model.scale_of(name) * torch.randn(self.spec.genes)
+        if self.config.fields and local.known < 0:
+            points, outputs = local.lattice.points, 1 + self.config.metagenes
+            full["space"] = torch.randn(points, outputs)
+            full["depth"] = (model.scale_of("depth") * torch.randn(1)).reshape(1)
+        fields = None
+        if self.config.fields:
+            columns, rows = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+            where = coarse(torch.stack([columns.expand(height, width), rows[:, None].expand(height, width)])).permute(1, 2, 0)
+            lattices = self.spec.lattices if local.known >= 0 else [local.lattice]
+            fields = model.fields(full, coarse(local.tissue.features)[None], where[None], (max(local.known, 0),), lattices)
+        activity = model.activity(model.decode(z, height, width), fields)[0]
+        return activity, full
+
+
+def _new_lattice(section: Section, predictor: Predictor) -> Lattice:
+    """Of a section that the fit never saw: as fine relative to its pitch as that of the first section."""
+    first = predictor.spec.lattices[0].step
+    return lattice_over(*section.label.shape, first)
+
+
+def _real_rows(section: Section) -> NDArray[np.int64]:
+    rows = np.arange(section.counts.shape[0])
+    return rows[rows != section.virtual]
+
+
+def maps(
+    predictor: Predictor, genes: NDArray[np.int64], draws: int, seed: int, sections: list[int] | None = None
+) -> Iterator[MapDraw]:
+    """Joint posterior draws of whole sections, one after the other: all draws of a section, then the next.
+
+    The mean count of gene g in pixel xy is (activity[:, xy] @ shape[:, g]) exp(odds[g]); over an area, activities are summed first.
+    Nothing of the size pixels x genes is formed here.
+    """
+    drawn = draw_globals(predictor.chains, draws, seed)
+    wanted = torch.from_numpy(genes)
+    for section in range(len(predictor.data.sections)) if sections is None else sections:
+        for d in range(draws):
+            chain = d % len(predictor.chains)
+            with torch.no_grad(), rng_scope(seed, "maps", section, d):
+                local = predictor.local((section, np.zeros(0, np.int64)), chain)
+                activity, full = predictor._draw(local, chain, drawn[d])
+                shape, odds = predictor.models[chain].loadings(full, local.codes, wanted)
+            yield MapDraw(section, d, activity, shape, odds)
+
+
+def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of every location: ``obsm`` metagenes [n, M], mean share of each over 10 draws; ``obs`` scale, mean of the summed scale."""
+    predictor = Predictor(pair, data, config, spec)
+    shares = np.zeros((predictor.n_cells, config.metagenes), np.float32)
+    scale = np.zeros(predictor.n_cells, np.float32)
+    for section, rows in predictor.blocks(predictor.n_cells + 1):
+        one = data.sections[section]
+        location = torch.from_numpy(one.label).reshape(-1) - 1
+        number = one.counts.shape[0]
+        total = torch.zeros(number, config.metagenes)
+        for draw in maps(predictor, np.zeros(0, np.int64), 10, config.fit.seed, [section]):
+            total += aggregate(draw.activity.flatten(1).T, torch.where(location < 0, number, location), number) / 10
+        mean = total[torch.from_numpy(_real_rows(one))].numpy()
+        scale[rows] = mean.sum(1)
+        shares[rows] = mean / np.maximum(mean.sum(1, keepdims=True), 1e-30)
+    return {"metagenes": shares}, {"scale": scale}

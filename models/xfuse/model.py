@@ -1,0 +1,351 @@
+"""XFuse's settings, generative model and guide; the story and the symbols are in `ppl_st.models.xfuse`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ppl_st.count_likelihoods import SharedOddsNegativeBinomial
+from ppl_st.inference.settings import FitConfig
+from ppl_st.inference.svi import Pair
+from ppl_st.models.xfuse.data import Input
+from ppl_st.models.xfuse.network import Generator, Norm, Recognition, head
+from ppl_st.models.xfuse.patches import COARSE, FEATURES, Augment, Batch, aggregate
+from ppl_st.product import ProductSharedOddsNegativeBinomial
+
+__all__ = ["PRESETS", "Config", "Guide", "Lattice", "Model", "Spec", "build", "sides"]
+
+LOG_RATE = (-30.0, 20.0)  # range of a log loading
+FINE = 4  # points per spacing of a lattice on which a spatial field is smoothed, linear in between
+UNSEEN = 0.5  # sd of the log depth of a section
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of XFuse; ``PRESETS`` has the two that are meant."""
+
+    patch: int = field(default=256, metadata={"ge": 8})  # side of a training patch in pixels
+    batch_patches: int = field(default=2, metadata={"ge": 1})
+    augment: Augment = "dihedral"
+    depth: int = field(default=3, metadata={"ge": 1, "le": 8})  # levels of the latent image, each half as fine as the one before
+    channels: int = field(default=8, metadata={"ge": 1})  # at the finest level; doubled at each coarser one
+    network: Literal["light", "published"] = "light"
+    norm: Norm = "group"
+    condition: int = field(default=0, metadata={"ge": 0})  # scores of the spots that the recognition network sees; 0: the image alone
+    hide: float = field(default=0.5, metadata={"ge": 0, "le": 1})  # how often it does not see them in training, so that it works without
+    fields: bool = True  # spatial field and regression on image features, in scale and metagene activities
+    functions: int = field(default=256, metadata={"ge": 1})  # random features of the regression
+    image_weight: float = field(default=1.0, metadata={"ge": 0})  # of the image's log-likelihood
+    metagenes: int = field(default=20, metadata={"ge": 1})  # most that there can be
+    selection: Literal["fixed", "split", "ard"] = "fixed"  # how their number is found
+    purge_every: int = field(default=500, metadata={"ge": 1})  # steps between two rounds of drop-and-split
+    purge_draws: int = field(default=3, metadata={"ge": 1})
+    ard: float = field(default=1.0, metadata={"ge": 0})  # strength of the shrinkage, in units of half the genes per metagene
+    layer: str = "counts"
+    gene_key: str | None = None
+    input: Input = Input()  # noqa: RUF009
+    fit: FitConfig = FitConfig()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that mean nothing."""
+        if self.augment == "affine" and self.fields:
+            raise ValueError("augment='affine' is the published augmentation of the network's input; it needs fields=false (use 'dihedral')")
+
+
+NETWORKS = r"recognition|generator|image_|expression"
+PUBLISHED = FitConfig(
+    steps=100_000, lr=3e-4, optimizer="amsgrad", clip_norm=math.inf, threads=0,
+    lr_groups={"log_rate|odds$": 5.0, r"guide\.(metagenes|level|odds)": 2.0},
+)  # fmt: skip
+PRESETS = {
+    "default": Config(
+        fit=FitConfig(
+            steps=600, lr=1e-2, schedule="cosine", final_lr_factor=0.02, clip_norm=math.inf, threads=1, lr_groups={NETWORKS: 0.2}
+        ),
+    ),
+    "paper": Config(
+        patch=768, batch_patches=4, augment="affine", depth=6, channels=16, network="published", norm="batch", fields=False, metagenes=40,
+        selection="split", purge_every=1000, fit=PUBLISHED,
+    ),
+}  # fmt: skip
+
+
+class Lattice(NamedTuple):
+    """Where the spatial field of a section has its weights: h x w points, ``step`` pixels apart, from (x, y); the kernel's sd is one step."""
+
+    x: float
+    y: float
+    step: float
+    h: int
+    w: int
+
+    @property
+    def points(self) -> int:
+        """Number of weights per field."""
+        return self.h * self.w
+
+
+class Spec(NamedTuple):
+    """What fixes the shapes of a pair."""
+
+    genes: int
+    sections: list[str]
+    lattices: list[Lattice]
+    levels: list[int]  # levels of each covariate, unknown ones included
+    codes: list[list[int]]  # [sections][covariates] level of each
+    length: float  # length scale of the regression in standardised features
+
+
+def lattice_over(height: int, width: int, step: float) -> Lattice:
+    """The lattice of a section: one point beyond each border."""
+    step = float(step)  # no numpy scalar: it would make tensors float64, and no JSON
+    h, w = (math.ceil(side / step) + 3 for side in (height, width))
+    return Lattice(-step, -step, step, h, w)
+
+
+class Model(PyroModule):
+    """p(Z, L, E, F, fields, counts, image)."""
+
+    DIMS = {  # noqa: RUF012
+        "metagenes": ["metagene", "gene"], "image_weights": ["function", "output"], "space": ["lattice", "output"], "depth": ["section"],
+    }  # fmt: skip
+    active: Tensor  # [M] bool buffer: metagenes in use
+    image_start: Tensor
+    frequency: Tensor  # [F, J]
+    phase: Tensor  # [J]
+
+    def __init__(self, config: Config, spec: Spec) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        genes, most, outputs = spec.genes, config.metagenes, 1 + config.metagenes
+        light = config.network == "light"
+        kernel, blocks = (3, 1) if light else (5, 2)
+        self.generator = Generator(config.channels, config.depth, config.norm, kernel, blocks)
+        self.image_mean = head(config.channels, 3, config.norm)
+        self.image_sd = head(config.channels, 3, config.norm)
+        self.expression = head(config.channels, outputs, config.norm)  # scale, then metagenes
+        self.bias = nn.Parameter(torch.zeros(outputs))  # of the scale per pixel before the softplus, and of the metagenes' logits
+        self.log_rate = nn.Parameter(torch.zeros(genes))  # t
+        self.odds = nn.Parameter(torch.zeros(genes))  # u
+        self.log_sd = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(genes)) for name in ("metagenes", *self._effects())}
+        )  # log sigma of L, E, F
+        self.register_buffer("active", torch.ones(most, dtype=torch.bool))
+        if config.fields:
+            self.register_buffer("frequency", torch.randn(FEATURES, config.functions) / spec.length)
+            self.register_buffer("phase", 2 * math.pi * torch.rand(config.functions))
+            self.amplitude = nn.Parameter(torch.zeros(2, outputs))  # log sd of the regression and of the spatial field
+        self.register_buffer("image_start", torch.zeros(3, 2))  # of each channel: location before tanh, sd before softplus
+
+    def _effects(self) -> list[str]:
+        return [f"{kind}_{c}" for c in range(len(self.spec.levels)) for kind in ("level", "logit")]
+
+    def priors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the global sites."""
+        spec, outputs = self.spec, 1 + self.config.metagenes
+        found: dict[str, tuple[int, ...]] = {"metagenes": (self.config.metagenes, spec.genes)}
+        for c, levels in enumerate(spec.levels):
+            found |= {f"level_{c}": (levels, spec.genes), f"logit_{c}": (levels, spec.genes)}
+        if self.config.fields:
+            found["image_weights"] = (self.config.functions, outputs)
+            found["space"] = (sum(lattice.points for lattice in spec.lattices), outputs)
+            found["depth"] = (len(spec.sections),)
+        return found
+
+    def scale_of(self, name: str) -> Tensor | float:
+        """Prior sd of a global site, broadcast over its last dimension."""
+        if name in self.log_sd:
+            return self.log_sd[name].clamp(-6.0, 2.0).exp() + 1e-8
+        return UNSEEN if name == "depth" else 1.0
+
+    def globals(self) -> dict[str, Tensor]:
+        """Sample all global sites from their priors."""
+        drawn = {}
+        for name, shape in self.priors().items():
+            prior = dist.Normal(torch.zeros(shape), self.scale_of(name)).to_event(len(shape))
+            drawn[name] = pyro.sample(name, prior)
+        return drawn
+
+    # ---- expression ----
+
+    def fields(
+        self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, sections: tuple[int, ...], lattices: list[Lattice]
+    ) -> Tensor:
+        """Regression and spatial field of scale and metagenes at coarse pixels: [B, 1 + M, P, P]."""
+        regression, spatial = self.amplitude.clamp(-6.0, 3.0).exp()
+        x = features.flatten(2).transpose(1, 2) @ self.frequency + self.phase  # [B, P P, J]
+        x = x.cos_() * math.sqrt(2 / self.config.functions)
+        out = (x @ (drawn["image_weights"] * regression)).transpose(1, 2).unflatten(2, features.shape[-2:])
+        weights = drawn["space"].split([lattice.points for lattice in lattices])
+        space = [spatial_field(lattices[n], weights[n] * spatial, where[b]) for b, n in enumerate(sections)]
+        depth = F.pad(drawn["depth"][list(sections)][:, None], (0, self.config.metagenes))
+        return out + torch.stack(space) + depth[:, :, None, None]
+
+    def activity(self, features: Tensor, fields: Tensor | None) -> Tensor:
+        """Scale times metagene activities per pixel, s a: [B, M, H, W], from the generator's features [B, C, H, W] and the fields."""
+        out = self.expression(features) + self.bias[:, None, None]
+        if fields is not None:
+            height, width = out.shape[-2:]
+            out = out + F.interpolate(fields, scale_factor=COARSE, mode="bilinear")[..., :height, :width]
+        a = out[:, 1:]
+        if not bool(self.active.all()):
+            a = a.masked_fill(~self.active[:, None, None], -torch.inf)
+        return F.softplus(out[:, :1]) * torch.softmax(a, 1)
+
+    def loadings(self, drawn: dict[str, Tensor], codes: list[int] | None, genes: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Shape per unit of activity e^{L + t + E} [M, g] and log-odds u + F [g] of a section with these levels.
+
+        A level of -1, or codes None, is a new one: its effects are drawn from their prior. The mean is shape x exp(log-odds).
+        """
+        level, odds = self.log_rate[genes], self.odds[genes]
+        for c in range(len(self.spec.levels)):
+            code = -1 if codes is None else codes[c]
+            for kind in ("level", "logit"):
+                name = f"{kind}_{c}"
+                if code >= 0:
+                    effect = drawn[name][code]
+                else:
+                    effect = drawn[f"new_{name}"]
+                level, odds = (level + effect[genes], odds) if kind == "level" else (level, odds + effect[genes])
+        shape = (drawn["metagenes"][:, genes] + level).clamp(*LOG_RATE).exp()
+        return shape, odds
+
+    def count_dist(self, drawn: dict[str, Tensor], activity: Tensor, codes: list[int] | None, genes: Tensor) -> Any:
+        """p(count | one draw) of locations with summed activities [rows, M]: [rows, g]."""
+        shape, odds = self.loadings(drawn, codes, genes)
+        return SharedOddsNegativeBinomial(activity @ shape, odds)
+
+    # ---- image ----
+
+    def decode(self, z: list[Tensor], height: int, width: int) -> Tensor:
+        """Features of the latents, cropped to the image."""
+        return self.generator(z)[..., :height, :width]
+
+    def image_law(self, features: Tensor) -> Any:
+        """p(image | features)."""
+        mean = torch.tanh(self.image_mean(features) + self.image_start[:, :1, None])
+        sd = F.softplus(self.image_sd(features) + self.image_start[:, 1:, None]) + 1e-3
+        return dist.Normal(mean, sd)
+
+    # ---- story ----
+
+    def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
+        """Run the generative story on one minibatch; ``observe=False`` draws image and counts."""
+        config = self.config
+        drawn = self.globals()
+        number, _, height, width = batch.image.shape
+        out = {}
+        with poutine.scale(scale=batch.patches / number), pyro.plate("patches", number):
+            z = []
+            for i in range(config.depth):
+                shape = latent_shape(config, i, height, width)
+                z.append(pyro.sample(f"z{i}", dist.Normal(torch.zeros(shape), 1.0).to_event(3)))  # [B, C 2^i, H / 2^i, W / 2^i]
+            features = self.decode(z, height, width)
+            if config.image_weight:
+                with poutine.scale(scale=config.image_weight):
+                    law = self.image_law(features).to_event(3)
+                    out["image"] = pyro.sample("image", law, obs=batch.image if observe else None)  # [B, 3, p, p]
+        fields = None
+        if config.fields:
+            fields = self.fields(drawn, batch.features, batch.where, batch.sections, self.spec.lattices)
+        activity = self.activity(features, fields).permute(0, 2, 3, 1).flatten(0, 2)  # [B p p, M]
+        summed = aggregate(activity * batch.pixel_weight[:, None], batch.location, len(batch.weight))  # B_lm, eq. 12
+        for group in batch.groups:
+            rows = slice(group.start, group.stop)
+            shape, odds = self.loadings(drawn, self.spec.codes[group.section])
+            law = ProductSharedOddsNegativeBinomial(summed[rows], shape, odds)
+            name = f"counts_{group.section}"
+            with pyro.plate(f"locations_{group.section}", group.stop - group.start), poutine.scale(scale=batch.weight[rows]):
+                out[name] = pyro.sample(name, law, obs=group.counts if observe else None)  # [locations, G]
+        return out
+
+
+class Guide(PyroModule):
+    """q: normal factors of every global site, and the recognition network's latents."""
+
+    def __init__(self, config: Config, spec: Spec, model: Model) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.model = (model,)  # for its priors: what is not in use has its prior as posterior; no parameter of this module
+        light = config.network == "light"
+        kernel, blocks = (3, 1) if light else (5, 2)
+        channels = config.condition + 1 if config.condition else 0
+        self.recognition = Recognition(3 + channels, config.channels, config.depth, config.norm, kernel, blocks, not light)
+        for name, shape in model.priors().items():
+            setattr(self, f"{name}_loc", nn.Parameter(torch.zeros(shape)))
+            setattr(self, f"{name}_log_sd", nn.Parameter(torch.full(shape, math.log(1e-2))))
+
+    def globals(self) -> dict[str, Tensor]:
+        """Sample all global sites; metagenes that are not in use, and their fields, from their priors."""
+        model, drawn = self.model[0], {}
+        for name in model.priors():
+            loc, sd = self.posterior(name)
+            drawn[name] = pyro.sample(name, dist.Normal(loc, sd).to_event(loc.dim()))
+        return drawn
+
+    def posterior(self, name: str) -> tuple[Tensor, Tensor]:
+        """Location and sd of a global site."""
+        model = self.model[0]
+        loc, sd = getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_sd").clamp(-10.0, 3.0).exp()
+        used = model.active
+        if bool(used.all()) or not (name == "metagenes" or name in ("image_weights", "space")):
+            return loc, sd
+        keep = used[:, None] if name == "metagenes" else torch.cat([torch.ones_like(used[:1]), used])
+        return torch.where(keep, loc, 0.0), torch.where(keep, sd, model.scale_of(name))
+
+    def forward(self, batch: Batch, *, observe: bool = True) -> None:
+        """Sample all latent sites of one minibatch."""
+        self.globals()
+        number = len(batch.image)
+        with poutine.scale(scale=batch.patches / number), pyro.plate("patches", number):
+            for i, (loc, sd) in enumerate(self.latents(batch.image, batch.spots)):
+                pyro.sample(f"z{i}", dist.Normal(loc, sd).to_event(3))
+
+    def latents(self, image: Tensor, spots: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Location and sd of every level of Z given the image [B, 3, H, W] and the spots' channels."""
+        out: list[tuple[Tensor, Tensor]] = self.recognition(torch.cat([image, spots], 1))
+        return out
+
+
+def latent_shape(config: Config, level: int, height: int, width: int) -> tuple[int, int, int]:
+    """Channels and sides of one level of Z for an image of this size."""
+    multiple = 2 ** (config.depth - 1)
+    rows, columns = (-(-side // multiple) * multiple // 2**level for side in (height, width))
+    return config.channels * 2**level, rows, columns
+
+
+def spatial_field(lattice: Lattice, weights: Tensor, where: Tensor) -> Tensor:
+    """Fields sum_k w_k N(d_k) of unit prior variance at positions: weights [points, O], where [P, P', 2] -> [O, P, P'].
+
+    The kernel is Gaussian with an sd of one lattice step, so that the covariance is squared exponential with a length of sqrt(2) steps. It is
+    formed on a lattice `FINE` times as fine, along one axis after the other, and linear in between.
+    """
+    values = weights.T.unflatten(1, (lattice.h, lattice.w))  # [O, h, w]
+    for axis, points in ((-2, lattice.h), (-1, lattice.w)):
+        fine = torch.arange((points - 1) * FINE + 1) / FINE
+        kernel = torch.exp(-0.5 * (fine[:, None] - torch.arange(points)) ** 2) / math.pi**0.25
+        values = kernel @ values if axis == -2 else values @ kernel.T
+    offset = torch.tensor([lattice.x, lattice.y])
+    span = torch.tensor([lattice.w - 1, lattice.h - 1]) * lattice.step
+    grid = 2 * (where - offset) / span - 1
+    return F.grid_sample(values[None], grid[None], padding_mode="border", align_corners=True)[0]
+
+
+def build(config: Config, spec: Spec) -> Pair:
+    """A pair with every parameter in place; `ppl_st.models.xfuse.warm_start` moves it to the data."""
+    model = Model(config, spec)
+    return Pair(model, Guide(config, spec, model))
+
+
+def sides(pair: Pair) -> tuple[Model, Guide]:
+    """The pair of one chain with its types."""
+    model, guide = pair
+    assert isinstance(model, Model) and isinstance(guide, Guide)
+    return model, guide

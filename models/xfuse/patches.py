@@ -1,0 +1,324 @@
+r"""Sections as tensors, and training patches drawn so that every sum over a patch is an unbiased estimate of the sum over all sections.
+
+A patch is a square window of side p. Along an axis of length H its first row is y0 = clip(u - p // 2, 0, H - p), u uniform on 0..H-1: uniform, but
+for more windows flush with the border, without which the border would hardly ever be seen. A location l with rows low..high is used only when
+it lies wholly inside (a cut disc would be biased), which along this axis happens with probability
+
+    pi_y(l) = P(y0 <= low) - P(y0 <= high - p),      pi(l) = pi_y(l) pi_x(l)
+
+so with section n drawn with probability q_n and B patches, its log-likelihood is weighed by 1 / (B q_n pi(l)). The virtual measurement off the
+tissue has zero counts: its log-likelihood is linear in its pixels, which are therefore weighed one by one by 1 / pi(pixel) and used wherever
+they are seen. Turns by 90 degrees and flips (``augment="dihedral"``) leave the set of windows as it is. ``augment="affine"`` is the published
+augmentation (rotation, scale, shear, color); it weighs everything by N / B, N the number of patches that cover the sections, as published.
+
+Features of the image at every pixel (`image_features`) are those of a hand-made regression: color, gradient and local spread smoothed at
+several shares of the spot pitch, standardised within each section's tissue, which takes out differences in staining.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import find_objects, gaussian_filter
+from scipy.spatial import cKDTree
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppl_st.errors import UserError
+from ppl_st.inference.svi import epoch_order
+from ppl_st.models.xfuse.data import Data, Section
+
+__all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "image_features", "pitch_of", "tissue"]
+
+Augment = Literal["none", "dihedral", "affine"]
+SCALES = (1 / 8, 1 / 3, 1.0)  # smoothing of the features, in spot pitches
+FEATURES = 5 * len(SCALES)
+CLIP = 5.0  # features are cut at so many standard deviations
+COARSE = 2  # pixels per side of a block in which features and positions are averaged
+
+
+class Tissue(NamedTuple):
+    """One section as tensors."""
+
+    image: Tensor  # [3, H, W] each channel scaled to [-.9, .9]
+    features: Tensor  # [F, H, W]
+    label: Tensor  # [H, W] int64
+    counts: sp.csr_matrix
+    virtual: int  # row; -1: none
+    size: NDArray[np.int64]  # [rows] pixels of each location
+    low: NDArray[np.int64]  # [rows, 2] first y and x of each location
+    high: NDArray[np.int64]  # [rows, 2] last y and x
+    spots: Tensor  # [S, H, W] what the recognition network sees of the counts: scores where there are spots, and whether there are
+
+
+class Group(NamedTuple):
+    """Locations of one section in a batch."""
+
+    section: int
+    start: int  # first of its rows among the batch's locations
+    stop: int
+    counts: Tensor  # CSR [stop - start, G]
+
+
+class Batch(NamedTuple):
+    """Tensors of one minibatch of B patches of p x p pixels; P = p / COARSE (rounded up)."""
+
+    image: Tensor  # [B, 3, p, p]
+    features: Tensor  # [B, F, P, P]
+    where: Tensor  # [B, P, P, 2] x and y in pixels of the section
+    spots: Tensor  # [B, S, p, p]
+    sections: tuple[int, ...]  # of each patch
+    location: Tensor  # [B p p] int64: row among the batch's locations, the number of locations for pixels in none
+    pixel_weight: Tensor  # [B p p]
+    weight: Tensor  # [locations] of their log-likelihoods
+    groups: tuple[Group, ...]
+    patches: int  # that cover all sections
+
+
+def aggregate(values: Tensor, location: Tensor, number: int) -> Tensor:
+    """Sums over the pixels of each location: values [n, M], location [n] int64 -> [number, M]; ids from ``number`` on are dropped."""
+    kept = (location < number).nonzero().squeeze(1)
+    out = values.new_zeros(number, values.shape[1])
+    return out.index_add(0, location[kept], values[kept])
+
+
+def pitch_of(section: Section) -> float:
+    """Median distance in pixels from a spot to the nearest other; four radii where there is one spot or none."""
+    xy = section.centers[np.isfinite(section.centers).all(1)]
+    if len(xy) < 2:
+        return 4 * section.radius
+    return float(np.median(cKDTree(xy).query(xy, 2)[0][:, 1]))
+
+
+def image_features(image: NDArray[np.uint8], mask: NDArray[np.bool_], pitch: float) -> NDArray[np.float32]:
+    """Color, gradient and local spread at every pixel, smoothed with a Gaussian of sd `SCALES` x pitch, standardised on the mask: [F, H, W]."""
+    rgb = image.astype(np.float32) / 255
+    grey = rgb.mean(2)
+    gradient = np.hypot(*np.gradient(gaussian_filter(grey, 0.5)))
+    out = np.empty((FEATURES, *grey.shape), np.float32)
+    for k, sd in enumerate(pitch * scale for scale in SCALES):
+        mean = gaussian_filter(grey, sd)
+        spread = np.sqrt(np.maximum(gaussian_filter(grey * grey, sd) - mean * mean, 0))
+        smooth = [gaussian_filter(plane, sd) for plane in (*np.moveaxis(rgb, 2, 0), gradient)]
+        out[5 * k : 5 * k + 5] = np.stack([*smooth, spread])
+    on = mask if mask.any() else np.ones_like(mask)
+    values = out[:, on]
+    sd = np.maximum(values.std(1), 1e-3)
+    return np.clip((out - values.mean(1)[:, None, None]) / sd[:, None, None], -CLIP, CLIP)
+
+
+def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissue:
+    """A section as tensors; ``scores`` [rows, S - 1] of its spots are painted into the channels that the recognition network sees."""
+    rows = section.counts.shape[0]
+    # int64 throughout: a float32 cannot tell ids beyond 2^24 apart
+    label = section.label
+    size = np.bincount(label.ravel(), minlength=rows + 1)[1:]
+    low, high = np.zeros((rows, 2), np.int64), np.full((rows, 2), -1, np.int64)
+    for row, box in enumerate(find_objects(label, max_label=rows)):
+        if box is not None:
+            low[row], high[row] = [b.start for b in box], [b.stop - 1 for b in box]
+    pixels = section.image.astype(np.float32)
+    first, last = pixels.min((0, 1)), pixels.max((0, 1))
+    image = 0.9 * (2 * (pixels - first) / np.maximum(last - first, 1.0) - 1)
+    painted = np.zeros((0, *label.shape), np.float32)
+    if scores is not None:
+        there = (label > 0) & (label != section.virtual + 1)
+        table = np.vstack([np.zeros((1, scores.shape[1]), np.float32), scores])
+        painted = np.concatenate([np.moveaxis(table[label] * there[..., None], 2, 0), there[None].astype(np.float32)])
+    return Tissue(
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0))),
+        torch.from_numpy(image_features(section.image, section.mask, pitch_of(section))),
+        torch.from_numpy(label), section.counts, section.virtual, size, low, high, torch.from_numpy(painted),
+    )  # fmt: skip
+
+
+def starts(length: int, side: int) -> NDArray[np.float64]:
+    """Distribution of a window's first row, on 0..length - side."""
+    first = np.clip(np.arange(length) - side // 2, 0, length - side)
+    return np.bincount(first, minlength=length - side + 1) / length
+
+
+def inclusion(length: int, side: int, low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Probability that rows low..high lie wholly in a window."""
+    cdf = np.append(0.0, np.cumsum(starts(length, side)))  # cdf[k + 1] = P(y0 <= k)
+    at = np.minimum(low, length - side) + 1
+    before = np.clip(high - side + 1, 0, length - side + 1)
+    return np.maximum(cdf[at] - cdf[before], 0.0)
+
+
+class Batches:
+    """Minibatches of patches, a pure function of the step.
+
+    Parameters
+    ----------
+    tissues
+        Sections with counts take part; others are for prediction.
+    side
+        Of a patch; at most the shortest side of a section.
+    size
+        Patches per batch.
+    augment
+        See the module.
+    hide
+        Probability that the recognition network does not see the spots of a patch.
+    """
+
+    def __init__(
+        self, tissues: Sequence[Tissue], side: int, size: int, augment: Augment, seed: int, hide: float = 0.5
+    ) -> None:
+        self.tissues, self.size, self.augment, self.seed, self.hide = tissues, size, augment, seed, hide
+        used = [n for n, one in enumerate(tissues) if one.counts.shape[0]]
+        self.side = min([side, *(min(tissues[n].label.shape) for n in used)])
+        area = self.side**2
+        self.section = [n for n in used for _ in range(math.ceil(tissues[n].label.numel() / area))]  # of each patch
+        share = {n: self.section.count(n) / len(self.section) for n in used}
+        self.weights, self.pixels = {}, {}  # of locations, and of pixels by row and by column
+        for n in used:
+            one = tissues[n]
+            chance = np.ones(len(one.size))
+            for axis, length in enumerate(one.label.shape):
+                chance *= inclusion(length, self.side, one.low[:, axis], one.high[:, axis])
+                every = np.arange(length)
+                self.pixels[n, axis] = torch.from_numpy(1 / inclusion(length, self.side, every, every)).float()
+            spots = one.size > 0
+            if one.virtual >= 0:
+                spots[one.virtual] = False
+            if (chance[spots] == 0).any():
+                largest = int((one.high - one.low + 1)[spots].max())
+                raise UserError(
+                    f"patch={side}: the largest of the measurements spans {largest} pixels and lies in no patch of side {self.side}; "
+                    "raise patch, or lower input.scale"
+                )
+            with np.errstate(divide="ignore"):
+                self.weights[n] = torch.from_numpy(np.where(chance > 0, 1 / chance, 0.0) / (share[n] * size)).float()
+            if one.virtual >= 0:
+                self.weights[n][one.virtual] = 1 / (share[n] * size)
+
+    def __len__(self) -> int:
+        return max(1, math.ceil(len(self.section) / self.size))
+
+    def at(self, step: int) -> Batch:
+        """The minibatch of ``step``."""
+        rng = np.random.default_rng([self.seed, 11, step])
+        # Every batch has the same size: the last cut of an epoch is filled up from the following one.
+        drawn = [int(epoch_order(len(self.section), 1, self.seed, step * self.size + k)[0]) for k in range(self.size)]
+        sections = [self.section[i] for i in drawn]
+        corners = []
+        for n in sections:
+            corners.append([int(rng.choice(length - self.side + 1, p=starts(length, self.side))) for length in self.tissues[n].label.shape])
+        return self.of(sections, corners, rng)
+
+    def of(self, sections: Sequence[int], corners: Sequence[Sequence[int]], rng: np.random.Generator) -> Batch:
+        """The minibatch of windows with these first rows and columns in these sections; ``rng`` turns and hides."""
+        order = np.argsort(sections, kind="stable")
+        parts, groups, weights, location, pixel_weight = [], [], [], [], []
+        total = 0
+        ordered = [int(sections[i]) for i in order]
+        for section in sorted(set(ordered)):
+            one = self.tissues[section]
+            mine = [i for i in order if sections[i] == section]
+            rows, labels = [], []
+            for i in mine:
+                crop, label, used, weight = self._patch(section, corners[i], rng)
+                parts.append(crop)
+                rows.append(used)
+                labels.append((label, weight))
+            for label, used, (_, weight) in zip((pair[0] for pair in labels), rows, labels, strict=True):
+                slot = torch.full((len(one.size) + 1,), -1, dtype=torch.int64)
+                slot[torch.from_numpy(used) + 1] = torch.arange(total, total + len(used))
+                location.append(slot[label.reshape(-1)])
+                pixel_weight.append(weight.reshape(-1))
+                total += len(used)
+            everything = np.concatenate(rows)
+            if len(everything):
+                counts = _csr(one.counts[everything])
+                groups.append(Group(section, total - len(everything), total, counts))
+                weights.append(self.weights[section][torch.from_numpy(everything)])
+        flat = torch.cat(location)
+        stacked = [torch.stack(columns) for columns in zip(*parts, strict=True)]
+        weight = torch.cat(weights) if weights else torch.zeros(0)
+        if self.augment == "affine":
+            weight = torch.full_like(weight, len(self.section) / len(sections))
+        return Batch(
+            *stacked, tuple(ordered), torch.where(flat < 0, total, flat), torch.cat(pixel_weight), weight, tuple(groups), len(self.section)
+        )  # type: ignore[arg-type]
+
+    def _patch(
+        self, section: int, corner: Sequence[int], rng: np.random.Generator
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, NDArray[np.int64], Tensor]:
+        """(image, features, where, spots), labels [p, p], rows used, pixel weights [p, p]."""
+        one, side = self.tissues[section], self.side
+        y, x = (slice(start, start + side) for start in corner)
+        rows, columns = torch.arange(y.start, y.stop) + 0.5, torch.arange(x.start, x.stop) + 0.5
+        where = torch.stack([columns.expand(side, side), rows[:, None].expand(side, side)])  # [2, p, p]
+        label, weight = one.label[y, x], torch.ones(side, side)
+        planes = torch.cat([one.image[:, y, x], one.features[:, y, x], one.spots[:, y, x], where])
+        if one.virtual >= 0 and self.augment != "affine":
+            inverse = self.pixels[section, 0][y][:, None] * self.pixels[section, 1][x]
+            weight = torch.where(label == one.virtual + 1, inverse, 1.0)
+        if self.augment == "dihedral":
+            quarter, flip = int(rng.integers(4)), bool(rng.integers(2))
+            planes, label, weight = (_turned(t, quarter, flip) for t in (planes, label, weight))
+        elif self.augment == "affine":
+            planes, label = _published_augmentation(planes, label, rng)
+        seen, number = np.unique(label.numpy(), return_counts=True)
+        number, seen = number[seen > 0], seen[seen > 0] - 1
+        whole = number == one.size[seen]
+        if self.augment == "affine":
+            border = np.unique(torch.cat([label[0], label[-1], label[:, 0], label[:, -1]]).numpy()) - 1
+            whole = ~np.isin(seen, border)
+        image, features, spots, where = planes.split([3, FEATURES, len(one.spots), 2])
+        if len(spots) and rng.random() < self.hide:
+            spots = torch.zeros_like(spots)
+        features, where = coarse(features), coarse(where)
+        return (image, features, where.permute(1, 2, 0), spots), label, seen[whole | (seen == one.virtual)], weight
+
+
+def coarse(planes: Tensor) -> Tensor:
+    """Means over blocks of `COARSE` x `COARSE` pixels: [c, H, W] -> [c, ceil(H / COARSE), ceil(W / COARSE)]."""
+    return F.avg_pool2d(planes[None], COARSE, ceil_mode=True, count_include_pad=False)[0]
+
+
+def _turned(x: Tensor, quarter: int, flip: bool) -> Tensor:
+    x = torch.rot90(x, quarter, (-2, -1))
+    return x.flip(-1) if flip else x
+
+
+def _csr(counts: sp.csr_matrix) -> Tensor:
+    counts = sp.csr_matrix(counts, dtype=np.float32)
+    return torch.sparse_csr_tensor(
+        torch.from_numpy(counts.indptr.astype(np.int64)), torch.from_numpy(counts.indices.astype(np.int64)),
+        torch.from_numpy(counts.data), counts.shape, check_invariants=False,
+    )  # fmt: skip
+
+
+def _published_augmentation(planes: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Rotation, scale, shear of planes [c, p, p] (bilinear, zero outside) and labels (nearest, 0 outside); color jitter of the first three."""
+    side = label.shape[0]
+    turn, shear = rng.uniform(0, 2 * math.pi), math.tan(math.radians(rng.uniform(0, 10)))
+    zoom = rng.uniform(0.95, 1.05)
+    rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    matrix = torch.from_numpy(rotation @ np.array([[1.0, shear], [0.0, 1.0]]) / zoom).float()
+    middle = (side - 1) / 2
+    offset = torch.arange(side) - middle
+    grid = torch.stack([offset.expand(side, side), offset[:, None].expand(side, side)], -1) @ matrix.T  # [p, p, 2] x, y
+    nearest = (grid + middle).round().long()
+    inside = ((nearest >= 0) & (nearest < side)).all(-1)
+    nearest = nearest.clamp(0, side - 1)
+    warped = torch.where(inside, label[nearest[..., 1], nearest[..., 0]], 0)
+    planes = F.grid_sample(planes[None], grid[None] * 2 / side, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
+    image = planes[:3]
+    brightness, contrast, saturation = 1 + rng.uniform(-0.05, 0.05, 3)
+    image = (image + 1) * brightness - 1
+    image = (image - image.mean()) * contrast + image.mean()
+    grey = image.mean(0, keepdim=True)
+    image = (image - grey) * saturation + grey
+    hue = 2 * math.pi * rng.uniform(-0.05, 0.05)  # rotation about the grey axis
+    cos, sin = math.cos(hue), math.sin(hue) / math.sqrt(3)
+    wheel = torch.full((3, 3), (1 - cos) / 3) + cos * torch.eye(3) + sin * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    image = torch.einsum("cd,dhw->chw", wheel, image).clamp(-1, 1)
+    return torch.cat([image, planes[3:]]), warped

@@ -1,0 +1,331 @@
+r"""Where a fit starts: the best gene-wise constant model, and on top of it metagenes and fields in closed form.
+
+1. Gene-wise constant model: r_lg = size_l e^{t_g}, odds e^{u_g} by maximum likelihood. With the last layers of all heads at zero and
+   ``fields=False``, this is what a pair predicts before its first step.
+2. Length scales and the shares of space, image and noise: marginal likelihood of Gaussian processes on the first principal components of the
+   counts' Pearson residuals, shared over components:  K = a_s exp(-d_s^2 / 2 l_s^2) + a_i exp(-d_i^2 / 2 l_i^2) + noise, d_s in spot
+   pitches within a section, d_i between standardised image features.
+3. Metagenes: each component is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
+   (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities.
+4. Fields: Gaussian process regression of log depth and of the log shares, written as weights of the model's own basis functions, with the
+   diagonal of the posterior precision as their posterior sd.
+5. Odds again, given the rates of 4.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import gammaln
+from torch import Tensor
+
+from ppl_st.inference.pair import Pair
+from ppl_st.models.xfuse.data import Data
+from ppl_st.models.xfuse.model import Guide, Model, sides, spatial_field
+from ppl_st.models.xfuse.patches import Tissue, pitch_of
+
+__all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "nmf"]
+
+COMPONENTS = 25
+MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the cube
+ODDS = np.linspace(-5.0, 5.0, 21)
+THETA = 10.0  # inverse dispersion in Pearson residuals
+RESIDUAL_CLIP = 8.0
+Array = NDArray[np.float64]
+
+
+class Spots(NamedTuple):
+    """Locations of all training sections, without virtual ones."""
+
+    counts: sp.csr_matrix  # [n, G]
+    section: NDArray[np.int64]  # [n]
+    size: Array  # [n] pixels
+    xy: Array  # [n, 2] in pixels
+    features: Array  # [n, F] means over the pixels of each
+    pitch: Array  # [n] of its section, pixels
+
+
+class Kernel(NamedTuple):
+    """Hyper-parameters of step 2; lengths in pitches and in standardised features, variances as shares."""
+
+    length_space: float = 2.0
+    length_image: float = 4.0
+    space: float = 0.2
+    image: float = 0.4
+    noise: float = 0.4
+
+
+def gather(data: Data, tissues: Sequence[Tissue]) -> Spots:
+    """The training spots of all sections."""
+    parts = []
+    for n, (section, one) in enumerate(zip(data.sections, tissues, strict=True)):
+        rows = np.flatnonzero((one.size > 0) & (np.arange(len(one.size)) != one.virtual))
+        if not len(rows):
+            continue
+        flat = one.label.numpy().ravel()
+        total = np.stack([np.bincount(flat, plane.ravel(), len(one.size) + 1)[1:] for plane in one.features.numpy().astype(np.float64)], 1)
+        means = total[rows] / one.size[rows, None]
+        pitch = np.full(len(rows), pitch_of(section))
+        parts.append((one.counts[rows], np.full(len(rows), n), one.size[rows].astype(float), section.centers[rows], means, pitch))
+    counts, *rest = zip(*parts, strict=True)
+    return Spots(sp.csr_matrix(sp.vstack(counts)), *(np.concatenate(part) for part in rest))
+
+
+def fit_odds(counts: sp.csr_matrix, activity: Array, loadings: Array) -> Array:
+    """Log-odds u [G] by maximum likelihood on `ODDS` (parabola through the best three) when the means are activity [n, h] @ loadings [h, G]."""
+    x = sp.coo_matrix(counts)
+    mean = np.maximum(np.concatenate([(activity[i] * loadings[:, j].T).sum(1) for i, j in _chunks(x.row, x.col)] or [np.zeros(0)]), 1e-12)
+    total = activity.sum(0) @ loadings
+    score = np.empty((len(ODDS), loadings.shape[1]))
+    for k, u in enumerate(ODDS):
+        r = mean * np.exp(-u)
+        at = gammaln(x.data + r) - gammaln(r) - x.data * np.logaddexp(0.0, -u)
+        score[k] = np.bincount(x.col, at, loadings.shape[1]) - total * np.exp(-u) * np.logaddexp(0.0, u)
+    best = np.clip(score.argmax(0), 1, len(ODDS) - 2)
+    genes = np.arange(len(best))
+    left, middle, right = (score[best + d, genes] for d in (-1, 0, 1))
+    bend = np.minimum(left - 2 * middle + right, -1e-9)
+    return np.asarray(ODDS[best] + np.clip(0.5 * (left - right) / bend, -1, 1) * (ODDS[1] - ODDS[0]))
+
+
+def _chunks(row: NDArray[np.int32], col: NDArray[np.int32], size: int = 200_000) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    return [(row[k : k + size], col[k : k + size]) for k in range(0, len(row), size)]
+
+
+def fit_kernel(space: Array, image: Array, values: Array) -> Kernel:
+    """Step 2: hyper-parameters shared by the columns of ``values`` [n, k] (standardised) by marginal likelihood.
+
+    Positions [n, 2] of different sections are far apart; image features are [n, F].
+    """
+    n, k = values.shape
+    distance = [torch.from_numpy(((x[:, None] - x[None]) ** 2).sum(-1)) for x in (space, image)]
+    moment = torch.from_numpy(values @ values.T / k)
+    start = np.log(np.array(Kernel())).astype(np.float64)
+    spread = np.array([0.5, 0.5, 1.5, 1.5, 1.5])  # weak log-normal priors keep what the data do not tell
+
+    def loss(x: Array) -> tuple[float, Array]:
+        log = torch.tensor(x, requires_grad=True)
+        p = log.exp()
+        gram = sum(p[2 + i] * torch.exp(-0.5 * d / p[i] ** 2) for i, d in enumerate(distance))
+        factor = torch.linalg.cholesky(gram + (p[4] + 1e-6) * torch.eye(n, dtype=torch.float64))
+        fit = 0.5 * torch.cholesky_solve(moment, factor).diagonal().sum() + factor.diagonal().log().sum()
+        total = k * fit + 0.5 * (((log - torch.from_numpy(start)) / torch.from_numpy(spread)) ** 2).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        assert log.grad is not None
+        return float(total.detach()), log.grad.numpy()
+
+    bounds = [(value - 2.5 * s, value + 2.5 * s) for value, s in zip(start, spread, strict=True)]
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40})
+    return Kernel(*(float(v) for v in np.exp(found.x)))
+
+
+class Smoother:
+    """Gaussian process regression with one kernel matrix and a share of noise per column, chosen by marginal likelihood."""
+
+    def __init__(self, gram: Array) -> None:
+        self.values, self.vectors = np.linalg.eigh(gram / np.trace(gram) * len(gram))
+        self.values = np.maximum(self.values, 0.0)
+
+    def __call__(self, y: Array) -> tuple[Array, Array, Array]:
+        """Dual weights [n, k] of the posterior mean gram @ weights, and variances of signal and noise per column [k]."""
+        rotated = self.vectors.T @ y
+        shares = np.linspace(0.02, 0.98, 49)  # of noise in the variance
+        spectrum = (1 - shares)[:, None] * self.values + shares[:, None]  # [s, n]
+        square = (rotated[None] ** 2 / spectrum[..., None]).mean(1)  # [s, k] variance by maximum likelihood
+        score = np.log(np.maximum(square, 1e-12)) + np.log(spectrum).mean(1)[:, None]
+        best = score.argmin(0)
+        variance = square[best, np.arange(y.shape[1])]
+        weights = self.vectors @ ((1 - shares[best]) * rotated / spectrum[best].T)
+        return weights, variance * (1 - shares[best]), variance * shares[best]
+
+
+def nmf(x: Array, factors: int, rng: np.random.Generator, sweeps: int = 200) -> tuple[Array, Array]:
+    """x [n, G] ~ w @ h by multiplicative updates of the Kullback-Leibler divergence; rows of h sum to 1."""
+    n = len(x)
+    shares = x / x.sum(1, keepdims=True)
+    # k-means++ rows of the shares as first profiles: far from each other
+    chosen = [int(rng.integers(n))]
+    distance = np.full(n, np.inf)
+    for _ in range(factors - 1):
+        distance = np.minimum(distance, ((np.sqrt(shares) - np.sqrt(shares[chosen[-1]])) ** 2).sum(1))
+        chosen.append(int(rng.choice(n, p=distance / distance.sum())) if distance.sum() > 0 else int(rng.integers(n)))
+    h = shares[chosen] + 1e-2 * shares.mean(0)
+    w = np.full((n, factors), 1.0) * x.sum(1, keepdims=True) / factors
+    for _ in range(sweeps):
+        w *= (x / (w @ h)) @ h.T / h.sum(1)
+        h *= w.T @ (x / (w @ h)) / np.maximum(w.sum(0)[:, None], 1e-12)
+    total = h.sum(1)
+    return w * total, h / total[:, None]
+
+
+def _inverse_softplus(x: Array | float) -> Array:
+    return np.asarray(x + np.log(-np.expm1(-np.asarray(x))))
+
+
+def _write(to: Tensor, value: Array | float) -> None:
+    with torch.no_grad():
+        to.copy_(torch.as_tensor(np.asarray(value), dtype=to.dtype).expand_as(to))
+
+
+def constant_start(pair: Pair, data: Data, tissues: Sequence[Tissue], rng: np.random.Generator) -> Spots:
+    """Step 1, and an image of the mean color."""
+    model, guide = sides(pair)
+    spots = gather(data, tissues)
+    relative = spots.size / spots.size.mean()
+    total = np.asarray(spots.counts.sum(0), np.float64).ravel()
+    mean = (total + 0.5) / relative.sum()
+    odds = fit_odds(spots.counts, relative[:, None], mean[None])
+    _write(model.odds, odds)
+    _write(model.log_rate, np.log(mean) - odds)
+    with torch.no_grad():
+        model.bias.zero_()
+        model.bias[0] = float(_inverse_softplus(1 / spots.size.mean()))
+    pixels = np.concatenate([one.image.flatten(1).numpy() for one in tissues if one.counts.shape[0]], 1)
+    _write(model.image_start[:, 0], np.arctanh(np.clip(pixels.mean(1), -0.99, 0.99)))
+    _write(model.image_start[:, 1], _inverse_softplus(np.maximum(pixels.std(1), 1e-2)))
+    if model.config.metagenes > 1:  # equal profiles would stay equal
+        _write(guide.metagenes_loc, 0.01 * rng.standard_normal(tuple(guide.metagenes_loc.shape)))
+    return spots
+
+
+def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generator, say: Callable[[str], None]) -> None:
+    """Steps 3 to 5."""
+    model, guide = sides(pair)
+    if len(spots.section) > MOST_SPOTS:
+        keep = np.sort(rng.permutation(len(spots.section))[:MOST_SPOTS])
+        spots = Spots(*(part[keep] for part in spots))
+    counts, depth, mean = _depth(spots)
+    residual, scale = residuals(spots)
+    left, values, right = _components(residual, COMPONENTS)
+    basis_space, basis_image = basis(model, spots)
+    space, image = basis_space @ basis_space.T, basis_image @ basis_image.T
+    smoother = Smoother(kernel.space * space + kernel.image * image)
+    gram = kernel.space * space + kernel.image * image
+    gram *= len(gram) / np.trace(gram)
+    scores = left * values
+    center = np.stack([scores[spots.section == n].mean(0) for n in spots.section])
+    log_depth = np.log(depth)
+    depth_center = np.array([log_depth[spots.section == n].mean() for n in spots.section])
+    smooth = gram @ smoother(scores - center)[0] + center
+    smooth_depth = gram @ smoother((log_depth - depth_center)[:, None])[0][:, 0] + depth_center
+    rate = np.exp(smooth_depth)[:, None] * mean
+    rate = np.maximum(rate + (smooth @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate)
+    m = model.config.metagenes
+    w, h = nmf(rate, m, rng)
+    share = w / w.sum(1, keepdims=True)
+    logits = np.log(share + 0.2 / m)
+    logits -= logits.mean(1, keepdims=True)
+    depth_of = w.sum(1) / (spots.size / spots.size.mean())
+    del counts, depth_of
+    targets = np.column_stack([log_depth - depth_center, logits - logits.mean(0)])
+    dual, signal, noise = smoother(targets)
+    total = kernel.space * np.trace(space) + kernel.image * np.trace(image)
+    weights = []
+    for k, (part, function) in enumerate(((kernel.image, basis_image), (kernel.space, basis_space))):
+        share_of = part * len(gram) / total  # variance of a weight per unit of signal
+        name = ("image_weights", "space")[k]
+        sd = np.sqrt(np.maximum(share_of * signal, 1e-8))  # [O]
+        # posterior mean of the field = share_of * function' dual; a weight is that over its prior sd
+        location = share_of * (function.T @ dual) / sd
+        precision = 1 + (function**2).sum(0)[:, None] * sd**2 / np.maximum(noise, 1e-6)
+        _write(getattr(guide, f"{name}_loc"), location)
+        _write(getattr(guide, f"{name}_log_sd"), -0.5 * np.log(precision))
+        _write(model.amplitude[k], np.log(sd))
+        weights.append(function @ (location * sd))
+    fitted = sum(weights)
+    with torch.no_grad():
+        model.bias[1:] = torch.from_numpy(logits.mean(0)).float()
+    size = spots.size / spots.size.mean()
+    every = np.array([float((log_depth - np.log(size))[spots.section == n].mean()) if (spots.section == n).any() else 0.0
+                      for n in range(len(model.spec.sections))])  # fmt: skip
+    seen = np.unique(spots.section)
+    middle = every[seen].mean()
+    _write(guide.depth_loc, np.where(np.isin(np.arange(len(every)), seen), every - middle, 0.0))
+    profile = np.log(mean / mean.sum())
+    loading = np.log(h + 0.02 * np.exp(profile)) - profile
+    _write(guide.metagenes_loc, loading)
+    _write(guide.metagenes_log_sd, np.log(0.1))
+    # odds given the rates, then the baseline so that mean = shape x odds
+    activity = np.exp(logits.mean(0) + np.asarray(fitted)[:, 1:])
+    activity *= (np.exp(np.asarray(fitted)[:, 0] + depth_center) / activity.sum(1))[:, None]
+    profiles = np.exp(loading + profile)
+    predicted = activity @ profiles
+    level = np.asarray(spots.counts.sum(0)).ravel() + 0.5
+    correction = level / np.maximum(predicted.sum(0), 1e-8)
+    odds = fit_odds(spots.counts, activity, profiles * correction)
+    _write(model.odds, odds)
+    _write(model.log_rate, profile + np.log(correction) - odds + middle)
+    _section_effects(model, guide, spots, activity, profiles * correction)
+    say(
+        f"start: length {kernel.length_space:.2g} pitches in space and {kernel.length_image:.2g} in image features; variance {kernel.space:.2g} "
+        f"space, {kernel.image:.2g} image, {kernel.noise:.2g} noise; {m} metagenes"
+    )
+
+
+def _section_effects(model: Model, guide: Guide, spots: Spots, activity: Array, profiles: Array) -> None:
+    """E of the first covariate: observed over predicted totals of each level, shrunk."""
+    if not model.spec.levels:
+        return
+    codes = np.array(model.spec.codes)[spots.section, 0]
+    effect = np.zeros((model.spec.levels[0], model.spec.genes))
+    for level in np.unique(codes):
+        mine = codes == level
+        predicted = activity[mine].sum(0) @ profiles
+        effect[level] = np.log((np.asarray(spots.counts[mine].sum(0)).ravel() + 10.0) / (predicted + 10.0))
+    _write(guide.level_0_loc, effect)
+    _write(guide.level_0_log_sd, np.log(0.1))
+
+
+def _depth(spots: Spots) -> tuple[sp.csr_matrix, Array, Array]:
+    """Counts, depth of each location, share of each gene."""
+    depth = np.asarray(spots.counts.sum(1), np.float64).ravel() + 1.0
+    total = np.asarray(spots.counts.sum(0), np.float64).ravel() + 0.5
+    return spots.counts, depth, total / total.sum()
+
+
+def residuals(spots: Spots) -> tuple[Array, Array]:
+    """Pearson residuals under depth x share [n, G], and log depth less its section's mean [n]."""
+    counts, depth, share = _depth(spots)
+    mean = depth[:, None] * share
+    residual = np.clip((counts.toarray() - mean) / np.sqrt(mean + mean**2 / THETA), -RESIDUAL_CLIP, RESIDUAL_CLIP)
+    log_depth = np.log(depth)
+    return residual, log_depth - np.array([log_depth[spots.section == n].mean() for n in spots.section])
+
+
+def _components(x: Array, number: int) -> tuple[Array, Array, Array]:
+    """Leading left vectors [n, k], values [k] and right vectors [k, G], by the smaller of the two Gram matrices."""
+    k = min(number, *x.shape)
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    return left[:, :k], values[:k], right[:k]
+
+
+def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, most: int = 500) -> Kernel:
+    """Step 2 on at most ``most`` spots."""
+    residual, _ = residuals(spots)
+    left, values, _ = _components(residual, components)
+    scores = left * values
+    scores -= np.stack([scores[spots.section == n].mean(0) for n in spots.section])
+    scores /= np.maximum(scores.std(0), 1e-9)
+    keep = np.sort(rng.permutation(len(scores))[:most])
+    far = np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep]
+    return fit_kernel(far, spots.features[keep], scores[keep])
+
+
+def basis(model: Model, spots: Spots) -> tuple[Array, Array]:
+    """The model's basis functions at the spots: spatial [n, points of all lattices], image [n, J]; prior variance 1 each in sum."""
+    spec = model.spec
+    offsets = np.cumsum([0, *(lattice.points for lattice in spec.lattices)])
+    space = np.zeros((len(spots.section), offsets[-1]))
+    for n, lattice in enumerate(spec.lattices):
+        mine = np.flatnonzero(spots.section == n)
+        if len(mine):
+            where = torch.from_numpy(spots.xy[mine]).float()[:, None]  # [s, 1, 2]
+            values = spatial_field(lattice, torch.eye(lattice.points), where)[..., 0]  # [points, s]
+            space[mine, offsets[n] : offsets[n + 1]] = values.T.numpy()
+    image = np.cos(spots.features @ model.frequency.double().numpy() + model.phase.double().numpy())
+    return space, image * math.sqrt(2 / model.config.functions)
