@@ -29,6 +29,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,7 @@ def fit(
     progress: Progress = "quiet",
     until: int | None = None,
     adversary: Adversary | None = None,
+    edit: Callable[[int, torch.optim.Optimizer], None] | None = None,
 ) -> tuple[FitState, FitInfo]:
     """Train `pair` in place; return the state to go on from and a record of what happened.
 
@@ -161,6 +163,9 @@ def fit(
         Return after this many completed steps, as if interrupted, although `config.steps` says more.
     adversary
         The second player, whose critic the model's objective uses.
+    edit
+        Called with the number of completed steps and the optimiser after each of them, before a checkpoint; may change parameters, buffers and
+        moments in place, as a pure function of these and the step (so that a resumed fit is the same).
 
     Returns
     -------
@@ -213,6 +218,8 @@ def fit(
                 load(pair, before)
             _count(tally, config, done)
             history.append(done)
+            if edit:
+                edit(tally.step, optimizer)
 
             if done.fault or tally.step % config.log_every == 0:
                 seconds = round(time.perf_counter() - began, 3)

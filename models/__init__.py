@@ -18,6 +18,7 @@ Its module offers
     alignment(pair, data, config, seed)   -> {name: number}, diagnostics kept in the record; only of methods that align two sides
     turned(pair, data)        -> (method, data) of the other direction; only of methods that have one
     adversary(pair, config)                     -> `ppl_st.inference.adversary.Adversary` or None; only of methods with a second player
+    edit(pair, data, config, seed)              -> what changes the pair between steps (`fit`), or None; only of methods that grow or prune
 
 where ``data`` comes from the method's file in ``ppl_st/prepare`` and chains are those of `ppl_st.inference.ensemble`.
 """

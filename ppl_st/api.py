@@ -298,8 +298,9 @@ def _train(
     plan = replace(settings.fit, steps=steps)
     batches = module.batches(data, settings, seed)
     adversary = module.adversary(pair, settings) if hasattr(module, "adversary") else None
+    edit = module.edit(pair, data, settings, seed) if hasattr(module, "edit") else None
     scale = 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
-    state, info = run_svi(pair, batches, plan, state, folder=folder, scale=scale, progress=progress, adversary=adversary)
+    state, info = run_svi(pair, batches, plan, state, folder=folder, scale=scale, progress=progress, adversary=adversary, edit=edit)
     if info.stop_reason == INTERRUPTED and state.step < steps:
         kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
         raise Interrupted(f"interrupted at step {state.step} of {steps}; {kept}")

@@ -23,9 +23,12 @@ cell with zero activity is finite.
 Not here: second derivatives, activities with more than two dimensions, gradients with respect to the counts.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -39,6 +42,16 @@ from ppl_st.product_math import Blocks, Counts, NegativeBinomialKernel, PoissonK
 from ppl_st.sampling import poisson, standard_gamma
 
 DENSE_ABOVE = 0.3
+
+
+def csr_tensor(matrix: sp.csr_matrix) -> Tensor:
+    """A scipy CSR matrix as a torch sparse CSR tensor of float32."""
+    matrix = sp.csr_matrix(matrix, dtype=np.float32)
+    matrix.sort_indices()
+    crow, col = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
+    with warnings.catch_warnings():  # torch calls its CSR layout a beta
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        return torch.sparse_csr_tensor(crow, col, torch.from_numpy(matrix.data.copy()), size=matrix.shape, check_invariants=False)
 
 
 _DOMAIN = {

@@ -31,9 +31,10 @@ from ppl_st.models.siid import activity as activity_room
 from ppl_st.models.siid import hyper as siid_hyper
 from ppl_st.models.siid import warm_start
 from ppl_st.models.siid.activity import Globals, LocalPosterior, Sheet, aggregate, sizes
-from ppl_st.models.siid.batches import Batches, Data, csr_tensor
+from ppl_st.models.siid.batches import Batches, Data
 from ppl_st.models.siid.model import PRESETS, Config, Spec, build, random_start
 from ppl_st.models.siid.regional import regional_posterior
+from ppl_st.product import csr_tensor
 from ppl_st.simulate import checkerboard
 from ppl_st.testing import check_pair
 

@@ -5,7 +5,6 @@ second stratum that is cut into the same number of parts. Each cell is *owned* b
 holds *guests*, cells of other owners that its spots need, whose own likelihood does not count there.
 """
 
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_st.inference.svi import epoch_order
+from ppl_st.product import csr_tensor
 
 
 class Data(NamedTuple):
@@ -135,16 +135,4 @@ class Batches:
             n_cells=len(cells) * self.n_batches,
             n_spots=len(spots) * self.n_batches,
             step=step,
-        )
-
-
-def csr_tensor(matrix: sp.csr_matrix) -> Tensor:
-    """A scipy CSR matrix as a torch sparse CSR tensor of float32."""
-    matrix = sp.csr_matrix(matrix, dtype=np.float32)
-    matrix.sort_indices()
-    crow, col = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
-    with warnings.catch_warnings():  # torch calls its CSR layout a beta
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        return torch.sparse_csr_tensor(
-            crow, col, torch.from_numpy(matrix.data.copy()), size=matrix.shape, check_invariants=False
         )

@@ -46,13 +46,14 @@ from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
 from ppl_st.models.xfuse.data import Data, Input, Section
+from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Lattice, Model, Spec, build, lattice_over, sides
 from ppl_st.models.xfuse.patches import Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
 from ppl_st.models.xfuse.warm_start import constant_start, data_start, gather, learn_kernel
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
-    "empty", "maps", "quantities", "select", "spec_from", "spec_to", "start",
+    "edit", "empty", "maps", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 
@@ -86,7 +87,8 @@ def _spec(data: Data, space: float, image: float) -> Spec:
                 mine[c], levels[c] = levels[c], levels[c] + 1
         codes.append(mine)
     lattices = [_lattice(section, space) for section in data.sections]
-    return Spec(len(data.genes), [section.name for section in data.sections], lattices, levels, codes, image)
+    rows = [section.counts.shape[0] for section in data.sections]
+    return Spec(len(data.genes), [section.name for section in data.sections], lattices, rows, levels, codes, image)
 
 
 def _lattice(section: Section, length: float) -> Lattice:
@@ -116,6 +118,11 @@ def spec_from(stored: dict[str, Any]) -> Spec:
 def batches(data: Data, config: Config, seed: int) -> Batches:
     """Minibatches of patches."""
     return Batches(_tissues(data), config.patch, config.batch_patches, config.augment, seed, config.hide)
+
+
+def edit(pair: Pair, data: Data, config: Config, seed: int) -> Callable[[int, torch.optim.Optimizer], None] | None:
+    """What happens between steps: rounds of drop-and-split, or nothing."""
+    return rounds(pair, batches(data, config, seed), config, seed) if config.selection == "split" else None
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
@@ -196,7 +203,10 @@ class Predictor:
             number = len(local.tissue.size)
             flat = activity.flatten(1).T
             location = local.tissue.label.reshape(-1) - 1
-            self.summed[id(drawn)] = drawn, aggregate(flat, torch.where(location < 0, number, location), number), full
+            summed = aggregate(flat, torch.where(location < 0, number, location), number)
+            if self.config.nugget:  # of a new measurement there
+                summed = self.models[chain].with_nugget(summed, torch.randn(number, 1 + self.config.metagenes))
+            self.summed[id(drawn)] = drawn, summed, full
         _, summed, full = self.summed[id(drawn)]
         first = int(np.searchsorted(self.owners, section))
         own = _real_rows(self.data.sections[section])[rows - first]
@@ -211,8 +221,7 @@ class Predictor:
             seen = tissue(one)
             with torch.no_grad():
                 latents = self.guides[chain].latents(seen.image[None], seen.spots[None])
-            step = self.spec.lattices[known].step / pitch_of(one) if known >= 0 else 0.0
-            lattice = self.spec.lattices[known] if step else _new_lattice(one, self)
+            lattice = self.spec.lattices[known] if known >= 0 else _new_lattice(one, self.spec)
             self.canvas[section, chain] = _Canvas(seen, lattice, known, codes, latents)
         return self.canvas[section, chain]
 
@@ -239,10 +248,11 @@ class Predictor:
         return activity, full
 
 
-def _new_lattice(section: Section, predictor: Predictor) -> Lattice:
-    """Of a section that the fit never saw: as fine relative to its pitch as that of the first section."""
-    first = predictor.spec.lattices[0].step
-    return lattice_over(*section.label.shape, first)
+def _new_lattice(section: Section, spec: Spec) -> Lattice:
+    """Of a section that the fit never saw: as fine as that of the first section (both are at the working resolution)."""
+    first = spec.lattices[0].step
+    height, width = section.label.shape
+    return lattice_over(height, width, first)
 
 
 def _real_rows(section: Section) -> NDArray[np.int64]:

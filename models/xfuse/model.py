@@ -22,8 +22,11 @@ from ppl_st.product import ProductSharedOddsNegativeBinomial
 
 __all__ = ["PRESETS", "Config", "Guide", "Lattice", "Model", "Spec", "build", "sides"]
 
+NEGLIGIBLE = 0.01  # share of a metagene below which the shrinkage is flat
 LOG_RATE = (-30.0, 20.0)  # range of a log loading
+PER_OUTPUT = ("image_weights", "space", "location")  # sites with a column for the scale and one per metagene
 FINE = 4  # points per spacing of a lattice on which a spatial field is smoothed, linear in between
+OUTSIDE = -6.0  # log scale off the tissue at the start, less that on it
 UNSEEN = 0.5  # sd of the log depth of a section
 
 
@@ -41,6 +44,7 @@ class Config:
     condition: int = field(default=0, metadata={"ge": 0})  # scores of the spots that the recognition network sees; 0: the image alone
     hide: float = field(default=0.5, metadata={"ge": 0, "le": 1})  # how often it does not see them in training, so that it works without
     fields: bool = True  # spatial field and regression on image features, in scale and metagene activities
+    nugget: bool = True  # log-normal effect of each location on its scale and metagenes: what no field explains
     functions: int = field(default=256, metadata={"ge": 1})  # random features of the regression
     image_weight: float = field(default=1.0, metadata={"ge": 0})  # of the image's log-likelihood
     metagenes: int = field(default=20, metadata={"ge": 1})  # most that there can be
@@ -51,7 +55,7 @@ class Config:
     layer: str = "counts"
     gene_key: str | None = None
     input: Input = Input()  # noqa: RUF009
-    fit: FitConfig = FitConfig()  # noqa: RUF009
+    fit: FitConfig = FitConfig()
 
     def __post_init__(self) -> None:
         """Refuse combinations that mean nothing."""
@@ -62,17 +66,18 @@ class Config:
 NETWORKS = r"recognition|generator|image_|expression"
 PUBLISHED = FitConfig(
     steps=100_000, lr=3e-4, optimizer="amsgrad", clip_norm=math.inf, threads=0,
-    lr_groups={"log_rate|odds$": 5.0, r"guide\.(metagenes|level|odds)": 2.0},
+    lr_groups={r"log_rate$|\.odds$": 5.0, r"metagenes_(loc|log_sd)": 2.0},
 )  # fmt: skip
 PRESETS = {
     "default": Config(
         fit=FitConfig(
-            steps=600, lr=1e-2, schedule="cosine", final_lr_factor=0.02, clip_norm=math.inf, threads=1, lr_groups={NETWORKS: 0.2}
+            steps=600, lr=1e-2, schedule="cosine", final_lr_factor=0.02, clip_norm=math.inf, threads=1, lr_groups={NETWORKS: 0.2},
+            elbo="meanfield",
         ),
     ),
     "paper": Config(
-        patch=768, batch_patches=4, augment="affine", depth=6, channels=16, network="published", norm="batch", fields=False, metagenes=40,
-        selection="split", purge_every=1000, fit=PUBLISHED,
+        patch=768, batch_patches=4, augment="affine", depth=6, channels=16, network="published", norm="batch", fields=False, nugget=False,
+        metagenes=40, selection="split", purge_every=1000, fit=PUBLISHED,
     ),
 }  # fmt: skip
 
@@ -98,6 +103,7 @@ class Spec(NamedTuple):
     genes: int
     sections: list[str]
     lattices: list[Lattice]
+    rows: list[int]  # locations of each section
     levels: list[int]  # levels of each covariate, unknown ones included
     codes: list[list[int]]  # [sections][covariates] level of each
     length: float  # length scale of the regression in standardised features
@@ -117,7 +123,8 @@ class Model(PyroModule):
         "metagenes": ["metagene", "gene"], "image_weights": ["function", "output"], "space": ["lattice", "output"], "depth": ["section"],
     }  # fmt: skip
     active: Tensor  # [M] bool buffer: metagenes in use
-    image_start: Tensor
+    partner: Tensor  # [M] int64 buffer: the other half of the last split; -1: none
+    image_start: Tensor  # [3, 2] buffer
     frequency: Tensor  # [F, J]
     phase: Tensor  # [J]
 
@@ -137,11 +144,16 @@ class Model(PyroModule):
         self.log_sd = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(genes)) for name in ("metagenes", *self._effects())}
         )  # log sigma of L, E, F
-        self.register_buffer("active", torch.ones(most, dtype=torch.bool))
+        started = torch.arange(most) < (1 if config.selection == "split" else most)
+        self.register_buffer("active", started)
+        self.register_buffer("partner", torch.full((most,), -1))
         if config.fields:
             self.register_buffer("frequency", torch.randn(FEATURES, config.functions) / spec.length)
             self.register_buffer("phase", 2 * math.pi * torch.rand(config.functions))
             self.amplitude = nn.Parameter(torch.zeros(2, outputs))  # log sd of the regression and of the spatial field
+            self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
+        if config.nugget:
+            self.log_nugget = nn.Parameter(torch.full((outputs,), math.log(0.1)))  # log sd
         self.register_buffer("image_start", torch.zeros(3, 2))  # of each channel: location before tanh, sd before softplus
 
     def _effects(self) -> list[str]:
@@ -157,6 +169,8 @@ class Model(PyroModule):
             found["image_weights"] = (self.config.functions, outputs)
             found["space"] = (sum(lattice.points for lattice in spec.lattices), outputs)
             found["depth"] = (len(spec.sections),)
+        if self.config.nugget:
+            found["location"] = (sum(spec.rows), outputs)
         return found
 
     def scale_of(self, name: str) -> Tensor | float:
@@ -180,13 +194,15 @@ class Model(PyroModule):
     ) -> Tensor:
         """Regression and spatial field of scale and metagenes at coarse pixels: [B, 1 + M, P, P]."""
         regression, spatial = self.amplitude.clamp(-6.0, 3.0).exp()
+        outside, features = features[:, -1], features[:, :-1]
         x = features.flatten(2).transpose(1, 2) @ self.frequency + self.phase  # [B, P P, J]
         x = x.cos_() * math.sqrt(2 / self.config.functions)
         out = (x @ (drawn["image_weights"] * regression)).transpose(1, 2).unflatten(2, features.shape[-2:])
         weights = drawn["space"].split([lattice.points for lattice in lattices])
         space = [spatial_field(lattices[n], weights[n] * spatial, where[b]) for b, n in enumerate(sections)]
         depth = F.pad(drawn["depth"][list(sections)][:, None], (0, self.config.metagenes))
-        return out + torch.stack(space) + depth[:, :, None, None]
+        out = out + torch.stack(space) + depth[:, :, None, None]
+        return torch.cat([out[:, :1] + self.outside * outside[:, None], out[:, 1:]], 1)
 
     def activity(self, features: Tensor, fields: Tensor | None) -> Tensor:
         """Scale times metagene activities per pixel, s a: [B, M, H, W], from the generator's features [B, C, H, W] and the fields."""
@@ -198,6 +214,12 @@ class Model(PyroModule):
         if not bool(self.active.all()):
             a = a.masked_fill(~self.active[:, None, None], -torch.inf)
         return F.softplus(out[:, :1]) * torch.softmax(a, 1)
+
+    def with_nugget(self, summed: Tensor, effect: Tensor) -> Tensor:
+        """Summed activities B [rows, M] with standard normal effects [rows, 1 + M] of their locations; the mean stays as it is."""
+        sd = self.log_nugget.clamp(-6.0, 0.5).exp()
+        log = sd * effect - 0.5 * sd**2
+        return summed * (log[:, :1] + log[:, 1:]).exp()
 
     def loadings(self, drawn: dict[str, Tensor], codes: list[int] | None, genes: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Shape per unit of activity e^{L + t + E} [M, g] and log-odds u + F [g] of a section with these levels.
@@ -222,6 +244,26 @@ class Model(PyroModule):
         shape, odds = self.loadings(drawn, codes, genes)
         return SharedOddsNegativeBinomial(activity @ shape, odds)
 
+    def decoded(self, drawn: dict[str, Tensor], batch: Batch, z: Tensor | list[tuple[Tensor, Tensor]]) -> Tensor:
+        """s a of every pixel of a batch, times its weight [B p p, M]; z: the generator's features, or q(Z), to be drawn from and decoded."""
+        if not isinstance(z, Tensor):
+            z = self.decode([loc + sd * torch.randn_like(loc) for loc, sd in z], *batch.image.shape[-2:])
+        fields = None
+        if self.config.fields:
+            fields = self.fields(drawn, batch.features, batch.where, batch.sections, self.spec.lattices)
+        return self.activity(z, fields).permute(0, 2, 3, 1).flatten(0, 2) * batch.pixel_weight[:, None]
+
+    def noisy(self, drawn: dict[str, Tensor], batch: Batch, summed: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Summed activities of all (or the ``chosen``) locations of a batch with the effects of their locations [rows, M]."""
+        if not self.config.nugget or not len(summed):
+            return summed
+        offset = torch.tensor([0, *self.spec.rows]).cumsum(0)
+        first = torch.cat([offset[group.section].expand(group.stop - group.start) for group in batch.groups])
+        row = torch.where(batch.rows >= 0, first + batch.rows, -1)
+        row = row if chosen is None else row[chosen]
+        changed = self.with_nugget(summed, drawn["location"][row.clamp_min(0)])
+        return torch.where(row[:, None] >= 0, changed, summed)
+
     # ---- image ----
 
     def decode(self, z: list[Tensor], height: int, width: int) -> Tensor:
@@ -245,18 +287,20 @@ class Model(PyroModule):
         with poutine.scale(scale=batch.patches / number), pyro.plate("patches", number):
             z = []
             for i in range(config.depth):
-                shape = latent_shape(config, i, height, width)
-                z.append(pyro.sample(f"z{i}", dist.Normal(torch.zeros(shape), 1.0).to_event(3)))  # [B, C 2^i, H / 2^i, W / 2^i]
+                size = latent_shape(config, i, height, width)
+                z.append(pyro.sample(f"z{i}", dist.Normal(torch.zeros(size), 1.0).to_event(3)))  # [B, C 2^i, H / 2^i, W / 2^i]
             features = self.decode(z, height, width)
             if config.image_weight:
                 with poutine.scale(scale=config.image_weight):
                     law = self.image_law(features).to_event(3)
                     out["image"] = pyro.sample("image", law, obs=batch.image if observe else None)  # [B, 3, p, p]
-        fields = None
-        if config.fields:
-            fields = self.fields(drawn, batch.features, batch.where, batch.sections, self.spec.lattices)
-        activity = self.activity(features, fields).permute(0, 2, 3, 1).flatten(0, 2)  # [B p p, M]
-        summed = aggregate(activity * batch.pixel_weight[:, None], batch.location, len(batch.weight))  # B_lm, eq. 12
+        weighted = self.decoded(drawn, batch, features)
+        summed = aggregate(weighted, batch.location, len(batch.weight))  # B_lm, eq. 12
+        if config.selection == "ard" and len(summed):
+            spots = (summed * batch.weight[:, None])[batch.rows >= 0].sum(0)
+            share = spots / spots.sum().clamp_min(1e-30)
+            pyro.factor("ard", -0.5 * config.ard * self.spec.genes * torch.log1p(share / NEGLIGIBLE).sum())
+        summed = self.noisy(drawn, batch, summed)
         for group in batch.groups:
             rows = slice(group.start, group.stop)
             shape, odds = self.loadings(drawn, self.spec.codes[group.section])
@@ -295,7 +339,7 @@ class Guide(PyroModule):
         model = self.model[0]
         loc, sd = getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_sd").clamp(-10.0, 3.0).exp()
         used = model.active
-        if bool(used.all()) or not (name == "metagenes" or name in ("image_weights", "space")):
+        if bool(used.all()) or not (name == "metagenes" or name in PER_OUTPUT):
             return loc, sd
         keep = used[:, None] if name == "metagenes" else torch.cat([torch.ones_like(used[:1]), used])
         return torch.where(keep, loc, 0.0), torch.where(keep, sd, model.scale_of(name))

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from ppl_st.errors import UserError
 from ppl_st.inference.svi import epoch_order
-from ppl_st.models.xfuse.data import Data, Section
+from ppl_st.models.xfuse.data import Section
+from ppl_st.product import csr_tensor
 
 __all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "image_features", "pitch_of", "tissue"]
 
@@ -38,6 +39,7 @@ Augment = Literal["none", "dihedral", "affine"]
 SCALES = (1 / 8, 1 / 3, 1.0)  # smoothing of the features, in spot pitches
 FEATURES = 5 * len(SCALES)
 CLIP = 5.0  # features are cut at so many standard deviations
+OUTSIDE = 0.5  # pixels: smoothing of the edge of the tissue
 COARSE = 2  # pixels per side of a block in which features and positions are averaged
 
 
@@ -45,7 +47,7 @@ class Tissue(NamedTuple):
     """One section as tensors."""
 
     image: Tensor  # [3, H, W] each channel scaled to [-.9, .9]
-    features: Tensor  # [F, H, W]
+    features: Tensor  # [F + 1, H, W]; the last one is 1 off the tissue and 0 on it
     label: Tensor  # [H, W] int64
     counts: sp.csr_matrix
     virtual: int  # row; -1: none
@@ -68,13 +70,14 @@ class Batch(NamedTuple):
     """Tensors of one minibatch of B patches of p x p pixels; P = p / COARSE (rounded up)."""
 
     image: Tensor  # [B, 3, p, p]
-    features: Tensor  # [B, F, P, P]
+    features: Tensor  # [B, F + 1, P, P]
     where: Tensor  # [B, P, P, 2] x and y in pixels of the section
     spots: Tensor  # [B, S, p, p]
     sections: tuple[int, ...]  # of each patch
     location: Tensor  # [B p p] int64: row among the batch's locations, the number of locations for pixels in none
     pixel_weight: Tensor  # [B p p]
     weight: Tensor  # [locations] of their log-likelihoods
+    rows: Tensor  # [locations] row in its section; -1: the virtual one
     groups: tuple[Group, ...]
     patches: int  # that cover all sections
 
@@ -91,7 +94,8 @@ def pitch_of(section: Section) -> float:
     xy = section.centers[np.isfinite(section.centers).all(1)]
     if len(xy) < 2:
         return 4 * section.radius
-    return float(np.median(cKDTree(xy).query(xy, 2)[0][:, 1]))
+    distance = np.asarray(cKDTree(xy).query(xy, 2)[0])
+    return float(np.median(distance[:, 1]))
 
 
 def image_features(image: NDArray[np.uint8], mask: NDArray[np.bool_], pitch: float) -> NDArray[np.float32]:
@@ -124,6 +128,7 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissu
     pixels = section.image.astype(np.float32)
     first, last = pixels.min((0, 1)), pixels.max((0, 1))
     image = 0.9 * (2 * (pixels - first) / np.maximum(last - first, 1.0) - 1)
+    outside = gaussian_filter(1 - section.mask.astype(np.float32), OUTSIDE)
     painted = np.zeros((0, *label.shape), np.float32)
     if scores is not None:
         there = (label > 0) & (label != section.virtual + 1)
@@ -131,7 +136,7 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissu
         painted = np.concatenate([np.moveaxis(table[label] * there[..., None], 2, 0), there[None].astype(np.float32)])
     return Tissue(
         torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0))),
-        torch.from_numpy(image_features(section.image, section.mask, pitch_of(section))),
+        torch.from_numpy(np.concatenate([image_features(section.image, section.mask, pitch_of(section)), outside[None]])),
         torch.from_numpy(label), section.counts, section.virtual, size, low, high, torch.from_numpy(painted),
     )  # fmt: skip
 
@@ -215,7 +220,7 @@ class Batches:
     def of(self, sections: Sequence[int], corners: Sequence[Sequence[int]], rng: np.random.Generator) -> Batch:
         """The minibatch of windows with these first rows and columns in these sections; ``rng`` turns and hides."""
         order = np.argsort(sections, kind="stable")
-        parts, groups, weights, location, pixel_weight = [], [], [], [], []
+        parts, groups, weights, numbers, location, pixel_weight = [], [], [], [], [], []
         total = 0
         ordered = [int(sections[i]) for i in order]
         for section in sorted(set(ordered)):
@@ -235,17 +240,21 @@ class Batches:
                 total += len(used)
             everything = np.concatenate(rows)
             if len(everything):
-                counts = _csr(one.counts[everything])
+                counts = csr_tensor(one.counts[everything])
                 groups.append(Group(section, total - len(everything), total, counts))
                 weights.append(self.weights[section][torch.from_numpy(everything)])
+                numbers.append(torch.from_numpy(np.where(everything == one.virtual, -1, everything)))
         flat = torch.cat(location)
         stacked = [torch.stack(columns) for columns in zip(*parts, strict=True)]
         weight = torch.cat(weights) if weights else torch.zeros(0)
+        number = torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.int64)
         if self.augment == "affine":
             weight = torch.full_like(weight, len(self.section) / len(sections))
+        image, features, where, spots = stacked
         return Batch(
-            *stacked, tuple(ordered), torch.where(flat < 0, total, flat), torch.cat(pixel_weight), weight, tuple(groups), len(self.section)
-        )  # type: ignore[arg-type]
+            image, features, where, spots, tuple(ordered), torch.where(flat < 0, total, flat), torch.cat(pixel_weight), weight, number,
+            tuple(groups), len(self.section),
+        )  # fmt: skip
 
     def _patch(
         self, section: int, corner: Sequence[int], rng: np.random.Generator
@@ -271,7 +280,7 @@ class Batches:
         if self.augment == "affine":
             border = np.unique(torch.cat([label[0], label[-1], label[:, 0], label[:, -1]]).numpy()) - 1
             whole = ~np.isin(seen, border)
-        image, features, spots, where = planes.split([3, FEATURES, len(one.spots), 2])
+        image, features, spots, where = planes.split([3, FEATURES + 1, len(one.spots), 2])
         if len(spots) and rng.random() < self.hide:
             spots = torch.zeros_like(spots)
         features, where = coarse(features), coarse(where)
@@ -286,14 +295,6 @@ def coarse(planes: Tensor) -> Tensor:
 def _turned(x: Tensor, quarter: int, flip: bool) -> Tensor:
     x = torch.rot90(x, quarter, (-2, -1))
     return x.flip(-1) if flip else x
-
-
-def _csr(counts: sp.csr_matrix) -> Tensor:
-    counts = sp.csr_matrix(counts, dtype=np.float32)
-    return torch.sparse_csr_tensor(
-        torch.from_numpy(counts.indptr.astype(np.int64)), torch.from_numpy(counts.indices.astype(np.int64)),
-        torch.from_numpy(counts.data), counts.shape, check_invariants=False,
-    )  # fmt: skip
 
 
 def _published_augmentation(planes: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.models.xfuse.data import Data
-from ppl_st.models.xfuse.model import Guide, Model, sides, spatial_field
+from ppl_st.models.xfuse.model import OUTSIDE, Guide, Model, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, pitch_of
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "nmf"]
@@ -47,7 +47,9 @@ class Spots(NamedTuple):
     size: Array  # [n] pixels
     xy: Array  # [n, 2] in pixels
     features: Array  # [n, F] means over the pixels of each
+    outside: Array  # [n] share off the tissue
     pitch: Array  # [n] of its section, pixels
+    row: NDArray[np.int64]  # [n] in its section
 
 
 class Kernel(NamedTuple):
@@ -68,12 +70,14 @@ def gather(data: Data, tissues: Sequence[Tissue]) -> Spots:
         if not len(rows):
             continue
         flat = one.label.numpy().ravel()
-        total = np.stack([np.bincount(flat, plane.ravel(), len(one.size) + 1)[1:] for plane in one.features.numpy().astype(np.float64)], 1)
+        planes = one.features.numpy().astype(np.float64)
+        total = np.stack([np.bincount(flat, plane.ravel(), len(one.size) + 1)[1:] for plane in planes], 1)
         means = total[rows] / one.size[rows, None]
         pitch = np.full(len(rows), pitch_of(section))
-        parts.append((one.counts[rows], np.full(len(rows), n), one.size[rows].astype(float), section.centers[rows], means, pitch))
+        size = one.size[rows].astype(float)
+        parts.append((one.counts[rows], np.full(len(rows), n), size, section.centers[rows], means[:, :-1], means[:, -1], pitch, rows))
     counts, *rest = zip(*parts, strict=True)
-    return Spots(sp.csr_matrix(sp.vstack(counts)), *(np.concatenate(part) for part in rest))
+    return Spots._make([sp.csr_matrix(sp.vstack(counts)), *(np.concatenate(part) for part in rest)])
 
 
 def fit_odds(counts: sp.csr_matrix, activity: Array, loadings: Array) -> Array:
@@ -115,7 +119,7 @@ def fit_kernel(space: Array, image: Array, values: Array) -> Kernel:
         factor = torch.linalg.cholesky(gram + (p[4] + 1e-6) * torch.eye(n, dtype=torch.float64))
         fit = 0.5 * torch.cholesky_solve(moment, factor).diagonal().sum() + factor.diagonal().log().sum()
         total = k * fit + 0.5 * (((log - torch.from_numpy(start)) / torch.from_numpy(spread)) ** 2).sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         assert log.grad is not None
         return float(total.detach()), log.grad.numpy()
 
@@ -198,9 +202,9 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     model, guide = sides(pair)
     if len(spots.section) > MOST_SPOTS:
         keep = np.sort(rng.permutation(len(spots.section))[:MOST_SPOTS])
-        spots = Spots(*(part[keep] for part in spots))
-    counts, depth, mean = _depth(spots)
-    residual, scale = residuals(spots)
+        spots = Spots._make(part[keep] for part in spots)
+    _, depth, mean = _depth(spots)
+    residual, _ = residuals(spots)
     left, values, right = _components(residual, COMPONENTS)
     basis_space, basis_image = basis(model, spots)
     space, image = basis_space @ basis_space.T, basis_image @ basis_image.T
@@ -210,18 +214,22 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     scores = left * values
     center = np.stack([scores[spots.section == n].mean(0) for n in spots.section])
     log_depth = np.log(depth)
+    off = spots.outside > 0.5
+    if off.sum() > 2 and (~off).sum() > 2:  # the mask is not to be trusted blindly
+        drop = np.clip(log_depth[off].mean() - log_depth[~off].mean(), OUTSIDE, 0.0)
+        _write(model.outside, drop)
+    outside = float(model.outside.detach())
+    log_depth = log_depth - outside * spots.outside
     depth_center = np.array([log_depth[spots.section == n].mean() for n in spots.section])
     smooth = gram @ smoother(scores - center)[0] + center
-    smooth_depth = gram @ smoother((log_depth - depth_center)[:, None])[0][:, 0] + depth_center
+    smooth_depth = gram @ smoother((log_depth - depth_center)[:, None])[0][:, 0] + depth_center + outside * spots.outside
     rate = np.exp(smooth_depth)[:, None] * mean
     rate = np.maximum(rate + (smooth @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate)
-    m = model.config.metagenes
+    m = int(model.active.sum())
     w, h = nmf(rate, m, rng)
     share = w / w.sum(1, keepdims=True)
     logits = np.log(share + 0.2 / m)
     logits -= logits.mean(1, keepdims=True)
-    depth_of = w.sum(1) / (spots.size / spots.size.mean())
-    del counts, depth_of
     targets = np.column_stack([log_depth - depth_center, logits - logits.mean(0)])
     dual, signal, noise = smoother(targets)
     total = kernel.space * np.trace(space) + kernel.image * np.trace(image)
@@ -233,13 +241,21 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         # posterior mean of the field = share_of * function' dual; a weight is that over its prior sd
         location = share_of * (function.T @ dual) / sd
         precision = 1 + (function**2).sum(0)[:, None] * sd**2 / np.maximum(noise, 1e-6)
-        _write(getattr(guide, f"{name}_loc"), location)
-        _write(getattr(guide, f"{name}_log_sd"), -0.5 * np.log(precision))
-        _write(model.amplitude[k], np.log(sd))
+        _write(getattr(guide, f"{name}_loc")[:, : 1 + m], location)
+        _write(getattr(guide, f"{name}_log_sd")[:, : 1 + m], -0.5 * np.log(precision))
+        _write(model.amplitude[k, : 1 + m], np.log(sd))
         weights.append(function @ (location * sd))
     fitted = sum(weights)
     with torch.no_grad():
-        model.bias[1:] = torch.from_numpy(logits.mean(0)).float()
+        model.bias[1 : 1 + m] = torch.from_numpy(logits.mean(0)).float()
+    if model.config.nugget:  # the scale's residuals are measured well; those of the metagenes' smooth logits mean nothing
+        sd = max(float(np.sqrt(noise[0])), 0.05)
+        _write(model.log_nugget[0], np.log(sd))
+        offset = np.cumsum([0, *model.spec.rows])[spots.section] + spots.row
+        with torch.no_grad():
+            left_over = (targets[:, 0] - np.asarray(fitted)[:, 0]) / sd
+            guide.location_loc[torch.from_numpy(offset), 0] = torch.from_numpy(left_over).float()
+        _write(guide.location_log_sd, np.log(0.5))
     size = spots.size / spots.size.mean()
     every = np.array([float((log_depth - np.log(size))[spots.section == n].mean()) if (spots.section == n).any() else 0.0
                       for n in range(len(model.spec.sections))])  # fmt: skip
@@ -248,11 +264,11 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     _write(guide.depth_loc, np.where(np.isin(np.arange(len(every)), seen), every - middle, 0.0))
     profile = np.log(mean / mean.sum())
     loading = np.log(h + 0.02 * np.exp(profile)) - profile
-    _write(guide.metagenes_loc, loading)
+    _write(guide.metagenes_loc[:m], loading)
     _write(guide.metagenes_log_sd, np.log(0.1))
     # odds given the rates, then the baseline so that mean = shape x odds
     activity = np.exp(logits.mean(0) + np.asarray(fitted)[:, 1:])
-    activity *= (np.exp(np.asarray(fitted)[:, 0] + depth_center) / activity.sum(1))[:, None]
+    activity *= (np.exp(np.asarray(fitted)[:, 0] + depth_center + outside * spots.outside) / activity.sum(1))[:, None]
     profiles = np.exp(loading + profile)
     predicted = activity @ profiles
     level = np.asarray(spots.counts.sum(0)).ravel() + 0.5

@@ -1,0 +1,207 @@
+r"""How many metagenes: drop-and-split on a fixed maximum with masks, and the shrinkage of unused ones.
+
+A metagene m contributes if the evidence bound is higher with it than without it. All ablations are made from one decoded latent image: removing m
+before the softmax renormalises the others, a_m' -> a_m' / (1 - a_m) in every pixel, so
+
+    B^(-m)_l = sum_{xy in A_l} s a / (1 - a_m),       d_m = E[log p(x | B^(-m)) - log p(x | B)] + KL_m
+
+where KL_m is what the divergences of its profile and field weights no longer cost. Each metagene is judged on a random share of the locations, so
+that the work does not grow with their number. It is dropped if d_m >= 0, the worst first and never both halves of one split: what is left of the
+pair stays for the next round. Every metagene that contributes is then split while there is room: both halves inherit everything, with their
+logits lowered by log 2, which leaves the activities of all others and the sum of the two as they were: no prediction changes.
+
+The alternative (``selection="ard"``) keeps all metagenes and adds the factor -ard G / 2 sum_m log(1 + share_m / 0.01), share_m the share of
+metagene m in all activity: a prior with a peak at no use that charges each used metagene like the G parameters that it has.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.inference.pair import Pair
+from ppl_st.inference.svi import rng_scope
+from ppl_st.models.xfuse.model import PER_OUTPUT, Config, Guide, Model, sides
+from ppl_st.models.xfuse.patches import Batch, Batches
+from ppl_st.product import ProductSharedOddsNegativeBinomial
+
+__all__ = ["contributions", "drop", "purge", "rounds", "shares", "split"]
+
+EVALUATED = 2.0  # times the locations of a batch, over all metagenes: evaluations of the likelihood per ablation round and draw
+
+
+def contributions(pair: Pair, batches: Batches, steps: range, draws: int, seed: int) -> Tensor:
+    """d_m of every metagene [M] (minus infinity where it is not in use): the gain of the bound without it."""
+    model, guide = sides(pair)
+    gain = torch.zeros(model.config.metagenes, dtype=torch.float64)
+    was_training = model.training
+    for side in pair:
+        side.eval()
+    with torch.no_grad():
+        for step in steps:
+            batch = batches.at(step)
+            for d in range(draws):
+                with rng_scope(seed, "purge", step, d):
+                    gain += _gains(model, guide, batch) / (len(steps) * draws)
+        gain += _divergences(model, guide)
+    if was_training:
+        for side in pair:
+            side.train()
+    return gain.masked_fill(~model.active, -torch.inf)
+
+
+def _gains(model: Model, guide: Guide, batch: Batch) -> Tensor:
+    """Log-likelihood without m less that with it [M], from one decode."""
+    gain = torch.zeros(model.config.metagenes, dtype=torch.float64)
+    number = len(batch.weight)
+    if not number:
+        return gain
+    drawn = guide.globals()
+    activity = model.decoded(drawn, batch, guide.latents(batch.image, batch.spots))  # [B p p, M], weighted
+    kept = (batch.location < number).nonzero().squeeze(1)
+    activity, location = activity[kept], batch.location[kept]
+    scale = activity.sum(1, keepdim=True).clamp_min(1e-30)
+    used = model.active.nonzero().squeeze(1)
+    chance = min(1.0, EVALUATED / len(used))
+    for m in used.tolist() if len(used) > 1 else []:
+        rows = (torch.rand(number) < chance).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        slot = torch.full((number,), -1, dtype=torch.int64)
+        slot[rows] = torch.arange(len(rows))
+        place = slot[location]
+        pixels = (place >= 0).nonzero().squeeze(1)
+        own, place = activity[pixels], place[pixels]
+        without = own / (1 - own[:, m : m + 1] / scale[pixels]).clamp_min(1e-6)
+        without[:, m] = 0.0
+        both = torch.zeros(2, len(rows), own.shape[1])
+        both[0].index_add_(0, place, own)
+        both[1].index_add_(0, place, without)
+        with_it, without_it = (_log_likelihood(model, drawn, batch, rows, summed) for summed in both)
+        gain[m] = (without_it - with_it) / chance
+    return gain
+
+
+def _log_likelihood(model: Model, drawn: dict[str, Tensor], batch: Batch, rows: Tensor, summed: Tensor) -> Tensor:
+    """Weighted log-likelihood of some of a batch's locations with summed activities [rows, M]."""
+    total = torch.zeros((), dtype=torch.float64)
+    summed = model.noisy(drawn, batch, summed, rows)
+    for group in batch.groups:
+        mine = ((rows >= group.start) & (rows < group.stop)).nonzero().squeeze(1)
+        if len(mine):
+            shape, odds = model.loadings(drawn, model.spec.codes[group.section])
+            counts = group.counts.to_dense()[rows[mine] - group.start]
+            law = ProductSharedOddsNegativeBinomial(summed[mine], shape, odds, validate_args=False)
+            total += (law.log_prob(counts) * batch.weight[rows[mine]]).sum()
+    return total
+
+
+def _divergences(model: Model, guide: Guide) -> Tensor:
+    """KL of everything that belongs to each metagene alone [M]."""
+    total = torch.zeros(model.config.metagenes, dtype=torch.float64)
+    for name in model.priors():
+        if name == "metagenes" or name in PER_OUTPUT:
+            loc, sd = guide.posterior(name)
+            kl = kl_divergence(Normal(loc, sd), Normal(torch.zeros_like(loc), model.scale_of(name))).double()
+            total += kl.sum(1) if name == "metagenes" else kl[:, 1:].sum(0)
+    return total
+
+
+def shares(pair: Pair, batches: Batches, steps: range, seed: int) -> Tensor:
+    """Share of each metagene in the activity of the measured spots [M]."""
+    model, guide = sides(pair)
+    total = torch.zeros(model.config.metagenes, dtype=torch.float64)
+    with torch.no_grad():
+        for step in steps:
+            batch = batches.at(step)
+            with rng_scope(seed, "shares", step):
+                drawn = guide.globals()
+                activity = model.decoded(drawn, batch, guide.latents(batch.image, batch.spots))
+            number = torch.cat([batch.rows, torch.tensor([-1])])  # the last one: pixels in no location
+            total += activity[number[batch.location] >= 0].sum(0).double()
+    return total / total.sum()
+
+
+def drop(model: Model, gain: Tensor) -> list[int]:
+    """Metagenes to drop: those with gain >= 0, worst first, at least one kept, and one half of a pair that was split from one parent."""
+    dropped: list[int] = []
+    spared: set[int] = set()
+    partner = {m: int(p) for m, p in enumerate(model.partner.tolist()) if p >= 0}
+    for m in torch.argsort(gain, descending=True).tolist():
+        if gain[m] < 0 or int(model.active.sum()) - len(dropped) == 1:
+            break
+        if m in spared:
+            continue
+        dropped.append(m)
+        if m in partner:
+            spared.add(partner[m])
+    return dropped
+
+
+def _tables(model: Model, guide: Guide) -> list[tuple[Tensor, int, int]]:
+    """Everything with a part per metagene: (tensor, axis, place of metagene 0 on it)."""
+    tables: list[tuple[Tensor, int, int]] = [(model.bias, 0, 1)]
+    last = model.expression[-1]
+    assert isinstance(last, nn.Conv2d) and last.bias is not None
+    tables += [(last.weight, 0, 1), (last.bias, 0, 1)]
+    if model.config.fields:
+        tables.append((model.amplitude, 1, 1))
+    if model.config.nugget:
+        tables.append((model.log_nugget, 0, 1))
+    for name in model.priors():
+        if name == "metagenes" or name in PER_OUTPUT:
+            for part in ("loc", "log_sd"):
+                tables.append((getattr(guide, f"{name}_{part}"), *((0, 0) if name == "metagenes" else (1, 1))))
+    return tables
+
+
+def split(pair: Pair, m: int, to: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Metagene ``m`` becomes two, itself and ``to``, which was not in use; Adam's moments are inherited too."""
+    model, guide = sides(pair)
+    assert bool(model.active[m]) and not bool(model.active[to])
+    with torch.no_grad():
+        for tensor, axis, first in _tables(model, guide):
+            held = [tensor]
+            if optimizer is not None and tensor in optimizer.state:
+                held += [value for value in optimizer.state[tensor].values() if value.shape == tensor.shape]
+            for one in held:
+                one.select(axis, first + to).copy_(one.select(axis, first + m))
+        for half in (m, to):
+            model.bias[1 + half] -= float(np.log(2.0))
+        model.active[to] = True
+        model.partner[m], model.partner[to] = to, m
+
+
+def purge(pair: Pair, batches: Batches, steps: range, draws: int, seed: int, optimizer: torch.optim.Optimizer | None, extend: bool) -> None:
+    """One round: drop what does not contribute, split what does."""
+    model, _ = sides(pair)
+    with torch.no_grad():
+        for m in drop(model, contributions(pair, batches, steps, draws, seed)):
+            model.active[m] = False
+        model.partner.fill_(-1)
+        if not extend:
+            return
+        free = (~model.active).nonzero().squeeze(1).tolist()
+        order = model.active.nonzero().squeeze(1)[torch.argsort(model.bias[1:][model.active], descending=True)].tolist()
+        for m, to in zip(order, free, strict=False):
+            split(pair, m, to, optimizer)
+
+
+def rounds(pair: Pair, batches: Batches, config: Config, seed: int) -> Callable[[int, torch.optim.Optimizer], None] | None:
+    """What `ppl_st.inference.svi.fit` does after a step: nothing, or every ``purge_every`` steps a round of drop-and-split, and a last drop at the
+    end."""
+    if config.selection != "split":
+        return None
+
+    def after(step: int, optimizer: torch.optim.Optimizer) -> None:
+        last = step == config.fit.steps
+        if not last and (step % config.purge_every or step > config.fit.steps - config.purge_every):
+            return
+        for chain in chains_of(pair):
+            first = step * len(batches)  # patches of their own
+            purge(chain, batches, range(first, first + len(batches)), config.purge_draws, seed, optimizer, extend=not last)
+
+    return after
