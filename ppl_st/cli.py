@@ -2,63 +2,19 @@
 
 Nothing heavy is imported before a command needs it. Results go to stdout, progress and errors to stderr. Exit
 codes: 0 done, 2 a mistake that the message tells how to mend (or a machine that refused), 130 interrupted.
-Output paths are tried before any computation. No statistics here.
+Output paths are tried before any computation. No statistics here; what commands share is `ppl_st.terminal`.
 """
 
-import errno
-import os
-import shlex
-import signal
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
 
 from ppl_st.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from ppl_st.terminal import Commands, check_file, check_folder, command_line, knobs_of, print_table, progress, speaker
 
 __all__ = ["app", "main"]
-
-FAILED, INTERRUPTED = 2, 130
-_SUFFIXES = {"predict": (".h5ad", ".zarr"), "compare": (".csv",), "export": (".nc", ".zarr"), "report": (".html",)}
-
-
-class Commands(TyperGroup):
-    """The group of commands; turns what goes wrong outside the program into one message and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
-        try:
-            with _sigterm_as_interrupt():
-                return super().invoke(ctx)
-        except UserError as error:
-            raise _failed(str(error)) from None
-        except KeyboardInterrupt:
-            more = "; repeat the command with --resume to continue" if ctx.invoked_subcommand == "fit" else ""
-            typer.echo(f"interrupted{more}", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-        except MemoryError:
-            raise _failed(_OUT_OF_MEMORY) from None
-        except BrokenPipeError:  # `ppl-st methods | head`
-            raise
-        except OSError as error:
-            raise _failed(f"{error}; check the path, its permissions and the space left") from None
-        except RuntimeError as error:
-            _fail_of_runtime(error)
-            raise
-
-
-_OUT_OF_MEMORY = (
-    "out of memory: lower --memory-gb or --draws, take fewer cells or genes, or --set batch_spots=16 in a fit"
-)
 
 app = typer.Typer(
     cls=Commands,
@@ -108,16 +64,16 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Simulate, fit, predict, judge and report; all defaults, under two minutes on two cores."""
-    _check_folder(out)
+    check_folder(out)
     from ppl_st.demo import demo as run_demo
 
     done = run_demo(
         method, out=out, seed=seed, cells=cells, types=types, squares=squares, rho=rho, mixing=mixing,
-        draws=draws, device=device, overrides=overrides or (), progress=_progress(quiet), say=_say(quiet),
-        command=_command(),
+        draws=draws, device=device, overrides=overrides or (), progress=progress(quiet), say=speaker(quiet),
+        command=command_line(),
     )  # fmt: skip
-    _print_table("Genes that the cells never measured (means over genes)", done.scores)
-    _print_table("Against the truth of the simulation", done.facts)
+    print_table("Genes that the cells never measured (means over genes)", done.scores)
+    print_table("Against the truth of the simulation", done.facts)
     typer.echo(f"{done.seconds:.0f} s; see {out / 'report.html'}, {out / 'figures'} and run {out / 'run'}")
 
 
@@ -129,7 +85,7 @@ def simulate(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Knob, as n_cells=2000.")] = None,
 ) -> None:
     """Write a simulated pair and its truth; of shapes: sections with images, the kinds behind them, and settings to fit them with."""
-    _check_folder(out)
+    check_folder(out)
     from ppl_st.io import write_adata
     from ppl_st.shapes import shapes
     from ppl_st.simulate import PROTOCOLS
@@ -138,14 +94,14 @@ def simulate(
     if protocol not in protocols:
         raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(protocols)}")
     if protocol == "shapes":
-        _write_shapes(out, _knobs(shapes, protocol, overrides or []), seed)
+        _write_shapes(out, knobs_of(shapes, protocol, overrides or []), seed)
         return
     paths = {name: out / f"{name}.h5ad" for name in ("target", "reference", "truth")}
     taken = [str(path) for path in paths.values() if path.exists()]
     if taken:
         raise UserError(f"{', '.join(taken)}: already there; choose another --out or remove them")
     simulator = protocols[protocol]
-    world = simulator(seed=seed, **_knobs(simulator, protocol, overrides or []))
+    world = simulator(seed=seed, **knobs_of(simulator, protocol, overrides or []))
     for name, path in paths.items():
         write_adata(getattr(world, name), path)
         typer.echo(path)
@@ -173,13 +129,13 @@ def fit(
 
     if method not in METHODS:
         load_method(method)  # says which name is closest
-    _check_folder(out)
+    check_folder(out)
     from ppl_st import api
 
     run = api.fit(
         method, target=target, reference=reference, hold_out=hold_out, preset=preset, config=config,
         overrides=overrides or (), seed=seed, device=device, out=out, resume=resume,
-        progress=_progress(quiet), say=_say(quiet), command=_command(),
+        progress=progress(quiet), say=speaker(quiet), command=command_line(),
     )  # fmt: skip
     known = int(run.measured.sum())
     unknown = len(run.genes) - known
@@ -204,7 +160,7 @@ def predict(
 
     --turned: the reference's cells as the target's platform would show them.
     """
-    _check_file(out, "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
+    check_file(out, "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
     store = out.with_name(f"{out.stem}.samples.zarr")
     if proportions and (genes or target or samples or len(runs) > 1 or turned):
         raise UserError("--proportions goes with one run, without --genes, --target, --samples and --turned; run predict twice")
@@ -213,7 +169,7 @@ def predict(
     from ppl_st.io import write_adata
 
     names = None if genes is None else read_genes(genes)
-    fitted, say = load(runs[0]), _say(quiet)
+    fitted, say = load(runs[0]), speaker(quiet)
     if len(runs) > 1:
         from ppl_st.stack import stack
 
@@ -255,7 +211,7 @@ def recalibrate(
     from ppl_st.api import recalibrate as run_recalibration
 
     run_recalibration(
-        load(run), folds=folds, level=level, guarantee=guarantee, draws=draws, seed=seed, say=_say(quiet)
+        load(run), folds=folds, level=level, guarantee=guarantee, draws=draws, seed=seed, say=speaker(quiet)
     )
     typer.echo(f"{run / 'recalibration.json'}; next: ppl-st predict {run} --out imputed.h5ad")
 
@@ -282,7 +238,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score methods on genes they were not shown, with baselines on the same split."""
-    _check_folder(out)
+    check_folder(out)
     from ppl_st.evaluate import evaluate as run_evaluation
     from ppl_st.report import overview
 
@@ -290,11 +246,11 @@ def evaluate(
         [name.strip() for name in methods.split(",") if name.strip()], target, reference,
         folds=int(folds) if folds.lstrip("-").isdigit() else folds, truth=truth, max_folds=max_folds,
         baselines=baselines, seed=seed, preset=preset, config=config, overrides=overrides or (),
-        device=device, draws=draws, memory_gb=memory_gb, out=out, progress=_progress(quiet), say=_say(quiet),
-        command=_command(),
+        device=device, draws=draws, memory_gb=memory_gb, out=out, progress=progress(quiet), say=speaker(quiet),
+        command=command_line(),
     )  # fmt: skip
     for title, table in overview(done.summary).items():
-        _print_table(title, table)
+        print_table(title, table)
     typer.echo("mean / median over genes, [95 % bootstrap interval of the mean], #rank")
     typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {out} --out report.html")
 
@@ -311,12 +267,12 @@ def compare(
 ) -> None:
     """Rank methods on the genes they were all judged on, with paired uncertainty over genes."""
     if out is not None:
-        _check_file(out, "compare", inputs=[truth])
+        check_file(out, "compare", inputs=[truth])
     from ppl_st.compare import compare as run_comparison
     from ppl_st.io import atomic
 
-    table = run_comparison(folders, truth=truth, metric=metric, draws=draws, seed=seed, say=_say(quiet))
-    _print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table)
+    table = run_comparison(folders, truth=truth, metric=metric, draws=draws, seed=seed, say=speaker(quiet))
+    print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table)
     if out is not None:
         with atomic(out) as temporary:
             table.to_csv(temporary)
@@ -330,12 +286,12 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Variants of a method on the same splits, with paired uncertainty over genes and seeds."""
-    _check_folder(out)
+    check_folder(out)
     from ppl_st.sweep import sweep as run_sweep
 
-    table = run_sweep(spec, out=out, device=device, progress=_progress(quiet), say=_say(quiet), command=_command())
+    table = run_sweep(spec, out=out, device=device, progress=progress(quiet), say=speaker(quiet), command=command_line())
     for metric, rows in table.groupby("metric", sort=False):
-        _print_table(f"{metric}: difference to {rows['variant'].iloc[0]}, 95 % interval over genes", rows.drop(columns="metric").set_index("variant"))
+        print_table(f"{metric}: difference to {rows['variant'].iloc[0]}, 95 % interval over genes", rows.drop(columns="metric").set_index("variant"))
 
 
 @app.command()
@@ -346,7 +302,7 @@ def export(
     seed: Seed = 0,
 ) -> None:
     """Write the posterior in ArviZ's schema."""
-    _check_file(out, "export", inputs=[])
+    check_file(out, "export", inputs=[])
     from ppl_st.api import load
 
     load(run).export(out, draws=draws, seed=seed)
@@ -364,12 +320,12 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write one self-contained HTML page about a run (with a browser of its genes) or an evaluation."""
-    _check_file(out, "report", inputs=[genes, truth])
+    check_file(out, "report", inputs=[genes, truth])
     from ppl_st.data import read_genes
     from ppl_st.report_run import report_folder
 
     names = None if genes is None else list(read_genes(genes))
-    report_folder(folder, out, genes=names, truth=truth, draws=draws, seed=seed, say=_say(quiet))
+    report_folder(folder, out, genes=names, truth=truth, draws=draws, seed=seed, say=speaker(quiet))
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -378,73 +334,7 @@ def main() -> None:
     app(prog_name="ppl-st")
 
 
-# ---- failing ----
-
-
-def _failed(message: str) -> typer.Exit:
-    typer.echo(f"error: {message}", err=True)
-    return typer.Exit(FAILED)
-
-
-def _fail_of_runtime(error: RuntimeError) -> None:
-    """Exit for the three runtime errors that are no bug; whatever else returns and keeps its traceback."""
-    from ppl_st.api import Interrupted
-    from ppl_st.inference.faults import FitError
-
-    if isinstance(error, Interrupted):
-        typer.echo(str(error), err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if isinstance(error, FitError):
-        raise _failed(str(error)) from None
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        raise _failed(_OUT_OF_MEMORY) from None
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that temporary files go; a fit has its own handler."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
-
-
-def _check_file(path: Path, command: str, inputs: list[Path | None]) -> None:
-    suffixes = _SUFFIXES[command]
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"--out {path}: name it *{' or *'.join(suffixes)}")
-    if path.suffix.lower() != ".zarr" and path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name a file")
-    if path.resolve() in [given.resolve() for given in inputs if given is not None]:
-        raise UserError(f"--out {path}: is also an input, which is never changed; choose another name")
-    _check_folder(path.parent)
-
-
-def _check_folder(path: Path) -> None:
-    """Refuse a folder that cannot be made or written, by writing into the part of it that exists."""
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        with tempfile.TemporaryFile(dir=existing) as probe:
-            probe.write(b"0" * 4096)
-    except OSError as error:
-        raise UserError(
-            f"--out {path}: cannot write in {existing} ({error.strerror}); choose another path"
-        ) from error
-
-
-# ---- small helpers ----
+# ---- helpers ----
 
 
 def _write_shapes(out: Path, knobs: dict[str, Any], seed: int) -> None:
@@ -471,57 +361,3 @@ def _write_shapes(out: Path, knobs: dict[str, Any], seed: int) -> None:
     with atomic(out / "config.toml") as temporary:
         temporary.write_text(tomli_w.dumps({"input": world.settings}), encoding="utf-8")
     typer.echo(out / "config.toml")
-
-
-def _knobs(protocol: Callable[..., Any], name: str, items: list[str]) -> dict[str, Any]:
-    """``key=value`` texts as arguments of a protocol, each of the type of its default."""
-    from difflib import get_close_matches
-    from inspect import signature
-
-    defaults = {key: one.default for key, one in signature(protocol).parameters.items() if key != "seed"}
-    knobs = {}
-    for item in items:
-        key, equals, text = (part.strip() for part in item.partition("="))
-        if not equals or key not in defaults:
-            close = get_close_matches(key, defaults, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"--set {item!r}: no such knob of {name}{hint} Knobs: {', '.join(defaults)}")
-        kind = type(defaults[key])
-        try:
-            knobs[key] = kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise UserError(f"--set {item!r}: {key} must be {what}") from None
-    return knobs
-
-
-def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-
-
-def _progress(quiet: bool) -> Literal["auto", "quiet"]:
-    return "quiet" if quiet else "auto"
-
-
-def _command() -> str:
-    return shlex.join(["ppl-st", *sys.argv[1:]])
-
-
-def _print_table(title: str, frame: "pd.DataFrame") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column(str(frame.index.name or ""))
-    for column in frame.columns:
-        table.add_column(str(column), justify="right")
-    for name, row in frame.iterrows():
-        table.add_row(str(name), *(_cell(value) for value in row))
-    # A file or pipe has no width: wide enough for every table here.
-    Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.3f}"
-    return str(value)

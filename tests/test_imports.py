@@ -65,13 +65,14 @@ ROOMS["compare"] = set(ROOMS)
 ROOMS["sweep"] = set(ROOMS)
 ROOMS["report_run"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
+ROOMS["terminal"] = {"api", "inference"}  # what commands share
 ROOMS["cli"] = set(ROOMS) | {""}
 ROOMS[""] = set(ROOMS)  # ppl_st/__init__.py, the public face
 
 # Costly to import, needed by few functions: only inside functions (or for type checking).
 LAZY = {"arviz", "sklearn", "matplotlib", "spatialdata", "skimage", "tifffile", "PIL", "bokeh"}
 # `ppl-st --help` imports these modules: nothing heavy at their top.
-START = {"cli", "", "config", "errors"}
+START = {"cli", "terminal", "", "config", "errors"}
 HEAVY = LAZY | {"torch", "pyro", "anndata", "pandas", "scipy", "xarray", "zarr", "h5py", "jinja2"}
 # Tensors only: no files, tables of cells, figures or command line below these rooms.
 NUMERIC = {
