@@ -6,7 +6,7 @@ GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes 
     z_n            ~ Normal(0, I_d)                                              reference cells
     z_i            ~ Normal(w . mean_{j near i} z_j, 1 - w^2)                    spatial cells ("prior"); Normal(0, I) in the other graph modes
     log l_n        ~ Normal(m, v)                                                library of a reference cell
-    x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB)
+    x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB); A without its last row there,
     delta_g, k_g, log theta'_g ~ Normal(hyper-priors learned on inner held-out genes)    gain, slope, inverse dispersion in the target
     x'_ig          ~ NB(l'_i^a exp(b_g + delta_g + k_g (z_i A)_g), theta'_g)     spatial counts; l' the panel total, a its exponent
     "adversary"    factor -kappa N loss of a critic that tells the two sides' z apart (off by default)
@@ -77,10 +77,11 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     likelihood = find(config.likelihood, RESERVED)
     penalty = None if config.penalty == "auto" else float(config.penalty)
     reweight = None if config.reweight == "auto" else bool(config.reweight)
+    common = None if config.common == "auto" else float(config.common)
     if config.map == "closed" and len(data.panel) >= MIN_INNER_PANEL:
-        hyper = learn(data, likelihood, penalty, reweight, seed, say)
+        hyper = learn(data, likelihood, penalty, reweight, common, seed, say)
     else:
-        hyper = default_hyper(data, likelihood, penalty, reweight)
+        hyper = default_hyper(data, likelihood, penalty, reweight, common)
     totals = np.log(panel_totals(data.reference))
     codes = range(int(data.reference_batch.max(initial=0)) + 1)
     library = [
@@ -116,14 +117,20 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             rng = np.random.default_rng([seed, 4, chain])
             w = weights(data, mine, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
             found = fit_map(data, w / w.sum(), hyper.penalty, config.latent)
-            z = project(data.counts, data.batch, mine, found.encoder)
+            encoder = np.column_stack([found.encoder, np.full(len(found.encoder), 1 / len(found.encoder))])
+            z = project(data.counts, data.batch, mine, encoder)
             around = mean_of_neighbors(data.graph) @ z if hyper.mix else z
             z = (1 - hyper.mix) * z + hyper.mix * around
-            spread = np.maximum(np.sqrt(np.einsum("dg,de,eg->g", found.decoder, np.cov(z.T), found.decoder)), 1e-6)
+            scale = max(float(z[:, -1].std()), 1e-6)
+            encoder[:, -1] /= scale
+            z[:, -1] /= scale
+            own = np.einsum("dg,de,eg->g", found.decoder, np.cov(z[:, :-1].T).reshape(z.shape[1] - 1, -1), found.decoder)
+            decoder = np.vstack([found.decoder, hyper.common * np.maximum(np.sqrt(own), 1e-6)])
+            spread = np.maximum(np.sqrt(np.einsum("dg,de,eg->g", decoder, np.cov(z.T), decoder)), 1e-6)
             _write(guide.gram, found.gram)
-            _write(guide.cross, found.cross)
-            _write(guide.encoder, found.encoder)
-            _write(model.decoder, found.decoder / spread)  # score of unit sd over the target's cells
+            _write(guide.cross, np.pad(found.cross, ((0, 0), (0, 1))))
+            _write(guide.encoder, encoder)
+            _write(model.decoder, decoder / spread)  # score of unit sd over the target's cells
             _write(model.reference_slope, found.scale * spread)
             _write(guide.log_scale, np.log(SPREAD * np.maximum(z.std(0), 1e-3)))
             _write(guide.reference_log_scale, np.full(z.shape[1], np.log(SPREAD)))

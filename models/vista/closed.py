@@ -6,15 +6,21 @@ gene is x' (S + penalty I)^{-1} C. It is factored through d latent dimensions: z
 along the leading right singular vectors of the fitted values. When only the genes in V are visible, E_V = (S_VV + penalty I)^{-1} K_V estimates the
 same z from fewer genes (K [P, d] = C in the coordinates of z; E = (S + penalty I)^{-1} K).
 
+WHAT GENES HAVE IN COMMON. In the target the genes of a cell rise and fall together more than the reference can know (depth beyond the total, size,
+quality, density). One more coordinate holds it, the mean of the visible z-scores, standardised; every gene's score is (prediction of the map in
+units of its sd over the target) + ``common`` x this coordinate. The reference is decoded without it.
+
 WEIGHTS. Reference and target differ in composition (a neuron-enriched reference, a tissue with glia). Each reference cell is weighted by the
 density ratio target / reference of its neighborhood in the space of predictions, by k nearest neighbors, a few damped rounds. Every chain
 multiplies these weights by exponential ones: the Bayesian bootstrap of the reference, which carries its sampling error into the posterior.
 
 INNER HELD-OUT GENES. Panel genes are hidden from the map in folds and predicted in the target: exactly the situation of an unmeasured gene. On them
-are chosen the penalty, whether to reweight, and how much of the neighbors' states to mix in; learned on them are the hyper-priors of gain (level in
-the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the likelihood's parameters.
+are chosen the penalty, whether to reweight, how much of the neighbors' states to mix in, and ``common``; learned on them are the hyper-priors of
+gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
+likelihood's parameters.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +37,7 @@ Say = Callable[[str], None]
 Floats = NDArray[np.float64]
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 MIXES = (0.0, 0.3, 0.5, 0.7)
+COMMONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDS = 8
 CELLS = 2000  # cells of either side on which weights and inner genes are judged
 CLIP = 8.0  # standard deviations
@@ -65,6 +72,7 @@ class Hyper(NamedTuple):
     penalty: float
     reweight: bool
     mix: float  # share of the neighbors' mean state
+    common: float  # weight of what all genes have in common
     depth: float  # exponent of a cell's panel total in its rates
     covariate_mean: float  # of the log share in the reference
     gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd
@@ -188,8 +196,23 @@ def fit_map(data: Data, w: Floats, penalty: float, latent: int, genes: NDArray[n
     return Map(gram, cross @ basis.T / size, solved @ basis.T / size, size[:, None] * basis, scale)
 
 
+class _Scores(NamedTuple):
+    """Predictions of inner genes in the judged cells: of the map, of what genes have in common, and the same averaged over neighbors."""
+
+    own: Floats  # [rows, genes]
+    around: Floats
+    common: Floats  # [rows, 1]
+    common_around: Floats
+
+    def mixed(self, mix: float, weight: float) -> Floats:
+        """Scores [rows, genes] with a share of the neighbors' and ``weight`` of what genes have in common."""
+        score = (1 - mix) * self.own + mix * self.around
+        common = (1 - mix) * self.common + mix * self.common_around
+        return score / np.maximum(score.std(0), 1e-9) + weight * (common - common.mean()) / max(float(common.std()), 1e-9)
+
+
 def learn(
-    data: Data, likelihood: Likelihood, penalty: float | None, reweight: bool | None, seed: int, say: Say
+    data: Data, likelihood: Likelihood, penalty: float | None, reweight: bool | None, common: float | None, seed: int, say: Say
 ) -> Hyper:
     """Choose settings and learn hyper-priors on inner held-out genes; None means chosen."""
     rng = np.random.default_rng([seed, 1])
@@ -203,8 +226,9 @@ def learn(
     penalties = PENALTIES if penalty is None else (penalty,)
     options = (False, True) if reweight is None else (reweight,)
     mixes = MIXES if data.graph.nnz else (0.0,)
-    correlations: dict[tuple[bool, float, float], list[Floats]] = {}
-    states: dict[tuple[bool, float], list[Floats]] = {}
+    commons = COMMONS if common is None else (common,)
+    correlations: dict[tuple[bool, float, float, float], list[Floats]] = {}
+    states: dict[tuple[bool, float], list[_Scores]] = {}
     for inner in folds:
         kept = np.setdiff1d(np.arange(p), inner)
         sub = data._replace(counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept])
@@ -213,32 +237,36 @@ def learn(
             w = weights(sub, mine, option, np.random.default_rng([seed, 2]))
             for strength in penalties:
                 guess = fit_map(sub, w, strength, p, data.panel[inner])
-                score = project(sub.counts[needed], sub.batch[needed], mine, guess.encoder @ guess.decoder)
-                around, score = mixer @ score, score[rows_of]
-                states.setdefault((option, strength), []).append(np.stack([score, around]))
-                for mix in mixes:
-                    r = _correlation(truth[:, inner], (1 - mix) * score + mix * around)
-                    correlations.setdefault((option, strength, mix), []).append(r)
+                maps = np.column_stack([guess.encoder @ guess.decoder, np.full(len(kept), 1 / len(kept))])
+                found = project(sub.counts[needed], sub.batch[needed], mine, maps)
+                around, found = mixer @ found, found[rows_of]
+                score = _Scores(found[:, :-1], around[:, :-1], found[:, -1:], around[:, -1:])
+                states.setdefault((option, strength), []).append(score)
+                for mix, weight in itertools.product(mixes, commons):
+                    r = _correlation(truth[:, inner], score.mixed(mix, weight))
+                    correlations.setdefault((option, strength, mix, weight), []).append(r)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
     best = max(means, key=lambda key: means[key])
-    candidates = [{"reweight": float(a), "penalty": b, "mix": c, "inner genes": v} for (a, b, c), v in means.items()]
+    names = ("reweight", "penalty", "mix", "common", "inner genes")
+    candidates = [dict(zip(names, map(float, (*key, value)), strict=True)) for key, value in means.items()]
     say(
-        f"inner held-out genes: penalty {best[1]:g}, reweighted {best[0]}, {best[2]:.0%} from neighbors, correlation {means[best]:.3f}"
+        f"inner held-out genes: penalty {best[1]:g}, reweighted {best[0]}, {best[2]:.0%} from neighbors, {best[3]:g} of what genes share, "
+        f"correlation {means[best]:.3f}"
     )
     predicted, depth = np.empty((len(rows), p)), np.empty((len(rows), p))
     share = shares(data.counts)
-    for inner, (score, around) in zip(folds, states[best[:2]], strict=True):
-        predicted[:, inner] = (1 - best[2]) * score + best[2] * around
+    for inner, score in zip(folds, states[best[:2]], strict=True):
+        predicted[:, inner] = score.mixed(*best[2:])
         kept = np.setdiff1d(np.arange(p), inner)
         depth[:, inner] = np.log(panel_totals(data.counts[rows][:, kept]) / share[kept].sum())[:, None]
     return _hyper_priors(data, likelihood, best, predicted, depth, rows, candidates, seed, say)
 
 
-def default_hyper(data: Data, likelihood: Likelihood, penalty: float | None, reweight: bool | None) -> Hyper:
+def default_hyper(data: Data, likelihood: Likelihood, penalty: float | None, reweight: bool | None, common: float | None) -> Hyper:
     """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors."""
     parameters = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
     center = float(log_share(data).mean())
-    return Hyper(penalty or 3.0, bool(reweight), 0.0, 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5], parameters, [])
+    return Hyper(penalty or 3.0, bool(reweight), 0.0, common or 0.0, 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5], parameters, [])
 
 
 def mean_of_neighbors(graph: sp.csr_matrix) -> sp.csr_matrix:
@@ -261,7 +289,7 @@ def _correlation(a: Floats, b: Floats) -> Floats:
 def _hyper_priors(
     data: Data,
     likelihood: Likelihood,
-    best: tuple[bool, float, float],
+    best: tuple[bool, float, float, float],
     predicted: Floats,
     log_depth: Floats,
     rows: NDArray[np.int64],
@@ -303,7 +331,7 @@ def _hyper_priors(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
         + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
     )
-    return Hyper(best[1], best[0], best[2], exponent, float(share.mean()), gain, slope, parameters, candidates)
+    return Hyper(best[1], best[0], best[2], best[3], exponent, float(share.mean()), gain, slope, parameters, candidates)
 
 
 def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats]:

@@ -49,6 +49,7 @@ class Config:
     visible: float = field(default=0.75, metadata={"gt": 0, "le": 1})  # share of panel genes the encoder sees in training
     penalty: float | Literal["auto"] = "auto"  # ridge penalty of the closed map
     reweight: bool | Literal["auto"] = "auto"  # weight the reference towards the target's composition
+    common: float | Literal["auto"] = "auto"  # weight of what all genes of a spatial cell have in common (closed map)
     target_weight: float = field(default=1.0, metadata={"gt": 0})  # of the spatial log-likelihood
     reference_weight: float = field(default=1.0, metadata={"gt": 0})
     batch_cells: int = field(default=256, metadata={"ge": 0})  # spatial cells per minibatch; 0 = all
@@ -108,7 +109,8 @@ class Model(PyroModule):
         super().__init__()
         self.config, self.spec, self.closed = config, spec, config.map == "closed"
         self.likelihood = find(config.likelihood, RESERVED)
-        d, genes = min(config.latent, len(spec.panel)) if self.closed else config.latent, spec.n_genes
+        # The closed map has one more coordinate, what all genes of a spatial cell have in common: the last one.
+        d, genes = min(config.latent, len(spec.panel)) + 1 if self.closed else config.latent, spec.n_genes
         self.latent = d
         # Hidden genes given visible ones, log p(x_hidden | x_visible): the prior of z is then q(z | x_visible) itself, without a KL term.
         self.scores_states = config.visible == 1
@@ -172,7 +174,10 @@ class Model(PyroModule):
 
     def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
         """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""
-        logits = self.level + self.bias + (z @ self.decoder) * (self.reference_slope if self.closed else 1.0)
+        if self.closed:
+            logits = self.level + self.bias + (z[:, :-1] @ self.decoder[:-1]) * self.reference_slope
+        else:
+            logits = self.level + self.bias + z @ self.decoder
         return (log_library[:, None] + torch.log_softmax(logits, -1)).clamp(*LOG_RATE)
 
     # ---- local sites, likelihood ----
@@ -350,7 +355,9 @@ class Guide(PyroModule):
             return x @ self.encoder
         inside = self.gram[visible][:, visible]
         inside = inside + self.spec.hyper.penalty * torch.eye(len(inside))
-        return x[:, visible] @ torch.linalg.solve(inside, self.cross[visible])
+        encoder = torch.linalg.solve(inside, self.cross[visible])
+        encoder[:, -1] = self.encoder[visible, -1] * (len(visible) / len(inside))
+        return x[:, visible] @ encoder
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Location and scale of q(z) of spatial cells without the graph, [c, d] each."""
