@@ -43,7 +43,7 @@ class Method(NamedTuple):
     summary: str
     needs: str
     gives: str
-    reference: Literal["cells", "spots"]  # dissociated cells, or spots of a second spatial platform
+    reference: Literal["cells", "spots", "image"]  # dissociated cells, spots of a second spatial platform, or none but an image
 
 
 METHODS = {
@@ -74,6 +74,13 @@ METHODS = {
         needs="target: cells or spots with some genes, the more the better; reference: scRNA-seq with more genes",
         gives="unmeasured genes in every cell or spot; reference cells as the target's platform would show them (--turned)",
         reference="cells",
+    ),
+    "xfuse": Method(
+        module="ppl_st.models.xfuse",
+        summary="histology and spot counts fused into expression at the resolution of the image",
+        needs="target: spots with positions in pixels of --image (or a Space Ranger folder or SpatialData store that has one); several sections",
+        gives="expression at every pixel, other spots, areas, cells, and in images without counts; differences between annotated regions",
+        reference="image",
     ),
 }
 

@@ -16,6 +16,8 @@ from ppl_st import posterior
 from ppl_st.conformal import Inner, recalibration
 from ppl_st.data import Counts, gene_folds, read_counts, read_genes
 from ppl_st.errors import UserError
+from ppl_st.image_run import ImageRun, read_sections, spots_of, write_inputs
+from ppl_st.images import Source as ImageSource
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.inference.svi import load_state
@@ -23,6 +25,7 @@ from ppl_st.models import METHODS, load_method
 from ppl_st.observation import name_of
 from ppl_st.posterior import Run
 from ppl_st.prepare import hold_out_genes, load_prepare
+from ppl_st.slides import read_slides
 
 Source: TypeAlias = str | Path | AnnData
 INTERRUPTED = "interrupted"
@@ -35,8 +38,9 @@ class Interrupted(RuntimeError):
 def fit(
     method: str,
     *,
-    target: Source | None = None,
+    target: Source | Sequence[Source] | None = None,
     reference: Source | None = None,
+    image: ImageSource | Sequence[ImageSource] | None = None,
     hold_out: Sequence[str] | NDArray[np.str_] | str | Path | None = None,
     preset: str = "default",
     likelihood: str | Callable[..., Any] | None = None,
@@ -58,6 +62,8 @@ def fit(
         Name in ``ppl_st.METHODS``.
     target, reference
         AnnData, ``.h5ad`` or ``.zarr`` with raw counts (``layers["counts"]``, else ``X``); never modified. For SIID: cells and spots.
+    image
+        For methods of images: one per target (a list of targets: several sections), as path or array. None: the targets carry their own.
     hold_out
         Genes (or a file with one per line) taken out of the target before the fit, to be predicted and judged.
     preset, config, overrides
@@ -85,8 +91,14 @@ def fit(
     talk = say or (lambda line: None)
     if resume:
         return _resume(method, module, folder, progress, talk)
-    if target is None or reference is None:
-        raise UserError(f"{method} needs target and reference (see `ppl-st methods`); give both")
+    images = METHODS[method].reference == "image"
+    if target is None or (reference is None and not images):
+        raise UserError(f"{method} needs target{'' if images else ' and reference'} (see `ppl-st methods`); give {'it' if images else 'both'}")
+    if images and (reference is not None or hold_out is not None):
+        raise UserError(f"{method} takes images, no reference, and predicts the genes that it was shown: leave out reference and hold_out")
+    targets = list(target) if isinstance(target, list | tuple) else [target]
+    if not images and (image is not None or len(targets) > 1):
+        raise UserError(f"{method} takes one target and no image (see `ppl-st methods`)")
     if folder is not None:
         _refuse_used(folder)
     settings = configs.pick_preset(module.PRESETS, preset)
@@ -95,18 +107,47 @@ def fit(
     if likelihood is not None:
         overrides = [*overrides, f"likelihood={likelihood if isinstance(likelihood, str) else name_of(likelihood)}"]
     settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
-    cells = read_counts(target, role="target", layer=settings.layer, gene_key=settings.gene_key)
+    if images:
+        given: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+        inputs = {f"target{n or ''}": one for n, one in enumerate(targets)}
+        inputs |= {f"image{n or ''}": one for n, one in enumerate(given) if not isinstance(one, np.ndarray)}
+        manifest = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
+        manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
+        slides = read_slides(targets, given, layer=settings.layer, gene_key=settings.gene_key)
+        pictures = Path() if folder is None else folder.parent
+        data, kept = load_prepare(method).problem(slides, settings.input, talk, pictures)
+        return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
+    cells = read_counts(targets[0], role="target", layer=settings.layer, gene_key=settings.gene_key)
     if hold_out is not None:
         cells = hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
+    assert reference is not None
     other = _read_reference(method, reference, settings.layer, settings.gene_key)
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
     manifest = configs.manifest(
-        seed=seed, device=device, inputs={"target": target, "reference": reference}, command=command
+        seed=seed, device=device, inputs={"target": targets[0], "reference": reference}, command=command
     )
     manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
     if folder is not None:
         posterior.write_inputs(folder, settings, manifest, cells, other)
     return _train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
+
+
+def fit_sections(
+    method: str,
+    data: Any,
+    spots: Counts,
+    settings: Any,
+    manifest: dict[str, Any],
+    folder: Path | None = None,
+    progress: Literal["auto", "quiet"] = "quiet",
+    say: Callable[[str], None] = lambda line: None,
+) -> ImageRun:
+    """Fit a method of images to checked sections (`ppl_st.prepare.xfuse.problem`) whose rows are ``spots``."""
+    if folder is not None:
+        write_inputs(folder, settings, manifest, spots, data)
+    run = _train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
+    assert isinstance(run, ImageRun)
+    return run
 
 
 def recalibrate(
@@ -140,6 +181,8 @@ def recalibrate(
     Run
         Predicts ``lower`` and ``upper`` besides the raw quantiles; `ppl_st.stack` can weigh it against other runs.
     """
+    if METHODS[run.method].reference == "image":
+        raise UserError(f"recalibrate: {run.method} predicts places, not new genes; ppl-st evaluate --holdout-spots judges its intervals")
     if not 0 < level < 1:
         raise UserError(f"recalibrate: level {level} must lie strictly between 0 and 1")
     talk = say or (lambda line: None)
@@ -244,6 +287,9 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
     method = manifest["method"]
     module = load_method(method)
     settings = configs.read(folder / "config.toml", module.PRESETS["default"])
+    if METHODS[method].reference == "image":
+        data, cells = read_sections(folder)
+        return method, module, settings, data, cells, cells, manifest
     cells = read_counts(folder / "target.h5ad", role="target", layer="X")
     other = _read_reference(method, folder / "reference.h5ad", "X", None)
     data, cells, other = load_prepare(method).problem(cells, other, settings, lambda line: None)
@@ -344,4 +390,5 @@ def _run(
     def new_cells(counts: Counts) -> tuple[Any, Counts]:
         return prepared.new_cells(counts, cells, data, settings)
 
-    return Run(method, module, settings, spec, pair, data, cells, other, manifest, record, new_cells, folder, inner, layer)
+    kind = ImageRun if METHODS[method].reference == "image" else Run
+    return kind(method, module, settings, spec, pair, data, cells, other, manifest, record, new_cells, folder, inner, layer)

@@ -12,7 +12,17 @@ from typing import Annotated, Any, cast
 import typer
 
 from ppl_st.errors import UserError
-from ppl_st.terminal import Commands, check_file, check_folder, command_line, knobs_of, print_table, progress, speaker
+from ppl_st.terminal import (
+    Commands,
+    check_file,
+    check_folder,
+    command_line,
+    knobs_of,
+    print_evaluation,
+    print_table,
+    progress,
+    speaker,
+)
 
 __all__ = ["app", "main"]
 
@@ -26,6 +36,10 @@ app = typer.Typer(
 )
 
 Target = Annotated[Path | None, typer.Option("--target", help="The spatial data to improve (.h5ad, .zarr).")]
+Targets = Annotated[
+    list[Path] | None, typer.Option("--target", help="The spatial data; of methods of images one per section, also folders.")
+]
+Images = Annotated[list[Path] | None, typer.Option("--image", help="Histology, one per --target in the same order.")]
 Reference = Annotated[
     Path | None, typer.Option("--reference", help="What knows more genes; for SIID: spots (.h5ad, .zarr).")
 ]
@@ -94,7 +108,10 @@ def simulate(
     if protocol not in protocols:
         raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(protocols)}")
     if protocol == "shapes":
-        _write_shapes(out, knobs_of(shapes, protocol, overrides or []), seed)
+        from ppl_st.image_cli import write_shapes
+
+        for line in write_shapes(out, knobs_of(shapes, protocol, overrides or []), seed):
+            typer.echo(line)
         return
     paths = {name: out / f"{name}.h5ad" for name in ("target", "reference", "truth")}
     taken = [str(path) for path in paths.values() if path.exists()]
@@ -111,8 +128,9 @@ def simulate(
 def fit(
     method: Annotated[str, typer.Argument(help="Name of the method (see `ppl-st methods`).")],
     out: Annotated[Path, typer.Option("--out", help="Run folder.")],
-    target: Target = None,
+    target: Targets = None,
     reference: Reference = None,
+    image: Images = None,
     hold_out: Annotated[
         Path | None, typer.Option("--hold-out", help="Genes to hide from the fit, one per line.")
     ] = None,
@@ -133,7 +151,7 @@ def fit(
     from ppl_st import api
 
     run = api.fit(
-        method, target=target, reference=reference, hold_out=hold_out, preset=preset, config=config,
+        method, target=target or None, reference=reference, image=image or None, hold_out=hold_out, preset=preset, config=config,
         overrides=overrides or (), seed=seed, device=device, out=out, resume=resume,
         progress=progress(quiet), say=speaker(quiet), command=command_line(),
     )  # fmt: skip
@@ -154,22 +172,48 @@ def predict(
     memory_gb: MemoryGb = 1.0,
     proportions: Annotated[bool, typer.Option("--proportions", help="Deconvolve the spots.")] = False,
     turned: Annotated[bool, typer.Option("--turned", help="Reference cells as the target's platform would show them.")] = False,
+    section: Annotated[str | None, typer.Option("--section", help="xfuse: section to look at.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="xfuse: a new image without counts.")] = None,
+    maps: Annotated[Path | None, typer.Option("--maps", help="xfuse: genes to map at every pixel (out: .zarr).")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="xfuse: folder for a picture per map.")] = None,
+    areas: Annotated[bool, typer.Option("--areas", help="xfuse: the annotated regions.")] = False,
+    cells: Annotated[Path | None, typer.Option("--cells", help="xfuse: cells of a label image.")] = None,
+    differential: Annotated[str | None, typer.Option("--differential", help="xfuse: REGION,REGION (out: .csv).")] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="xfuse: activities as colors (out: .png).")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Impute genes in every cell, or (--proportions) deconvolve the spots of the run. Several runs: their mixture, weighted by held-out scores.
 
     --turned: the reference's cells as the target's platform would show them.
     """
-    check_file(out, "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
+    wanted = {"maps": maps, "areas": areas, "cells": cells, "differential": differential, "summary": summary}
+    asked = [name for name, value in wanted.items() if value]
+    if len(asked) > 1:
+        raise UserError(f"--{' and --'.join(asked)} exclude each other; run predict once for each")
+    check_file(out, asked[0] if asked else "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
     store = out.with_name(f"{out.stem}.samples.zarr")
     if proportions and (genes or target or samples or len(runs) > 1 or turned):
         raise UserError("--proportions goes with one run, without --genes, --target, --samples and --turned; run predict twice")
     from ppl_st.api import load
     from ppl_st.data import read_genes
     from ppl_st.io import write_adata
+    from ppl_st.models import METHODS
 
     names = None if genes is None else read_genes(genes)
     fitted, say = load(runs[0]), speaker(quiet)
+    if METHODS[fitted.method].reference == "image" and len(runs) == 1 and not proportions:
+        from ppl_st.image_cli import predict_places
+
+        lines = predict_places(
+            cast(Any, fitted), out, cast(Any, asked[0] if asked else "spots"), genes=maps or genes, target=target, section=section, image=image,
+            cells=cells, regions=differential, pictures=png, draws=draws, samples=samples, seed=seed, memory_gb=memory_gb, say=say,
+        )  # fmt: skip
+        for line in lines:
+            typer.echo(line)
+        return
+    if asked or section or image or png:
+        options = ", ".join(f"--{one}" for one in asked) or "--section, --image and --png"
+        raise UserError(f"{runs[0]}: a run of {fitted.method} has no images; leave out {options}")
     if len(runs) > 1:
         from ppl_st.stack import stack
 
@@ -219,9 +263,13 @@ def recalibrate(
 @app.command()
 def evaluate(
     methods: Annotated[str, typer.Option("--methods", help="Names, separated by commas.")],
-    target: Annotated[Path, typer.Option("--target", help="The spatial data (.h5ad, .zarr).")],
-    reference: Annotated[Path, typer.Option("--reference", help="What knows more genes (.h5ad, .zarr).")],
     out: Annotated[Path, typer.Option("--out", help="Folder for scores.csv and summary.csv.")],
+    target: Targets = None,
+    reference: Reference = None,
+    image: Images = None,
+    holdout_spots: Annotated[float, typer.Option("--holdout-spots", help="xfuse: share of every section's spots to hide.")] = 0.5,
+    holdout_section: Annotated[list[str] | None, typer.Option("--holdout-section", help="xfuse: hide all spots of it.")] = None,
+    top_genes: Annotated[int, typer.Option("--top-genes", min=1, help="xfuse: how many genes are judged.")] = 100,
     folds: Annotated[str, typer.Option("--folds", help="A number, or a file of lines gene<TAB>fold.")] = "5",
     truth: Annotated[
         Path | None, typer.Option("--truth", help="No folds: counts of other genes in the same cells.")
@@ -237,22 +285,33 @@ def evaluate(
     memory_gb: MemoryGb = 1.0,
     quiet: Quiet = False,
 ) -> None:
-    """Score methods on genes they were not shown, with baselines on the same split."""
+    """Score methods on genes they were not shown, or methods of images on spots they were not shown, with baselines on the same split."""
     check_folder(out)
+    from ppl_st.models import METHODS
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if any(name in METHODS and METHODS[name].reference == "image" for name in names):
+        from ppl_st.evaluate_images import evaluate_spots
+
+        judged = evaluate_spots(
+            names, target or [], image or [], share=holdout_spots, sections=holdout_section or (), genes=top_genes, baselines=baselines,
+            seed=seed, preset=preset, config=config, overrides=overrides or (), device=device, draws=draws, memory_gb=memory_gb, out=out,
+            progress=progress(quiet), say=speaker(quiet), command=command_line(),
+        )  # fmt: skip
+        print_evaluation(judged.summary, out)
+        return
+    if target is None or len(target) != 1 or reference is None or image:
+        raise UserError(f"evaluate: {methods} needs one --target and a --reference, and no --image")
     from ppl_st.evaluate import evaluate as run_evaluation
-    from ppl_st.report import overview
 
     done = run_evaluation(
-        [name.strip() for name in methods.split(",") if name.strip()], target, reference,
+        names, target[0], reference,
         folds=int(folds) if folds.lstrip("-").isdigit() else folds, truth=truth, max_folds=max_folds,
         baselines=baselines, seed=seed, preset=preset, config=config, overrides=overrides or (),
         device=device, draws=draws, memory_gb=memory_gb, out=out, progress=progress(quiet), say=speaker(quiet),
         command=command_line(),
     )  # fmt: skip
-    for title, table in overview(done.summary).items():
-        print_table(title, table)
-    typer.echo("mean / median over genes, [95 % bootstrap interval of the mean], #rank")
-    typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {out} --out report.html")
+    print_evaluation(done.summary, out)
 
 
 @app.command()
@@ -332,32 +391,3 @@ def report(
 def main() -> None:
     """Entry point of ``ppl-st``."""
     app(prog_name="ppl-st")
-
-
-# ---- helpers ----
-
-
-def _write_shapes(out: Path, knobs: dict[str, Any], seed: int) -> None:
-    """OUT/section0.h5ad, section0.png, section0.truth.npz (kind, depth, hidden, profiles), ..., config.toml."""
-    import numpy as np
-    import tomli_w
-    from PIL import Image
-
-    from ppl_st.io import atomic, write_adata
-    from ppl_st.shapes import shapes
-
-    if (out / "config.toml").exists() or (out / "section0.h5ad").exists():
-        raise UserError(f"{out}: holds a simulation already; choose another --out or remove it")
-    world = shapes(seed=seed, **knobs)
-    for n, section in enumerate(world.sections):
-        path = out / f"section{n}.h5ad"
-        write_adata(section.adata, path)
-        with atomic(path.with_suffix(".png")) as temporary:
-            Image.fromarray(section.image).save(temporary)
-        with atomic(out / f"section{n}.truth.npz") as temporary:
-            truth = {"kind": section.kind, "depth": section.depth, "hidden": section.hidden, "profiles": world.profiles}
-            np.savez_compressed(temporary, allow_pickle=False, **truth)
-        typer.echo(path)
-    with atomic(out / "config.toml") as temporary:
-        temporary.write_text(tomli_w.dumps({"input": world.settings}), encoding="utf-8")
-    typer.echo(out / "config.toml")

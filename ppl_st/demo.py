@@ -1,6 +1,7 @@
 """The demonstration: simulate, fit, predict unmeasured genes, judge, report.
 
-Methods whose reference are spots get `ppl_st.simulate.checkerboard`, those with dissociated cells `ppl_st.simulate.spatial_field`.
+Methods whose reference are spots get `ppl_st.simulate.checkerboard`, those with dissociated cells `ppl_st.simulate.spatial_field`, those of
+images `ppl_st.shapes` (then all is in `ppl_st.demo_images`; knobs of the others are ignored).
 
 Everything is shown beside the oracle, the true rate that generated the counts: its R2 is the ceiling that
 noise leaves, its log score and coverage are those of a perfect forecaster.
@@ -103,6 +104,14 @@ def demo(
     began = time.perf_counter()
     talk = say or (lambda line: None)
     load_method(method)  # an unknown name is refused before any folder is made
+    if METHODS[method].reference == "image":
+        from ppl_st.demo_images import demo_images
+
+        return Demo(
+            *demo_images(
+                method, out=out, seed=seed, draws=draws, device=device, overrides=overrides, progress=progress, say=say, command=command
+            )
+        )
     spots = METHODS[method].reference == "spots"
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()):

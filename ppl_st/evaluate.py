@@ -145,18 +145,18 @@ def evaluate(
             table, log_prob = _score_method(method, task, split, options, draws, memory_gb)
             parts.append(table)
             entries.append(log_prob)
-            talk(_line(parts[-1]))
+            talk(line_of(parts[-1]))
         if baselines:
             for table in _score_baselines(task, split, SPOT_BASELINES if spots else REFERENCE_BASELINES):
                 parts.append(table)
-                talk(_line(table))
+                talk(line_of(table))
         if folder is not None:
-            _write_csv(pd.concat(parts, ignore_index=True), folder / "scores.csv")
+            write_csv(pd.concat(parts, ignore_index=True), folder / "scores.csv")
             write_entries(folder, list(methods), entries)
     scores = pd.concat(parts, ignore_index=True)
     summary = summarise(scores, seed)
     if folder is not None:
-        _write_csv(summary, folder / "summary.csv")
+        write_csv(summary, folder / "summary.csv")
     return Evaluation(scores, summary)
 
 
@@ -307,7 +307,7 @@ def _score_method(
     method: str, task: _Task, split: Split, options: dict[str, Any], draws: int, memory_gb: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores [genes], and log predictive probabilities [cells, genes] in a seeded subset of the cells."""
-    _reset_peak()
+    reset_peak()
     began = time.perf_counter()
     run = fit(method, target=_adata(task.target), reference=_adata(split.reference), **options)
     width = max(1, int(memory_gb * 1e9 / (_BYTES_PER_PREDICTION * len(task.target.names))))
@@ -330,7 +330,7 @@ def _score_method(
         del predicted
     del run
     gc.collect()  # models hold cycles; the next fit should not find them in memory
-    return _labelled(pd.concat(parts), method, "method", task.fold, seconds), pd.concat(entries, axis=1)
+    return labelled(pd.concat(parts), method, "method", task.fold, seconds), pd.concat(entries, axis=1)
 
 
 def _score_baselines(task: _Task, split: Split, table: dict[str, Any]) -> list[pd.DataFrame]:
@@ -338,22 +338,22 @@ def _score_baselines(task: _Task, split: Split, table: dict[str, Any]) -> list[p
     upper = ("supervised_ridge", UPPER, lambda split: supervised_ridge(split, task.truth.matrix), "log")
     parts = []
     for name, kind, estimate, scale in [*competitors, upper]:
-        _reset_peak()
+        reset_peak()
         began = time.perf_counter()
         values = estimate(split)
         seconds = time.perf_counter() - began
         scores = score_table(task.truth.matrix, values, split.training_total, task.held_out, scale=scale)
-        parts.append(_labelled(scores, name, kind, task.fold, seconds))
+        parts.append(labelled(scores, name, kind, task.fold, seconds))
     return parts
 
 
-def _labelled(scores: pd.DataFrame, method: str, kind: str, fold: str, seconds: float) -> pd.DataFrame:
+def labelled(scores: pd.DataFrame, method: str, kind: str, fold: str, seconds: float) -> pd.DataFrame:
     labels = pd.DataFrame({"method": method, "kind": kind, "fold": fold, "gene": scores.index})
     cost = pd.DataFrame({"seconds": round(seconds, 3), "peak_gb": _peak_gb()}, index=labels.index)
     return pd.concat([labels, scores.reset_index(drop=True), cost], axis=1)
 
 
-def _line(table: pd.DataFrame) -> str:
+def line_of(table: pd.DataFrame) -> str:
     first = table.iloc[0]
     return (
         f"fold {first['fold']}: {first['method']}: raw PCC {table['raw_pcc'].mean():.3f}, "
@@ -369,7 +369,7 @@ def _adata(counts: Counts) -> ad.AnnData:
     return adata
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Forget the process's peak memory where the system can (Linux); elsewhere peaks are those so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -407,7 +407,7 @@ def read_entries(folder: Path) -> dict[str, pd.DataFrame]:
     return {str(method): pd.DataFrame(one, cells, genes) for method, one in zip(methods, table, strict=True)}
 
 
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
+def write_csv(table: pd.DataFrame, path: Path) -> None:
     with atomic(path) as temporary:
         table.to_csv(temporary, index=False)
 

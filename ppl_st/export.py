@@ -85,10 +85,11 @@ def _posterior(run: "Run", drawn: list[list[dict[str, Any]]]) -> "xr.Dataset":
     dims = run.module.Model.DIMS
     stacked = {name: np.stack([[d[name].numpy() for d in chain] for chain in drawn]) for name in sites}
     singular = {"factors": "factor", "genes": "any_gene"}
-    data = {  # a site that the method does not list is a parameter of the user's own likelihood: one per gene
-        name: (("chain", "draw", *(singular.get(d, d) for d in dims.get(name, ("genes",)))), values)
-        for name, values in stacked.items()
-    }
+    data = {}
+    for name, values in stacked.items():
+        # A site that the method does not list is a parameter of the user's own likelihood, one per gene, or an effect: level x gene.
+        listed = dims.get(name, [*(f"{name}_{k}" for k in range(values.ndim - 3)), "genes"])
+        data[name] = (("chain", "draw", *(singular.get(d, d) for d in listed)), values)
     return xr.Dataset(data, coords={"any_gene": run.genes.astype(object)})
 
 

@@ -106,10 +106,10 @@ def shapes(
         Standard deviation of a smooth log field of the depth.
     """
     known = spots in ("tiles", "hexagonal") and color in ("kind", "same")
-    if not known or not 1 <= kinds <= min(genes, len(KINDS)) or sections < 1 or size < 192:
+    if not known or not 1 <= kinds <= min(genes, len(KINDS)) or sections < 1 or size < 128:
         raise UserError(
             f"shapes: kinds={kinds}, genes={genes}, sections={sections}, size={size}, spots={spots!r}, color={color!r} cannot be simulated; need "
-            f"1 <= kinds <= {len(KINDS)}, genes >= kinds, sections >= 1, size >= 192, spots tiles or hexagonal, color kind or same"
+            f"1 <= kinds <= {len(KINDS)}, genes >= kinds, sections >= 1, size >= 128, spots tiles or hexagonal, color kind or same"
         )
     rng = np.random.default_rng([seed, 0])
     profiles = reads * (np.eye(kinds) if genes == kinds else rng.dirichlet(np.full(genes, 0.2), kinds))
@@ -133,7 +133,7 @@ def shapes(
         image, hidden = _paint(kind, color, noise, occlusion, own)
         made.append(ShapeSection(adata, image, kind, depth, hidden))
     settings: dict[str, Any] = {"scale": 1.0, "radius": float(radius), "spot": "square" if spots == "tiles" else "disc", "mask": ("none",)}
-    settings |= {"background": False, "check": False, "covariates": ("batch",) if batches > 1 else ()}
+    settings |= {"background": False, "check": False, "min_counts": 0, "min_gene_counts": 0, "covariates": ("batch",) if batches > 1 else ()}
     return Shapes(tuple(made), profiles, settings)
 
 

@@ -23,10 +23,13 @@ from ppl_st.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Commands", "check_file", "check_folder", "command_line", "knobs_of", "print_table", "progress", "speaker"]
+__all__ = ["Commands", "check_file", "check_folder", "command_line", "knobs_of", "print_evaluation", "print_table", "progress", "speaker"]
 
 FAILED, INTERRUPTED = 2, 130
-_SUFFIXES = {"predict": (".h5ad", ".zarr"), "compare": (".csv",), "export": (".nc", ".zarr"), "report": (".html",)}
+_SUFFIXES = {
+    "predict": (".h5ad", ".zarr"), "areas": (".h5ad", ".zarr"), "cells": (".h5ad", ".zarr"), "maps": (".zarr",),
+    "differential": (".csv",), "summary": (".png",), "compare": (".csv",), "export": (".nc", ".zarr"), "report": (".html",),
+}  # fmt: skip
 
 
 class Commands(TyperGroup):
@@ -173,6 +176,16 @@ def print_table(title: str, frame: "pd.DataFrame") -> None:
         table.add_row(str(name), *(_cell(value) for value in row))
     # A file or pipe has no width: wide enough for every table here.
     Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(table)
+
+
+def print_evaluation(summary: "pd.DataFrame", out: Path) -> None:
+    """The tables of an evaluation, and where it lies."""
+    from ppl_st.report import overview
+
+    for title, table in overview(summary).items():
+        print_table(title, table)
+    typer.echo("mean / median over genes, [95 % bootstrap interval of the mean], #rank")
+    typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {out} --out report.html")
 
 
 def _cell(value: Any) -> str:

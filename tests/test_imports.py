@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "observation": {"likelihoods", "count_likelihoods"},  # a likelihood by its name
     "models": {
         "observation", "likelihoods", "count_likelihoods", "real_likelihoods", "directional", "product", "sampling", "factors", "networks",
-        "simulate", "inference",
+        "simulate", "inference", "image_features",
     },
     "metrics": {"data"},
     "baselines": {"data", "spatial", "metrics"},
@@ -49,6 +49,10 @@ ROOMS: dict[str, set[str]] = {
     "conformal": {"calibration"},
     "neighbor_score": set(),
     "pooling": set(),
+    "image_features": set(),
+    "image_baselines": set(),
+    "image_plots": {"io"},
+    "image_run": {"io", "data", "config", "images", "slides", "models", "prepare", "posterior"},
     "prepare": {"data", "spatial", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "conformal", "export", "stream"},
@@ -61,11 +65,14 @@ ROOMS["stack"] = {"data", "inference", "posterior"}
 ROOMS["browser"] = set()  # arrays -> an interactive page fragment
 ROOMS["api"] = set(ROOMS)
 ROOMS["evaluate"] = set(ROOMS)
+ROOMS["evaluate_images"] = set(ROOMS)
+ROOMS["image_cli"] = set(ROOMS)
+ROOMS["demo_images"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)
 ROOMS["sweep"] = set(ROOMS)
 ROOMS["report_run"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
-ROOMS["terminal"] = {"api", "inference"}  # what commands share
+ROOMS["terminal"] = {"api", "inference", "report"}  # what commands share
 ROOMS["cli"] = set(ROOMS) | {""}
 ROOMS[""] = set(ROOMS)  # ppl_st/__init__.py, the public face
 

@@ -222,6 +222,7 @@ def test_other_positions_and_new_images():
     fresh = new_image(image[:, ::-1], data, Input(), quiet)
     assert fresh.counts.shape == (0, 4) and fresh.scale == section.scale and (fresh.label == 0).all()
     assert abs(fresh.mask.sum() / section.mask.sum() - 1) < 0.05
+    assert section.pitch == asked.pitch == fresh.pitch == pytest.approx(PITCH * section.scale)  # what is asked for changes no scale of space
 
 
 # ---- files ----

@@ -91,6 +91,8 @@ class Section(NamedTuple):
         Micrometers per pixel of ``image``; NaN: unknown.
     square
         Whether spots are squares of twice the radius, not discs.
+    pitch
+        Distance between neighboring spots of the slide in pixels of ``image``, whatever is measured or asked for here; scales of space go by it.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Section(NamedTuple):
     origin: tuple[float, float] = (0.0, 0.0)
     micron: float = float("nan")
     square: bool = False
+    pitch: float = float("nan")
 
 
 class Data(NamedTuple):

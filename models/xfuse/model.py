@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppl_st.count_likelihoods import SharedOddsNegativeBinomial
+from ppl_st.image_features import FEATURES
 from ppl_st.inference.settings import FitConfig
 from ppl_st.inference.svi import Pair
 from ppl_st.models.xfuse.data import Input
 from ppl_st.models.xfuse.network import Generator, Norm, Recognition, head
-from ppl_st.models.xfuse.patches import COARSE, FEATURES, Augment, Batch, aggregate
+from ppl_st.models.xfuse.patches import COARSE, Augment, Batch, aggregate
 from ppl_st.product import ProductSharedOddsNegativeBinomial
 
 __all__ = ["PRESETS", "Config", "Guide", "Lattice", "Model", "Spec", "build", "sides"]
@@ -52,7 +53,7 @@ class Config:
     purge_every: int = field(default=500, metadata={"ge": 1})  # steps between two rounds of drop-and-split
     purge_draws: int = field(default=3, metadata={"ge": 1})
     ard: float = field(default=1.0, metadata={"ge": 0})  # strength of the shrinkage, in units of half the genes per metagene
-    layer: str = "counts"
+    layer: str | None = None
     gene_key: str | None = None
     input: Input = Input()  # noqa: RUF009
     fit: FitConfig = FitConfig()
@@ -120,7 +121,8 @@ class Model(PyroModule):
     """p(Z, L, E, F, fields, counts, image)."""
 
     DIMS = {  # noqa: RUF012
-        "metagenes": ["metagene", "gene"], "image_weights": ["function", "output"], "space": ["lattice", "output"], "depth": ["section"],
+        "metagenes": ["metagene", "genes"], "image_weights": ["function", "output"], "space": ["lattice", "output"], "depth": ["section"],
+        "location": ["measurement", "effect"],
     }  # fmt: skip
     active: Tensor  # [M] bool buffer: metagenes in use
     partner: Tensor  # [M] int64 buffer: the other half of the last split; -1: none

@@ -11,7 +11,7 @@ tissue has zero counts: its log-likelihood is linear in its pixels, which are th
 they are seen. Turns by 90 degrees and flips (``augment="dihedral"``) leave the set of windows as it is. ``augment="affine"`` is the published
 augmentation (rotation, scale, shear, color); it weighs everything by N / B, N the number of patches that cover the sections, as published.
 
-Features of the image at every pixel (`image_features`) are those of a hand-made regression: color, gradient and local spread smoothed at
+Features of the image at every pixel (`ppl_st.image_features`) are those of a hand-made regression: color, gradient and local spread smoothed at
 several shares of the spot pitch, standardised within each section's tissue, which takes out differences in staining.
 """
 
@@ -29,16 +29,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppl_st.errors import UserError
+from ppl_st.image_features import FEATURES, image_features
 from ppl_st.inference.svi import epoch_order
 from ppl_st.models.xfuse.data import Section
 from ppl_st.product import csr_tensor
 
-__all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "image_features", "pitch_of", "tissue"]
+__all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "pitch_of", "tissue"]
 
 Augment = Literal["none", "dihedral", "affine"]
-SCALES = (1 / 8, 1 / 3, 1.0)  # smoothing of the features, in spot pitches
-FEATURES = 5 * len(SCALES)
-CLIP = 5.0  # features are cut at so many standard deviations
 OUTSIDE = 0.5  # pixels: smoothing of the edge of the tissue
 COARSE = 2  # pixels per side of a block in which features and positions are averaged
 
@@ -90,29 +88,14 @@ def aggregate(values: Tensor, location: Tensor, number: int) -> Tensor:
 
 
 def pitch_of(section: Section) -> float:
-    """Median distance in pixels from a spot to the nearest other; four radii where there is one spot or none."""
+    """Distance between neighboring spots of the slide; of a section that does not say, the median distance from a spot to the nearest other."""
+    if np.isfinite(section.pitch):
+        return section.pitch
     xy = section.centers[np.isfinite(section.centers).all(1)]
     if len(xy) < 2:
         return 4 * section.radius
     distance = np.asarray(cKDTree(xy).query(xy, 2)[0])
     return float(np.median(distance[:, 1]))
-
-
-def image_features(image: NDArray[np.uint8], mask: NDArray[np.bool_], pitch: float) -> NDArray[np.float32]:
-    """Color, gradient and local spread at every pixel, smoothed with a Gaussian of sd `SCALES` x pitch, standardised on the mask: [F, H, W]."""
-    rgb = image.astype(np.float32) / 255
-    grey = rgb.mean(2)
-    gradient = np.hypot(*np.gradient(gaussian_filter(grey, 0.5)))
-    out = np.empty((FEATURES, *grey.shape), np.float32)
-    for k, sd in enumerate(pitch * scale for scale in SCALES):
-        mean = gaussian_filter(grey, sd)
-        spread = np.sqrt(np.maximum(gaussian_filter(grey * grey, sd) - mean * mean, 0))
-        smooth = [gaussian_filter(plane, sd) for plane in (*np.moveaxis(rgb, 2, 0), gradient)]
-        out[5 * k : 5 * k + 5] = np.stack([*smooth, spread])
-    on = mask if mask.any() else np.ones_like(mask)
-    values = out[:, on]
-    sd = np.maximum(values.std(1), 1e-3)
-    return np.clip((out - values.mean(1)[:, None, None]) / sd[:, None, None], -CLIP, CLIP)
 
 
 def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissue:

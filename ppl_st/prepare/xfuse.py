@@ -22,10 +22,9 @@ from ppl_st.images import Slide, Source, image_size, label_spots, overlay, read_
 from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
 
-__all__ = ["new_image", "problem", "section_at"]
+__all__ = ["new_image", "problem", "section_at", "without"]
 
 MARGIN = 0.12  # of the extent of the spots, kept around them
-UNSCALED = 1000  # longest side in pixels of an image without spots and without a scale
 INSIDE = 0.9  # share of its disc that a spot must have inside the image
 ON_TISSUE, ELSEWHERE, BETTER = 0.85, 0.9, 0.1  # an error: a smaller share of spots on tissue than the first, while another reading of the
 # positions puts at least the second there, and better by the third (measured: right positions .97 to .99, exchanged axes .58 to .79)
@@ -86,18 +85,29 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
     return section._replace(label=label, counts=empty, virtual=-1, centers=centers, radius=pixels)
 
 
-def new_image(image: Source, like: Data, config: Input, say: Callable[[str], None], *, name: str = "new", scale: float | None = None) -> Section:
-    """A section of an image without counts, for prediction: tissue with its margin, effects of unknown covariates.
+def new_image(
+    image: Source,
+    like: Data,
+    config: Input,
+    say: Callable[[str], None],
+    *,
+    name: str = "new",
+    scale: float | None = None,
+    xy: NDArray[np.float64] | None = None,
+) -> Section:
+    """A section of an image without counts, for prediction: the tissue, or all of the image where the fit's mask is "none"; covariates unknown.
 
-    ``scale``: working pixels per pixel of the image; None: ``input.scale``, else the scale of the first section of the fit where the images
-    resolve alike (same size within a factor of 2), else the longest side becomes `UNSCALED` pixels.
+    ``scale``: working pixels per pixel of the image; None: that of the first section of the fit, hence an image of the same resolution.
+    ``xy`` [n, 2]: places that the section must hold, in pixels of the image.
     """
     height, width = image_size(image)
     if scale is None:
         scale = config.scale if config.scale is not None else min(1.0, like.sections[0].scale)
     pixels = read_image(image, scale=scale)
-    mask = tissue_mask(pixels)
-    box = _box(np.argwhere(mask)[:, ::-1].astype(np.float64), pixels.shape[:2], 1.0)
+    mask = np.ones(pixels.shape[:2], bool) if config.mask == ("none",) else tissue_mask(pixels)
+    margin = 2 * like.sections[0].radius
+    held = [np.argwhere(mask)[:, ::-1].astype(np.float64), *([] if xy is None else [xy * scale])]
+    box = _box(np.concatenate(held), pixels.shape[:2], margin)
     pixels, mask = pixels[box[0] : box[1], box[2] : box[3]], mask[box[0] : box[1], box[2] : box[3]]
     say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {mask.mean():.0%} tissue")
     first = like.sections[0]
@@ -105,7 +115,20 @@ def new_image(image: Source, like: Data, config: Input, say: Callable[[str], Non
     return Section(
         name, np.ascontiguousarray(pixels), np.zeros(mask.shape, np.int64), nowhere, -1, mask, np.zeros((0, 2)), first.radius,
         np.full(len(like.covariates), -1, np.int64), None, scale=scale, origin=(box[2] / scale, box[0] / scale), micron=first.micron,
+        square=first.square, pitch=first.pitch,
     )  # fmt: skip
+
+
+def without(data: Data, hidden: Sequence[NDArray[np.int64]]) -> Data:
+    """The problem as if rows ``hidden`` of each section had not been measured: their pixels are in no measurement."""
+    sections = []
+    for section, rows in zip(data.sections, hidden, strict=True):
+        keep = np.ones(section.counts.shape[0], bool)
+        keep[rows] = False
+        number = np.append(0, np.cumsum(keep) * keep)
+        virtual = -1 if section.virtual < 0 else int(number[section.virtual + 1]) - 1
+        sections.append(section._replace(label=number[section.label], counts=section.counts[keep], centers=section.centers[keep], virtual=virtual))
+    return data._replace(sections=tuple(sections))
 
 
 # ---- genes and covariates ----
@@ -241,9 +264,14 @@ def _section(
     )
     section = Section(
         slide.name, image, label, matrix, virtual, mask, where, frame.radius, codes, None if regions is None else regions[0],
-        () if regions is None else regions[1], frame.scale, (box[2] / frame.scale, box[0] / frame.scale), slide.micron / frame.scale, square,
+        () if regions is None else regions[1], frame.scale, (box[2] / frame.scale, box[0] / frame.scale), slide.micron / frame.scale,
+        square, _pitch(frame),
     )  # fmt: skip
     return section, rows
+
+
+def _pitch(frame: _Frame) -> float:
+    return spot_pitch(frame.centers) if len(frame.centers) > 1 else 4 * frame.radius
 
 
 def _frame(slide: Slide, config: Input) -> _Frame:

@@ -1,0 +1,106 @@
+"""What ``ppl-st predict`` does with a run of a method of images, and the files of ``ppl-st simulate shapes``."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ppl_st.data import read_genes
+from ppl_st.errors import UserError
+from ppl_st.image_run import ImageRun
+from ppl_st.io import atomic, write_adata
+
+__all__ = ["Want", "predict_places", "write_shapes"]
+
+Want = Literal["spots", "areas", "cells", "maps", "differential", "summary"]
+
+
+def predict_places(
+    run: ImageRun,
+    out: Path,
+    want: Want,
+    *,
+    genes: Path | None,
+    target: Path | None,
+    section: str | None,
+    image: Path | None,
+    cells: Path | None,
+    regions: str | None,
+    pictures: Path | None,
+    draws: int,
+    samples: int,
+    seed: int,
+    memory_gb: float,
+    say: Callable[[str], None],
+) -> Iterator[str]:
+    """Write ``out``; yields a line per file. ``regions``: two names with a comma between; ``pictures``: folder for a PNG per mapped gene."""
+    names = None if genes is None else list(read_genes(genes))
+    if want == "differential":
+        first, comma, second = (regions or "").partition(",")
+        if not comma:
+            raise UserError(f"--differential {regions}: name two annotated regions, as --differential tumor,stroma")
+        table = run.differential(first.strip(), second.strip(), names, draws=draws, seed=seed)
+        with atomic(out) as temporary:
+            table.to_csv(temporary)
+        yield f"{out}: {len(table)} genes"
+        return
+    if want in ("maps", "summary"):
+        seen = run.at(section=section, image=image)
+        if want == "summary":
+            from PIL import Image
+
+            with atomic(out) as temporary:
+                Image.fromarray(seen.summary(draws=draws, seed=seed)).save(temporary)
+            yield str(out)
+            return
+        say(f"mapping {len(run.genes) if names is None else len(names)} genes, {draws} draws")
+        shape = seen.maps(out, names, draws=draws, seed=seed)
+        yield f"{out}: mean, sd [{', '.join(map(str, shape))}]"
+        if pictures is not None:
+            from ppl_st.image_plots import map_pictures
+
+            yield from map(str, map_pictures(out, seen.data.sections[0].image, pictures))
+        return
+    if want == "areas":
+        seen = run.areas(section)
+    elif cells is not None:
+        seen = run.cells(cells, section)
+    elif target is None and section is None and image is None:
+        seen = run  # the spots of the fit
+    elif target is None:
+        raise UserError("which spots? give --target with their positions, or --maps, --areas, --cells, --summary")
+    else:
+        seen = run.at(target, section=section, image=image)
+    say(f"predicting {len(run.genes) if names is None else len(names)} genes at {len(seen.target.names)} {want}, {draws} draws")
+    result = seen.predict(names, draws=draws, seed=seed, memory_gb=memory_gb)
+    write_adata(result, out)
+    yield f"{out}: {result.n_obs} x {result.n_vars}"
+    if samples:
+        store = out.with_name(f"{out.stem}.samples.zarr")
+        seen.write_samples(store, names, samples, seed)
+        yield f"{store}: count[{samples}, {result.n_obs}, {result.n_vars}]"
+
+
+def write_shapes(out: Path, knobs: dict[str, Any], seed: int) -> Iterator[str]:
+    """OUT/section0.h5ad, section0.png, section0.truth.npz (kind, depth, hidden, profiles), ..., config.toml; yields a line per section."""
+    import tomli_w
+    from PIL import Image
+
+    from ppl_st.shapes import shapes
+
+    if (out / "config.toml").exists() or (out / "section0.h5ad").exists():
+        raise UserError(f"{out}: holds a simulation already; choose another --out or remove it")
+    world = shapes(seed=seed, **knobs)
+    for n, section in enumerate(world.sections):
+        path = out / f"section{n}.h5ad"
+        write_adata(section.adata, path)
+        with atomic(path.with_suffix(".png")) as temporary:
+            Image.fromarray(section.image).save(temporary)
+        with atomic(out / f"section{n}.truth.npz") as temporary:
+            truth = {"kind": section.kind, "depth": section.depth, "hidden": section.hidden, "profiles": world.profiles}
+            np.savez_compressed(temporary, allow_pickle=False, **truth)
+        yield str(path)
+    with atomic(out / "config.toml") as temporary:
+        temporary.write_text(tomli_w.dumps({"input": world.settings}), encoding="utf-8")
+    yield str(out / "config.toml")

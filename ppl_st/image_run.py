@@ -1,0 +1,342 @@
+"""A fitted method on sections of tissue: a `Run` that answers for any place of an image, and keeps its sections in the run folder.
+
+    run.at(target=..., section="A")     the same run looking at other spots of section A; .predict, .write, .to_arviz as of any run
+    run.at(target=..., image="new.jpg") ... of an image without counts
+    run.areas() / run.cells(labels)     ... at the annotated regions, or at the cells of a label image
+    run.maps("maps.zarr", genes)        mean and sd of every pixel
+    run.differential("tumor", "stroma") posterior log2 fold changes between annotated regions
+    run.summary()                       the activities' principal components as colors
+
+In the folder of the run ``target.h5ad`` holds the spots of all sections (``obs["section"]``) and ``sections.npz`` images, label maps, masks and
+annotations: `ppl_st.load` needs nothing else.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from ppl_st.data import Counts, read_counts
+from ppl_st.errors import UserError
+from ppl_st.images import Source, read_labels
+from ppl_st.io import atomic
+from ppl_st.models.xfuse.data import Data, Section
+from ppl_st.posterior import Run, write_counts, write_json, write_text
+from ppl_st.prepare.xfuse import new_image, section_at
+from ppl_st.slides import positions
+
+__all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]
+
+TILE = 256  # pixels a side of a chunk of a map
+PIXELS, GENES = 4096, 32  # of the blocks in which maps are computed: they stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class ImageRun(Run):
+    """See the module's docstring. ``target`` holds the rows of all sections of ``data`` in their order, virtual measurements left out."""
+
+    def at(
+        self,
+        target: str | Path | ad.AnnData | None = None,
+        *,
+        section: str | None = None,
+        image: Source | None = None,
+        radius: float | None = None,
+        scale: float | None = None,
+    ) -> "ImageRun":
+        """The run looking at other spots: of a section of the fit, or of a new image.
+
+        Parameters
+        ----------
+        target
+            AnnData with ``obsm["spatial"]`` in the coordinates of the section, or of the new image; its counts are ignored. None: no spots.
+        section
+            Name; may be left out where the fit has one section.
+        image, scale
+            A new image, and working pixels per pixel of it (by default as the sections of the fit were shrunk).
+        radius
+            Of the spots in coordinates; None: as in the fit.
+        """
+        names, xy = (np.zeros(0, str), np.zeros((0, 2))) if target is None else positions(target)
+        if image is not None:
+            if section is not None:
+                raise UserError("section and image exclude each other: a new image is no section of the fit")
+            taken = {one.name for one in self.data.sections}
+            name = next(name for name in ("new", *(f"new{k}" for k in range(2, 1000))) if name not in taken)
+            base = new_image(image, self.data, self.config.input, lambda line: None, name=name, scale=scale, xy=xy)
+        else:
+            base = self.section(section)
+        return self.looking(section_at(base, xy, radius), names, xy)
+
+    def areas(self, section: str | None = None) -> "ImageRun":
+        """The run looking at the annotated regions of a section; their counts are sums over all of their pixels."""
+        one = self.section(section)
+        if one.annotation is None:
+            raise UserError(f"section {one.name!r} has no annotation; fit with --set input.annotation=...")
+        return self._at_labels(one, one.annotation, np.array(one.regions))
+
+    def cells(self, labels: str | Path | NDArray[Any], section: str | None = None) -> "ImageRun":
+        """The run looking at the cells of a label image (0: none, else the cell), an array as large as the section or a file over its whole image."""
+        one = self.section(section)
+        found = np.asarray(labels) if not isinstance(labels, str | Path) else _whole(Path(labels), one)
+        if found.shape != one.label.shape:
+            raise UserError(f"cells: labels have shape {found.shape}, section {one.name!r} has {one.label.shape}")
+        values, index = np.unique(found, return_inverse=True)
+        known = values > 0
+        if not known.any():
+            raise UserError(f"cells: no label above 0 lies in section {one.name!r}")
+        ranks = np.cumsum(known) * known
+        return self._at_labels(one, ranks[index].reshape(found.shape), values[known].astype(str))
+
+    def section(self, name: str | None = None) -> Section:
+        """A section of the fit by its name; None where there is only one."""
+        names = [one.name for one in self.data.sections]
+        if name is None and len(names) == 1:
+            return self.data.sections[0]
+        if name not in names:
+            raise UserError(f"{'--section is missing' if name is None else f'no section {name!r}'}; the run has {', '.join(names)}")
+        return self.data.sections[names.index(name)]
+
+    def maps(
+        self,
+        path: str | Path,
+        genes: Sequence[str] | None = None,
+        *,
+        section: str | None = None,
+        draws: int = 20,
+        quantiles: bool = False,
+        seed: int = 0,
+    ) -> tuple[int, int, int]:
+        """Write expected counts per pixel of ``genes`` as zarr ``mean``, ``sd`` (and ``q05``, ``q95``) [gene, y, x] in chunks of one gene; the shape.
+
+        Mean, sd and quantiles are over joint posterior draws of the rate. The activities of all draws lie in a scratch file beside ``path``; then
+        any gene is a product of matrices, in blocks that stay in the cache.
+        """
+        import zarr
+
+        one = self.section(section)
+        index = self._index(genes)
+        height, width = one.label.shape
+        shape = (len(index), height, width)
+        with atomic(path) as temporary, _Activities(self, one, index, draws, seed, Path(path).parent) as kept:
+            group = zarr.open_group(str(temporary), mode="w")
+            names = ["mean", "sd", *(("q05", "q95") if quantiles else ())]
+            arrays = {
+                name: group.create_array(
+                    name, shape=shape, chunks=(1, min(TILE, height), min(TILE, width)), dtype="f4", dimension_names=("gene", "y", "x")
+                )
+                for name in names
+            }
+            rows = max(1, PIXELS // width)
+            for first in range(0, len(index), GENES):
+                part = slice(first, min(first + GENES, len(index)))
+                block = {name: np.empty((part.stop - first, height, width), np.float32) for name in names}
+                for top in range(0, height, rows):
+                    bottom = min(top + rows, height)
+                    for name, values in kept.moments(slice(top * width, bottom * width), part, quantiles).items():
+                        block[name][:, top:bottom] = values.T.reshape(-1, bottom - top, width)
+                for name, array in arrays.items():
+                    array[part] = block[name]
+            group.attrs.update(
+                genes=self.genes[index].tolist(), section=one.name, unit="expected counts per pixel", draws=draws,
+                micron_per_pixel=None if np.isnan(one.micron) else float(one.micron), scale=float(one.scale),
+                origin=[float(v) for v in one.origin], manifest=json.dumps(self.manifest),
+            )  # fmt: skip
+        return shape
+
+    def differential(
+        self, first: str, second: str, genes: Sequence[str] | None = None, *, draws: int = 50, seed: int = 0
+    ) -> pd.DataFrame:
+        """Posterior log2 fold change of every gene's share of the expression between two annotated regions, pooled over sections.
+
+        Returns
+        -------
+        DataFrame [genes]
+            log2_fold_change (mean over draws), sd, q05, q95, probability_up (share of draws above 0) and ratio, |mean| / sd, which ranks.
+        """
+        wanted = self._index(genes)
+        every = np.arange(len(self.genes))
+        regions = [(n, one) for n, one in enumerate(self.data.sections) if one.annotation is not None]
+        for name in (first, second):
+            if not any(name in one.regions for _, one in regions):
+                known = sorted({region for _, one in regions for region in one.regions})
+                raise UserError(f"no region {name!r} in the annotation; there are {', '.join(known) or 'none: fit with --set input.annotation=...'}")
+        expected = np.zeros((draws, 2, len(every)))
+        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
+        for draw in self.module.maps(predictor, every, draws, seed, [n for n, _ in regions]):
+            one = self.data.sections[draw.section]
+            flat = draw.activity.flatten(1).numpy()
+            for k, name in enumerate((first, second)):
+                inside: Any = np.flatnonzero((one.annotation == one.regions.index(name) + 1).ravel()) if name in one.regions else []
+                expected[draw.draw, k] += flat[:, inside].sum(1, dtype=np.float64) @ draw.shape.double().numpy() * np.exp(draw.odds.double().numpy())
+        share = np.log2(np.maximum(expected, 1e-300) / np.maximum(expected.sum(2, keepdims=True), 1e-300))
+        change = (share[:, 0] - share[:, 1])[:, wanted]
+        table = pd.DataFrame(index=pd.Index(self.genes[wanted], name="gene"))
+        table["log2_fold_change"], table["sd"] = change.mean(0), change.std(0, ddof=1)
+        table["q05"], table["q95"] = np.quantile(change, 0.05, axis=0), np.quantile(change, 0.95, axis=0)
+        table["probability_up"] = (change > 0).mean(0)
+        table["ratio"] = table["log2_fold_change"].abs() / table["sd"].clip(lower=1e-12)
+        return table.sort_values("ratio", ascending=False)
+
+    def summary(self, *, section: str | None = None, draws: int = 10, seed: int = 0) -> NDArray[np.uint8]:
+        """The section as a picture [H, W, 3]: the first three principal components of the mean metagene shares as colors, black off the tissue."""
+        one = self.section(section)
+        number = [s.name for s in self.data.sections].index(one.name)
+        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
+        total = 0.0
+        for draw in self.module.maps(predictor, np.zeros(0, np.int64), draws, seed, [number]):
+            activity = draw.activity.flatten(1).numpy()
+            total = total + activity / np.maximum(activity.sum(0), 1e-30) / draws
+        shares = np.asarray(total).T  # [H W, M]
+        on = one.mask.ravel() if one.mask.any() else np.ones(one.mask.size, bool)
+        centered = shares - shares[on].mean(0)
+        axes = np.linalg.eigh(centered[on].T @ centered[on])[1][:, ::-1][:, :3]
+        score = centered @ axes
+        low, high = np.quantile(score[on], (0.01, 0.99), axis=0)
+        color = np.zeros((len(score), 3))
+        color[:, : score.shape[1]] = ((score - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+        return np.rint(255 * color * on[:, None]).astype(np.uint8).reshape(*one.mask.shape, 3)
+
+    def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
+        return np.arange(len(self.genes)) if genes is None else super()._index(genes)
+
+    def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
+        other = self.at(target)
+        return other.data, other.target
+
+    def _at_labels(self, section: Section, label: NDArray[Any], names: NDArray[np.str_]) -> "ImageRun":
+        empty = _empty(len(names), len(self.genes))
+        flat, (i, j) = label.ravel(), np.indices(label.shape).reshape(2, -1) + 0.5
+        size = np.maximum(np.bincount(flat, minlength=len(names) + 1)[1:], 1)
+        middle = np.stack([np.bincount(flat, axis, len(names) + 1)[1:] / size for axis in (j, i)], 1)
+        xy = middle / section.scale + np.array(section.origin)
+        return self.looking(section._replace(label=label, counts=empty, virtual=-1, centers=middle), names, xy)
+
+    def looking(self, section: Section, names: NDArray[np.str_], xy: NDArray[np.float64]) -> "ImageRun":
+        obs = pd.DataFrame({"section": section.name, "pixels": np.bincount(section.label.ravel(), minlength=len(names) + 1)[1:]}, index=names)
+        counts = Counts(_empty(len(names), len(self.genes)), self.genes, names, xy, obs, section.name, "X")
+        return replace(self, data=self.data._replace(sections=(section,)), target=counts)
+
+
+class _Activities:
+    """Draws of one section's activities in a scratch file, and the moments of any genes and pixels over them."""
+
+    def __init__(self, run: ImageRun, section: Section, genes: NDArray[np.int64], draws: int, seed: int, folder: Path) -> None:
+        import tempfile
+
+        number = [one.name for one in run.data.sections].index(section.name)
+        predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
+        existing = folder
+        while not existing.is_dir():
+            existing = existing.parent
+        self.file = tempfile.TemporaryFile(dir=existing)  # has no name and vanishes with the process
+        self.loadings: list[NDArray[np.float32]] = []
+        for draw in run.module.maps(predictor, genes, draws, seed, [number]):
+            flat = draw.activity.flatten(1).T.contiguous().numpy()  # [pixels, M]
+            if not self.loadings:
+                self.values = np.memmap(self.file, np.float32, "w+", shape=(draws, *flat.shape))
+            self.values[draw.draw] = flat
+            self.loadings.append((draw.shape * draw.odds.exp()).numpy())
+
+    def moments(self, pixels: slice, genes: slice, quantiles: bool) -> dict[str, NDArray[np.float32]]:
+        """mean, sd (and q05, q95) [pixels, genes]: sums of differences to the first draw, which do not cancel."""
+        draws = [self.values[d, pixels] @ loading[:, genes] for d, loading in enumerate(self.loadings)] if quantiles else None
+        first = np.asarray(self.values[0, pixels] @ self.loadings[0][:, genes])
+        total, square = np.zeros_like(first), np.zeros_like(first)
+        for d in range(1, len(self.loadings)):
+            difference = (draws[d] if draws else self.values[d, pixels] @ self.loadings[d][:, genes]) - first
+            total += difference
+            square += difference * difference
+        number = len(self.loadings)
+        found = {"mean": first + total / number, "sd": np.sqrt(np.maximum(square - total**2 / number, 0) / max(1, number - 1))}
+        if draws:
+            found["q05"], found["q95"] = np.quantile(np.stack(draws), (0.05, 0.95), axis=0).astype(np.float32)
+        return found
+
+    def __enter__(self) -> "_Activities":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self.values
+        self.file.close()
+
+
+def _empty(rows: int, genes: int) -> sp.csr_matrix:
+    shape: Any = (rows, genes)  # the stubs do not know csr_matrix(shape)
+    return sp.csr_matrix(shape, dtype=np.float32)
+
+
+def _whole(path: Path, section: Section) -> NDArray[np.int64]:
+    """The part of a label image over a section's whole image that the section covers: its size is taken to be that of the image's file."""
+    from ppl_st.images import image_size
+
+    height, width = image_size(path)
+    whole = read_labels(path, (max(1, round(height * section.scale)), max(1, round(width * section.scale))))
+    top, left = round(section.origin[1] * section.scale), round(section.origin[0] * section.scale)
+    return whole[top : top + section.label.shape[0], left : left + section.label.shape[1]]
+
+
+# ---- sections and spots ----
+
+
+def spots_of(data: Data, kept: Sequence[Counts]) -> Counts:
+    """The rows of all sections as one table: names unique (with the section's name where they are not), ``obs["section"]``."""
+    names = np.concatenate([one.names for one in kept])
+    if len(set(names.tolist())) < len(names):
+        names = np.concatenate([[f"{s.name}:{name}" for name in one.names] for s, one in zip(data.sections, kept, strict=True)])
+    tables = [one.obs.assign(section=s.name) for s, one in zip(data.sections, kept, strict=True)]
+    obs = pd.concat(tables).set_axis(pd.Index(names.astype(str)))
+    xy = np.concatenate([one.xy for one in kept if one.xy is not None])
+    matrix = sp.csr_matrix(sp.vstack([one.matrix for one in kept], dtype=np.float32))
+    return Counts(matrix, data.genes, names.astype(str), xy, obs, ", ".join(one.source for one in kept), kept[0].key)
+
+
+def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], spots: Counts, data: Data) -> None:
+    """Begin a run folder: everything that a resumed fit needs except the state."""
+    from ppl_st import config as configs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_counts(spots, folder / "target.h5ad")
+    fields: list[dict[str, Any]] = []
+    arrays: dict[str, NDArray[Any]] = {}
+    for n, one in enumerate(data.sections):
+        values = one._asdict()
+        del values["counts"]  # in target.h5ad
+        arrays |= {f"{n}/{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
+        fields.append({name: value for name, value in values.items() if not isinstance(value, np.ndarray)})
+    with atomic(folder / "sections.npz") as temporary:
+        np.savez_compressed(temporary, allow_pickle=False, about=np.array(json.dumps([fields, data.covariates])), **arrays)
+    configs.write(config, folder / "config.toml")
+    write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *(f"{gene}\t1" for gene in data.genes)]) + "\n")
+    write_json(folder / "manifest.json", manifest)
+
+
+def read_sections(folder: Path) -> tuple[Data, Counts]:
+    """What `write_inputs` wrote."""
+    spots = read_counts(folder / "target.h5ad", role="target", layer="X")
+    try:
+        with np.load(folder / "sections.npz", allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'sections.npz'}: cannot be read ({error}); is the run folder whole?") from error
+    fields, covariates = json.loads(str(arrays.pop("about")))
+    sections = []
+    for n, (values, matrix) in enumerate(zip(fields, _split(spots, fields), strict=True)):
+        values |= {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith(f"{n}/")}
+        values["counts"] = matrix if values["virtual"] < 0 else sp.csr_matrix(sp.vstack([matrix, _empty(1, matrix.shape[1])], dtype=np.float32))
+        values["regions"], values["origin"] = tuple(values["regions"]), tuple(values["origin"])
+        sections.append(Section(**values))
+    return Data(tuple(sections), spots.genes, {key: tuple(names) for key, names in covariates.items()}), spots
+
+
+def _split(spots: Counts, fields: Sequence[dict[str, Any]]) -> Iterator[sp.csr_matrix]:
+    section = spots.obs["section"].astype(str).to_numpy()
+    for values in fields:
+        yield sp.csr_matrix(spots.matrix[section == values["name"]])

@@ -1,0 +1,268 @@
+"""A fitted XFuse run on small sections: folder, places, maps, regions, evaluation, commands."""
+
+import json
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import zarr
+from PIL import Image
+from typer.testing import CliRunner
+
+import ppl_st
+from ppl_st import api
+from ppl_st.cli import app
+from ppl_st.errors import UserError
+from ppl_st.evaluate_images import evaluate_spots, hidden_rows, visible
+from ppl_st.image_run import read_sections, spots_of
+from ppl_st.models.xfuse.data import Input
+from ppl_st.prepare.xfuse import problem, without
+from ppl_st.shapes import shapes
+
+KNOBS = {"sections": 2, "size": 128, "spots": "hexagonal", "pitch": 18.0}
+FAST = ["fit.steps=12", "metagenes=4", "patch=64", "batch_patches=1", "channels=4", "depth=2", "functions=32"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return shapes(seed=0, **KNOBS)
+
+
+@pytest.fixture(scope="module")
+def base(world, tmp_path_factory):
+    """Files of the simulation, annotation included, and a run made by the command."""
+    folder = tmp_path_factory.mktemp("xfuse")
+    ok("simulate", "shapes", "--out", folder / "data", *[f"--set={key}={value}" for key, value in KNOBS.items()])
+    for n, section in enumerate(world.sections):
+        Image.fromarray(section.kind.astype(np.uint8)).save(folder / f"kind{n}.png")
+    notes = json.dumps([str(folder / f"kind{n}.png") for n in range(2)])
+    ok("fit", "xfuse", *inputs(folder), "--out", folder / "run", *sets(f"input.annotation={notes}"))
+    return folder
+
+
+def inputs(folder):
+    found = ["--config", folder / "data/config.toml"]
+    for n in range(2):
+        found += ["--target", folder / f"data/section{n}.h5ad", "--image", folder / f"data/section{n}.png"]
+    return found
+
+
+def sets(*more):
+    return [f"--set={one}" for one in (*FAST, *more)]
+
+
+def ok(*arguments):
+    result = CliRunner().invoke(app, [str(one) for one in arguments], prog_name="ppl-st")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def refused(*arguments):
+    result = CliRunner().invoke(app, [str(one) for one in arguments], prog_name="ppl-st")
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def run(base):
+    return ppl_st.load(base / "run")
+
+
+def test_the_folder_holds_the_sections(base, world, run):
+    data, spots = read_sections(base / "run")
+    settings = Input(**{**world.settings, "annotation": tuple(str(base / f"kind{n}.png") for n in range(2))})
+    fresh, kept = problem(world.slides, settings, lambda line: None)
+    assert data.genes.tolist() == fresh.genes.tolist() and spots.names.tolist() == spots_of(fresh, kept).names.tolist()
+    for stored, made in zip(data.sections, fresh.sections, strict=True):
+        for name, value in made._asdict().items():
+            other = getattr(stored, name)
+            if name == "counts":
+                assert (value != other).nnz == 0 and value.shape == other.shape
+            elif isinstance(value, np.ndarray):
+                assert value.dtype == other.dtype and np.array_equal(value, other, equal_nan=value.dtype.kind == "f"), name
+            else:
+                assert value == other or (value != value and other != other), name
+    manifest = json.loads((base / "run" / "manifest.json").read_text())
+    assert {"target", "image", "target1", "image1"} <= set(manifest["inputs"]) and manifest["method"] == "xfuse"
+
+
+def test_a_loaded_run_predicts_what_the_fit_predicts(base, world, run):
+    again = ppl_st.load(base / "run").predict(draws=4)
+    first = run.predict(draws=4)
+    assert first.shape == (sum(one.adata.n_obs for one in world.sections), 3) and (first.X == again.X).all()
+    assert {"rate_mean", "rate_sd", "count_sd", "q05", "q50", "q95"} <= set(first.layers) and first.obs["section"].nunique() == 2
+    assert (first.layers["count_sd"] >= first.layers["rate_sd"]).all()
+
+
+def test_resume_after_a_crash_gives_the_same_weights(base, world, tmp_path):
+    options = {"target": [one.adata for one in world.sections], "image": [one.image for one in world.sections], "config": base / "data/config.toml"}
+    whole = api.fit("xfuse", **options, overrides=FAST, out=tmp_path / "whole")
+    with pytest.raises(UserError, match="already holds a run"):
+        api.fit("xfuse", **options, overrides=FAST, out=tmp_path / "whole")
+    (tmp_path / "whole" / "weights.safetensors").unlink()
+    resumed = api.fit("xfuse", out=tmp_path / "whole", resume=True)
+    for one, other in zip(whole.pair, resumed.pair, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_spots_are_predicted_wherever_they_lie(base, run, world):
+    section = run.section("section0")
+    own = run.at(world.sections[0].adata, section="section0")
+    assert np.array_equal(own.data.sections[0].label, section.label)
+    order = np.random.default_rng(0).permutation(world.sections[0].adata.n_obs)
+    mean = own.predict(draws=30).layers["rate_mean"]  # every spot has an effect of its own, hence no exact equality
+    moved = run.at(world.sections[0].adata[order], section="section0").predict(draws=30)
+    ratio = moved.layers["rate_mean"] / mean[order]
+    assert abs(np.log(ratio)).mean() < 0.3 < abs(np.log(mean[order] / mean)).mean() and (moved.obs["section"] == "section0").all()
+    wide = run.at(world.sections[0].adata, section="section0", radius=9.0).predict(draws=30)
+    inner = section.centers.min(1) > 20  # a larger disc holds more
+    assert (wide.layers["rate_mean"][inner].sum(1) > mean[inner].sum(1)).mean() > 0.9
+    with pytest.raises(UserError, match="--section is missing; the run has section0, section1"):
+        run.at(world.sections[0].adata)
+    with pytest.raises(UserError, match="no section 'x'"):
+        run.at(section="x")
+
+
+def test_maps_are_the_moments_of_the_draws(run, tmp_path):
+    seen = run.at(section="section1")
+    shape = seen.maps(tmp_path / "m.zarr", ["square_marker", "circle_marker"], draws=3, quantiles=True, seed=5)
+    group = zarr.open_group(str(tmp_path / "m.zarr"), mode="r")
+    assert shape == (2, 128, 128) and group.attrs["genes"] == ["square_marker", "circle_marker"]
+    index = seen._index(["square_marker", "circle_marker"])
+    predictor = run.module.Predictor(run.pair, seen.data, run.config, run.spec)
+    draws = [
+        (torch.einsum("mhw,mg->ghw", one.activity, one.shape) * one.odds.exp()[:, None, None]).double().numpy()
+        for one in run.module.maps(predictor, index, 3, 5)
+    ]
+    assert np.allclose(group["mean"][:], np.mean(draws, 0), rtol=1e-4, atol=1e-7)
+    assert np.allclose(group["sd"][:], np.std(draws, 0, ddof=1), rtol=1e-3, atol=1e-6)
+    assert np.allclose(group["q95"][:], np.quantile(draws, 0.95, axis=0), rtol=1e-3, atol=1e-6)
+    assert group["mean"].chunks == (1, 128, 128)
+
+
+def test_areas_cells_and_spots_are_sums_of_the_map(run, world):
+    seen = run.areas("section0")
+    table = seen.predict(draws=4)
+    assert table.obs_names.tolist() == ["1", "2", "3"][: table.n_obs]
+    kind = world.sections[0].kind
+    assert table.obs["pixels"].tolist() == [(kind == k).sum() for k in np.unique(kind) if k]
+    assert np.allclose(seen.target.xy[0], np.argwhere(kind == 1)[:, ::-1].mean(0) + 0.5)
+    labels = np.zeros_like(kind)
+    labels[:64], labels[64:] = 7, 4
+    halves = run.cells(labels, "section0").predict(draws=40)
+    assert halves.obs_names.tolist() == ["4", "7"]
+    one = run.cells(np.ones_like(kind), "section0").predict(draws=40)
+    assert np.allclose(halves.layers["rate_mean"].sum(0), one.layers["rate_mean"][0], rtol=0.2)
+    with pytest.raises(UserError, match="no label above 0"):
+        run.cells(np.zeros_like(kind), "section0")
+
+
+def test_markers_differ_between_regions(run):
+    table = run.differential("1", "2", draws=10)
+    assert table.loc["circle_marker", "log2_fold_change"] > 1 and table.loc["square_marker", "log2_fold_change"] < -1
+    assert table.loc["circle_marker", "probability_up"] == 1 and (table["q05"] <= table["q95"]).all()
+    turned = run.differential("2", "1", draws=10)
+    assert np.allclose(turned["log2_fold_change"].sort_index(), -table["log2_fold_change"].sort_index())
+    with pytest.raises(UserError, match="no region 'tumor' in the annotation; there are 1, 2, 3"):
+        run.differential("tumor", "1")
+
+
+def test_summary_shows_the_kinds(run, world):
+    picture = run.summary(section="section0", draws=2)
+    assert picture.shape == (128, 128, 3) and picture.dtype == np.uint8
+    colors = [picture[world.sections[0].kind == k].mean(0) for k in (1, 2, 3) if (world.sections[0].kind == k).any()]
+    assert min(np.abs(a - b).max() for i, a in enumerate(colors) for b in colors[:i]) > 20
+
+
+def test_an_image_without_counts(run, world):
+    fresh = shapes(seed=9, sections=1, size=128).sections[0]
+    seen = run.at(fresh.adata, image=fresh.image)
+    table = seen.predict(draws=4)
+    assert seen.data.sections[0].name == "new" and table.shape == (16, 3) and np.isfinite(table.X).all()
+    known = run.at(world.sections[0].adata, section="section0").predict(draws=4)
+    relative = [np.median(one.layers["rate_sd"] / one.layers["rate_mean"]) for one in (table, known)]
+    assert relative[0] > relative[1]  # depth and spatial field of a new section are unknown
+    with pytest.raises(UserError, match="exclude each other"):
+        run.at(section="section0", image=fresh.image)
+
+
+# ---- evaluation ----
+
+
+def test_hidden_counts_cannot_reach_the_fit(world):
+    data, kept = problem(world.slides, Input(**world.settings), lambda line: None)
+    hidden = hidden_rows(data, kept, 0.5, (), seed=0)
+    assert [len(rows) for rows in hidden] == [one.adata.n_obs // 2 for one in world.sections]
+    seen, spots = visible(without(data, hidden), kept, hidden)
+    slides = world.slides
+    for n, rows in enumerate(hidden):
+        changed = slides[n].counts.matrix.tolil()
+        changed[rows] = 999
+        slides[n] = slides[n]._replace(counts=replace(slides[n].counts, matrix=changed.tocsr()))
+    other_data, other_kept = problem(slides, Input(**world.settings), lambda line: None)
+    other, other_spots = visible(without(other_data, hidden), other_kept, hidden)
+    assert (spots.matrix != other_spots.matrix).nnz == 0 and len(spots.names) == sum(len(k.names) - len(h) for k, h in zip(kept, hidden, strict=True))
+    for a, b, whole, rows in zip(seen.sections, other.sections, data.sections, hidden, strict=True):
+        assert (a.counts != b.counts).nnz == 0 and (a.label == b.label).all()
+        assert (a.label[np.isin(whole.label, rows + 1)] == 0).all()
+        for row in np.setdiff1d(np.arange(len(whole.centers)), rows)[:5]:
+            new = int(a.label[whole.label == row + 1][0]) - 1
+            assert (a.counts[new] != whole.counts[row]).nnz == 0 and (a.centers[new] == whole.centers[row]).all()
+    gone, table = visible(without(data, [np.zeros(0, int), np.arange(len(kept[1].names))]), kept, [np.zeros(0, int), np.arange(len(kept[1].names))])
+    assert [one.name for one in gone.sections] == ["section0"] and len(table.names) == len(kept[0].names)
+
+
+def test_evaluation_of_hidden_spots_and_of_a_hidden_section(base, world):
+    options = {"config": base / "data/config.toml", "overrides": FAST, "draws": 8}
+    targets, images = [one.adata for one in world.sections], [one.image for one in world.sections]
+    done = evaluate_spots(["xfuse"], targets, images, out=base / "evaluation", **options)
+    table = done.scores.set_index("method")
+    assert set(table.index) == {"xfuse", "gene_mean", "nearest", "linear", "knn", "color", "gp_space", "gp_image", "gp_space_image"}
+    assert set(table["fold"]) == {"section", "section-2"} and len(table.loc["xfuse"]) == 6
+    assert table.loc["xfuse", ["log_score", "crps", "coverage_90"]].notna().all(axis=None)
+    assert table.loc["gp_space_image", "raw_pcc"].mean() > table.loc["gene_mean", "raw_pcc"].mean() + 0.3
+    assert pd.read_csv(base / "evaluation/summary.csv")["method"].nunique() == 9
+    unseen = evaluate_spots(["xfuse"], targets, images, sections=["section-2"], **options).scores
+    assert set(unseen["fold"]) == {"section-2"} and set(unseen["method"]) == {"xfuse", "gene_mean", "color", "gp_image"}
+    with pytest.raises(UserError, match="hold out some of the sections"):
+        evaluate_spots([], targets, images, sections=["section", "section-2"], **options)
+    with pytest.raises(UserError, match="takes no image"):
+        evaluate_spots(["vista"], targets, images, config=None)
+
+
+# ---- commands ----
+
+
+def test_commands(base):
+    (base / "genes.txt").write_text("circle_marker\n")
+    target = base / "data/section1.h5ad"
+    ok("predict", base / "run", "--target", target, "--section", "section1", "--draws", 3, "--samples", 2, "--out", base / "s.h5ad")
+    assert ad.read_h5ad(base / "s.h5ad").shape[1] == 3 and (base / "s.samples.zarr").is_dir()
+    ok("predict", base / "run", "--maps", base / "genes.txt", "--section", "section0", "--draws", 2, "--png", base / "png", "--out", base / "m.zarr")
+    assert (base / "png" / "circle_marker.png").is_file()
+    ok("predict", base / "run", "--areas", "--section", "section0", "--draws", 2, "--out", base / "areas.h5ad")
+    ok("predict", base / "run", "--cells", base / "kind0.png", "--section", "section0", "--draws", 2, "--out", base / "cells.h5ad")
+    assert (ad.read_h5ad(base / "cells.h5ad").obs["pixels"].values == ad.read_h5ad(base / "areas.h5ad").obs["pixels"].values).all()
+    ok("predict", base / "run", "--differential", "1,2", "--draws", 3, "--out", base / "d.csv")
+    assert pd.read_csv(base / "d.csv").shape == (3, 7)
+    ok("predict", base / "run", "--summary", "--section", "section0", "--draws", 2, "--out", base / "summary.png")
+    ok("export", base / "run", "--out", base / "posterior.nc", "--draws", 2)
+    ok("report", base / "run", "--out", base / "report.html")
+
+
+def test_commands_say_what_is_wrong(base):
+    run, image, table = base / "run", base / "data/section0.png", base / "data/section0.h5ad"
+    assert "give one image per target" in refused("fit", "xfuse", *inputs(base), "--image", image, "--out", base / "new")
+    assert "xfuse needs target" in refused("fit", "xfuse", "--out", base / "new")
+    assert "leave out reference" in refused("fit", "xfuse", *inputs(base), "--reference", table, "--out", base / "new")
+    assert "takes one target and no image" in refused("fit", "siid", *inputs(base)[2:], "--reference", table, "--out", base / "new")
+    assert "exclude each other" in refused("predict", run, "--areas", "--summary", "--out", base / "x.h5ad")
+    assert "name it *.zarr" in refused("predict", run, "--maps", base / "genes.txt", "--out", base / "x.h5ad")
+    assert "which spots?" in refused("predict", run, "--section", "section0", "--out", base / "x.h5ad")
+    assert "name two annotated regions" in refused("predict", run, "--differential", "1", "--out", base / "x.csv")
+    assert "predicts places, not new genes" in refused("recalibrate", run)
+    assert "needs one --target and a --reference" in refused("evaluate", "--methods", "siid", "--target", image, "--out", base / "x")
+    assert not (base / "new").exists()
