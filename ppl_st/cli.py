@@ -358,13 +358,14 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option("--out", help="posterior.nc or posterior.zarr.")],
     draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per chain.")] = 25,
+    truth: Annotated[Path | None, typer.Option("--truth", help="Counts of held-out genes: adds their log-likelihood.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Write the posterior in ArviZ's schema."""
-    check_file(out, "export", inputs=[])
+    check_file(out, "export", inputs=[truth])
     from ppl_st.api import load
 
-    load(run).export(out, draws=draws, seed=seed)
+    load(run).export(out, draws=draws, seed=seed, truth=truth)
     typer.echo(out)
 
 

@@ -361,6 +361,16 @@ def _without_version(gene: str) -> str:
     return stem if dot and version.isdigit() and gene.startswith("ENS") else gene
 
 
+def matched(truth: Counts, cells: Counts, genes: NDArray[np.str_]) -> sparse.csr_matrix:
+    """The truth's counts of ``genes`` in the order of ``cells``, by name."""
+    counts = truth.take_genes(genes)
+    order = pd.Index(counts.names).get_indexer(pd.Index(cells.names))
+    if (order < 0).any():
+        missing = cells.names[order < 0]
+        raise UserError(f"truth ({counts.source}) lacks {len(missing)} of the {len(order)} cells, e.g. {missing[0]}")
+    return sparse.csr_matrix(counts.matrix[order])
+
+
 def gene_folds(genes: Sequence[str] | NDArray[np.str_], k: int, seed: int) -> list[NDArray[np.str_]]:
     """Split genes into `k` folds, each gene in exactly one, whatever the order of `genes`.
 

@@ -1,10 +1,11 @@
 """A run as xarray Datasets in ArviZ's schema, built by hand so that ArviZ 0.x (InferenceData) and 1.x (DataTree) read the same file.
 
 posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat)
-posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells
-observed_data         x [cell, panel_gene] what was measured there
+posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells; library [chain, draw, cell] their sum
+observed_data         x [cell, panel_gene] what was measured there, library [cell]; with a truth also count [cell, gene] of unmeasured genes
 predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many)
-log_likelihood        x [chain, draw, cell]: log p(x_cell | draw) summed over measured genes
+log_likelihood        x [chain, draw, cell]: log p(x_cell | draw) summed over measured genes (never cells x genes x draws); with a truth also
+                      held_out [chain, draw, cell]: the same, summed over all of the truth's genes that the target did not measure
 constant_data         coordinates of the cells, whether a gene was measured
 """
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ppl_st.data import Counts, matched
+from ppl_st.errors import UserError
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import rng_scope
 
@@ -27,20 +30,28 @@ if TYPE_CHECKING:
 MAX_PREDICTED = 50  # unmeasured genes whose draws are exported
 
 
-def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[str, xr.Dataset]":
-    """See the module's docstring; ``draws`` per chain."""
+def arviz_groups(
+    run: "Run", *, draws: int, seed: int, max_cells: int, truth: Counts | None = None
+) -> "dict[str, xr.Dataset]":
+    """See the module's docstring; ``draws`` per chain, ``truth`` counts of unmeasured genes in the run's cells."""
     import xarray as xr
 
     predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
     chains = predictor.chains
     panel = np.flatnonzero(run.measured)
-    unmeasured = np.flatnonzero(~run.measured)[:MAX_PREDICTED]
+    unmeasured = np.flatnonzero(~run.measured)
+    if truth is not None:
+        unmeasured = unmeasured[np.isin(run.genes[unmeasured], truth.genes)]
+        if not unmeasured.size:
+            raise UserError(f"truth ({truth.source}): none of its {len(truth.genes)} genes is unmeasured in the target and known to the run")
+    hidden, unmeasured = unmeasured, unmeasured[:MAX_PREDICTED]
     cells = np.sort(np.random.default_rng([seed, 7]).permutation(predictor.n_cells)[:max_cells])
     drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
     observed = run.target.take_genes(run.genes[panel]).matrix[cells].toarray()
+    held_out = None if truth is None else matched(truth, run.target, run.genes[hidden])[cells].toarray()
     shape = (len(chains), draws, len(cells))
     counts = np.zeros((*shape, len(panel)), np.float32)
-    log_lik = np.zeros(shape, np.float32)
+    log_lik, held_lik = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     predicted = {name: np.zeros((*shape, len(unmeasured)), np.float32) for name in ("count", "rate")}
     keep = np.zeros(predictor.n_cells, dtype=bool)
     keep[cells] = True
@@ -63,11 +74,17 @@ def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[
                             dist.sample().numpy(),
                             dist.mean.numpy(),
                         )
+                if held_out is not None:
+                    with torch.no_grad(), rng_scope(seed, "export", b, c, d):
+                        dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(hidden))
+                    held_lik[c, d, to] = dist.log_prob(torch.from_numpy(held_out[to])).sum(1).numpy()
     names = {"cell": run.target.names[cells], "panel_gene": run.genes[panel], "gene": run.genes[unmeasured]}
     frames: dict[str, Any] = {
         "posterior": _posterior(run, drawn),
-        "posterior_predictive": xr.Dataset({"x": (("chain", "draw", "cell", "panel_gene"), counts)}),
-        "observed_data": xr.Dataset({"x": (("cell", "panel_gene"), observed)}),
+        "posterior_predictive": xr.Dataset(
+            {"x": (("chain", "draw", "cell", "panel_gene"), counts), "library": (("chain", "draw", "cell"), counts.sum(-1))}
+        ),
+        "observed_data": xr.Dataset({"x": (("cell", "panel_gene"), observed), "library": (("cell",), observed.sum(-1))}),
         "log_likelihood": xr.Dataset({"x": (("chain", "draw", "cell"), log_lik)}),
         "constant_data": _constant(run, cells),
     }
@@ -75,6 +92,9 @@ def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int) -> "dict[
         frames["predictions"] = xr.Dataset(
             {name: (("chain", "draw", "cell", "gene"), values) for name, values in predicted.items()}
         )
+    if held_out is not None:
+        frames["log_likelihood"]["held_out"] = (("chain", "draw", "cell"), held_lik)
+        frames["observed_data"]["count"] = (("cell", "gene"), held_out[:, : len(unmeasured)])
     return {name: _finish(frame, names, run, name) for name, frame in frames.items()}
 
 

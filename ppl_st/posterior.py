@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ppl_st.calibration import LEVELS, coverage, interval_coverage
 from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
-from ppl_st.data import Counts, read_counts
+from ppl_st.data import Counts, matched, read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
@@ -144,7 +144,7 @@ class Run:
         data, counts = (self.data, self.target) if target is None else self._other(target)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
-        observed = None if truth is None else _matched(truth, counts, self.genes[index])
+        observed = None if truth is None else matched(_counts(truth), counts, self.genes[index])
         known = self.reference_mean[index]
         ends = None if self.recalibration is None else self.recalibration.ends_of(known)
         maps = None if self.recalibration is None else self.recalibration.maps_of(known)
@@ -223,11 +223,7 @@ class Run:
             randomised coverage of the central interval); of a recalibrated run also recalibrated_crps (of the corrected predictive) and
             recalibrated_coverage (of the interval lower, upper).
         """
-        names = (
-            (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).genes
-            if genes is None
-            else genes
-        )
+        names = _counts(truth).genes if genes is None else genes
         table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
         return table.drop(columns=["measured", "trust"]).rename_axis("gene")
 
@@ -235,7 +231,7 @@ class Run:
         """Scores of the genes of ``truth`` (counts of the run's cells), as `ppl_st.recalibrate` keeps them of genes that the run was not shown."""
         index = self._index(truth.genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
-        observed = _matched(truth, self.target, self.genes[index])
+        observed = matched(truth, self.target, self.genes[index])
         _, scores = posterior_predictive(
             predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
         )
@@ -277,11 +273,18 @@ class Run:
         result.uns["ppl_st"] = json.dumps(self.manifest)
         return result
 
-    def to_arviz(self, *, draws: int = 25, seed: int = 0, max_cells: int = 500) -> Any:
+    def to_arviz(
+        self,
+        *,
+        draws: int = 25,
+        seed: int = 0,
+        max_cells: int = 500,
+        truth: str | Path | ad.AnnData | Counts | None = None,
+    ) -> Any:
         """InferenceData (ArviZ 0.x) or DataTree (ArviZ 1.x); see `arviz_groups`."""
         import xarray as xr
 
-        groups = self.arviz_groups(draws=draws, seed=seed, max_cells=max_cells)
+        groups = self.arviz_groups(draws=draws, seed=seed, max_cells=max_cells, truth=truth)
         import arviz as az
 
         if not az.__version__.startswith("0."):
@@ -289,7 +292,14 @@ class Run:
         container: Any = az.InferenceData
         return container(**groups)
 
-    def export(self, path: str | Path, *, draws: int = 25, seed: int = 0) -> None:
+    def export(
+        self,
+        path: str | Path,
+        *,
+        draws: int = 25,
+        seed: int = 0,
+        truth: str | Path | ad.AnnData | Counts | None = None,
+    ) -> None:
         """Write the ArviZ groups as ``.nc`` (netCDF4) or ``.zarr``; ``az.from_netcdf`` and xarray read them back."""
         import xarray as xr
 
@@ -298,9 +308,8 @@ class Run:
         path = Path(path)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
-        tree = xr.DataTree.from_dict(
-            {f"/{name}": dataset for name, dataset in self.arviz_groups(draws=draws, seed=seed).items()}
-        )
+        groups = self.arviz_groups(draws=draws, seed=seed, truth=truth)
+        tree = xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
         with atomic(path) as temporary:
             if path.suffix == ".zarr":
                 tree.to_zarr(temporary, consolidated=False, zarr_format=2)
@@ -309,13 +318,22 @@ class Run:
                 with hdf5_target(temporary) as file:
                     write(file, engine="h5netcdf")
 
-    def arviz_groups(self, *, draws: int = 25, seed: int = 0, max_cells: int = 500) -> "dict[str, xr.Dataset]":
+    def arviz_groups(
+        self,
+        *,
+        draws: int = 25,
+        seed: int = 0,
+        max_cells: int = 500,
+        truth: str | Path | ad.AnnData | Counts | None = None,
+    ) -> "dict[str, xr.Dataset]":
         """Datasets posterior (global sites), posterior_predictive and observed_data (measured genes), predictions (unmeasured genes),
-        constant_data; chain = independent variational fits, draw = draws of each. Cells are a seeded subset of ``max_cells``.
+        log_likelihood per cell, constant_data; chain = independent variational fits, draw = draws of each. Cells are a seeded subset of
+        ``max_cells``. ``truth``: counts of genes that were held out; their log-likelihood per cell is added.
         """
         from ppl_st.export import arviz_groups
 
-        return arviz_groups(self, draws=draws, seed=seed, max_cells=max_cells)
+        known = None if truth is None else _counts(truth)
+        return arviz_groups(self, draws=draws, seed=seed, max_cells=max_cells, truth=known)
 
     # ---- helpers ----
 
@@ -361,17 +379,8 @@ def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
 
 
-def _matched(truth: str | Path | ad.AnnData | Counts, cells: Counts, genes: NDArray[np.str_]) -> sp.csr_matrix:
-    """The truth's counts in the order of the cells and genes predicted."""
-    counts = (truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)).take_genes(
-        genes
-    )
-    order = pd.Index(counts.names).get_indexer(pd.Index(cells.names))
-    if (order < 0).any():
-        raise UserError(
-            f"truth ({counts.source}) lacks {(order < 0).sum()} of the {len(order)} cells, e.g. {cells.names[order < 0][0]}"
-        )
-    return sp.csr_matrix(counts.matrix[order])
+def _counts(truth: str | Path | ad.AnnData | Counts) -> Counts:
+    return truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)
 
 
 def _at(u: NDArray[np.float64], maps: NDArray[np.float64]) -> NDArray[np.float64]:

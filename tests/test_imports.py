@@ -56,7 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "prepare": {"data", "spatial", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "conformal", "export", "stream"},
-    "export": {"inference"},
+    "export": {"data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "plots": {"data", "posterior", "metrics", "calibration"},
     "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},

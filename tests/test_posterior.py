@@ -274,8 +274,8 @@ def test_write_samples(run, tmp_path):
 # ---- ArviZ ----
 
 DIMS = {
-    "posterior_predictive": {"x": ("chain", "draw", "cell", "panel_gene")},
-    "observed_data": {"x": ("cell", "panel_gene")},
+    "posterior_predictive": {"x": ("chain", "draw", "cell", "panel_gene"), "library": ("chain", "draw", "cell")},
+    "observed_data": {"x": ("cell", "panel_gene"), "library": ("cell",)},
     "predictions": {"count": ("chain", "draw", "cell", "gene"), "rate": ("chain", "draw", "cell", "gene")},
     "log_likelihood": {"x": ("chain", "draw", "cell")},
     "constant_data": {"spatial": ("cell", "axis"), "measured": ("any_gene",)},
@@ -321,6 +321,32 @@ def test_summary_and_ppc_plot_work(exported, quiet_arviz):
     axes = quiet_arviz.plot_ppc(idata, num_pp_samples=5)
     assert axes is not None
     matplotlib.pyplot.close("all")
+
+
+def test_arviz_checks_run_on_the_export(exported, quiet_arviz):
+    """Bayesian p-values of the counts, and LOO-PIT of the library of a cell, with weights that leave out the cell's own counts."""
+    idata = quiet_arviz.from_netcdf(exported)
+    for kind in ("p_value", "u_value", "t_stat"):
+        assert quiet_arviz.plot_bpv(idata, var_names=["x"], kind=kind) is not None
+    assert quiet_arviz.plot_ppc(idata, var_names=["library"], num_pp_samples=5) is not None
+    assert quiet_arviz.plot_loo_pit(idata, y="library") is not None
+    pit = np.asarray(quiet_arviz.loo_pit(idata, y="library"))
+    assert pit.shape == (250,) and ((pit >= 0) & (pit <= 1)).all() and 0.3 < pit.mean() < 0.7
+    matplotlib.pyplot.close("all")
+
+
+def test_log_likelihood_of_held_out_genes(run, sim, tmp_path, quiet_arviz):
+    run.export(tmp_path / "held.nc", draws=20, truth=sim.truth)
+    idata = quiet_arviz.from_netcdf(tmp_path / "held.nc")
+    held = idata["log_likelihood"]["held_out"]
+    assert held.dims == ("chain", "draw", "cell") and held.shape == (2, 20, 250)
+    score = run.score(sim.truth, draws=60)["log_score"].sum()  # of the mixture over draws, gene by gene: not less
+    assert score - 6 < held.values.mean() < score
+    np.testing.assert_array_equal(idata["observed_data"]["count"].values, sim.truth.X.toarray())
+    assert idata["observed_data"]["count"].dims == idata["predictions"]["count"].dims[2:]
+    np.testing.assert_array_equal(idata["log_likelihood"]["x"].values, run.to_arviz(draws=20)["log_likelihood"]["x"].values)
+    with pytest.raises(UserError, match="none of its 30 genes is unmeasured"):
+        run.to_arviz(draws=2, truth=sim.target)
 
 
 def test_export_in_memory_equals_file(run, exported, quiet_arviz):
