@@ -1,6 +1,7 @@
 """fit and load: from files or AnnData to a `Run`. The only room that knows data, methods and inference at once."""
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -330,8 +331,10 @@ def _train(
     seed = settings.fit.seed
     state = None
     if record is None:
+        began = time.perf_counter()
         pair, spec = module.start(data, settings, seed, say)
         record = {"spec": module.spec_to(spec), "chains": len(chains_of(pair)), "status": "training"}
+        record["start_seconds"] = time.perf_counter() - began
         if folder is not None:
             posterior.write_json(folder / "fit.json", record)
     else:
@@ -358,6 +361,7 @@ def _train(
         "status": "done",
         "steps": state.step,
         "stop_reason": info.stop_reason,
+        "start_seconds": record.get("start_seconds", 0.0),  # runs of older versions did not keep it
         "seconds": info.seconds,
         "peak_memory_bytes": info.peak_memory,
         "skipped": [list(entry) for entry in info.skipped],

@@ -84,8 +84,8 @@ HOW_TO_READ = {
     "held-out genes": "Genes that were hidden from the fit; every score is computed on them only.",
     "coverage": "Share of held-out counts inside the interval, randomised because counts are discrete. A 90 % interval should hold 90 %: "
     "less is over-confident, more is needlessly wide. Look at the spread over genes as well as at the overall number.",
-    "recalibrated": "Intervals corrected on genes of the panel that were hidden from further fits. The promise is a coverage on average "
-    "over new genes, not for each single gene.",
+    "recalibrated": "Forecasts corrected by what went wrong on genes of the panel that were hidden from further fits. The aim is the coverage "
+    "on average over new genes, not of each single gene.",
     "PCC, SCC": "Pearson and Spearman correlation over cells, per gene; 1 is perfect, a constant prediction counts as 0.",
     "depth-controlled": "Correlation after the total count of the cell is accounted for. Cell size alone can explain much of a plain correlation.",
     "noise ceiling": "The best correlation any rate could reach against counts with Poisson noise. Compare with it, not with 1.",

@@ -163,8 +163,9 @@ def _browsed(run: Run, judged: list[str], scores: pd.DataFrame, genes: Sequence[
         return chosen, (
             f"These are the {len(chosen)} genes that the model trusts most among the {len(judged)} unmeasured genes highest in the reference."
         )
-    places = np.unique(np.linspace(0, len(order) - 1, min(BROWSED, len(order))).round().astype(int))
-    return order[places].tolist(), f"These are {len(places)} of {len(order)} genes with a truth, from the best predicted to the worst."
+    n, ends = len(order), BROWSED // 5  # the best, the worst, and evenly what lies between
+    places = range(n) if n <= BROWSED else [*range(ends), *np.linspace(ends, n - ends - 1, BROWSED - 2 * ends).astype(int), *range(n - ends, n)]
+    return order[places].tolist(), f"These are {len(places)} of {n} genes with a truth, from the best predicted to the worst."
 
 
 # ---- sections ----
@@ -177,8 +178,9 @@ def _in_short(run: Run, noun: str) -> str:
     if "losses" in record:
         why = "the loss no longer fell" if record["stop_reason"] == "converged" else "the steps were used up"
         training = (
-            f" Training took {record['steps']:,} steps, {record['seconds']:.0f} s and {record['peak_memory_bytes'] / 1e9:.1f} GB; it stopped "
-            f"because {why}."
+            f" The start (first values, settings chosen on the data) took {record.get('start_seconds', float('nan')):.0f} s, "
+            f"the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}. "
+            f"Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
         )
     return (
         f"{run.method}: {summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}) and "
@@ -338,6 +340,7 @@ def _fit(run: Run) -> Section:
         "independent chains": record.get("chains"),
         "steps": record.get("steps"),
         "stopped": record.get("stop_reason"),
+        "seconds of the start": record.get("start_seconds"),
         "seconds of training": record.get("seconds"),
         "peak memory (GB)": record.get("peak_memory_bytes", float("nan")) / 1e9,
         "skipped steps (not finite)": len(record.get("skipped", [])),

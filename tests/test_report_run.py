@@ -132,3 +132,11 @@ def test_dissociated_reference(tmp_path):
     report_run.report_run(run, tmp_path / "r.html", truth=world.truth, draws=5)
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "baseline: ridge_z_smooth" in text(page) and len(data(page)["genes"]) == min(50, world.truth.n_vars)
+
+
+def test_default_genes_are_the_best_the_worst_and_some_between(run, sim):
+    scores = run.predict(sim.truth.var_names, truth=sim.truth, draws=3).var.assign(raw_pcc=np.linspace(1, 0, 10))
+    wide = scores.loc[np.repeat(scores.index, 20)].set_axis([f"g{k}" for k in range(200)]).assign(raw_pcc=np.linspace(1, 0, 200))
+    genes, said = report_run._browsed(run, wide.index.tolist(), wide, None, True)
+    assert len(genes) == len(set(genes)) == 50 and "50 of 200" in said
+    assert genes[:10] == [f"g{k}" for k in range(10)] and genes[-10:] == [f"g{k}" for k in range(190, 200)]
