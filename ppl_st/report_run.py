@@ -137,16 +137,16 @@ def report_run(
 def _judged(run: Run, truth: Counts | None, seed: int) -> tuple[list[str], str]:
     """Genes that are predicted and judged, and what to say about the choice."""
     unmeasured = run.genes[~run.measured]
+    most = max(1, int(MAX_ENTRIES // max(1, len(run.target.names))))
     if truth is None:
-        order = np.argsort(-run.reference_mean[~run.measured], kind="stable")[:SCREENED]
-        chosen = unmeasured[order] if len(unmeasured) else run.genes
+        order = np.argsort(-run.reference_mean[~run.measured], kind="stable")[: min(SCREENED, most)]
+        chosen = unmeasured[order] if len(unmeasured) else run.genes[:most]
         return [str(gene) for gene in chosen], ""
     known = unmeasured[np.isin(unmeasured, truth.genes)]
     if not len(known):
         raise UserError(
             f"truth ({truth.source}): none of its {len(truth.genes)} genes was hidden from this run; fit with --hold-out, or leave out --truth"
         )
-    most = max(1, int(MAX_ENTRIES // max(1, len(run.target.names))))
     if len(known) <= most:
         return [str(gene) for gene in known], ""
     kept = np.sort(np.random.default_rng([seed, 31]).permutation(len(known))[:most])
