@@ -87,23 +87,39 @@ def check_likelihood(
     >>> check_likelihood(Subject(Poisson, {"mean": means(1e-8, 100.0)}), examples=50)
     []
     """
-    found = [_try(subject, law, examples, seed) for law in applicable(subject, laws)]
-    return [finding for finding in found if finding is not None]
+    alike: dict[tuple[str, ...], list[Law]] = {}  # laws with the same arguments judge the same grids
+    for law in applicable(subject, laws):
+        alike.setdefault(_names(law), []).append(law)
+    found: dict[Law, Finding] = {}
+    for names, group in alike.items():
+        remaining = list(group)
+        while remaining and (finding := _first(subject, remaining, names, examples, seed)):
+            broken, found[broken] = finding
+            remaining.remove(broken)
+    return [found[law] for law in laws if law in found]
 
 
-def _try(subject: Subject, law: Law, examples: int, seed: int) -> Finding | None:
+def _first(subject: Subject, laws: list[Law], names: tuple[str, ...], examples: int, seed: int) -> tuple[Law, Finding] | None:
+    """The first of these laws that fails, on examples for all of them."""
     hypothesis = strategies.hypothesis()
     last: dict[str, Any] = {}
-    judged = 0
+    judged = dict.fromkeys(laws, 0)
+    culprit: Law | None = None
 
     def run(case: dict[str, Any]) -> None:
-        nonlocal judged, last
+        nonlocal last, culprit
         last = case
-        try:
-            rows = law(subject, **case)
-        except Inconclusive:
-            return
-        judged += _size(case) if rows is None else rows
+        for law in [culprit] if culprit else laws:  # after a failure, only whether the smaller example still breaks that law
+            if judged[law] >= examples and not culprit:
+                continue
+            try:
+                rows = law(subject, **case)
+            except Inconclusive:
+                continue
+            except Exception:
+                culprit = law
+                raise
+            judged[law] += _size(case) if rows is None else rows
 
     settings = hypothesis.settings(
         max_examples=max(LEAST_GRIDS, min(100, examples // 200)),
@@ -116,23 +132,35 @@ def _try(subject: Subject, law: Law, examples: int, seed: int) -> Finding | None
         suppress_health_check=list(hypothesis.HealthCheck),
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
     )
-    drawn = _arguments(subject, law, min(examples / LEAST_GRIDS, LARGEST_GRID))
+    drawn = _arguments(subject, names, min(examples / LEAST_GRIDS, LARGEST_GRID))
     # Hypothesis replays the smallest failing example last, so `last` is the one that the exception is about.
     try:
         for part in itertools.count():
-            before = judged
+            before = dict(judged)
             hypothesis.seed(seed * 1_000_003 + part)(settings(hypothesis.given(drawn)(run)))()
-            if judged >= examples or judged == before:
+            if all(judged[law] >= examples or judged[law] == before[law] for law in laws):
                 break
-    except LawBroken as broken:
-        return Finding(subject.name, law.__name__, str(broken), last)
     except Exception as error:
         if isinstance(error, ExceptionGroup):  # a law that fails only sometimes: Hypothesis wraps what it saw
             error = error.exceptions[0]
-        return Finding(subject.name, law.__name__, f"{type(error).__name__}: {error}", last)
-    if not judged:
-        return Finding(subject.name, law.__name__, "no example could decide it: narrow the parameters' ranges", last)
+        assert culprit is not None
+        message = str(error) if isinstance(error, LawBroken) else f"{type(error).__name__}: {error}"
+        return culprit, Finding(subject.name, culprit.__name__, message, last)
+    for law, rows in judged.items():
+        if not rows:
+            message = "no example could decide it: narrow the parameters' ranges"
+            return law, Finding(subject.name, law.__name__, message, last)
     return None
+
+
+def _names(law: Law) -> tuple[str, ...]:
+    """The names of a law's arguments behind the subject."""
+    names = tuple(inspect.signature(law).parameters)[1:]
+    known = ("rows", "values", "wide", "far", "parts", "share")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"law {law.__name__}: nothing is known to draw for {unknown}; arguments are named {', '.join(known)}.")
+    return names
 
 
 def _size(case: dict[str, Any]) -> int:
@@ -140,14 +168,9 @@ def _size(case: dict[str, Any]) -> int:
     return max((len(v) for k, v in case.items() if k in ("rows", "wide")), default=1)
 
 
-def _arguments(subject: Subject, law: Law, size: float) -> Any:
+def _arguments(subject: Subject, names: tuple[str, ...], size: float) -> Any:
     """A strategy of the arguments of a law behind the subject, about `size` rows on average."""
     st = strategies.hypothesis().strategies
-    names = list(inspect.signature(law).parameters)[1:]
-    known = ("rows", "values", "wide", "far", "parts", "share")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"law {law.__name__}: nothing is known to draw for {unknown}; arguments are named {', '.join(known)}.")
     drawn = {
         "parts": st.tuples(*[st.sampled_from([1.0, 2.0, 0.5, 3.0])] * 2),
         "share": st.sampled_from([0.5, 0.1, 0.9]),

@@ -38,11 +38,11 @@ def positive(low: float, high: float) -> Strategy:
     hundredths = st.integers(math.floor(100 * math.log10(low)), math.ceil(100 * math.log10(high)))
 
     def number(drawn: tuple[int, int]) -> float:
-        e, more = drawn  # hundredths of a decade, and ten-thousandths of them
+        more, e = drawn  # ten-thousandths of hundredths of a decade: the part that shrinks first
         exact = 10.0 ** ((e + more / 10_000) / 100)
         return min(max(exact if more else float(f"{exact:.3g}"), low), high)
 
-    return st.tuples(hundredths, st.one_of(st.just(0), st.integers(0, 9999))).map(number)
+    return st.tuples(st.integers(0, 9999), hundredths).map(number)
 
 
 def real(low: float, high: float) -> Strategy:
