@@ -271,11 +271,11 @@ def cell_total(split: Split) -> np.ndarray:
     return np.repeat(split.training_total.astype(np.float32)[:, None], len(split.held_out), axis=1)
 
 
-def nearest_centroid(split: Split) -> np.ndarray:
-    """Mean of the reference cluster whose centroid is nearest to the cell (cosine over the training genes).
+def clusters(split: Split) -> np.ndarray:
+    """Cluster of each reference row, [rows] int.
 
-    Clusters: k-means (20, fewer when the reference has under 200 rows; best of 10 starts) on the unit-length
-    first 30 components (uncentered SVD) of the whole log-normalised reference, all its genes.
+    k-means (20, fewer when the reference has under 200 rows; best of 10 starts) on the unit-length first 30
+    components (uncentered SVD) of the whole log-normalised reference, all its genes.
     """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
@@ -289,8 +289,13 @@ def nearest_centroid(split: Split) -> np.ndarray:
     else:
         points = log_all.toarray()
     k = min(20, max(1, n // 10))
-    labels = KMeans(k, random_state=split.seed, n_init=10).fit(normalize(points)).labels_[split.usable]
-    used, labels = np.unique(labels, return_inverse=True)
+    labels: np.ndarray = KMeans(k, random_state=split.seed, n_init=10).fit(normalize(points)).labels_
+    return labels
+
+
+def nearest_centroid(split: Split) -> np.ndarray:
+    """Mean of the reference cluster (`clusters`) whose centroid is nearest to the cell (cosine over the training genes)."""
+    used, labels = np.unique(clusters(split)[split.usable], return_inverse=True)
     member = sp.csr_matrix(
         (np.ones(len(labels)), (labels, np.arange(len(labels)))), shape=(len(used), len(labels))
     )

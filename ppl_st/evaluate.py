@@ -30,11 +30,13 @@ from numpy.typing import NDArray
 from ppl_st import config as configs
 from ppl_st.api import Source, fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
+from ppl_st.calibration import LEVELS, coverage, pit_bounds
 from ppl_st.data import Counts, gene_folds, read_counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
-from ppl_st.metrics import bootstrap_mean, score_prediction, score_table
+from ppl_st.metrics import bootstrap_mean, crps_from_draws, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
+from ppl_st.peers import PEERS, check
 from ppl_st.posterior import INNER_CELLS
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
@@ -88,7 +90,7 @@ def evaluate(
     Parameters
     ----------
     methods
-        Names in ``ppl_st.METHODS``.
+        Names in ``ppl_st.METHODS`` or, where the extra ``peers`` is installed, in ``ppl_st.peers.PEERS``.
     target, reference
         As in `ppl_st.fit`.
     folds
@@ -119,8 +121,12 @@ def evaluate(
     talk = say or (lambda line: None)
     if not methods or len(set(methods)) < len(methods):
         raise UserError(f"evaluate: methods are {', '.join(methods) or 'none'}; name each method once")
-    spots = _reference_is_spots(methods)
-    layer, library_key = _shared_settings(methods, preset, config, overrides)
+    own, others = [m for m in methods if m not in PEERS], [m for m in methods if m in PEERS]
+    check(others)
+    spots = _reference_is_spots(own)
+    if spots and others:
+        raise UserError(f"evaluate: {', '.join(own)} takes spots as reference, {', '.join(others)} dissociated cells; evaluate apart")
+    layer, library_key = _shared_settings(own, preset, config, overrides)
     folder = None if out is None else Path(out)
     if folder is not None:
         if (folder / "scores.csv").exists():
@@ -138,7 +144,10 @@ def evaluate(
     for task in tasks:
         talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
         split = Split(task.target, other, task.held_out, seed, library_key)
-        for method in methods:
+        for method in others:
+            parts.append(_score_peer(method, task, split, draws))
+            talk(line_of(parts[-1]))
+        for method in own:
             # The counts handed over lie in X, whatever layer they came from.
             options: dict[str, Any] = {"overrides": [*overrides, "layer=X"], "config": config}
             options |= {"preset": preset, "seed": seed, "device": device, "progress": progress, "say": say}
@@ -152,7 +161,8 @@ def evaluate(
                 talk(line_of(table))
         if folder is not None:
             write_csv(pd.concat(parts, ignore_index=True), folder / "scores.csv")
-            write_entries(folder, list(methods), entries)
+            if own:
+                write_entries(folder, own, entries)
     scores = pd.concat(parts, ignore_index=True)
     summary = summarise(scores, seed)
     if folder is not None:
@@ -234,13 +244,13 @@ def _shared_settings(
     methods: Sequence[str], preset: str, config: Any, overrides: Sequence[str]
 ) -> tuple[str | None, str | None]:
     """Layer and library_key that the settings name; also checks preset, file and overrides before any work."""
-    found = []
+    found: list[tuple[str | None, str | None]] = []
     for method in methods:
         settings = configs.pick_preset(load_method(method).PRESETS, preset)
         settings = settings if config is None else configs.read(config, settings)
         settings = configs.with_overrides(settings, overrides)
         found.append((settings.layer, getattr(settings, "library_key", None)))
-    return found[0]
+    return found[0] if found else (None, None)
 
 
 def _tasks(
@@ -331,6 +341,22 @@ def _score_method(
     del run
     gc.collect()  # models hold cycles; the next fit should not find them in memory
     return labelled(pd.concat(parts), method, "method", task.fold, seconds), pd.concat(entries, axis=1)
+
+
+def _score_peer(name: str, task: _Task, split: Split, draws: int) -> pd.DataFrame:
+    """Scores [genes] of another package's method; CRPS and coverage where it gives draws."""
+    reset_peak()
+    began = time.perf_counter()
+    answer = PEERS[name].run(split, draws)
+    seconds = time.perf_counter() - began
+    table = score_table(task.truth.matrix, answer.mean, split.training_total, task.held_out)
+    if answer.draws is not None:
+        truth = task.truth.matrix.toarray()
+        table["crps"] = crps_from_draws(answer.draws, truth).mean(0)
+        covered = coverage(*pit_bounds(answer.draws, truth), LEVELS)
+        for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
+            table[f"coverage_{round(100 * level)}"] = per_gene
+    return labelled(table, name, "peer", task.fold, seconds)
 
 
 def _score_baselines(task: _Task, split: Split, table: dict[str, Any]) -> list[pd.DataFrame]:

@@ -45,6 +45,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "metrics": {"data"},
     "baselines": {"data", "spatial", "metrics"},
+    "peers": {"data", "baselines"},  # other people's methods, imported when they are run
     "calibration": {"data", "metrics"},
     "conformal": {"calibration"},
     "neighbor_score": set(),
