@@ -434,7 +434,7 @@ DEFECTIVE = {
 @pytest.mark.parametrize("name", DEFECTIVE)
 def test_known_defects_are_reported(name):
     subject, expected = DEFECTIVE[name]
-    examples = 100 if "state" in expected else 30  # which examples come depends on constants in the code that is loaded
+    examples = 400  # which examples come depends on constants in the code that is loaded
     found = {finding.law for finding in check_likelihood(subject, [law for law in ALL_LAWS if law is not S.broadcasting], examples=examples)}
     assert expected <= found
 
