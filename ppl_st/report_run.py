@@ -101,7 +101,7 @@ def report_run(
         Receives one line per event.
     """
     talk = say or (lambda line: None)
-    noun = "spot" if run.method in METHODS and METHODS[run.method].needs.startswith("target: spots") else "cell"
+    noun = "spot" if _kind(run) == "image" else "cell"
     counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
     judged, note = _judged(run, counted, seed)
     talk(f"predicting {len(judged)} genes in {len(run.target.names)} {noun}s, {draws} draws")
@@ -140,7 +140,9 @@ def _judged(run: Run, truth: Counts | None, seed: int) -> tuple[list[str], str]:
     most = max(1, int(MAX_ENTRIES // max(1, len(run.target.names))))
     if truth is None:
         order = np.argsort(-run.reference_mean[~run.measured], kind="stable")[: min(SCREENED, most)]
-        chosen = unmeasured[order] if len(unmeasured) else run.genes[:most]
+        if not len(unmeasured):  # a method of images, or a reference without more genes: look at what was fitted
+            unmeasured, order = run.genes, np.argsort(-run.reference_mean, kind="stable")[: min(SCREENED, most)]
+        chosen = unmeasured[order]
         return [str(gene) for gene in chosen], ""
     known = unmeasured[np.isin(unmeasured, truth.genes)]
     if not len(known):
@@ -161,7 +163,8 @@ def _browsed(run: Run, judged: list[str], scores: pd.DataFrame, genes: Sequence[
     if not true:
         chosen = order[:BROWSED].tolist()
         return chosen, (
-            f"These are the {len(chosen)} genes that the model trusts most among the {len(judged)} unmeasured genes highest in the reference."
+            f"These are the {len(chosen)} genes that the model trusts most among the {len(judged)} "
+            f"{'' if run.measured.all() else 'unmeasured '}genes with the highest mean count."
         )
     n, ends = len(order), BROWSED // 5  # the best, the worst, and evenly what lies between
     places = range(n) if n <= BROWSED else [*range(ends), *np.linspace(ends, n - ends - 1, BROWSED - 2 * ends).astype(int), *range(n - ends, n)]
@@ -182,30 +185,22 @@ def _in_short(run: Run, noun: str) -> str:
             f"the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}. "
             f"Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
         )
+    rows = {"spots": "spots", "cells": "reference cells"}.get(_kind(run))
+    other = ""
+    if rows:
+        other = (
+            f" and {len(run.reference.names):,} {rows} with {len(run.genes):,} genes ({_source(run, 'reference')}), so "
+            f"{int((~run.measured).sum()):,} genes are predicted that the {noun}s never measured"
+        )
     return (
-        f"{run.method}: {summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}) and "
-        f"{len(run.reference.names):,} {'spots' if _spots(run) else 'reference cells'} with {len(run.genes):,} genes "
-        f"({_source(run, 'reference')}), so {int((~run.measured).sum()):,} genes are predicted that the {noun}s never measured.{training} "
+        f"{run.method}: {summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}){other}.{training} "
         f"Preset {run.manifest.get('preset')}, seed {run.manifest.get('seed')}, device {run.manifest.get('device')}."
     )
 
 
 def _warnings(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> list[str]:
     """What should lower the reader's trust; each with its number and, where there is one, a remedy."""
-    found = []
-    shared = run.target.genes[np.isin(run.target.genes, run.genes)]
-    if len(shared) < FEW_GENES:
-        found.append(f"Few shared genes: target and reference have {len(shared)} in common. Every prediction hangs on them.")
-    if len(run.reference.names) < FEW_ROWS:
-        found.append(f"Small reference: {len(run.reference.names)} rows. What it does not hold cannot be predicted.")
-    target = np.asarray(run.target.take_genes(shared).matrix.mean(0)).ravel()
-    other = run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(shared))]
-    rank = float(spearmanr(target, other)[0]) if len(shared) > 2 else np.nan
-    if rank < POOR_REFERENCE:
-        found.append(
-            f"Poor reference: the mean counts of the shared genes have a rank correlation of {rank:.2f} between target and reference. The levels "
-            "of predicted genes are little more than guesses; look at patterns, not at levels."
-        )
+    found = [] if _kind(run) == "image" else _reference_warnings(run)
     shallow = float((run.target.totals < FEW_COUNTS).mean())
     if shallow > 0.05:
         found.append(f"Shallow {noun}s: {shallow:.0%} have fewer than {FEW_COUNTS} counts; what is predicted there is mostly the average.")
@@ -218,7 +213,9 @@ def _warnings(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame
     if run.record.get("skipped"):
         found.append(f"{len(run.record['skipped'])} steps of the fit were not finite and were skipped.")
     layer = run.recalibration
-    if layer is None:
+    if _kind(run) == "image":
+        found.append("Every gene here was fitted: the maps show how the model sees its own data. New spots or a new image are the test.")
+    elif layer is None:
         found.append(
             "The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on genes of the panel."
         )
@@ -242,6 +239,25 @@ def _warnings(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame
     return found
 
 
+def _reference_warnings(run: Run) -> list[str]:
+    """What the panel and the reference say against the predictions of other genes."""
+    found = []
+    shared = run.target.genes[np.isin(run.target.genes, run.genes)]
+    if len(shared) < FEW_GENES:
+        found.append(f"Few shared genes: target and reference have {len(shared)} in common. Every prediction hangs on them.")
+    if len(run.reference.names) < FEW_ROWS:
+        found.append(f"Small reference: {len(run.reference.names)} rows. What it does not hold cannot be predicted.")
+    target = np.asarray(run.target.take_genes(shared).matrix.mean(0)).ravel()
+    other = run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(shared))]
+    rank = float(spearmanr(target, other)[0]) if len(shared) > 2 else np.nan
+    if rank < POOR_REFERENCE:
+        found.append(
+            f"Poor reference: the mean counts of the shared genes have a rank correlation of {rank:.2f} between target and reference. The levels "
+            "of predicted genes are little more than guesses; look at patterns, not at levels."
+        )
+    return found
+
+
 def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[str, pd.DataFrame]:
     """Score table per method, ours first, on the genes of ``predicted``."""
     genes = np.asarray(predicted.var_names, dtype=str)
@@ -249,8 +265,10 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
     total = run.target.totals
     ours = metrics.score_prediction(counts, np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"]), total, genes)
     tables = {run.method: ours.join(predicted.var.drop(columns=["measured", "trust", "mean_count"]))}
+    if run.target.xy is None:  # spots are copied by place, and the upper reference smooths over neighbors
+        return tables
     split = Split(run.target, run.reference, genes, seed, getattr(run.config, "library_key", None))
-    for name, one in (SPOT_BASELINES if _spots(run) else REFERENCE_BASELINES).items():
+    for name, one in (SPOT_BASELINES if _kind(run) == "spots" else REFERENCE_BASELINES).items():
         tables[f"baseline: {name}"] = metrics.score_table(counts, one.estimate(split), total, genes, scale=one.scale)
     tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts), total, genes, scale="log")
     return tables
@@ -266,7 +284,8 @@ def _accuracy(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, methods: Ma
         UNITS,
     )
     best = sorted((name for name in methods if name not in (run.method, UPPER)), key=lambda name: -methods[name]["raw_pcc"].mean())[:3]
-    strip = pd.concat([methods[name].assign(method=name.split(":")[0] if name == UPPER else name) for name in [run.method, *best, UPPER]])
+    shown = [name for name in (run.method, *best, UPPER) if name in methods]
+    strip = pd.concat([methods[name].assign(method=name.split(":")[0] if name == UPPER else name) for name in shown])
     panels = {"raw_pcc": "PCC, raw counts", "raw_partial_pcc": "PCC given depth", "log_pcc": "PCC, log scale"}
     accuracy = {
         "Correlation with the held-out counts (no unit, 1 is perfect): one dot per gene, bar and number at the median, beside the three best "
@@ -370,7 +389,7 @@ def browser_of(
 ) -> tuple[str, str]:
     """The browser's HTML and a paragraph about what it shows."""
     if "spatial" not in predicted.obsm:
-        raise UserError("report: the target has no coordinates (obsm['spatial']), so there are no maps to browse")
+        return "", "There are no maps to browse: the target has no coordinates (obsm['spatial'])."
     n = predicted.n_obs
     rows = np.arange(n)
     if n > MAX_CELLS:
@@ -384,8 +403,8 @@ def browser_of(
     observed = _observed(run, truth, names, genes)
     facts = [_facts(scores, gene, bool(run.measured[run.genes == gene][0])) for gene in genes]
     maps = GeneMaps(
-        np.asarray(table.obsm["spatial"]), names.tolist(), genes, np.asarray(table.layers["rate_mean"]), np.asarray(table.layers["rate_sd"]),
-        high - low, observed, facts, kind, noun,
+        _apart(table, getattr(run.config, "library_key", None)), names.tolist(), genes, np.asarray(table.layers["rate_mean"]),
+        np.asarray(table.layers["rate_sd"]), high - low, observed, facts, kind, noun,
     )  # fmt: skip
     about = (
         f"Every dot is a {noun}. Observed and predicted maps share one scale; its top is the 99.5 % quantile of the values above 0, so single "
@@ -394,6 +413,18 @@ def browser_of(
     if n > MAX_CELLS:
         about += f" Of {n:,} {noun}s {MAX_CELLS:,}, picked at random, are shown."
     return gene_browser(maps), about
+
+
+def _apart(table: ad.AnnData, key: str | None) -> NDArray[np.float64]:
+    """Positions with the sections of several slides side by side, each beginning at the same height."""
+    xy = np.array(table.obsm["spatial"], dtype=np.float64)
+    column = key if key is not None else "section"  # of a method of images
+    left = 0.0
+    for _, rows in table.obs.groupby(column, sort=False, observed=True).indices.items() if column in table.obs else ():
+        low, high = xy[rows].min(0), xy[rows].max(0)
+        xy[rows] += [left - low[0], -low[1]]
+        left += 1.1 * float(high[0] - low[0])
+    return xy
 
 
 def _observed(run: Run, truth: Counts | None, cells: NDArray[np.str_], genes: list[str]) -> NDArray[np.float64] | None:
@@ -428,14 +459,12 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _spots(run: Run) -> bool:
-    """Whether the reference are spots; a stack of runs is of the kind of its runs."""
-    if run.method in METHODS:
-        return METHODS[run.method].reference == "spots"
-    return any(METHODS[one["method"]].reference == "spots" for one in run.manifest["runs"])
+def _kind(run: Run) -> str:
+    """Kind of the reference: cells, spots, image (none); a stack of runs is of the kind of its runs."""
+    return METHODS[run.manifest["runs"][0]["method"] if run.method == "stack" else run.method].reference
 
 
 def _source(run: Run, role: str) -> str:
     """Name of the file that the counts came from."""
-    path = run.manifest.get("inputs", {}).get(role, {}).get("path")
+    path = (run.manifest.get("inputs", {}).get(role) or {}).get("path")
     return Path(path).name if path else "from memory"

@@ -4,8 +4,10 @@ import json
 import re
 from dataclasses import replace
 
+import anndata as ad
 import numpy as np
 import pytest
+import tomli_w
 import torch
 
 from ppl_st import api, report_run
@@ -117,10 +119,11 @@ def test_what_cannot_be_reported_is_refused(run, sim, tmp_path):
         report_run.report_run(run, tmp_path / "r.html", truth=sim.target, draws=4)
     with pytest.raises(UserError, match="neither a run folder nor an evaluation"):
         report_run.report_folder(tmp_path, tmp_path / "r.html")
-    nowhere = replace(run, target=replace(run.target, xy=None))
-    with pytest.raises(UserError, match="no coordinates"):
-        report_run.report_run(nowhere, tmp_path / "r.html", draws=4)
     assert not (tmp_path / "r.html").exists()
+    nowhere = replace(run, target=replace(run.target, xy=None))
+    report_run.report_run(nowhere, tmp_path / "r.html", truth=sim.truth, draws=4)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "no maps to browse" in text(page) and "Accuracy" in text(page) and "gene-data" not in page
 
 
 def test_dissociated_reference(tmp_path):
@@ -140,3 +143,32 @@ def test_default_genes_are_the_best_the_worst_and_some_between(run, sim):
     genes, said = report_run._browsed(run, wide.index.tolist(), wide, None, True)
     assert len(genes) == len(set(genes)) == 50 and "50 of 200" in said
     assert genes[:10] == [f"g{k}" for k in range(10)] and genes[-10:] == [f"g{k}" for k in range(190, 200)]
+
+
+def test_sections_stand_side_by_side():
+    table = ad.AnnData(np.zeros((6, 1), np.float32), obs={"section": ["b", "b", "b", "a", "a", "a"]})
+    table.obsm["spatial"] = np.array([[0, 0], [10, 5], [5, 9], [2, 100], [12, 104], [3, 108]], float)
+    xy = report_run._apart(table, None)
+    np.testing.assert_allclose(xy[:3], [[0, 0], [10, 5], [5, 9]])
+    np.testing.assert_allclose(xy[3:], [[11, 0], [21, 4], [12, 8]])
+    del table.obs["section"]
+    np.testing.assert_array_equal(report_run._apart(table, None), table.obsm["spatial"])
+
+
+def test_method_of_images(tmp_path):
+    """Spots, not cells; every gene was fitted; no reference to warn about; two sections side by side."""
+    from ppl_st.shapes import shapes
+
+    world = shapes(seed=0, sections=2, size=128, spots="hexagonal", pitch=18.0)
+    (tmp_path / "c.toml").write_text(tomli_w.dumps({"input": world.settings}))
+    small = ["fit.steps=2", "metagenes=2", "patch=64", "batch_patches=1", "channels=4", "depth=2", "functions=32"]
+    sections = {"target": [section.adata for section in world.sections], "image": [section.image for section in world.sections]}
+    run = api.fit("xfuse", **sections, config=tmp_path / "c.toml", overrides=small, seed=0)
+    report_run.report_run(run, tmp_path / "r.html", draws=4)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Every gene here was fitted" in text(page) and "reference" not in text(page).split("Gene browser")[0]
+    stored = data(page)
+    assert stored["noun"] == "spot" and len(stored["genes"]) == min(50, len(run.genes))
+    np.testing.assert_array_equal(
+        decode(stored["genes"][0]["maps"]["truth"]), run.target.take_genes([stored["genes"][0]["name"]]).matrix.toarray().ravel()
+    )
