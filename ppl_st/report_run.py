@@ -14,7 +14,6 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from ppl_st import config as configs
 from ppl_st import metrics, plots
@@ -27,15 +26,13 @@ from ppl_st.errors import UserError
 from ppl_st.models import METHODS
 from ppl_st.posterior import Run
 from ppl_st.report import Section, Table, evaluation_report, read_json, write_report
+from ppl_st.warning_signs import LOW_TRUST, UPPER, reference_kind, warning_signs
 
 __all__ = ["BROWSED", "browser_of", "report_folder", "report_run"]
 
 BROWSED = 50  # genes of the browser unless they are named
 SCREENED = 150  # unmeasured genes whose trust is looked at when there is no truth
 MAX_ENTRIES = 2e7  # cells x judged genes that are predicted at once
-FEW_GENES, FEW_ROWS, FEW_COUNTS = 50, 200, 10  # below: a warning
-POOR_REFERENCE, LOW_TRUST = 0.5, 0.05
-UPPER = "upper reference: ridge that saw the truth of other cells"
 COLUMNS = {
     "raw_pcc": "PCC", "raw_partial_pcc": "PCC given depth", "raw_scc": "SCC", "log_pcc": "PCC, log scale", "log_score": "log score",
     "crps": "CRPS", "coverage_90": "coverage 90 %", "recalibrated_coverage": "coverage, recalibrated",
@@ -101,7 +98,7 @@ def report_run(
         Receives one line per event.
     """
     talk = say or (lambda line: None)
-    noun = "spot" if _kind(run) == "image" else "cell"
+    noun = "spot" if reference_kind(run) == "image" else "cell"
     counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
     judged, note = _judged(run, counted, seed)
     talk(f"predicting {len(judged)} genes in {len(run.target.names)} {noun}s, {draws} draws")
@@ -121,7 +118,7 @@ def report_run(
     browser, about = browser_of(run, predicted, scores, browsed, counted, noun, seed)
     links = {gene: f"#gene={gene}" for gene in browsed}
     sections = [
-        Section("In short", _in_short(run, noun) + note, warnings=_warnings(run, scores, methods, noun)),
+        Section("In short", _in_short(run, noun) + note, warnings=warning_signs(run, scores, methods, noun)),
         Section("Gene browser", f"{why} {about}", html=browser),
     ]
     if counted is not None:
@@ -185,7 +182,7 @@ def _in_short(run: Run, noun: str) -> str:
             f"the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}. "
             f"Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
         )
-    rows = {"spots": "spots", "cells": "reference cells"}.get(_kind(run))
+    rows = {"spots": "spots", "cells": "reference cells"}.get(reference_kind(run))
     other = ""
     if rows:
         other = (
@@ -198,66 +195,6 @@ def _in_short(run: Run, noun: str) -> str:
     )
 
 
-def _warnings(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> list[str]:
-    """What should lower the reader's trust; each with its number and, where there is one, a remedy."""
-    found = [] if _kind(run) == "image" else _reference_warnings(run)
-    shallow = float((run.target.totals < FEW_COUNTS).mean())
-    if shallow > 0.05:
-        found.append(f"Shallow {noun}s: {shallow:.0%} have fewer than {FEW_COUNTS} counts; what is predicted there is mostly the average.")
-    weak = scores["trust"] < LOW_TRUST
-    if weak.any():
-        found.append(
-            f"Low trust: for {int(weak.sum())} of {len(scores)} genes looked at the model expects to predict less than {LOW_TRUST:.0%} of the "
-            f"variance (e.g. {', '.join(scores.index[weak][:3])}). Their maps say little."
-        )
-    if run.record.get("skipped"):
-        found.append(f"{len(run.record['skipped'])} steps of the fit were not finite and were skipped.")
-    layer = run.recalibration
-    if _kind(run) == "image":
-        found.append("Every gene here was fitted: the maps show how the model sees its own data. New spots or a new image are the test.")
-    elif layer is None:
-        found.append(
-            "The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on genes of the panel."
-        )
-    else:
-        at = pd.Index(run.genes).get_indexer(scores.index)
-        boundless = int((layer.ends_of(run.reference_mean[at])[1] >= 1).sum())
-        if boundless:
-            found.append(f"No finite interval would cover {layer.level:.0%} for {boundless} of {len(scores)} genes: their width is drawn grey.")
-    if methods:
-        covered = scores["coverage_90"]
-        bad = ~covered.between(0.8, 0.97)
-        if bad.mean() > 0.2:
-            found.append(
-                f"Coverage: raw 90 % intervals hold {covered.mean():.0%} of the held-out counts overall, and for {int(bad.sum())} of {len(covered)} "
-                "genes less than 80 % or more than 97 %."
-            )
-        means = {name: float(table["raw_pcc"].mean()) for name, table in methods.items()}
-        better = [f"{name} ({value:.3f})" for name, value in means.items() if name != UPPER and value > means[run.method]]
-        if better:
-            found.append(f"No better than a cheap baseline: mean PCC {means[run.method]:.3f}, against {', '.join(better)}.")
-    return found
-
-
-def _reference_warnings(run: Run) -> list[str]:
-    """What the panel and the reference say against the predictions of other genes."""
-    found = []
-    shared = run.target.genes[np.isin(run.target.genes, run.genes)]
-    if len(shared) < FEW_GENES:
-        found.append(f"Few shared genes: target and reference have {len(shared)} in common. Every prediction hangs on them.")
-    if len(run.reference.names) < FEW_ROWS:
-        found.append(f"Small reference: {len(run.reference.names)} rows. What it does not hold cannot be predicted.")
-    target = np.asarray(run.target.take_genes(shared).matrix.mean(0)).ravel()
-    other = run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(shared))]
-    rank = float(spearmanr(target, other)[0]) if len(shared) > 2 else np.nan
-    if rank < POOR_REFERENCE:
-        found.append(
-            f"Poor reference: the mean counts of the shared genes have a rank correlation of {rank:.2f} between target and reference. The levels "
-            "of predicted genes are little more than guesses; look at patterns, not at levels."
-        )
-    return found
-
-
 def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[str, pd.DataFrame]:
     """Score table per method, ours first, on the genes of ``predicted``."""
     genes = np.asarray(predicted.var_names, dtype=str)
@@ -268,7 +205,7 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
     if run.target.xy is None:  # spots are copied by place, and the upper reference smooths over neighbors
         return tables
     split = Split(run.target, run.reference, genes, seed, getattr(run.config, "library_key", None))
-    for name, one in (SPOT_BASELINES if _kind(run) == "spots" else REFERENCE_BASELINES).items():
+    for name, one in (SPOT_BASELINES if reference_kind(run) == "spots" else REFERENCE_BASELINES).items():
         tables[f"baseline: {name}"] = metrics.score_table(counts, one.estimate(split), total, genes, scale=one.scale)
     tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts), total, genes, scale="log")
     return tables
@@ -457,11 +394,6 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
     return flat
-
-
-def _kind(run: Run) -> str:
-    """Kind of the reference: cells, spots, image (none); a stack of runs is of the kind of its runs."""
-    return METHODS[run.manifest["runs"][0]["method"] if run.method == "stack" else run.method].reference
 
 
 def _source(run: Run, role: str) -> str:

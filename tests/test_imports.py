@@ -71,6 +71,7 @@ ROOMS["image_cli"] = set(ROOMS)
 ROOMS["demo_images"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)
 ROOMS["sweep"] = set(ROOMS)
+ROOMS["warning_signs"] = {"models", "posterior"}
 ROOMS["report_run"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
 ROOMS["terminal"] = {"api", "inference", "report"}  # what commands share

@@ -1,0 +1,81 @@
+"""Reasons not to trust the predictions of a run, each with its number and, where there is one, a remedy."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from ppl_st.models import METHODS
+from ppl_st.posterior import Run
+
+__all__ = ["LOW_TRUST", "UPPER", "reference_kind", "warning_signs"]
+
+UPPER = "upper reference: ridge that saw the truth of other cells"
+FEW_GENES, FEW_ROWS, FEW_COUNTS = 50, 200, 10  # below: a warning
+POOR_REFERENCE, LOW_TRUST = 0.5, 0.05
+
+
+def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> list[str]:
+    """What should lower the reader's trust; each with its number and, where there is one, a remedy."""
+    found = [] if reference_kind(run) == "image" else _reference_warnings(run)
+    shallow = float((run.target.totals < FEW_COUNTS).mean())
+    if shallow > 0.05:
+        found.append(f"Shallow {noun}s: {shallow:.0%} have fewer than {FEW_COUNTS} counts; what is predicted there is mostly the average.")
+    weak = scores["trust"] < LOW_TRUST
+    if weak.any():
+        found.append(
+            f"Low trust: for {int(weak.sum())} of {len(scores)} genes looked at the model expects to predict less than {LOW_TRUST:.0%} of the "
+            f"variance (e.g. {', '.join(scores.index[weak][:3])}). Their maps say little."
+        )
+    if run.record.get("skipped"):
+        found.append(f"{len(run.record['skipped'])} steps of the fit were not finite and were skipped.")
+    layer = run.recalibration
+    if reference_kind(run) == "image":
+        found.append("Every gene here was fitted: the maps show how the model sees its own data. New spots or a new image are the test.")
+    elif layer is None:
+        found.append(
+            "The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on genes of the panel."
+        )
+    else:
+        at = pd.Index(run.genes).get_indexer(scores.index)
+        boundless = int((layer.ends_of(run.reference_mean[at])[1] >= 1).sum())
+        if boundless:
+            found.append(f"No finite interval would cover {layer.level:.0%} for {boundless} of {len(scores)} genes: their width is drawn grey.")
+    if methods:
+        covered = scores["coverage_90"]
+        bad = ~covered.between(0.8, 0.97)
+        if bad.mean() > 0.2:
+            found.append(
+                f"Coverage: raw 90 % intervals hold {covered.mean():.0%} of the held-out counts overall, and for {int(bad.sum())} of {len(covered)} "
+                "genes less than 80 % or more than 97 %."
+            )
+        means = {name: float(table["raw_pcc"].mean()) for name, table in methods.items()}
+        better = [f"{name} ({value:.3f})" for name, value in means.items() if name != UPPER and value > means[run.method]]
+        if better:
+            found.append(f"No better than a cheap baseline: mean PCC {means[run.method]:.3f}, against {', '.join(better)}.")
+    return found
+
+
+def _reference_warnings(run: Run) -> list[str]:
+    """What the panel and the reference say against the predictions of other genes."""
+    found = []
+    shared = run.target.genes[np.isin(run.target.genes, run.genes)]
+    if len(shared) < FEW_GENES:
+        found.append(f"Few shared genes: target and reference have {len(shared)} in common. Every prediction hangs on them.")
+    if len(run.reference.names) < FEW_ROWS:
+        found.append(f"Small reference: {len(run.reference.names)} rows. What it does not hold cannot be predicted.")
+    target = np.asarray(run.target.take_genes(shared).matrix.mean(0)).ravel()
+    other = run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(shared))]
+    rank = float(spearmanr(target, other)[0]) if len(shared) > 2 else np.nan
+    if rank < POOR_REFERENCE:
+        found.append(
+            f"Poor reference: the mean counts of the shared genes have a rank correlation of {rank:.2f} between target and reference. The levels "
+            "of predicted genes are little more than guesses; look at patterns, not at levels."
+        )
+    return found
+
+
+def reference_kind(run: Run) -> str:
+    """Kind of the reference: cells, spots, image (none); a stack of runs is of the kind of its runs."""
+    return METHODS[run.manifest["runs"][0]["method"] if run.method == "stack" else run.method].reference
