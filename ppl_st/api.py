@@ -22,6 +22,7 @@ from ppl_st.images import Source as ImageSource
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.inference.svi import load_state
+from ppl_st.layers import with_layers
 from ppl_st.models import METHODS, load_method
 from ppl_st.observation import name_of
 from ppl_st.posterior import Run
@@ -123,6 +124,8 @@ def fit(
         cells = hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
     assert reference is not None
     other = _read_reference(method, reference, settings.layer, settings.gene_key)
+    if getattr(settings, "reference_layers", ()):
+        other = with_layers(other, reference, settings.reference_layers, gene_key=settings.gene_key)
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
     manifest = configs.manifest(
         seed=seed, device=device, inputs={"target": targets[0], "reference": reference}, command=command

@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "io": set(),
     "data": {"io"},
     "spatial": {"io", "data"},
+    "layers": {"data"},
     "images": {"io", "data"},
     "annotations": {"images"},
     "shapes": {"data", "images"},  # the simulated sections
@@ -54,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "image_baselines": set(),
     "image_plots": {"io"},
     "image_run": {"io", "data", "config", "images", "slides", "models", "prepare", "posterior"},
-    "prepare": {"data", "spatial", "images", "annotations", "models"},  # checked counts -> a method's problem
+    "prepare": {"data", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"data", "inference"},

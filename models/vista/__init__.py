@@ -109,6 +109,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
     mine, theirs = moments(data.counts, data.batch), moments(panel, data.reference_batch)
     with torch.no_grad():
         _write(model.covariate, share)
+        model.parent.copy_(torch.from_numpy(data.parent))
         _write(model.level, share - np.log(np.exp(share[data.panel]).sum()))
         for name, value in (("mean", mine.mean), ("sd", mine.sd), ("reference_mean", theirs.mean), ("reference_sd", theirs.sd)):
             _write(getattr(guide, name), value)

@@ -25,6 +25,7 @@ class Data(NamedTuple):
     graph: sp.csr_matrix  # [n, n] row i holds the spatial neighbors of cell i
     batch: NDArray[np.int64]  # [n] batch of each spatial cell
     reference_batch: NDArray[np.int64]  # [m]
+    parent: NDArray[np.int64]  # [G] the gene itself; of a gene GENE:layer, position of the gene
 
 
 class Batch(NamedTuple):

@@ -59,6 +59,7 @@ class Config:
     batch_key: str | None = None  # obs column of the batch, on both sides
     anchor_key: str | None = None  # obs column of the cell type, on both sides: train on the paper's anchor genes only
     layer: str | None = None  # layer with the counts
+    reference_layers: tuple[str, ...] = ()  # further layers of the reference to impute, as genes GENE:layer (`ppl_st.layers`)
     gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
     fit: FitConfig = FitConfig(
         steps=100, lr=0.03, schedule="cosine", final_lr_factor=0.05, clip_norm=1e3, kl_warmup_steps=20, elbo="meanfield", checkpoint_every=100,
@@ -98,6 +99,7 @@ class Model(PyroModule):
 
     panel: Tensor  # [P] buffers
     measured: Tensor  # [G]
+    parent: Tensor  # [G] gene whose gain and slope a gene has: itself, or of GENE:layer the gene
     library: Tensor  # [batches, 2]
     covariate: Tensor  # [G]
     level: Tensor  # [G]
@@ -118,6 +120,7 @@ class Model(PyroModule):
         measured[spec.panel] = 1.0
         self.register_buffer("panel", torch.tensor(spec.panel))
         self.register_buffer("measured", measured)
+        self.register_buffer("parent", torch.arange(genes))
         self.register_buffer("library", torch.tensor(spec.library))
         self.register_buffer("covariate", torch.zeros(genes))  # log share in the reference
         self.register_buffer("level", torch.zeros(genes))  # log of the gene's share of the reference's panel counts
@@ -162,12 +165,12 @@ class Model(PyroModule):
         score = z @ self.decoder[:, genes]
         level = (self.level if self.closed else self.level + self.bias)[genes]
         if "log_gain" in drawn:
-            level = level + drawn["log_gain"][genes]
+            level = level + drawn["log_gain"][self.parent[genes]]
         if not self.closed:  # shares are relative to the panel, as in gimVI
             panel = self.level + self.bias + (drawn["log_gain"] if "log_gain" in drawn else 0.0)
             whole = torch.logsumexp(z @ self.decoder[:, self.panel] + panel[self.panel], -1, keepdim=True)
             return (log_total[:, None] + level + score - whole).clamp(*LOG_RATE)
-        slope = drawn["slope"][genes] if "slope" in drawn else self.reference_slope[genes]
+        slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
         log_depth = torch.tensor(self.spec.depth).log()
         depth = log_depth + self.spec.hyper.depth * (log_total - log_depth)
         return (depth[:, None] + level + slope * score).clamp(*LOG_RATE)

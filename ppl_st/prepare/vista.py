@@ -11,6 +11,7 @@ from scipy import stats
 
 from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
+from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
 from ppl_st.spatial import neighbors
 
@@ -51,6 +52,7 @@ def problem(
         graph=graph(target, config),
         batch=_codes(target, config.batch_key, "target"),
         reference_batch=_codes(reference, config.batch_key, "reference"),
+        parent=parents(reference.genes, config.reference_layers),
     )
     return data, target, reference
 
