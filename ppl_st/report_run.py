@@ -311,8 +311,8 @@ def _fit(run: Run) -> Section:
     figures = {}
     if record.get("losses"):
         caption = (
-            "Loss of the variational fit (nats per entry of the target), without its first tenth: it should have flattened; where it still falls, "
-            "more steps would change the result."
+            "Loss of the variational fit (nats per entry of the target), on the scale of all but its first tenth: it should have flattened; where it "
+            "still falls, more steps would change the result."
         )
         figures[caption] = plots.loss_curve(record["losses"], unit="loss (nats per entry)")
     return Section("Fit", tables=tables, figures=figures)
