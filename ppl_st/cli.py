@@ -86,7 +86,8 @@ def demo(
         draws=draws, device=device, overrides=overrides or (), progress=progress(quiet), say=speaker(quiet),
         command=command_line(),
     )  # fmt: skip
-    print_table("Genes that the cells never measured (means over genes)", done.scores)
+    images = "where" in done.scores
+    print_table("Spots that were not shown (means over genes)" if images else "Genes that the cells never measured (means over genes)", done.scores)
     print_table("Against the truth of the simulation", done.facts)
     typer.echo(f"{done.seconds:.0f} s; see {out / 'report.html'}, {out / 'figures'} and run {out / 'run'}")
 

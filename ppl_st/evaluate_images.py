@@ -190,17 +190,19 @@ def score_baselines(
     stay = [np.setdiff1d(np.arange(len(one.names)), rows) for one, rows in zip(kept, hidden, strict=True)]
     counts = np.concatenate([one.matrix[rows][:, judged].toarray().astype(np.float64) for one, rows in zip(kept, stay, strict=True)])
     split = Split(_join(places, stay), counts, _join(places, hidden))
-    measured = np.isin(split.asked.section, split.seen.section).all()
+    measured = np.isin(split.asked.section, split.seen.section)
     parts = []
     for name, estimate in IMAGE_BASELINES.items():
-        if name in SPATIAL and not measured:
+        possible = measured if name in SPATIAL else np.ones_like(measured)
+        if not possible.any():
             continue
         reset_peak()
         began = time.perf_counter()
-        values = estimate(split)
+        values = np.full((len(measured), len(judged)), np.nan)
+        values[possible] = estimate(split._replace(asked=Places(*(field[possible] for field in split.asked))))
         seconds = time.perf_counter() - began
         for n, (section, rows) in enumerate(zip(data.sections, hidden, strict=True)):
-            if len(rows):
+            if possible[split.asked.section == n].any():
                 truth = kept[n].take_rows(rows)
                 mine = split.asked.section == n
                 parts.append(labelled(_scored(truth, judged, values[mine]), name, "baseline", section.name, seconds))

@@ -21,7 +21,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
@@ -34,8 +36,8 @@ from ppl_st.slides import positions
 
 __all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]
 
-TILE = 256  # pixels a side of a chunk of a map
-PIXELS, GENES = 4096, 32  # of the blocks in which maps are computed: they stay in the processor's cache
+TILE = 512  # pixels a side of a chunk of a map
+PIXELS, GENES = 2048, 64  # of the blocks in which maps are computed: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -130,20 +132,20 @@ class ImageRun(Run):
             names = ["mean", "sd", *(("q05", "q95") if quantiles else ())]
             arrays = {
                 name: group.create_array(
-                    name, shape=shape, chunks=(1, min(TILE, height), min(TILE, width)), dtype="f4", dimension_names=("gene", "y", "x")
+                    name, shape=shape, chunks=(1, min(TILE, height), min(TILE, width)), dtype="f4", dimension_names=("gene", "y", "x"),
+                    compressors=zarr.codecs.BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),  # gzip and zstd cost more than the maps
                 )
                 for name in names
             }
-            rows = max(1, PIXELS // width)
             for first in range(0, len(index), GENES):
                 part = slice(first, min(first + GENES, len(index)))
-                block = {name: np.empty((part.stop - first, height, width), np.float32) for name in names}
-                for top in range(0, height, rows):
-                    bottom = min(top + rows, height)
-                    for name, values in kept.moments(slice(top * width, bottom * width), part, quantiles).items():
-                        block[name][:, top:bottom] = values.T.reshape(-1, bottom - top, width)
+                block = {name: np.empty((part.stop - first, height * width), np.float32) for name in names}
+                for start in range(0, height * width, PIXELS):
+                    pixels = slice(start, min(start + PIXELS, height * width))
+                    for name, values in kept.moments(pixels, part, quantiles).items():
+                        block[name][:, pixels] = values
                 for name, array in arrays.items():
-                    array[part] = block[name]
+                    array[part] = block[name].reshape(-1, height, width)
             group.attrs.update(
                 genes=self.genes[index].tolist(), section=one.name, unit="expected counts per pixel", draws=draws,
                 micron_per_pixel=None if np.isnan(one.micron) else float(one.micron), scale=float(one.scale),
@@ -237,27 +239,31 @@ class _Activities:
         while not existing.is_dir():
             existing = existing.parent
         self.file = tempfile.TemporaryFile(dir=existing)  # has no name and vanishes with the process
-        self.loadings: list[NDArray[np.float32]] = []
+        self.loadings: list[Tensor] = []  # [genes, M] of each draw
         for draw in run.module.maps(predictor, genes, draws, seed, [number]):
-            flat = draw.activity.flatten(1).T.contiguous().numpy()  # [pixels, M]
+            flat = draw.activity.flatten(1).numpy()  # [M, pixels]
             if not self.loadings:
                 self.values = np.memmap(self.file, np.float32, "w+", shape=(draws, *flat.shape))
             self.values[draw.draw] = flat
-            self.loadings.append((draw.shape * draw.odds.exp()).numpy())
+            self.loadings.append((draw.shape * draw.odds.exp()).T.contiguous())
 
     def moments(self, pixels: slice, genes: slice, quantiles: bool) -> dict[str, NDArray[np.float32]]:
-        """mean, sd (and q05, q95) [pixels, genes]: sums of differences to the first draw, which do not cancel."""
-        draws = [self.values[d, pixels] @ loading[:, genes] for d, loading in enumerate(self.loadings)] if quantiles else None
-        first = np.asarray(self.values[0, pixels] @ self.loadings[0][:, genes])
-        total, square = np.zeros_like(first), np.zeros_like(first)
-        for d in range(1, len(self.loadings)):
-            difference = (draws[d] if draws else self.values[d, pixels] @ self.loadings[d][:, genes]) - first
+        """mean, sd (and q05, q95) [genes, pixels]: sums of differences to the first draw, which do not cancel."""
+        activity = [torch.from_numpy(values[:, pixels]) for values in self.values]
+        first = self.loadings[0][genes] @ activity[0]
+        total, square, number = torch.zeros_like(first), torch.zeros_like(first), len(activity)
+        differences = [torch.zeros_like(first)]
+        for one, loading in zip(activity[1:], self.loadings[1:], strict=True):
+            difference = torch.addmm(first, loading[genes], one, beta=-1)
             total += difference
-            square += difference * difference
-        number = len(self.loadings)
-        found = {"mean": first + total / number, "sd": np.sqrt(np.maximum(square - total**2 / number, 0) / max(1, number - 1))}
-        if draws:
-            found["q05"], found["q95"] = np.quantile(np.stack(draws), (0.05, 0.95), axis=0).astype(np.float32)
+            square.addcmul_(difference, difference)
+            if quantiles:
+                differences.append(difference)
+        variance = (square - total * total / number).clamp_(min=0) / max(1, number - 1)
+        found = {"mean": (first + total / number).numpy(), "sd": variance.sqrt_().numpy()}
+        if quantiles:
+            ends = torch.quantile(torch.stack(differences), torch.tensor([0.05, 0.95]), dim=0) + first
+            found["q05"], found["q95"] = ends[0].numpy(), ends[1].numpy()
         return found
 
     def __enter__(self) -> "_Activities":

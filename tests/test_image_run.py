@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ppl_st
+import ppl_st.demo
 from ppl_st import api
 from ppl_st.cli import app
 from ppl_st.errors import UserError
@@ -231,6 +232,25 @@ def test_evaluation_of_hidden_spots_and_of_a_hidden_section(base, world):
         evaluate_spots([], targets, images, sections=["section", "section-2"], **options)
     with pytest.raises(UserError, match="takes no image"):
         evaluate_spots(["vista"], targets, images, config=None)
+
+
+# ---- demonstration ----
+
+
+def test_demo(tmp_path, monkeypatch):
+    from ppl_st import demo_images
+
+    monkeypatch.setattr(demo_images, "KNOBS", {**KNOBS, "sections": 3})
+    done = ppl_st.demo.demo("xfuse", out=tmp_path / "demo", draws=4, overrides=[*FAST, "fit.steps=4"])
+    assert set(done.scores["where"]) == {"hidden spots of fitted sections", "unseen section, image only"}
+    assert done.scores.query("where == 'unseen section, image only'").index.tolist() == ["xfuse", "gene_mean", "color", "gp_image"]
+    assert {"gp_space_image", "knn"} <= set(done.scores.query("where == 'hidden spots of fitted sections'").index)
+    assert done.facts["value"].notna().all() and len(done.facts) == 6
+    for name in ("report.html", "figures/map_0.png", "figures/map_2.png", "maps/section2.zarr", "run/weights.safetensors", "data/section2.png"):
+        assert (tmp_path / "demo" / name).exists(), name
+    assert demo_images.auc(np.array([1.0, 2, 2, 3]), np.array([False, True, False, True])) == 0.875
+    with pytest.raises(UserError, match="is not empty"):
+        ppl_st.demo.demo("xfuse", out=tmp_path / "demo")
 
 
 # ---- commands ----
