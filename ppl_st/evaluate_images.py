@@ -199,7 +199,7 @@ def score_baselines(
         reset_peak()
         began = time.perf_counter()
         values = np.full((len(measured), len(judged)), np.nan)
-        values[possible] = estimate(split._replace(asked=Places(*(field[possible] for field in split.asked))))
+        values[possible] = estimate(split._replace(asked=_join([split.asked], [np.flatnonzero(possible)])))
         seconds = time.perf_counter() - began
         for n, (section, rows) in enumerate(zip(data.sections, hidden, strict=True)):
             if possible[split.asked.section == n].any():

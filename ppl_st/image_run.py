@@ -122,6 +122,7 @@ class ImageRun(Run):
         any gene is a product of matrices, in blocks that stay in the cache.
         """
         import zarr
+        from zarr.codecs import BloscCodec
 
         one = self.section(section)
         index = self._index(genes)
@@ -133,7 +134,7 @@ class ImageRun(Run):
             arrays = {
                 name: group.create_array(
                     name, shape=shape, chunks=(1, min(TILE, height), min(TILE, width)), dtype="f4", dimension_names=("gene", "y", "x"),
-                    compressors=zarr.codecs.BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),  # gzip and zstd cost more than the maps
+                    compressors=BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),  # gzip and zstd cost more than the maps
                 )
                 for name in names
             }
