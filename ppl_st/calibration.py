@@ -174,15 +174,14 @@ def risk_coverage(risk: Any, trust: Any) -> RiskCoverage:
 
 
 def variance_decomposition(rate_mean: Any, rate_sd: Any, count_sd: Any) -> pd.DataFrame:
-    """Where the predicted variance of a gene's counts over cells comes from: DataFrame [genes] x between, epistemic, noise, trust.
+    """Where the predicted variance of a gene's counts over cells comes from: DataFrame [genes] x between, epistemic, noise.
 
     With layers of `Run.predict`, [cells, genes]: ``between`` = variance over cells of the mean rate (the pattern that is predicted), ``epistemic`` =
     mean over cells of rate_sd^2 (what the model does not know: state, level), ``noise`` = mean of count_sd^2 - rate_sd^2 (what no model could
-    know). By the law of total variance they add up to the predictive variance of a count in a cell picked at random; ``trust`` = between / sum is
-    the squared correlation with the counts that the model expects of its prediction.
+    know). By the law of total variance they add up to the predictive variance of a count in a cell picked at random; between / sum is the squared
+    correlation with the counts that the model expects of its prediction.
     """
     mean, sd, count = (np.asarray(layer, dtype=np.float64) for layer in (rate_mean, rate_sd, count_sd))
     between, epistemic = mean.var(0), (sd**2).mean(0)
     noise = np.maximum((count**2).mean(0) - epistemic, 0.0)
-    trust = between / np.maximum(between + epistemic + noise, 1e-12)
-    return pd.DataFrame({"between": between, "epistemic": epistemic, "noise": noise, "trust": trust})
+    return pd.DataFrame({"between": between, "epistemic": epistemic, "noise": noise})

@@ -136,7 +136,7 @@ class Run:
         -------
         AnnData
             ``X`` posterior mean count; layers ``rate_mean``, ``rate_sd`` (epistemic), ``count_sd`` (with observation noise), ``q05``, ``q50``,
-            ``q95`` of the count; ``var`` measured, trust (expected squared correlation of the prediction with the counts, under the model).
+            ``q95`` of the count; ``var`` measured, trust (squared correlation of the predicted rate with Poisson counts around it).
             Of a recalibrated run also layers ``lower``, ``upper`` (the interval that covers ``recalibration.level`` of the counts of a new gene
             on average) and ``var["nominal_level"]``.
         """
@@ -225,7 +225,7 @@ class Run:
         """
         names = _counts(truth).genes if genes is None else genes
         table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
-        return table.drop(columns=["measured", "trust"]).rename_axis("gene")
+        return table.drop(columns=["measured", "trust", "nominal_level"], errors="ignore").rename_axis("gene")
 
     def inner_scores(self, truth: Counts, *, draws: int = 100, seed: int = 0, memory_gb: float = 1.0) -> Inner:
         """Scores of the genes of ``truth`` (counts of the run's cells), as `ppl_st.recalibrate` keeps them of genes that the run was not shown."""
@@ -359,8 +359,8 @@ class Run:
     def _table(
         self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None
     ) -> ad.AnnData:
-        noise = np.square(summary.count_sd, dtype=np.float64).mean(0)
-        var = var_of(self, index, summary.rate_mean.var(0, dtype=np.float64), noise, ends)
+        moments = (summary.rate_mean.mean(0, dtype=np.float64), summary.rate_mean.var(0, dtype=np.float64))
+        var = var_of(self, index, *moments, ends)
         result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=var)
         result.obs_names = counts.names
         for name, values in layers_of(summary, ends).items():

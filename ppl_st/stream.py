@@ -114,7 +114,7 @@ def write_prediction(
     memory_gb: float,
 ) -> tuple[int, int]:
     """Write the summaries of the genes ``index`` in the cells of ``counts`` (``own``: those of the fit); see `ppl_st.posterior.Run.write`."""
-    n, moments = predictor.n_cells, np.zeros((3, len(index)))  # per gene: sums of the rate, its square, the variance of the count
+    n, moments = predictor.n_cells, np.zeros((2, len(index)))  # per gene: sums of the rate and of its square
 
     def blocks() -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
         whole: dict[str, NDArray[np.float32]] = {}
@@ -122,8 +122,8 @@ def write_prediction(
             predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, ends=ends
         ):
             layers = layers_of(summary, None if ends is None else ends[:, part])
-            rate, sd = layers["rate_mean"].astype(np.float64), layers["count_sd"].astype(np.float64)
-            moments[:, part] += rate.sum(0), (rate**2).sum(0), (sd**2).sum(0)
+            rate = layers["rate_mean"].astype(np.float64)
+            moments[:, part] += rate.sum(0), (rate**2).sum(0)
             if part.start == 0:
                 whole = {name: np.empty((len(rows), len(index)), np.float32) for name in layers}
             for name, values in layers.items():
@@ -132,8 +132,8 @@ def write_prediction(
                 yield rows, whole
 
     def var() -> pd.DataFrame:
-        rate, square, noise = moments / max(1, n)
-        return var_of(run, index, np.maximum(square - rate**2, 0), noise, ends)
+        rate, square = moments / max(1, n)
+        return var_of(run, index, rate, np.maximum(square - rate**2, 0), ends)
 
     obs, obsm = counts.obs.set_axis(pd.Index(counts.names)), {} if counts.xy is None else {"spatial": counts.xy}
     if own:
@@ -158,13 +158,18 @@ def layers_of(summary: Summary, ends: NDArray[np.float64] | None) -> dict[str, N
 def var_of(
     run: "Run",
     index: NDArray[np.int64],
-    explained: NDArray[np.float64],
-    noise: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    between: NDArray[np.float64],
     ends: NDArray[np.float64] | None,
 ) -> pd.DataFrame:
-    """What is known of the genes, from the variance of the rate over cells (``explained``) and the mean variance of the count in a cell."""
+    """What is known of the genes, from mean and variance over cells of the predicted rate.
+
+    ``trust`` is the squared correlation that Poisson counts around the predicted rates would have with them. What the model does not know of a
+    gene's level or dispersion is left out: a level does not lower a correlation, a dispersion that was never seen is a guess; both made the ranking
+    of genes worse (BENCHMARKS.md).
+    """
     var = pd.DataFrame({"measured": run.measured[index]}, index=run.genes[index])
-    var["trust"] = explained / np.maximum(explained + noise, 1e-12)
+    var["trust"] = between / np.maximum(between + mean, 1e-12)
     return var if ends is None else var.assign(nominal_level=ends[1] - ends[0])
 
 

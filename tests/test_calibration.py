@@ -84,7 +84,7 @@ def test_risk_coverage_by_hand_and_its_limits():
         risk_coverage(risk, [np.nan] * 4)
 
 
-def test_variances_add_up_and_trust_is_the_squared_correlation():
+def test_variances_add_up_and_their_share_is_the_squared_correlation():
     rng = np.random.default_rng(4)
     draws, cells = 4000, 300
     mean = rng.gamma(3.0, 1.0, (cells, 2))
@@ -96,4 +96,4 @@ def test_variances_add_up_and_trust_is_the_squared_correlation():
     np.testing.assert_allclose(table["epistemic"], (mean**2).mean(0) / 16, rtol=0.05)
     np.testing.assert_allclose(table["noise"], mean.mean(0), rtol=0.05)
     realised = [np.mean([np.corrcoef(count[d, :, g], mean[:, g])[0, 1] ** 2 for d in range(200)]) for g in range(2)]
-    np.testing.assert_allclose(table["trust"], realised, atol=0.02)
+    np.testing.assert_allclose(table["between"] / table.sum(axis=1), realised, atol=0.02)

@@ -24,7 +24,7 @@ from ppl_st.calibration import coverage, interval_coverage, risk_coverage, varia
 from ppl_st.conformal import KNOTS, pit_curves, recalibration
 from ppl_st.data import gene_folds, read_counts, shared_genes
 from ppl_st.inference.predict import count_draws
-from ppl_st.metrics import bootstrap_mean, crps_from_draws, pcc
+from ppl_st.metrics import bootstrap_mean, crps_from_draws, pcc, poisson_ceiling_of_rate
 from ppl_st.neighbor_score import neighbor_intervals
 from ppl_st.spatial import neighbors
 from ppl_st.stack import stacked, stacking_weights
@@ -134,7 +134,9 @@ def judged(hidden, inner, name, level=0.9):
     y = np.log1p(hidden["truth"])
     rows["TISSUE"] = ((found.lower <= y) & (y <= found.upper)).mean(0)
     rows["risk"] = 1 - pcc(hidden["truth"], hidden["rate_mean"]) ** 2
-    rows["trust"] = variance_decomposition(hidden["rate_mean"], hidden["rate_sd"], hidden["count_sd"])["trust"].to_numpy()
+    found = variance_decomposition(hidden["rate_mean"], hidden["rate_sd"], hidden["count_sd"])
+    rows["all variances"] = (found["between"] / found.sum(axis=1)).to_numpy()
+    rows["trust"] = poisson_ceiling_of_rate(hidden["rate_mean"]) ** 2  # as in `Run.predict`
     rows["expression"], rows["reference"] = hidden["rate_mean"].mean(0), hidden["ref_mean"]
     rows["touched"] = np.abs(maps - KNOTS[:, None]).max(0)
     return rows
@@ -164,7 +166,7 @@ def show(name, method, folds, rows):
     means = rows[["crps raw", "crps recalibrated"]].mean()
     print(f"  CRPS {means.iloc[0]:.4f} -> {means.iloc[1]:.4f}, change {change.mean:+.4f} [{change.lo:+.4f}, {change.hi:+.4f}]")
     risk = rows["risk"].to_numpy()
-    scores = {score: rows[score].to_numpy() for score in ("trust", "expression", "reference")} | {"none": 0 * risk, "best": -risk}
+    scores = {score: rows[score].to_numpy() for score in ("trust", "all variances", "expression", "reference")} | {"none": 0 * risk, "best": -risk}
     print("  area under risk-coverage:", ", ".join(f"{score} {risk_coverage(risk, values).area:.3f}" for score, values in scores.items()))
     picks = np.random.default_rng(1).integers(0, len(rows), (1000, len(rows)))
     gap = [risk_coverage(risk[i], scores["trust"][i]).area - risk_coverage(risk[i], scores["expression"][i]).area for i in picks]
