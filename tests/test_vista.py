@@ -15,7 +15,7 @@ from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import rng_scope
 from ppl_st.metrics import score_table
 from ppl_st.models.vista import PRESETS, batches, build, initialise, start
-from ppl_st.models.vista.closed import fit_map
+from ppl_st.models.vista.closed import fit_map, second_moments
 from ppl_st.models.vista.model import Config
 from ppl_st.prepare.vista import anchors, new_cells, problem
 from ppl_st.simulate import spatial_field
@@ -95,7 +95,7 @@ def test_the_closed_map_is_weighted_ridge_and_hidden_genes_use_the_same_equation
     data, _, _ = prepared(world, config)
     m, p = data.reference.shape[0], len(data.panel)
     w = np.random.default_rng(0).dirichlet(np.ones(m))
-    found = fit_map(data, w, 3.0, p)
+    found = fit_map(second_moments(data, w), 3.0, p)
     panel = data.reference[:, data.panel].toarray()
     total = panel.sum(1)
     log = lambda counts: np.log1p(counts * (np.median(total) / total)[:, None])  # noqa: E731

@@ -59,6 +59,7 @@ from ppl_st.models.vista.closed import (
     moments,
     panel_totals,
     project,
+    second_moments,
     weights,
 )
 from ppl_st.models.vista.model import PRESETS, RESERVED, Config, Guide, Model, Spec, build, sides
@@ -117,7 +118,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
         if model.closed:
             rng = np.random.default_rng([seed, 4, chain])
             w = weights(data, mine, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
-            found = fit_map(data, w / w.sum(), hyper.penalty, config.latent)
+            found = fit_map(second_moments(data, w / w.sum()), hyper.penalty, config.latent)
             encoder = np.column_stack([found.encoder, np.full(len(found.encoder), 1 / len(found.encoder))])
             z = project(data.counts, data.batch, mine, encoder)
             around = mean_of_neighbors(data.graph) @ z if hyper.mix else z

@@ -40,6 +40,7 @@ MIXES = (0.0, 0.3, 0.5, 0.7)
 COMMONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDS = 8
 CELLS = 2000  # cells of either side on which weights and inner genes are judged
+REFERENCE = 10_000  # reference cells that inner genes are predicted from
 CLIP = 8.0  # standard deviations
 ROWS = 4096  # cells made dense together
 ROUNDS, DAMPING, NEAR = 4, 0.7, 30  # of the density ratio
@@ -166,34 +167,49 @@ def weights(data: Data, mine: Moments, reweight: bool, rng: np.random.Generator)
     return density_ratio(x, standardise(panel, data.reference_batch, moments(panel, data.reference_batch)), rng)
 
 
-def fit_map(data: Data, w: Floats, penalty: float, latent: int, genes: NDArray[np.int64] | None = None) -> Map:
-    """The closed-form map from the panel to ``genes`` of the reference (all when None); see the file's docstring."""
+class SecondMoments(NamedTuple):
+    """Weighted second moments of the standardised reference, from which the map of any penalty is solved."""
+
+    gram: Floats  # [P, P] S
+    cross: Floats  # [P, genes] C
+    scale: Floats  # [genes] log rate per z-score
+
+
+def second_moments(data: Data, w: Floats, genes: NDArray[np.int64] | None = None) -> SecondMoments:
+    """S, C and scale of ``genes`` of the reference (all when None) under weights w [m] that sum to 1; the reference is never dense as a whole."""
     genes = np.arange(data.reference.shape[1]) if genes is None else genes
     panel = sp.csr_matrix(data.reference[:, data.panel])
     totals = panel_totals(panel)
     x = weighted(standardise(panel, data.reference_batch, moments(panel, data.reference_batch)), w)
-    p, depth = x.shape[1], float(np.median(totals))
-    gram = (x * w[:, None]).T @ x
-    scale, cross = np.empty(len(genes)), np.empty((p, len(genes)))
-    for start in range(0, len(genes), 1024):  # the reference is never dense as a whole
+    left, depth = (x * w[:, None]).T, float(np.median(totals))
+    scale, cross = np.empty(len(genes)), np.empty((x.shape[1], len(genes)))
+    for start in range(0, len(genes), 1024):
         part = slice(start, min(start + 1024, len(genes)))
-        block = data.reference[:, genes[part]]
-        y = log_normalised(block, totals, depth)
+        y = log_normalised(data.reference[:, genes[part]], totals, depth)
         mean = w @ y
         sd = np.sqrt(w @ (y - mean) ** 2)
         sd = np.where(sd > 1e-8, sd, 1.0)
-        cross[:, part] = (x * w[:, None]).T @ ((y - mean) / sd)
+        cross[:, part] = left @ ((y - mean) / sd)
         # From z-scores of log1p to the logarithm of the rate: d log u / d log1p(u) = (1 + u) / u at the mean.
         u = np.expm1(mean)
         scale[part] = np.minimum(sd * (1 + u) / np.maximum(u, 0.05), 3.0)
-    root = np.linalg.cholesky(gram + 1e-6 * np.eye(p))
-    solved = np.linalg.solve(gram + penalty * np.eye(p), cross)  # [P, G]
-    fitted = root.T @ solved
+    return SecondMoments(left @ x, cross, scale)
+
+
+def ridge(known: SecondMoments, penalty: float) -> Floats:
+    """(S + penalty I)^-1 C [P, genes]."""
+    return np.asarray(np.linalg.solve(known.gram + penalty * np.eye(len(known.gram)), known.cross))
+
+
+def fit_map(known: SecondMoments, penalty: float, latent: int) -> Map:
+    """The closed-form map through ``latent`` dimensions; see the file's docstring."""
+    p, solved = len(known.gram), ridge(known, penalty)
+    fitted = np.linalg.cholesky(known.gram + 1e-6 * np.eye(p)).T @ solved
     values, vectors = np.linalg.eigh(fitted @ fitted.T)
     keep = np.argsort(-values)[: min(latent, p)]
     size = np.sqrt(np.maximum(values[keep], 1e-12))
     basis = (vectors[:, keep].T @ fitted) / size[:, None]  # [d, G] orthonormal rows
-    return Map(gram, cross @ basis.T / size, solved @ basis.T / size, size[:, None] * basis, scale)
+    return Map(known.gram, known.cross @ basis.T / size, solved @ basis.T / size, size[:, None] * basis, known.scale)
 
 
 class _Scores(NamedTuple):
@@ -227,24 +243,30 @@ def learn(
     options = (False, True) if reweight is None else (reweight,)
     mixes = MIXES if data.graph.nnz else (0.0,)
     commons = COMMONS if common is None else (common,)
+    some = np.sort(rng.permutation(data.reference.shape[0])[:REFERENCE])
+    reference = sp.csr_matrix(data.reference[some])
     correlations: dict[tuple[bool, float, float, float], list[Floats]] = {}
     states: dict[tuple[bool, float], list[_Scores]] = {}
     for inner in folds:
         kept = np.setdiff1d(np.arange(p), inner)
-        sub = data._replace(counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept])
+        sub = data._replace(
+            counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept], reference=reference, reference_batch=data.reference_batch[some]
+        )
         mine = moments(sub.counts, sub.batch)
+        maps: dict[tuple[bool, float], Floats] = {}
         for option in options:
-            w = weights(sub, mine, option, np.random.default_rng([seed, 2]))
-            for strength in penalties:
-                guess = fit_map(sub, w, strength, p, data.panel[inner])
-                maps = np.column_stack([guess.encoder @ guess.decoder, np.full(len(kept), 1 / len(kept))])
-                found = project(sub.counts[needed], sub.batch[needed], mine, maps)
-                around, found = mixer @ found, found[rows_of]
-                score = _Scores(found[:, :-1], around[:, :-1], found[:, -1:], around[:, -1:])
-                states.setdefault((option, strength), []).append(score)
-                for mix, weight in itertools.product(mixes, commons):
-                    r = _correlation(truth[:, inner], score.mixed(mix, weight))
-                    correlations.setdefault((option, strength, mix, weight), []).append(r)
+            known = second_moments(sub, weights(sub, mine, option, np.random.default_rng([seed, 2])), data.panel[inner])
+            maps |= {(option, strength): ridge(known, strength) for strength in penalties}
+        everything = np.column_stack([*maps.values(), np.full(len(kept), 1 / len(kept))])
+        found = project(sub.counts[needed], sub.batch[needed], mine, everything)
+        around, found = mixer @ found, found[rows_of]
+        for k, (option, strength) in enumerate(maps):
+            part = slice(k * len(inner), (k + 1) * len(inner))
+            score = _Scores(found[:, part], around[:, part], found[:, -1:], around[:, -1:])
+            states.setdefault((option, strength), []).append(score)
+            for mix, weight in itertools.product(mixes, commons):
+                r = _correlation(truth[:, inner], score.mixed(mix, weight))
+                correlations.setdefault((option, strength, mix, weight), []).append(r)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
     best = max(means, key=lambda key: means[key])
     names = ("reweight", "penalty", "mix", "common", "inner genes")
