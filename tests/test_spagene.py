@@ -14,6 +14,7 @@ from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit, load_state
+from ppl_st.metrics import score_table
 from ppl_st.models import spagene
 from ppl_st.models.common.cells import without
 from ppl_st.models.common.counts import default_hyper
@@ -366,3 +367,102 @@ def test_the_number_of_steps_is_chosen_where_inner_genes_are_best(some):
     assert [one["steps"] for one in spec.candidates] == [2, 4, 6, 8] and spec.steps == best["steps"]
     assert spagene.spec_from(__import__("json").loads(__import__("json").dumps(spagene.spec_to(spec)))).steps == spec.steps
     assert direction_of(chains_of(pair)[0], 0).linear is False
+
+
+# ---- slow: what the whole does ----
+
+
+def play(kind, seed, steps=800):
+    """The game alone on codes of which one side is the other rotated and scaled, unpaired; relative squared errors of both translators, over time."""
+    d = 3
+    overrides = [
+        "latent=[3, 3]", "hidden=[4]", "translator_hidden=[]", "backward_hidden=[]", "stage1.steps=1", f"fit.steps={steps}", "fit.lr=5e-3",
+        "identity=off", "cycle_weight=0", "coral_weight=0", "mmd_weight=0", f"adversary={kind}", "adversary_weight=1", "critic_hidden=[32, 32]",
+        "critic_lr=5e-3", f"fit.seed={seed}",
+    ]  # fmt: skip
+    config = with_overrides(PRESETS["network"], overrides)
+    data = pose(spatial_field(seed=1, n_cells=1500, n_reference=1200, n_genes=12, n_panel=10, n_types=3), config)
+    pair = untrained(config, data, seed)
+    model, rng = model_of(pair), np.random.default_rng(seed)
+    shape = np.array([0.6, 1.0, 2.0])  # skewed, each dimension in its own way: the rotation can be told
+    angle, (i, j) = np.deg2rad(rng.uniform(20, 40)), rng.permutation(d)[:2]
+    rotation = np.eye(d)
+    rotation[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+    answer = rotation * np.array([0.6, 1.0, 1.6])
+    draws = [(rng.gamma(shape, 1, (n, d)) - shape) / np.sqrt(shape) for n in (1500, 1200)]
+    z = [torch.from_numpy(draws[0]).float(), torch.from_numpy(draws[1] @ answer).float()]
+    truth = [draws[0] @ answer, draws[1]]
+    with torch.no_grad():
+        for k in range(2):
+            model.cache[k] = (z[k], torch.zeros_like(z[k]))
+            model.way(k).net[-1].weight.copy_(torch.eye(d))
+            model.way(k).net[-1].bias.zero_()
+            model.way(k).log_scale.fill_(-6.0)
+
+    def errors():
+        with torch.no_grad():
+            return [((model.way(k).translate(z[k]).numpy() - truth[k]) ** 2).sum() / (truth[k] ** 2).sum() for k in range(2)]
+
+    found, state = [errors()], None
+    for until in np.linspace(0, steps, 5).astype(int)[1:]:
+        state = spagene._train(pair, data, config, seed, config.fit, state, int(until))
+        found.append(errors())
+    return np.array(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_game_finds_a_rotation_and_scaling_over_ten_seeds_and_does_not_wander_off():
+    runs = np.stack([play("hinge", seed) for seed in range(10)])  # [seeds, times, directions]
+    assert (runs[:, 0] > 0.15).all()  # there was something to find
+    assert (runs[:, -1] < 0.05).all() and (runs[:, -1].mean(0) < 0.03).all(), runs[:, -1]
+    assert (runs[:, -1] < runs[:, 2] + 0.02).all(), runs  # the second half does not undo the first
+    assert (play("hinge_published", 0)[-1] > 0.15).any()  # the released sign finds nothing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ninety_percent_intervals_cover_simulated_unmeasured_genes_and_a_shuffled_reference_destroys_the_accuracy():
+    covered, accuracy = [], []
+    for seed in range(3):
+        world = spatial_field(seed=seed, n_cells=1500, n_reference=1000, n_genes=140)
+        run = ppl_st.fit("spagene", target=world.target, reference=world.reference)
+        table = run.predict(draws=100, truth=world.truth)
+        covered.append(table.var["coverage_90"].mean())
+    shuffled = world.reference.copy()
+    dense = shuffled.X.toarray()
+    dense[:, 60:] = dense[:, 60 + np.random.default_rng(0).permutation(80)]  # unmeasured genes exchange their names
+    shuffled.X = dense
+    other = ppl_st.fit("spagene", target=world.target, reference=shuffled).predict(draws=10)
+    total = np.asarray(world.target.X.sum(1)).ravel()
+    for result in (table, other):
+        scores = score_table(world.truth.X, result[:, world.truth.var_names].layers["rate_mean"], total, world.truth.var_names)
+        accuracy.append(scores["raw_partial_pcc"].mean())
+    assert 0.87 < np.mean(covered) < 0.93, covered
+    assert accuracy[0] > 0.15 and abs(accuracy[1]) < accuracy[0] / 4, accuracy
+
+
+@pytest.mark.slow
+def test_cached_codes_make_an_epoch_of_the_latent_game_several_times_faster():
+    import time
+
+    config = with_overrides(PRESETS["network"], ["hidden=[2048, 1024, 512]", "stage1.steps=1", "cycle_weight=0", "identity=off"])
+    data = pose(spatial_field(seed=0, n_cells=1500, n_reference=1500, n_genes=3500, n_panel=1000), config)
+    pair = untrained(config, data)
+    model, batches = model_of(pair), spagene.batches(data, config, 0)
+    for k in range(2):
+        model.codes(k, torch.arange(2))  # fills the cache
+    cached, seconds = model.codes, []
+
+    def encode_again(side, rows):
+        return model.side(side).encode(model.side(side).read(model.problems[side], rows.numpy()))
+
+    for codes in (cached, encode_again):
+        model.__dict__["codes"] = codes
+        began = time.process_time()
+        for step in range(len(batches)):
+            trace = poutine.trace(model).get_trace(batches.at(step))
+            (-trace.log_prob_sum()).backward()
+        seconds.append(time.process_time() - began)
+    print(f"epoch of stage 2, cpu s: cached {seconds[0]:.2f}, encoding again {seconds[1]:.2f}")
+    assert seconds[1] > 3 * seconds[0], seconds

@@ -235,7 +235,7 @@ def _learn_spread(direction: Direction, data: Data, share: float, seed: int) -> 
 def _learn_platform(chain: Pair, data: Data) -> None:
     """Level and dispersion of the target's genes on the target's own platform, for cells translated backward.
 
-    Learned on the target's cells with its autoencoder's own maps; the total is over all of its genes.
+    Level: share of the counts of all of its genes, at which maps of mean 1 are held. Dispersion: of its cells around their autoencoder's own maps.
     """
     own, genes = model_of(chain).side(0), np.arange(data.counts.shape[1])
     everything = data._replace(columns=genes, panel=genes)
@@ -252,7 +252,8 @@ def _learn_platform(chain: Pair, data: Data) -> None:
 
     layer.learn_own(everything, place, codes)
     counts = direction_of(chain, 1).counts
-    counts.log_gain_loc.copy_(layer.log_gain_loc)
+    total = np.asarray(data.counts.sum(0), dtype=np.float64).ravel()
+    counts.log_gain_loc.copy_(torch.from_numpy(np.log((total + 0.5) / (total.sum() + 1))))
     counts.log_gain_scale.fill_(LEVEL_SD)
     counts.log_theta_loc.copy_(layer.log_theta_loc)
     counts.log_theta_scale.fill_(LEVEL_SD)
