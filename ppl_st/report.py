@@ -79,8 +79,9 @@ HOW_TO_READ = {
     "the gene. More counts in the cell or a better reference would make it smaller.",
     "interval of the count": "Where an observed count should lie: the doubt about the mean plus the noise of counting, which no model can "
     "remove. Only this interval should be held against data. It is wide where a gene is high; compare it with the mean.",
-    "trust": "The share of a gene's variance over cells that the model expects to predict: 0 nothing, 1 everything. It is known before "
-    "there is any truth, and it is the model's own opinion: where a truth is given, look how well it ranks the genes.",
+    "trust": "How far the predicted pattern of a gene stands out of counting noise: the share of the counts' variance over cells that the "
+    "prediction could explain at best, 0 to 1. It ranks genes before there is any truth; it is no accuracy, and where a truth is given, "
+    "look how well it ranks.",
     "held-out genes": "Genes that were hidden from the fit; every score is computed on them only.",
     "coverage": "Share of held-out counts inside the interval, randomised because counts are discrete. A 90 % interval should hold 90 %: "
     "less is over-confident, more is needlessly wide. Look at the spread over genes as well as at the overall number.",
