@@ -5,6 +5,10 @@ Every file has
     problem(target, reference, config, say) -> (data, target, reference)   the problem, and the counts it uses of each side
     new_cells(target, fitted, data, config) -> (data, target)              the same problem for other cells with the fitted target's genes
 
+Methods of images have instead, as `ppl_st.prepare.xfuse` does,
+
+    problem(slides, input, say, pictures) -> (data, counts of every section)     checked sections; a refusal leaves a picture in ``pictures``
+
 ``data`` is the ``Data`` of the method (sparse counts, maps, graphs, codes); what is left out is said through ``say``.
 """
 
