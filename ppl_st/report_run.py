@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anndata as ad
 import numpy as np
@@ -116,7 +117,7 @@ def report_run(
         )
     talk(f"browser of {len(browsed)} genes")
     browser, about = browser_of(run, predicted, scores, browsed, counted, noun, seed)
-    links = {gene: f"#gene={gene}" for gene in browsed}
+    links = {gene: f"#gene={quote(gene, safe='')}" for gene in browsed}
     sections = [
         Section("In short", _in_short(run, noun) + note, warnings=warning_signs(run, scores, methods, noun)),
         Section("Gene browser", f"{why} {about}", html=browser),
