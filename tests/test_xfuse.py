@@ -434,3 +434,34 @@ def test_shares_and_quantities(data, started):
     n = sum(s.counts.shape[0] - 1 for s in data.sections)
     assert obsm["metagenes"].shape == (n, 4) and obs["scale"].shape == (n,)
     np.testing.assert_allclose(obsm["metagenes"].sum(1), 1, rtol=1e-4)
+
+
+def test_a_network_that_sees_spots_works_without_them(data):
+    config = settings("condition=3", "hide=0.5", "fit.steps=2")
+    pair, spec = xfuse.start(data, config, 0, quiet)
+    batches = xfuse.batches(data, config, 0)
+    seen = [bool(batches.at(step).spots.any()) for step in range(12)]
+    assert any(seen) and not all(seen)
+    fit(pair, batches, config.fit, scale=1e-3)
+    for one in (data.sections[0], section("image", spots=False, code=-1)):
+        predictor = xfuse.Predictor(pair, data._replace(sections=(one,)), config, spec)
+        local = predictor.local((0, np.zeros(0, np.int64)), 0)
+        assert bool(local.tissue.spots.any()) == (one.counts.shape[0] > 0)
+        draw = next(xfuse.maps(predictor, np.arange(2), 1, 0))
+        assert torch.isfinite(draw.activity).all()
+
+
+def test_an_image_unlike_the_fit_is_told(data):
+    """A blurred and recolored section against the tiles of the fit, after a short training on the image."""
+    config = settings("fit.steps=60", "fit.lr=0.03", "fit.lr_groups={}")
+    pair, spec = xfuse.start(data, config, 0, quiet)
+    fit(pair, xfuse.batches(data, config, 0), config.fit, scale=1e-3)
+    known = data.sections[0]
+    image = known.image.copy()
+    image[:, ::2] = 255  # stripes
+    strange = known._replace(image=image, name="stripes")
+    reference = xfuse.Predictor(pair, data, config, spec)
+    again, new = (xfuse.novelty(xfuse.Predictor(pair, data._replace(sections=(one,)), config, spec), reference, 16)[0] for one in (known, strange))
+    assert again.shape == (4, 5)
+    assert 0.3 < np.nanmean(again) < 0.7
+    assert np.nanmean(new) > 0.9

@@ -53,7 +53,7 @@ from ppl_st.models.xfuse.warm_start import constant_start, data_start, gather, l
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
-    "edit", "empty", "maps", "quantities", "select", "spec_from", "spec_to", "start",
+    "edit", "empty", "maps", "novelty", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 
@@ -61,20 +61,49 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     """The initialised pair (as an ensemble of one) and its specification."""
     with torch_threads(config.fit.threads):
         rng = np.random.default_rng([seed, 21])
-        tissues = _tissues(data)
+        axes = _axes(data, config.condition)
+        tissues = _tissues(data, axes)
         spots = gather(data, tissues)
         kernel = learn_kernel(spots, rng) if config.fields else None
         spec = _spec(data, *((kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)))
         with rng_scope(seed, "start"):
             pair = build(config, spec)
+        if axes is not None:
+            guide = sides(pair)[1]
+            guide.center.copy_(torch.from_numpy(axes[0]))
+            guide.axes.copy_(torch.from_numpy(axes[1]))
         spots = constant_start(pair, data, tissues, rng)
         if kernel:
             data_start(pair, spots, kernel, rng, say)
     return ensemble([pair]), spec
 
 
-def _tissues(data: Data) -> list[Tissue]:
-    return [tissue(section) for section in data.sections]
+def _tissues(data: Data, axes: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None) -> list[Tissue]:
+    return [tissue(section, None if axes is None else _scores(section, axes)) for section in data.sections]
+
+
+def _axes(data: Data, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Mean [G] and first principal axes [G, k] of the spots' log-normalised counts, for the recognition network; None: it sees the image alone."""
+    if not number:
+        return None
+    x = np.concatenate([_log_normalised(section)[_real_rows(section)] for section in data.sections])
+    if min(x.shape) < number:
+        raise UserError(f"condition={number}: there are {x.shape[0]} spots and {x.shape[1]} genes; ask for fewer scores")
+    mean = x.mean(0)
+    left, values, right = np.linalg.svd(x - mean, full_matrices=False)
+    del left
+    return mean.astype(np.float32), (right[:number] / values[:number, None] * np.sqrt(len(x))).T.astype(np.float32)
+
+
+def _log_normalised(section: Section) -> NDArray[np.float64]:
+    counts = section.counts.toarray().astype(np.float64)
+    return np.log1p(counts * (1e4 / np.maximum(counts.sum(1, keepdims=True), 1.0)))
+
+
+def _scores(section: Section, axes: tuple[NDArray[np.float32], NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Scores of unit variance of the measurements [rows, k]; 0 where there are no counts."""
+    found = (_log_normalised(section) - axes[0]) @ axes[1]
+    return np.where(np.asarray(section.counts.sum(1)) > 0, found, 0.0).astype(np.float32)
 
 
 def _spec(data: Data, space: float, image: float) -> Spec:
@@ -117,7 +146,7 @@ def spec_from(stored: dict[str, Any]) -> Spec:
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
     """Minibatches of patches."""
-    return Batches(_tissues(data), config.patch, config.batch_patches, config.augment, seed, config.hide)
+    return Batches(_tissues(data, _axes(data, config.condition)), config.patch, config.batch_patches, config.augment, seed, config.hide)
 
 
 def edit(pair: Pair, data: Data, config: Config, seed: int) -> Callable[[int, torch.optim.Optimizer], None] | None:
@@ -150,6 +179,29 @@ class _Canvas(NamedTuple):
     latents: list[tuple[Tensor, Tensor]]
 
 
+class Measured(NamedTuple):
+    """A count at a location with a drawn effect of the measurement; the effect is observation noise, so the rate is the mean over it.
+
+    ``log_prob`` is that given the effect: averaged over draws it is the mixture.
+    """
+
+    law: Any
+    mean: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the count around ``mean``: unbiased over effects."""
+        return torch.as_tensor(self.law.variance + (self.law.mean - self.mean) ** 2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Given the effect."""
+        return torch.as_tensor(self.law.log_prob(value))
+
+    def sample(self) -> Tensor:
+        """One count per location and gene."""
+        return torch.as_tensor(self.law.sample())
+
+
 class Predictor:
     """Posterior predictive of the locations of all sections (virtual ones left out); see `ppl_st.inference.predict.Predictor`.
 
@@ -166,7 +218,7 @@ class Predictor:
         ).astype(np.int64)
         self.n_cells = len(self.owners)
         self.canvas: dict[tuple[int, int], _Canvas] = {}
-        self.summed: dict[int, tuple[Any, Tensor, dict[str, Tensor]]] = {}  # by draw: of the section that is being predicted
+        self.summed: dict[int, tuple[Any, Tensor, Tensor, dict[str, Tensor]]] = {}  # by draw: of the section that is being predicted
         self.current = (-1, -1)
 
     def blocks(self, max_cells: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -204,13 +256,16 @@ class Predictor:
             flat = activity.flatten(1).T
             location = local.tissue.label.reshape(-1) - 1
             summed = aggregate(flat, torch.where(location < 0, number, location), number)
+            noisy = summed
             if self.config.nugget:  # of a new measurement there
-                summed = self.models[chain].with_nugget(summed, torch.randn(number, 1 + self.config.metagenes))
-            self.summed[id(drawn)] = drawn, summed, full
-        _, summed, full = self.summed[id(drawn)]
+                noisy = self.models[chain].with_nugget(summed, torch.randn(number, 1 + self.config.metagenes))
+            self.summed[id(drawn)] = drawn, summed, noisy, full
+        _, summed, noisy, full = self.summed[id(drawn)]
         first = int(np.searchsorted(self.owners, section))
-        own = _real_rows(self.data.sections[section])[rows - first]
-        return self.models[chain].count_dist(full, summed[torch.from_numpy(own)], local.codes, genes)
+        own = torch.from_numpy(_real_rows(self.data.sections[section])[rows - first])
+        model = self.models[chain]
+        law = model.count_dist(full, noisy[own], local.codes, genes)
+        return Measured(law, model.count_dist(full, summed[own], local.codes, genes).mean) if self.config.nugget else law
 
     def _canvas(self, section: int, chain: int) -> _Canvas:
         if (section, chain) not in self.canvas:
@@ -218,9 +273,11 @@ class Predictor:
             one = self.data.sections[section]
             known = self.spec.sections.index(one.name) if one.name in self.spec.sections else -1
             codes = self.spec.codes[known] if known >= 0 else [int(code) for code in one.covariates]
-            seen = tissue(one)
+            guide = self.guides[chain]
+            axes = (guide.center.numpy(), guide.axes.numpy()) if self.config.condition else None
+            seen = tissue(one, None if axes is None else _scores(one, axes))
             with torch.no_grad():
-                latents = self.guides[chain].latents(seen.image[None], seen.spots[None])
+                latents = guide.latents(seen.image[None], seen.spots[None])
             lattice = self.spec.lattices[known] if known >= 0 else _new_lattice(one, self.spec)
             self.canvas[section, chain] = _Canvas(seen, lattice, known, codes, latents)
         return self.canvas[section, chain]
@@ -278,6 +335,37 @@ def maps(
                 activity, full = predictor._draw(local, chain, drawn[d])
                 shape, odds = predictor.models[chain].loadings(full, local.codes, wanted)
             yield MapDraw(section, d, activity, shape, odds)
+
+
+def novelty(predictor: Predictor, reference: Predictor, tile: int = 32) -> list[NDArray[np.float64]]:
+    """Of every tile of ``tile`` x ``tile`` pixels: the share of the reference's tiles (on tissue) whose image the model explains better.
+
+    A tile is judged by the negative bound of its image per pixel, -log p(image | Z) + KL(q(Z) || p(Z)), at the mean of q. Values near 1: nothing
+    like it was in the fit, and what is predicted there is extrapolation. Tiles with less than a tenth of tissue are NaN.
+    """
+    known = np.sort(np.concatenate([values[np.isfinite(values)] for values in _image_bounds(reference, tile)]))
+    return [
+        np.where(np.isfinite(values), np.searchsorted(known, values) / max(1, len(known)), np.nan) for values in _image_bounds(predictor, tile)
+    ]
+
+
+def _image_bounds(predictor: Predictor, tile: int) -> list[NDArray[np.float64]]:
+    """Negative image bound per pixel of the tiles of every section, NaN off the tissue."""
+    out = []
+    for n, section in enumerate(predictor.data.sections):
+        local = predictor.local((n, np.zeros(0, np.int64)), 0)
+        model = predictor.models[0]
+        height, width = section.label.shape
+        with torch.no_grad():
+            law = model.image_law(model.decode([loc for loc, _ in local.latents], height, width))
+            cost = -law.log_prob(local.tissue.image[None]).sum(1, keepdim=True)  # [1, 1, H, W]
+            for i, (loc, sd) in enumerate(local.latents):
+                kl = (0.5 * (loc**2 + sd**2 - 1) - sd.log()).sum(1, keepdim=True) / 4**i
+                cost += torch.nn.functional.interpolate(kl, scale_factor=2**i)[..., :height, :width]
+            on = torch.from_numpy(section.mask).float()[None, None]
+            pooled = [torch.nn.functional.avg_pool2d(x, tile, ceil_mode=True)[0, 0].double() for x in (cost * on, on)]
+        out.append(torch.where(pooled[1] > 0.1, pooled[0] / pooled[1].clamp_min(1e-9), torch.nan).numpy())
+    return out
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -316,6 +316,9 @@ class Model(PyroModule):
 class Guide(PyroModule):
     """q: normal factors of every global site, and the recognition network's latents."""
 
+    center: Tensor  # [G] buffer: mean and axes of what the recognition network sees of the counts
+    axes: Tensor  # [G, k] buffer
+
     def __init__(self, config: Config, spec: Spec, model: Model) -> None:
         super().__init__()
         self.config, self.spec = config, spec
@@ -324,6 +327,9 @@ class Guide(PyroModule):
         kernel, blocks = (3, 1) if light else (5, 2)
         channels = config.condition + 1 if config.condition else 0
         self.recognition = Recognition(3 + channels, config.channels, config.depth, config.norm, kernel, blocks, not light)
+        if config.condition:
+            self.register_buffer("center", torch.zeros(spec.genes))
+            self.register_buffer("axes", torch.zeros(spec.genes, config.condition))
         for name, shape in model.priors().items():
             setattr(self, f"{name}_loc", nn.Parameter(torch.zeros(shape)))
             setattr(self, f"{name}_log_sd", nn.Parameter(torch.full(shape, math.log(1e-2))))
