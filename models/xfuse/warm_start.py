@@ -33,6 +33,8 @@ __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "
 
 COMPONENTS = 25
 MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the cube
+SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
+NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 ODDS = np.linspace(-5.0, 5.0, 21)
 THETA = 10.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0
@@ -128,24 +130,49 @@ def fit_kernel(space: Array, image: Array, values: Array) -> Kernel:
     return Kernel(*(float(v) for v in np.exp(found.x)))
 
 
+class Smooth(NamedTuple):
+    """Gaussian process regression of k columns, averaged over shares of space, image and noise by their marginal likelihood."""
+
+    fitted: Array  # [n, k] posterior mean
+    dual: Array  # [2, n, k] of space and image: the posterior mean of a part is its Gram matrix (trace n) @ dual
+    parts: Array  # [2, k] variances of space and image
+    noise: Array  # [k]
+
+
 class Smoother:
-    """Gaussian process regression with one kernel matrix and a share of noise per column, chosen by marginal likelihood."""
+    """Regression with Gram matrices of space and image, scaled to trace n."""
 
-    def __init__(self, gram: Array) -> None:
-        self.values, self.vectors = np.linalg.eigh(gram / np.trace(gram) * len(gram))
-        self.values = np.maximum(self.values, 0.0)
+    def __init__(self, space: Array, image: Array) -> None:
+        self.grams = [gram * len(gram) / np.trace(gram) for gram in (space, image)]
+        self.spectra = []
+        for share in SPACE_SHARES:
+            values, vectors = np.linalg.eigh(share * self.grams[0] + (1 - share) * self.grams[1])
+            self.spectra.append((share, np.maximum(values, 0.0), vectors))
 
-    def __call__(self, y: Array) -> tuple[Array, Array, Array]:
-        """Dual weights [n, k] of the posterior mean gram @ weights, and variances of signal and noise per column [k]."""
-        rotated = self.vectors.T @ y
-        shares = np.linspace(0.02, 0.98, 49)  # of noise in the variance
-        spectrum = (1 - shares)[:, None] * self.values + shares[:, None]  # [s, n]
-        square = (rotated[None] ** 2 / spectrum[..., None]).mean(1)  # [s, k] variance by maximum likelihood
-        score = np.log(np.maximum(square, 1e-12)) + np.log(spectrum).mean(1)[:, None]
-        best = score.argmin(0)
-        variance = square[best, np.arange(y.shape[1])]
-        weights = self.vectors @ ((1 - shares[best]) * rotated / spectrum[best].T)
-        return weights, variance * (1 - shares[best]), variance * shares[best]
+    def __call__(self, y: Array) -> Smooth:
+        """Columns of y [n, k], each without its mean."""
+        n, k = y.shape
+        evidence, fits = [], []
+        for share, values, vectors in self.spectra:
+            rotated = vectors.T @ y
+            spectrum = (1 - NOISE_SHARES)[:, None] * values + NOISE_SHARES[:, None]  # [s, n]
+            variance = np.maximum((rotated[None] ** 2 / spectrum[..., None]).mean(1), 1e-12)  # [s, k] by maximum likelihood
+            log_p = -0.5 * n * np.log(variance) - 0.5 * np.log(spectrum).sum(1)[:, None]
+            evidence.append(log_p)
+            fits.append((share, variance, rotated, spectrum, vectors))
+        log_p = np.stack(evidence)  # [mixes, s, k]
+        weight = np.exp(log_p - log_p.max((0, 1)))
+        weight /= weight.sum((0, 1))
+        dual, parts, noise = np.zeros((2, n, k)), np.zeros((2, k)), np.zeros(k)
+        for w, (share, variance, rotated, spectrum, vectors) in zip(weight, fits, strict=True):
+            signal = 1 - NOISE_SHARES[:, None]
+            mean = vectors @ (rotated * ((w * signal).T @ (1 / spectrum)).T)  # sum over noise shares
+            for part, size in enumerate((share, 1 - share)):
+                dual[part] += size * mean
+                parts[part] += size * (w * signal * variance).sum(0)
+            noise += (w * variance * NOISE_SHARES[:, None]).sum(0)
+        fitted = self.grams[0] @ dual[0] + self.grams[1] @ dual[1]
+        return Smooth(fitted, dual, parts, noise)
 
 
 def nmf(x: Array, factors: int, rng: np.random.Generator, sweeps: int = 200) -> tuple[Array, Array]:
@@ -207,10 +234,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     residual, _ = residuals(spots)
     left, values, right = _components(residual, COMPONENTS)
     basis_space, basis_image = basis(model, spots)
-    space, image = basis_space @ basis_space.T, basis_image @ basis_image.T
-    smoother = Smoother(kernel.space * space + kernel.image * image)
-    gram = kernel.space * space + kernel.image * image
-    gram *= len(gram) / np.trace(gram)
+    smoother = Smoother(basis_space @ basis_space.T, basis_image @ basis_image.T)
     scores = left * values
     center = np.stack([scores[spots.section == n].mean(0) for n in spots.section])
     log_depth = np.log(depth)
@@ -221,8 +245,8 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     outside = float(model.outside.detach())
     log_depth = log_depth - outside * spots.outside
     depth_center = np.array([log_depth[spots.section == n].mean() for n in spots.section])
-    smooth = gram @ smoother(scores - center)[0] + center
-    smooth_depth = gram @ smoother((log_depth - depth_center)[:, None])[0][:, 0] + depth_center + outside * spots.outside
+    smooth = smoother(scores - center).fitted + center
+    smooth_depth = smoother((log_depth - depth_center)[:, None]).fitted[:, 0] + depth_center + outside * spots.outside
     rate = np.exp(smooth_depth)[:, None] * mean
     rate = np.maximum(rate + (smooth @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate)
     m = int(model.active.sum())
@@ -231,21 +255,19 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     logits = np.log(share + 0.2 / m)
     logits -= logits.mean(1, keepdims=True)
     targets = np.column_stack([log_depth - depth_center, logits - logits.mean(0)])
-    dual, signal, noise = smoother(targets)
-    total = kernel.space * np.trace(space) + kernel.image * np.trace(image)
-    weights = []
-    for k, (part, function) in enumerate(((kernel.image, basis_image), (kernel.space, basis_space))):
-        share_of = part * len(gram) / total  # variance of a weight per unit of signal
+    found = smoother(targets)
+    for k, function in enumerate((basis_image, basis_space)):
+        # prior variance of one weight: the part's, spread over functions that give the Gram matrix its trace
+        variance = found.parts[1 - k] * len(function) / (function**2).sum()
         name = ("image_weights", "space")[k]
-        sd = np.sqrt(np.maximum(share_of * signal, 1e-8))  # [O]
-        # posterior mean of the field = share_of * function' dual; a weight is that over its prior sd
-        location = share_of * (function.T @ dual) / sd
-        precision = 1 + (function**2).sum(0)[:, None] * sd**2 / np.maximum(noise, 1e-6)
+        sd = np.sqrt(np.maximum(variance, 1e-8))  # [1 + m]
+        trace = len(function) / (function**2).sum()
+        location = trace * (function.T @ found.dual[1 - k]) / sd  # a weight is its posterior mean over its prior sd
+        precision = 1 + (function**2).sum(0)[:, None] * sd**2 / np.maximum(found.noise, 1e-6)
         _write(getattr(guide, f"{name}_loc")[:, : 1 + m], location)
         _write(getattr(guide, f"{name}_log_sd")[:, : 1 + m], -0.5 * np.log(precision))
         _write(model.amplitude[k, : 1 + m], np.log(sd))
-        weights.append(function @ (location * sd))
-    fitted = sum(weights)
+    fitted, noise = found.fitted, found.noise
     with torch.no_grad():
         model.bias[1 : 1 + m] = torch.from_numpy(logits.mean(0)).float()
     if model.config.nugget:  # the scale's residuals are measured well; those of the metagenes' smooth logits mean nothing
@@ -253,7 +275,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         _write(model.log_nugget[0], np.log(sd))
         offset = np.cumsum([0, *model.spec.rows])[spots.section] + spots.row
         with torch.no_grad():
-            left_over = (targets[:, 0] - np.asarray(fitted)[:, 0]) / sd
+            left_over = (targets[:, 0] - fitted[:, 0]) / sd
             guide.location_loc[torch.from_numpy(offset), 0] = torch.from_numpy(left_over).float()
         _write(guide.location_log_sd, np.log(0.5))
     size = spots.size / spots.size.mean()
@@ -267,8 +289,8 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     _write(guide.metagenes_loc[:m], loading)
     _write(guide.metagenes_log_sd, np.log(0.1))
     # odds given the rates, then the baseline so that mean = shape x odds
-    activity = np.exp(logits.mean(0) + np.asarray(fitted)[:, 1:])
-    activity *= (np.exp(np.asarray(fitted)[:, 0] + depth_center + outside * spots.outside) / activity.sum(1))[:, None]
+    activity = np.exp(logits.mean(0) + fitted[:, 1:])
+    activity *= (np.exp(fitted[:, 0] + depth_center + outside * spots.outside) / activity.sum(1))[:, None]
     profiles = np.exp(loading + profile)
     predicted = activity @ profiles
     level = np.asarray(spots.counts.sum(0)).ravel() + 0.5
