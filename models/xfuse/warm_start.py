@@ -259,6 +259,8 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     for k, function in enumerate((basis_image, basis_space)):
         # prior variance of one weight: the part's, spread over functions that give the Gram matrix its trace
         variance = found.parts[1 - k] * len(function) / (function**2).sum()
+        if m == 1:  # its logits say nothing; those that it will be split into need room
+            variance[1:] = (kernel.image, kernel.space)[k] * len(function) / (function**2).sum()
         name = ("image_weights", "space")[k]
         sd = np.sqrt(np.maximum(variance, 1e-8))  # [1 + m]
         trace = len(function) / (function**2).sum()
@@ -267,6 +269,9 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         _write(getattr(guide, f"{name}_loc")[:, : 1 + m], location)
         _write(getattr(guide, f"{name}_log_sd")[:, : 1 + m], -0.5 * np.log(precision))
         _write(model.amplitude[k, : 1 + m], np.log(sd))
+        if m == 1:
+            _write(getattr(guide, f"{name}_loc")[:, 1:], 0.0)
+            _write(getattr(guide, f"{name}_log_sd")[:, 1:], -1.0)
     fitted, noise = found.fitted, found.noise
     with torch.no_grad():
         model.bias[1 : 1 + m] = torch.from_numpy(logits.mean(0)).float()
