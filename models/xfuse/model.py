@@ -27,7 +27,8 @@ NEGLIGIBLE = 0.01  # share of a metagene below which the shrinkage is flat
 LOG_RATE = (-30.0, 20.0)  # range of a log loading
 PER_OUTPUT = ("image_weights", "space", "location")  # sites with a column for the scale and one per metagene
 FINE = 4  # points per spacing of a lattice on which a spatial field is smoothed, linear in between
-OUTSIDE = -6.0  # log scale off the tissue at the start, less that on it
+TURNED = 1200  # points of a lattice up to which its weights are rotated: a matrix of their square is kept
+OUTSIDE = -10.0  # log scale off the tissue at the start, less that on it
 UNSEEN = 0.5  # sd of the log depth of a section
 
 
@@ -52,7 +53,7 @@ class Config:
     selection: Literal["fixed", "split", "ard"] = "fixed"  # how their number is found
     purge_every: int = field(default=500, metadata={"ge": 1})  # steps between two rounds of drop-and-split
     purge_draws: int = field(default=3, metadata={"ge": 1})
-    ard: float = field(default=1.0, metadata={"ge": 0})  # strength of the shrinkage, in units of half the genes per metagene
+    ard: float = field(default=4.0, metadata={"ge": 0})  # strength of the shrinkage: 1 charges a metagene in full use half the genes x log 100 nats
     layer: str | None = None
     gene_key: str | None = None
     input: Input = Input()  # noqa: RUF009
@@ -129,6 +130,7 @@ class Model(PyroModule):
     image_start: Tensor  # [3, 2] buffer
     frequency: Tensor  # [F, J]
     phase: Tensor  # [J]
+    turn_image: Tensor  # [J, J]
 
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__()
@@ -152,6 +154,10 @@ class Model(PyroModule):
         if config.fields:
             self.register_buffer("frequency", torch.randn(FEATURES, config.functions) / spec.length)
             self.register_buffer("phase", 2 * math.pi * torch.rand(config.functions))
+            # Rotations of the weights to what is nearly independent given the spots, so that independent normals can be their posterior.
+            self.register_buffer("turn_image", torch.eye(config.functions))
+            for n, lattice in enumerate(spec.lattices):
+                self.register_buffer(f"turn_{n}", torch.eye(lattice.points if lattice.points <= TURNED else 0))
             self.amplitude = nn.Parameter(torch.zeros(2, outputs))  # log sd of the regression and of the spatial field
             self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
         if config.nugget:
@@ -199,9 +205,13 @@ class Model(PyroModule):
         outside, features = features[:, -1], features[:, :-1]
         x = features.flatten(2).transpose(1, 2) @ self.frequency + self.phase  # [B, P P, J]
         x = x.cos_() * math.sqrt(2 / self.config.functions)
-        out = (x @ (drawn["image_weights"] * regression)).transpose(1, 2).unflatten(2, features.shape[-2:])
+        out = (x @ (self.turn_image @ (drawn["image_weights"] * regression))).transpose(1, 2).unflatten(2, features.shape[-2:])
         weights = drawn["space"].split([lattice.points for lattice in lattices])
-        space = [spatial_field(lattices[n], weights[n] * spatial, where[b]) for b, n in enumerate(sections)]
+        space = []
+        for b, n in enumerate(sections):
+            own = weights[n] * spatial
+            known = lattices is self.spec.lattices and lattices[n].points <= TURNED
+            space.append(spatial_field(lattices[n], getattr(self, f"turn_{n}") @ own if known else own, where[b]))
         depth = F.pad(drawn["depth"][list(sections)][:, None], (0, self.config.metagenes))
         out = out + torch.stack(space) + depth[:, :, None, None]
         return torch.cat([out[:, :1] + self.outside * outside[:, None], out[:, 1:]], 1)

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects, gaussian_filter
+from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
 from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,7 +45,7 @@ class Tissue(NamedTuple):
     """One section as tensors."""
 
     image: Tensor  # [3, H, W] each channel scaled to [-.9, .9]
-    features: Tensor  # [F + 1, H, W]; the last one is 1 off the tissue and 0 on it
+    features: Tensor  # [F + 1, H, W]; the last one is 1 off tissue and spots, else 0
     label: Tensor  # [H, W] int64
     counts: sp.csr_matrix
     virtual: int  # row; -1: none
@@ -111,7 +111,7 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissu
     pixels = section.image.astype(np.float32)
     first, last = pixels.min((0, 1)), pixels.max((0, 1))
     image = 0.9 * (2 * (pixels - first) / np.maximum(last - first, 1.0) - 1)
-    outside = gaussian_filter(1 - section.mask.astype(np.float32), OUTSIDE)
+    outside = gaussian_filter(_beyond(section), OUTSIDE)
     painted = np.zeros((0, *label.shape), np.float32)
     if scores is not None:
         there = (label > 0) & (label != section.virtual + 1)
@@ -122,6 +122,12 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissu
         torch.from_numpy(np.concatenate([image_features(section.image, section.mask, pitch_of(section)), outside[None]])),
         torch.from_numpy(label), section.counts, section.virtual, size, low, high, torch.from_numpy(painted),
     )  # fmt: skip
+
+
+def _beyond(section: Section) -> NDArray[np.float32]:
+    """1 farther than a spot's radius from tissue and spots: the area of the virtual measurement where there is one; 0 elsewhere [H, W]."""
+    spots = (section.label > 0) & (section.label != section.virtual + 1)
+    return (distance_transform_edt(~(section.mask | spots)) > section.radius).astype(np.float32)
 
 
 def starts(length: int, side: int) -> NDArray[np.float64]:

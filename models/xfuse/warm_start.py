@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.models.xfuse.data import Data
-from ppl_st.models.xfuse.model import OUTSIDE, Guide, Model, sides, spatial_field
+from ppl_st.models.xfuse.model import TURNED, Guide, Model, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, pitch_of
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "nmf"]
@@ -49,7 +49,6 @@ class Spots(NamedTuple):
     size: Array  # [n] pixels
     xy: Array  # [n, 2] in pixels
     features: Array  # [n, F] means over the pixels of each
-    outside: Array  # [n] share off the tissue
     pitch: Array  # [n] of its section, pixels
     row: NDArray[np.int64]  # [n] in its section
 
@@ -77,7 +76,7 @@ def gather(data: Data, tissues: Sequence[Tissue]) -> Spots:
         means = total[rows] / one.size[rows, None]
         pitch = np.full(len(rows), pitch_of(section))
         size = one.size[rows].astype(float)
-        parts.append((one.counts[rows], np.full(len(rows), n), size, section.centers[rows], means[:, :-1], means[:, -1], pitch, rows))
+        parts.append((one.counts[rows], np.full(len(rows), n), size, section.centers[rows], means[:, :-1], pitch, rows))
     counts, *rest = zip(*parts, strict=True)
     return Spots._make([sp.csr_matrix(sp.vstack(counts)), *(np.concatenate(part) for part in rest)])
 
@@ -233,20 +232,14 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     _, depth, mean = _depth(spots)
     residual, _ = residuals(spots)
     left, values, right = _components(residual, COMPONENTS)
-    basis_space, basis_image = basis(model, spots)
+    basis_space, basis_image = rotate(model, spots, *basis(model, spots))
     smoother = Smoother(basis_space @ basis_space.T, basis_image @ basis_image.T)
     scores = left * values
     center = np.stack([scores[spots.section == n].mean(0) for n in spots.section])
     log_depth = np.log(depth)
-    off = spots.outside > 0.5
-    if off.sum() > 2 and (~off).sum() > 2:  # the mask is not to be trusted blindly
-        drop = np.clip(log_depth[off].mean() - log_depth[~off].mean(), OUTSIDE, 0.0)
-        _write(model.outside, drop)
-    outside = float(model.outside.detach())
-    log_depth = log_depth - outside * spots.outside
     depth_center = np.array([log_depth[spots.section == n].mean() for n in spots.section])
     smooth = smoother(scores - center).fitted + center
-    smooth_depth = smoother((log_depth - depth_center)[:, None]).fitted[:, 0] + depth_center + outside * spots.outside
+    smooth_depth = smoother((log_depth - depth_center)[:, None]).fitted[:, 0] + depth_center
     rate = np.exp(smooth_depth)[:, None] * mean
     rate = np.maximum(rate + (smooth @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate)
     m = int(model.active.sum())
@@ -295,7 +288,9 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     _write(guide.metagenes_log_sd, np.log(0.1))
     # odds given the rates, then the baseline so that mean = shape x odds
     activity = np.exp(logits.mean(0) + fitted[:, 1:])
-    activity *= (np.exp(fitted[:, 0] + depth_center + outside * spots.outside) / activity.sum(1))[:, None]
+    # with location effects the depth is the observed one: what they explain is not to be explained by the odds once more
+    own = targets[:, 0] if model.config.nugget else fitted[:, 0]
+    activity *= (np.exp(own + depth_center) / activity.sum(1))[:, None]
     profiles = np.exp(loading + profile)
     predicted = activity @ profiles
     level = np.asarray(spots.counts.sum(0)).ravel() + 0.5
@@ -357,6 +352,21 @@ def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, mo
     keep = np.sort(rng.permutation(len(scores))[:most])
     far = np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep]
     return fit_kernel(far, spots.features[keep], scores[keep])
+
+
+def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Array, Array]:
+    """Turn the weights to the right singular vectors of the basis at the spots, where their posterior precision is diagonal; the turned basis."""
+    turn = np.linalg.svd(image, full_matrices=True)[2].T
+    _write(model.turn_image, turn)
+    image, space = image @ turn, space.copy()
+    offsets = np.cumsum([0, *(lattice.points for lattice in model.spec.lattices)])
+    for n, lattice in enumerate(model.spec.lattices):
+        part = np.ix_(spots.section == n, np.arange(offsets[n], offsets[n + 1]))
+        if lattice.points <= TURNED and part[0].size:
+            turn = np.linalg.svd(space[part], full_matrices=True)[2].T
+            _write(getattr(model, f"turn_{n}"), turn)
+            space[part] = space[part] @ turn
+    return space, image
 
 
 def basis(model: Model, spots: Spots) -> tuple[Array, Array]:
