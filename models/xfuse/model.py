@@ -73,7 +73,7 @@ PUBLISHED = FitConfig(
 PRESETS = {
     "default": Config(
         fit=FitConfig(
-            steps=600, lr=1e-2, schedule="cosine", final_lr_factor=0.02, clip_norm=math.inf, threads=1, lr_groups={NETWORKS: 0.2},
+            steps=300, lr=1e-2, schedule="cosine", final_lr_factor=0.02, clip_norm=math.inf, threads=1, lr_groups={NETWORKS: 0.2},
             elbo="meanfield",
         ),
     ),
