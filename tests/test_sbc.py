@@ -103,7 +103,7 @@ def test_spaim_agrees_with_nuts(spaim_layer):
 
 @pytest.mark.slow
 def test_siid_levels_of_measured_genes_are_plug_in_estimates():
-    """50 simulations, 10 measured and 2 unmeasured genes, 300 cells."""
+    """20 simulations, 10 measured and 2 unmeasured genes, 300 cells."""
     from ppl_st.models import siid
     from ppl_st.models.siid.model import sides
 
@@ -134,12 +134,12 @@ def test_siid_levels_of_measured_genes_are_plug_in_estimates():
         drawn = draw_globals(chains_of(fitted), 99, number)
         return np.concatenate([made[s].numpy() for s in sites]), np.stack([np.concatenate([d[s].numpy() for s in sites]) for d in drawn])
 
-    found = simulation_ranks(one, 50)
+    found = simulation_ranks(one, 20)
     measured = np.isin(np.arange(12), spec.panel)
     new = select(found, np.flatnonzero(np.tile(~measured, 2)))
-    assert uniformity(new) > 1e-3
+    assert uniformity(new, bins=4) > 1e-3
     phi = select(found, np.flatnonzero(np.r_[measured, 0 * measured]))
-    print("log_phi of measured genes: p", uniformity(phi), "spread", np.median(phi.spread()))
+    print("log_phi of measured genes: p", uniformity(phi, bins=4), "spread", np.median(phi.spread()))
     assert 1.5 < np.median(phi.spread()) < 8  # what BENCHMARKS.md says
 
 
