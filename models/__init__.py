@@ -7,7 +7,8 @@ Its module offers
 
     PRESETS                                     name -> Config; a Config has ``fit: FitConfig``, ``layer`` and ``gene_key``
     Model, Guide                                the pair; ``Model.DIMS`` names the dimensions of global sites, ``guide.globals()`` draws them
-    start(data, config, seed, say)              -> (pair, spec): settings chosen by the data, initialised ensemble
+    start(data, config, seed, say)              -> (pair, spec): settings chosen by the data, initialised ensemble; ``spec.steps``, if any, replaces
+                                                   the number of steps in the settings
     empty(config, spec, data, chains)           -> pair with every parameter in place, to read weights into
     spec_to(spec), spec_from(stored)            specification <-> plain JSON
     batches(data, config, seed)                 -> minibatches (`ppl_st.inference.svi.Batches`)
