@@ -465,3 +465,51 @@ def test_an_image_unlike_the_fit_is_told(data):
     assert again.shape == (4, 5)
     assert 0.3 < np.nanmean(again) < 0.7
     assert np.nanmean(new) > 0.9
+
+
+# ---- slow: the number of metagenes ----
+
+
+def planted(programs=3, genes=60, seed=0):
+    """Bands of color, each with an expression program of its own."""
+    rng = np.random.default_rng(seed)
+    height, width = 88, 132
+    band = np.minimum(np.arange(width) * programs // width, programs - 1)
+    colors = np.array([[200, 120, 120], [120, 200, 120], [120, 120, 200]])
+    image = np.clip(colors[band][None] + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+    profile = np.full((programs, genes), 0.3)
+    for k in range(programs):
+        profile[k, k * genes // programs : (k + 1) * genes // programs] = 3.0
+    profile *= 3 * rng.gamma(4.0, 0.25, genes)
+    label, centers, means = np.zeros((height, width), np.int64), [], []
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    for y in range(6, height - 4, 9):
+        for x in range(6, width - 4, 9):
+            centers.append((x, y))
+            disc = (rows - y) ** 2 + (columns - x) ** 2 <= 12
+            label[disc] = len(centers)
+            share = np.bincount(np.broadcast_to(band, disc.shape)[disc], minlength=programs) / disc.sum()
+            means.append(share @ profile)
+    counts = sp.csr_matrix(rng.negative_binomial(np.array(means) / 0.5, 1 / 1.5).astype(np.float32))
+    one = Section(
+        "p", image, label, counts, -1, np.ones(label.shape, bool), np.array(centers, float), 3.5, np.zeros(0, np.int64), None
+    )  # fmt: skip
+    return Data((one,), np.array([f"g{i}" for i in range(genes)]), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("selection", "steps"), [("split", 600), ("ard", 400)])
+def test_the_planted_number_of_metagenes_is_found(selection, steps):
+    data = planted()
+    sets = [
+        "patch=80", "depth=1", "channels=2", "image_weight=0.1", "functions=48", "metagenes=8", f"selection={selection}", "purge_every=100",
+        f"fit.steps={steps}", "fit.lr=0.03", "fit.lr_groups={}", "batch_patches=1",
+    ]  # fmt: skip
+    config = with_overrides(xfuse.PRESETS["default"], sets)
+    pair, _ = xfuse.start(data, config, 0, quiet)
+    batches = xfuse.batches(data, config, 0)
+    fit(pair, batches, config.fit, scale=1 / data.sections[0].counts.shape[0] / 60, edit=xfuse.edit(pair, data, config, 0))
+    used = shares(chains_of(pair)[0], batches, range(3), 0)
+    assert int((used > 0.02).sum()) == 3
+    if selection == "split":
+        assert int(sides(chains_of(pair)[0])[0].active.sum()) == 3

@@ -65,6 +65,9 @@ def _gains(model: Model, guide: Guide, batch: Batch) -> Tensor:
     activity, location = activity[kept], batch.location[kept]
     scale = activity.sum(1, keepdim=True).clamp_min(1e-30)
     used = model.active.nonzero().squeeze(1)
+    parts = [
+        (group.start, group.stop, group.counts.to_dense(), *model.loadings(drawn, model.spec.codes[group.section])) for group in batch.groups
+    ]
     chance = min(1.0, EVALUATED / len(used))
     for m in used.tolist() if len(used) > 1 else []:
         rows = (torch.rand(number) < chance).nonzero().squeeze(1)
@@ -80,22 +83,24 @@ def _gains(model: Model, guide: Guide, batch: Batch) -> Tensor:
         both = torch.zeros(2, len(rows), own.shape[1])
         both[0].index_add_(0, place, own)
         both[1].index_add_(0, place, without)
-        with_it, without_it = (_log_likelihood(model, drawn, batch, rows, summed) for summed in both)
+        with_it, without_it = (
+            _log_likelihood(parts, batch.weight, rows, model.noisy(drawn, batch, summed, rows)) for summed in both
+        )
         gain[m] = (without_it - with_it) / chance
     return gain
 
 
-def _log_likelihood(model: Model, drawn: dict[str, Tensor], batch: Batch, rows: Tensor, summed: Tensor) -> Tensor:
+Part = tuple[int, int, Tensor, Tensor, Tensor]  # first and last location of one section in a batch, counts, shapes per activity, log-odds
+
+
+def _log_likelihood(parts: list[Part], weight: Tensor, rows: Tensor, summed: Tensor) -> Tensor:
     """Weighted log-likelihood of some of a batch's locations with summed activities [rows, M]."""
     total = torch.zeros((), dtype=torch.float64)
-    summed = model.noisy(drawn, batch, summed, rows)
-    for group in batch.groups:
-        mine = ((rows >= group.start) & (rows < group.stop)).nonzero().squeeze(1)
+    for start, stop, counts, shape, odds in parts:
+        mine = ((rows >= start) & (rows < stop)).nonzero().squeeze(1)
         if len(mine):
-            shape, odds = model.loadings(drawn, model.spec.codes[group.section])
-            counts = group.counts.to_dense()[rows[mine] - group.start]
             law = ProductSharedOddsNegativeBinomial(summed[mine], shape, odds, validate_args=False)
-            total += (law.log_prob(counts) * batch.weight[rows[mine]]).sum()
+            total += (law.log_prob(counts[rows[mine] - start]) * weight[rows[mine]]).sum()
     return total
 
 
