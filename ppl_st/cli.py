@@ -393,3 +393,7 @@ def report(
 def main() -> None:
     """Entry point of ``ppl-st``."""
     app(prog_name="ppl-st")
+
+
+if __name__ == "__main__":  # python -m ppl_st.cli
+    main()
