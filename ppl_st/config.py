@@ -107,14 +107,17 @@ def check(config: Config, *, source: str = "config") -> Config:
 
 def read(path: str | Path, config: Config) -> Config:
     """Lay the TOML file ``path`` over ``config`` (a preset) and return the result; see ``merge``."""
-    path = Path(path)
+    return merge(config, read_toml(path), source=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table in a TOML file, or ``UserError`` naming it."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot read the settings ({error.strerror}); check the path") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    return merge(config, table, source=str(path))
 
 
 def with_overrides(config: Config, overrides: Iterable[str]) -> Config:

@@ -30,7 +30,6 @@ split and start would tell the same.
 import itertools
 import json
 import shutil
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +39,7 @@ import pandas as pd
 import tomli_w
 
 from ppl_st.compare import METRICS
+from ppl_st.config import read_toml
 from ppl_st.errors import UserError
 from ppl_st.evaluate import evaluate
 from ppl_st.io import atomic
@@ -60,12 +60,7 @@ def read_spec(path: str | Path) -> dict[str, Any]:
         Unreadable, unknown or missing keys, or a name that cannot be a folder.
     """
     path = Path(path)
-    try:
-        spec = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the sweep ({error.strerror}); check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    spec = read_toml(path)
     unknown, missing = sorted(set(spec) - KNOWN), [key for key in ("method", "target", "reference") if key not in spec]
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]!r} is missing"

@@ -35,7 +35,8 @@ def test_a_new_gene_is_covered_as_often_as_promised(genes):
     raw = covered(pits(rng, 5000), np.repeat([[0.05], [0.95]], 5000, 1)).mean()
     assert raw < 0.8  # there is something to correct
     assert 0.9 <= np.mean(found[True]) <= 0.9 + 1 / (genes + 1) + 0.02
-    assert 0.86 < np.mean(found[False]) < 0.915  # shrunk towards the raw interval, the more the fewer genes there are
+    # Without the promise it is shrunk towards the raw interval, the more the fewer genes there are: said in BENCHMARKS.md.
+    assert np.mean(found[False]) == pytest.approx({12: 0.873, 40: 0.892}[genes], abs=0.01)
 
 
 def test_too_few_genes_get_no_finite_promise():
