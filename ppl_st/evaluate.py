@@ -135,10 +135,11 @@ def evaluate(
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
         record |= {"folds": str(folds) if truth is None else None, "draws": draws}
-        _write_json(record, folder / "evaluation.json")  # says at once if the folder cannot be written
     cells = read_counts(target, role="target", layer=layer)
     other = read_counts(reference, role="reference", layer=layer, need_spatial=spots)
     tasks = _tasks(cells, other, folds, truth, seed, talk)[:max_folds]
+    if folder is not None:  # the input is sound; says before any fit if the folder cannot be written
+        _write_json(record, folder / "evaluation.json")
 
     parts, entries = [], []
     for task in tasks:

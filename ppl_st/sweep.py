@@ -38,12 +38,13 @@ import numpy as np
 import pandas as pd
 import tomli_w
 
+from ppl_st import config as configs
 from ppl_st.compare import METRICS
-from ppl_st.config import read_toml
 from ppl_st.errors import UserError
 from ppl_st.evaluate import evaluate
 from ppl_st.io import atomic
 from ppl_st.metrics import bootstrap_mean
+from ppl_st.models import load_method
 
 __all__ = ["read_spec", "summarise", "sweep"]
 
@@ -60,7 +61,7 @@ def read_spec(path: str | Path) -> dict[str, Any]:
         Unreadable, unknown or missing keys, or a name that cannot be a folder.
     """
     path = Path(path)
-    spec = read_toml(path)
+    spec = configs.read_toml(path)
     unknown, missing = sorted(set(spec) - KNOWN), [key for key in ("method", "target", "reference") if key not in spec]
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]!r} is missing"
@@ -101,12 +102,17 @@ def sweep(
     """Evaluate every variant of ``spec`` (file) for every seed into ``out``, and return `summarise` of it."""
     talk, folder = say or (lambda line: None), Path(out)
     plan = read_spec(spec)
+    presets = load_method(plan["method"]).PRESETS
+    for name, settings in plan["variants"].items():  # a mistake in the last variant is said before the first is fitted
+        preset, overrides = _settings(settings, plan["preset"])
+        try:
+            configs.with_overrides(configs.pick_preset(presets, preset), overrides)
+        except UserError as error:
+            raise UserError(f"{spec}: variant {name!r}: {error}") from None
     tables = []
     for seed, (name, settings) in itertools.product(plan["seeds"], plan["variants"].items()):
         place = folder / name / f"seed{seed}"
-        settings = dict(settings)
-        preset = settings.pop("preset", plan["preset"])
-        overrides = _overrides(settings)
+        preset, overrides = _settings(settings, plan["preset"])
         if (place / "summary.csv").is_file():
             _refuse_other(place, preset, overrides)
         else:
@@ -153,6 +159,11 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
                 "hi": interval.hi, "seed_se": error, "genes": len(genes), "seeds": len(seeds),
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _settings(variant: Mapping[str, Any], preset: str) -> tuple[str, list[str]]:
+    """Preset and ``key=value`` texts of a variant."""
+    return variant.get("preset", preset), _overrides({key: value for key, value in variant.items() if key != "preset"})
 
 
 def _overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -101,6 +101,8 @@ def test_a_grid_varies_the_first_variant(folder):
         ('[variants.level]\nfit.steps = 2\ngain = "none"', "", "at least two"),
         ("[variants.level]", '[variants."../level"]', "can be a folder"),
         ("folds = 3", "folds = ", "not valid TOML"),
+        ('gain = "none"', 'gain = "nonee"', "variant 'level'.*gain"),
+        ('"target.h5ad"', '"nowhere.h5ad"', "no such file.*nowhere"),
     ],
 )
 def test_refusals_name_the_key(folder, old, new, message):
