@@ -6,6 +6,8 @@ summaries are exact functions of the draws:
 
     rate_mean, rate_sd     mean and sd over draws of the rate                                        (epistemic)
     count_sd               sqrt(E[Var(count | draw)] + Var(rate)): the law of total variance          (epistemic + observation noise)
+    between_sd             the part of rate_sd that comes from fits which disagree: with m_k the mean rate of the n_k draws of fit k and m of all,
+                           sum_k n_k / S (m_k - m)^2, less what the draws within fits make of it by chance (chains of one run, runs of one mixture)
     q05, q50, q95          quantiles of the count draws
     lognorm_mean           mean over draws of E[log1p(count x factor) | draw], factor per cell (median depth over its own depth), taking
                            a count that is not 0 at its mean: P(count > 0) log1p(factor E[count | count > 0])
@@ -28,7 +30,7 @@ from ppl_st.inference.pair import Pair
 from ppl_st.inference.randomness import rng_scope
 
 __all__ = [
-    "QUANTILES", "Predictor", "Scores", "Summary", "count_draws", "draw_globals", "posterior_predictive", "predictive_blocks",
+    "QUANTILES", "Predictor", "Scores", "Summary", "count_draws", "draw_globals", "fits_of_draws", "posterior_predictive", "predictive_blocks",
 ]  # fmt: skip
 
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
@@ -54,6 +56,7 @@ class Predictor(Protocol):
 
 
     # Optional: at(rows) -> batch that owns these rows, in their order; only then can runs of different methods be stacked (`ppl_st.stack`).
+    # Optional: fits, the number of the fit that each chain belongs to; without it every chain is one.
     # Optional: closed_form(batch, chain, local, genes) -> posterior means of the rate and of log1p(normalised count) [rows, genes], without the
     # Monte Carlo error of means over draws; the depth it normalises by is the method's own.
 
@@ -66,6 +69,7 @@ class Summary(NamedTuple):
     count_sd: NDArray[np.float32]
     quantiles: dict[str, NDArray[np.float32]]
     lognorm_mean: NDArray[np.float32] | None  # where a factor was given
+    between_sd: NDArray[np.float32] | None  # where draws come from several fits
 
 
 class Scores(NamedTuple):
@@ -89,6 +93,13 @@ def draw_globals(chains: Sequence[Pair], draws: int, seed: int) -> list[dict[str
             {name: cast(Tensor, site["value"]) for name, site in trace.nodes.items() if site["type"] == "sample"}
         )
     return drawn
+
+
+def fits_of_draws(predictor: Predictor, chains: Sequence[Pair], draws: int) -> NDArray[np.int64] | None:
+    """Number of the fit behind every draw, [draws], counted from 0; None if it is the same one, or if no fit has two draws."""
+    fits = np.asarray(getattr(predictor, "fits", range(len(chains))))
+    number, of = np.unique(fits[np.arange(draws) % len(fits)], return_inverse=True)
+    return of if 1 < len(number) < draws else None
 
 
 def block_sizes(n_genes: int, draws: int, memory_gb: float) -> tuple[int, int]:
@@ -122,7 +133,8 @@ def posterior_predictive(
     n, g = predictor.n_cells, len(genes)
     empty = lambda: np.zeros((n, g), dtype=np.float32)  # noqa: E731
     quantiles = {name: empty() for name in _wanted(g, ends)}
-    summary = Summary(empty(), empty(), empty(), quantiles, None if factor is None else empty())
+    several = fits_of_draws(predictor, chains, draws) is not None
+    summary = Summary(empty(), empty(), empty(), quantiles, None if factor is None else empty(), empty() if several else None)
     scores = None if truth is None else Scores(empty(), empty(), empty(), empty(), None if mass is None else empty())
     for rows, part, block, score in predictive_blocks(
         predictor, chains, genes, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth, ends=ends, mass=mass, factor=factor
@@ -130,14 +142,15 @@ def posterior_predictive(
         where = np.ix_(rows, np.arange(part.start, part.stop))
         for target, value in zip(summary[:3], block[:3], strict=True):
             target[where] = value
-        if summary.lognorm_mean is not None and block.lognorm_mean is not None:
-            summary.lognorm_mean[where] = block.lognorm_mean
+        for maybe, found in ((summary.lognorm_mean, block.lognorm_mean), (summary.between_sd, block.between_sd)):
+            if maybe is not None and found is not None:
+                maybe[where] = found
         for name, value in block.quantiles.items():
             summary.quantiles[name][where] = value
         if scores is not None and score is not None:
-            for kept, found in zip(scores, score, strict=True):
-                if kept is not None and found is not None:
-                    kept[where] = found
+            for maybe, found in zip(scores, score, strict=True):
+                if maybe is not None and found is not None:
+                    maybe[where] = found
     return summary, scores
 
 
@@ -160,7 +173,7 @@ def predictive_blocks(
     """
     wanted = _wanted(len(genes), ends)
     factors = None if factor is None else torch.from_numpy(factor.astype(np.float32))
-    drawn = draw_globals(chains, draws, seed)
+    drawn, fits = draw_globals(chains, draws, seed), fits_of_draws(predictor, chains, draws)
     cells, width = block_sizes(len(genes), draws, memory_gb)
     for b, batch in enumerate(predictor.blocks(cells)):
         rows = predictor.rows(batch)
@@ -171,7 +184,7 @@ def predictive_blocks(
             quantiles = {name: q[part] for name, q in wanted.items()}
             depth = None if factors is None else factors[rows, None]
             masses = None if mass is None else mass[:, part]
-            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, quantiles, depth, masses)
+            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, quantiles, depth, masses, fits)
             if hasattr(predictor, "closed_form"):
                 exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
                 rate, lognorm = (torch.stack(values).mean(0).numpy() for values in zip(*exact, strict=True))
@@ -238,11 +251,13 @@ def _block(
     wanted: dict[str, NDArray[np.float64]],
     factor: Tensor | None,
     mass: NDArray[np.float64] | None,
+    fits: NDArray[np.int64] | None,
 ) -> tuple[Summary, Scores | None]:
     draws, shape = len(drawn), (len(predictor.rows(batch)), len(genes))
     truth = None if x is None else torch.from_numpy(x)
     count = torch.empty((draws, *shape))
     mean, square, variance, lognorm = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
+    sums = torch.zeros((0 if fits is None else int(fits.max()) + 1, *shape), dtype=torch.float64)  # of the rates of each fit
     zero = torch.zeros(shape)
     log_p = torch.full(shape, -torch.inf, dtype=torch.float64)
     below, equal, distance = (torch.zeros(shape) for _ in range(3))  # of the draws, to the truth
@@ -253,6 +268,8 @@ def _block(
         mean += delta / (d + 1)
         square += delta * (rate - mean)
         variance += dist.variance
+        if fits is not None:
+            sums[fits[d]] += rate
         if factor is not None:
             positive = -torch.expm1(dist.log_prob(zero)).clamp(max=-1e-12)
             lognorm += positive * torch.log1p(factor * dist.mean / positive)
@@ -270,6 +287,7 @@ def _block(
         (variance / draws + between).sqrt().float().numpy(),
         quantiles,
         None if factor is None else (lognorm / draws).float().numpy(),
+        None if fits is None else _between(sums, mean, square, fits),
     )
     if x is None:
         return summary, None
@@ -278,6 +296,14 @@ def _block(
     crps = (distance / draws - _half_spread(ordered)).numpy()
     corrected = None if mass is None else _weighted_crps(ordered, mass, x)
     return summary, Scores((log_p - np.log(draws)).float().numpy(), crps, low.numpy(), high.numpy(), corrected)
+
+
+def _between(sums: Tensor, mean: Tensor, square: Tensor, fits: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Standard deviation between fits from the sums of their rates [K, n, g], the mean and the sum of squares around it over all draws [n, g]."""
+    size = torch.from_numpy(np.bincount(fits)).double()[:, None, None]
+    explained = (size * (sums / size - mean).square()).sum(0)
+    within = (square - explained).clamp(min=0) / (len(fits) - len(size))
+    return np.asarray(((explained - (len(size) - 1) * within).clamp(min=0) / len(fits)).sqrt().float())
 
 
 def _weighted_crps(ordered: NDArray[np.float32], mass: NDArray[np.float64], x: NDArray[np.float32]) -> NDArray[np.float32]:

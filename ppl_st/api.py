@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +29,8 @@ from ppl_st.observation import name_of
 from ppl_st.posterior import Run
 from ppl_st.prepare import hold_out_genes, load_prepare
 from ppl_st.slides import read_slides
+from ppl_st.stack import Spec as Mixture
+from ppl_st.stack import seeds as seeds_of
 
 Source: TypeAlias = str | Path | AnnData
 INTERRUPTED = "interrupted"
@@ -49,6 +52,7 @@ def fit(
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
+    seeds: int = 1,
     device: str = "auto",
     out: str | Path | None = None,
     resume: bool = False,
@@ -74,6 +78,9 @@ def fit(
         Over all of these, the likelihood of the target's counts: a name, or a function of your own (contract: `ppl_st.observation`).
     seed, device
         One seed for everything; "auto" uses a GPU where there is one.
+    seeds
+        So many fits, with the seeds ``seed``, ``seed`` + 1, ...: together one run whose draws take turns, so that what differs between fits is
+        part of its doubt and can be looked at (``between_sd`` of `Run.predict`, chains in ArviZ). Each is a run folder of its own within ``out``.
     out
         Run folder; None keeps the run in memory.
     resume
@@ -91,6 +98,12 @@ def fit(
     module = load_method(method)
     folder = None if out is None else Path(out)
     talk = say or (lambda line: None)
+    if seeds > 1:
+        one = partial(
+            fit, method, target=target, reference=reference, image=image, hold_out=hold_out, preset=preset, likelihood=likelihood, config=config,
+            overrides=overrides, device=device, progress=progress, command=command,
+        )  # fmt: skip
+        return _fit_seeds(one, range(seed, seed + seeds), folder, resume, talk)
     if resume:
         return _resume(method, module, folder, progress, talk)
     images = METHODS[method].reference == "image"
@@ -134,6 +147,20 @@ def fit(
     if folder is not None:
         posterior.write_inputs(folder, settings, manifest, cells, other)
     return _train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
+
+
+def _fit_seeds(one: Callable[..., Run], numbers: Sequence[int], folder: Path | None, resume: bool, say: Callable[[str], None]) -> Run:
+    """The fits of several seeds as one run; in a folder each has its own, and ``manifest.json`` beside them is written last."""
+    if folder is not None and not resume:
+        _refuse_used(folder)
+    runs = []
+    for number in numbers:
+        own = None if folder is None else folder / f"seed{number}"
+        going_on = resume and own is not None and (own / "config.toml").is_file()
+        runs.append(one(seed=number, out=own, resume=going_on, say=lambda line, n=number: say(f"seed {n}: {line}")))
+    if folder is not None:
+        posterior.write_json(folder / "manifest.json", seeds_of(runs).manifest)
+    return seeds_of(runs, folder)
 
 
 def fit_sections(
@@ -185,7 +212,7 @@ def recalibrate(
     Run
         Predicts ``lower`` and ``upper`` besides the raw quantiles; `ppl_st.stack` can weigh it against other runs.
     """
-    if METHODS[run.method].reference == "image":
+    if run.method in METHODS and METHODS[run.method].reference == "image":
         raise UserError(f"recalibrate: {run.method} predicts places, not new genes; ppl-st evaluate --holdout-spots judges its intervals")
     if not 0 < level < 1:
         raise UserError(f"recalibrate: level {level} must lie strictly between 0 and 1")
@@ -229,12 +256,17 @@ def held_out_fits(
     for number, held in enumerate(gene_folds(genes, folds, seed)):
         if say is not None:
             say(f"fold {number + 1} of {folds}: {len(held)} genes held out")
-        cells = run.target.take_genes(run.target.genes[~np.isin(run.target.genes, held)])
-        data, cells, other = load_prepare(run.method).problem(cells, run.reference, run.config, lambda line: None)
-        fitted = _train(
-            run.method, run.module, run.config, data, cells, other, run.manifest, None, None, "quiet", lambda line: None
-        )
-        yield run.target.take_genes(held), fitted
+        yield run.target.take_genes(held), _refit(run, held)
+
+
+def _refit(run: Run, held: NDArray[np.str_]) -> Run:
+    """The run fitted again without these genes; of a mixture every run of it."""
+    if isinstance(run.spec, Mixture):
+        runs = tuple(_refit(one, held) for one in run.spec.runs)
+        return replace(run, spec=run.spec._replace(runs=runs), data=tuple(one.data for one in runs))
+    cells = run.target.take_genes(run.target.genes[~np.isin(run.target.genes, held)])
+    data, cells, other = load_prepare(run.method).problem(cells, run.reference, run.config, lambda line: None)
+    return _train(run.method, run.module, run.config, data, cells, other, run.manifest, None, None, "quiet", lambda line: None)
 
 
 def _read_reference(method: str, source: Source, layer: str | None, gene_key: str | None) -> Counts:
@@ -245,6 +277,10 @@ def _read_reference(method: str, source: Source, layer: str | None, gene_key: st
 def load(path: str | Path) -> Run:
     """Open a finished run folder; needs nothing but the folder."""
     folder = Path(path)
+    numbers = _seeds(folder)
+    if numbers:
+        inner, layer = posterior.read_inner(folder)
+        return replace(seeds_of([load(folder / f"seed{number}") for number in numbers], folder), inner=inner, recalibration=layer)
     if not (folder / "weights.safetensors").is_file():
         what = (
             "was interrupted: continue it with --resume"
@@ -258,6 +294,16 @@ def load(path: str | Path) -> Run:
     pair = module.empty(settings, spec, data, record["chains"])
     posterior.load_weights(folder, pair)
     return _run(method, module, settings, spec, pair, data, cells, other, manifest, record, folder)
+
+
+def _seeds(folder: Path) -> list[int]:
+    """Seeds of the fits in a folder of several; none in that of a run."""
+    if (folder / "config.toml").is_file() or not (folder / "manifest.json").is_file():
+        begun = sorted(one.name for one in folder.glob("seed*") if (one / "config.toml").is_file())
+        if begun:
+            raise UserError(f"{folder}: holds {', '.join(begun)}, and not all seeds are finished: continue with --resume and the same --seeds")
+        return []
+    return list(json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("seeds", []))
 
 
 def _spec_from(module: Any, record: dict[str, Any], manifest: dict[str, Any], folder: Path) -> Any:

@@ -139,6 +139,7 @@ def fit(
     config: ConfigFile = None,
     overrides: Set = None,
     seed: Seed = 0,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="So many fits, seeds --seed and up, as one run: shows what differs between fits.")] = 1,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
     quiet: Quiet = False,
@@ -153,7 +154,7 @@ def fit(
 
     run = api.fit(
         method, target=target or None, reference=reference, image=image or None, hold_out=hold_out, preset=preset, config=config,
-        overrides=overrides or (), seed=seed, device=device, out=out, resume=resume,
+        overrides=overrides or (), seed=seed, seeds=seeds, device=device, out=out, resume=resume,
         progress=progress(quiet), say=speaker(quiet), command=command_line(),
     )  # fmt: skip
     known = int(run.measured.sum())
@@ -202,7 +203,8 @@ def predict(
 
     names = None if genes is None else read_genes(genes)
     fitted, say = load(runs[0]), speaker(quiet)
-    if METHODS[fitted.method].reference == "image" and len(runs) == 1 and not proportions:
+    several = "seeds" in fitted.manifest
+    if METHODS[fitted.method].reference == "image" and len(runs) == 1 and not proportions and not several:
         from ppl_st.image_cli import predict_places
 
         lines = predict_places(
@@ -214,6 +216,8 @@ def predict(
         return
     if asked or section or image or png:
         options = ", ".join(f"--{one}" for one in asked) or "--section, --image and --png"
+        if several:
+            raise UserError(f"{runs[0]}: seeds together predict their own cells or spots; for {options} give one of them, {runs[0]}/seed0, say")
         raise UserError(f"{runs[0]}: a run of {fitted.method} has no images; leave out {options}")
     if len(runs) > 1:
         from ppl_st.stack import stack
@@ -356,17 +360,20 @@ def sweep(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folder; several (recalibrated) are stacked.")],
     out: Annotated[Path, typer.Option("--out", help="posterior.nc or posterior.zarr.")],
     draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per chain.")] = 25,
+    cells: Annotated[int, typer.Option("--cells", min=1, help="Cells whose draws are exported, picked by --seed.")] = 500,
     truth: Annotated[Path | None, typer.Option("--truth", help="Counts of held-out genes: adds their log-likelihood.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Write the posterior in ArviZ's schema."""
+    """Write the posterior in ArviZ's schema; of several runs that of their mixture."""
     check_file(out, "export", inputs=[truth])
     from ppl_st.api import load
+    from ppl_st.stack import stack
 
-    load(run).export(out, draws=draws, seed=seed, truth=truth)
+    run = load(runs[0]) if len(runs) == 1 else stack(list(map(load, runs)))
+    run.export(out, draws=draws, seed=seed, max_cells=cells, truth=truth)
     typer.echo(out)
 
 

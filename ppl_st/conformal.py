@@ -75,6 +75,11 @@ class Recalibration(NamedTuple):
         """R at `KNOTS` for genes with these values of the covariate, [knots, genes]."""
         return np.asarray(self.maps, dtype=np.float64)[self._stratum(covariate)].T
 
+    def corrected(self, probability: Any, covariate: Any) -> Floats:
+        """R of probabilities [cells, genes] of the uncorrected predictive, such as bounds of the PIT."""
+        maps = self.maps_of(covariate)
+        return np.stack([np.interp(p, KNOTS, one) for p, one in zip(np.asarray(probability, dtype=np.float64).T, maps.T, strict=True)], 1)
+
     def ends_of(self, covariate: Any) -> Floats:
         """Probabilities of the uncorrected predictive between which the interval lies, [2, genes]; 0 or 1 where no finite end will do."""
         if self.guarantee:

@@ -1,6 +1,7 @@
 """A run as xarray Datasets in ArviZ's schema, built by hand so that ArviZ 0.x (InferenceData) and 1.x (DataTree) read the same file.
 
-posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat)
+posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat). Of a stack, whose runs have different
+                      sites: run [chain, draw], the number of the run behind each draw of the mixture, one chain
 posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells; library [chain, draw, cell] their sum
 observed_data         x [cell, panel_gene] what was measured there, library [cell]; with a truth also count [cell, gene] of unmeasured genes
 predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many)
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ppl_st.posterior import Run
 
 MAX_PREDICTED = 50  # unmeasured genes whose draws are exported
+MAX_BYTES = 4e9  # of the draws
 
 
 def arviz_groups(
@@ -46,10 +48,15 @@ def arviz_groups(
             raise UserError(f"truth ({truth.source}): none of its {len(truth.genes)} genes is unmeasured in the target and known to the run")
     hidden, unmeasured = unmeasured, unmeasured[:MAX_PREDICTED]
     cells = np.sort(np.random.default_rng([seed, 7]).permutation(predictor.n_cells)[:max_cells])
-    drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
+    if run.method == "stack":  # one chain, in which the runs take turns
+        turns, drawn = [np.arange(draws) % len(chains)], [draw_globals(chains, draws, seed)]
+    else:
+        turns = [np.full(draws, c) for c in range(len(chains))]
+        drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
+    _refuse_too_much(4 * len(turns) * draws * len(cells) * (len(panel) + 2 * len(unmeasured) + 3))
     observed = run.target.take_genes(run.genes[panel]).matrix[cells].toarray()
     held_out = None if truth is None else matched(truth, run.target, run.genes[hidden])[cells].toarray()
-    shape = (len(chains), draws, len(cells))
+    shape = (len(turns), draws, len(cells))
     counts = np.zeros((*shape, len(panel)), np.float32)
     log_lik, held_lik = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     predicted = {name: np.zeros((*shape, len(unmeasured)), np.float32) for name in ("count", "rate")}
@@ -60,27 +67,27 @@ def arviz_groups(
         to = np.searchsorted(cells, predictor.rows(batch))
         if not len(to):
             continue
-        for c in range(len(chains)):
-            local = predictor.local(batch, c)
-            for d in range(draws):
+        local = {c: predictor.local(batch, c) for c in np.unique(turns).tolist()}
+        for c, turn in enumerate(turns):
+            for d, t in enumerate(turn.tolist()):
                 with torch.no_grad(), rng_scope(seed, "export", b, c, d):
-                    dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(panel))
+                    dist = predictor.count_dist(batch, t, drawn[c][d], local[t], torch.from_numpy(panel))
                     counts[c, d, to] = dist.sample().numpy()
                 log_lik[c, d, to] = dist.log_prob(torch.from_numpy(observed[to])).sum(1).numpy()
                 if len(unmeasured):
                     with torch.no_grad(), rng_scope(seed, "export", b, c, d):  # the same draw of the local sites
-                        dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(unmeasured))
+                        dist = predictor.count_dist(batch, t, drawn[c][d], local[t], torch.from_numpy(unmeasured))
                         predicted["count"][c, d, to], predicted["rate"][c, d, to] = (
                             dist.sample().numpy(),
                             dist.mean.numpy(),
                         )
                 if held_out is not None:
                     with torch.no_grad(), rng_scope(seed, "export", b, c, d):
-                        dist = predictor.count_dist(batch, c, drawn[c][d], local, torch.from_numpy(hidden))
+                        dist = predictor.count_dist(batch, t, drawn[c][d], local[t], torch.from_numpy(hidden))
                     held_lik[c, d, to] = dist.log_prob(torch.from_numpy(held_out[to])).sum(1).numpy()
     names = {"cell": run.target.names[cells], "panel_gene": run.genes[panel], "gene": run.genes[unmeasured]}
     frames: dict[str, Any] = {
-        "posterior": _posterior(run, drawn),
+        "posterior": _posterior(run, drawn) if run.method != "stack" else _runs_of(run, predictor.fits, turns),
         "posterior_predictive": xr.Dataset(
             {"x": (("chain", "draw", "cell", "panel_gene"), counts), "library": (("chain", "draw", "cell"), counts.sum(-1))}
         ),
@@ -98,15 +105,34 @@ def arviz_groups(
     return {name: _finish(frame, names, run, name) for name, frame in frames.items()}
 
 
+def _refuse_too_much(size: int) -> None:
+    """Draws of cells x genes are held in memory until they are written."""
+    if size > MAX_BYTES:
+        raise UserError(
+            f"export: draws of {size / 1e9:.0f} GB are too many to hold (at most {MAX_BYTES / 1e9:.0f}); lower --cells or --draws. Summaries and "
+            "draws of any number of cells are written block by block: ppl-st predict RUN --out imputed.zarr --samples 20"
+        )
+
+
+def _runs_of(run: "Run", runs: list[int], turns: list[NDArray[np.int64]]) -> "xr.Dataset":
+    import xarray as xr
+
+    names = list(run.record["weights"])
+    made = xr.Dataset({"run": (("chain", "draw"), np.array(runs)[np.stack(turns)])})
+    return made.assign_attrs(runs=json.dumps(names))
+
+
 def _posterior(run: "Run", drawn: list[list[dict[str, Any]]]) -> "xr.Dataset":
     import xarray as xr
 
-    sites = drawn[0][0]
-    dims = run.module.Model.DIMS
-    stacked = {name: np.stack([[d[name].numpy() for d in chain] for chain in drawn]) for name in sites}
+    module = run.spec.runs[0].module if "seeds" in run.manifest else run.module
+    dims = module.Model.DIMS
     singular = {"factors": "factor", "genes": "any_gene"}
     data = {}
-    for name, values in stacked.items():
+    for name in drawn[0][0]:
+        if len({chain[0][name].shape for chain in drawn}) > 1:  # a size that every fit chooses anew, such as a number of factors
+            continue
+        values = np.stack([[d[name].numpy() for d in chain] for chain in drawn])
         # A site that the method does not list is a parameter of the user's own likelihood, one per gene, or an effect: level x gene.
         listed = dims.get(name, [*(f"{name}_{k}" for k in range(values.ndim - 3)), "genes"])
         data[name] = (("chain", "draw", *(singular.get(d, d) for d in listed)), values)
@@ -135,8 +161,8 @@ def _finish(frame: "xr.Dataset", names: dict[str, NDArray[np.str_]], run: "Run",
         "inference_library": "pyro",
         "inference_library_version": str(versions.get("pyro-ppl", "")),
         "method": run.method,
-        "chains": "independent variational fits",
+        "chains": "one: a mixture of runs" if run.method == "stack" else "independent variational fits",
         "group": group,
         "manifest": json.dumps(run.manifest),
     }
-    return frame.assign_coords(coords).assign_attrs(attrs)
+    return frame.assign_coords(coords).assign_attrs({**attrs, **frame.attrs})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["calibration_curve", "ceiling_plot", "gene_maps", "loss_curve", "metric_strip", "proportion_maps", "risk_curve"]
+__all__ = ["calibration_curve", "ceiling_plot", "gene_maps", "loss_curve", "metric_strip", "pit_plot", "proportion_maps", "rank_plot", "risk_curve"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PANEL = 3.2  # inches, longer side of one map
@@ -111,15 +111,15 @@ def proportion_maps(
     return figure
 
 
-def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)") -> "Figure":
+def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)", name: str = "restart") -> "Figure":
     """Loss against step, with its running median.
 
     Parameters
     ----------
     losses
         [steps], or [restarts, steps] (NaN where a restart ended early). Non-finite entries leave gaps.
-    unit
-        Label of the loss.
+    unit, name
+        Label of the loss; what several curves are, numbered from 1.
 
     Notes
     -----
@@ -132,10 +132,10 @@ def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)") -> "F
     figure, ax = _single(5.5, 3.4)
     steps = np.arange(1, runs.shape[1] + 1)
     for i, run in enumerate(runs):
-        color, name = COLORS[i % len(COLORS)], f"restart {i + 1}" if len(runs) > 1 else "running median"
+        color, label = COLORS[i % len(COLORS)], f"{name} {i + 1}" if len(runs) > 1 else "running median"
         if len(runs) == 1:
             ax.plot(steps, run, color=color, alpha=0.3, linewidth=0.8, label="each step")
-        ax.plot(steps, _running_median(run), color=color, linewidth=1.5, label=name)
+        ax.plot(steps, _running_median(run), color=color, linewidth=1.5, label=label)
     late = runs[:, runs.shape[1] // 10 :]
     late = late[np.isfinite(late)] if np.isfinite(late).any() else runs[np.isfinite(runs)]
     margin = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max()) or 1.0
@@ -179,6 +179,72 @@ def calibration_curve(
     ax.set_xlabel("nominal coverage of the interval")
     ax.set_ylabel("share of held-out counts inside (randomised)")
     ax.legend(frameon=False, fontsize="small", loc="upper left")
+    return figure
+
+
+def pit_plot(densities: "Mapping[str, ArrayLike]", per_gene: "ArrayLike | None" = None) -> "Figure":
+    """Histogram of randomised PIT values: steps at 1 everywhere under a perfect forecaster.
+
+    Parameters
+    ----------
+    densities
+        Name -> density in equal bins, [bins], as of `ppl_st.calibration.pit_histogram`.
+    per_gene
+        [bins, G], of the first name: drawn as the band of the middle 80 % of genes.
+    """
+    figure, ax = _single(5.0, 3.4)
+    ax.axhline(1, color="0.6", linewidth=1, linestyle="--", label="perfect calibration")
+    for k, (name, density) in enumerate(densities.items()):
+        height = np.asarray(density, dtype=float)
+        edges = np.linspace(0, 1, len(height) + 1)
+        if k == 0 and per_gene is not None:
+            low, high = np.nanquantile(np.asarray(per_gene, dtype=float), [0.1, 0.9], axis=1)
+            ax.stairs(high, edges, baseline=low, fill=True, color=COLORS[0], alpha=0.2, label=f"middle 80 % of {np.shape(per_gene)[1]} genes")
+        ax.stairs(height, edges, color=COLORS[k], linewidth=1.8, label=name)
+    ax.set(xlim=(0, 1), ylim=(0, None))
+    ax.set_xlabel("randomised PIT of the held-out count (0 to 1)")
+    ax.set_ylabel("density (1 = uniform)")
+    ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def rank_plot(ranks: "Mapping[str, ArrayLike]", draws: int, *, columns: int = 3, bins: int = 10) -> "Figure":
+    """Ranks of simulation-based calibration, one panel per site: the density of all its ranks, uniform where inference is right.
+
+    Parameters
+    ----------
+    ranks
+        Title -> ranks of the truth among the posterior draws, [simulations, quantities].
+    draws
+        Posterior draws that each truth was ranked among.
+
+    Notes
+    -----
+    The grey band holds 99 % of the bars if all ranks are uniform and independent (quantities of one simulation depend on each other, so bars vary
+    more). A hollow middle: posteriors too narrow; a hill: too wide; a slope: biased.
+    """
+    names = list(ranks)
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure(3.0 * columns, 2.3 * rows + 0.2)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    edges = np.linspace(0, 1, bins + 1)
+    for ax, name in zip(panels.flat, names, strict=False):
+        values = np.asarray(ranks[name], dtype=float)
+        n, share = values.size, np.diff(np.ceil(edges * (draws + 1) - 1e-9)) / (draws + 1)  # whole ranks in each bin
+        counts = np.histogram(values, np.ceil(edges * (draws + 1) - 1e-9) - 0.5)[0]
+        sd = np.sqrt(share * (1 - share) / n)
+        ax.stairs(1 + 2.58 * sd / share, edges, baseline=np.maximum(1 - 2.58 * sd / share, 0), fill=True, color="0.85")
+        ax.stairs(counts / n / share, edges, color=COLORS[0], linewidth=1.8)
+        ax.axhline(1, color="0.5", linewidth=1, linestyle="--")
+        ax.set_title(f"{name}\n{values.shape[0]} simulations x {values.shape[1]}", fontsize="small")
+        ax.set(xlim=(0, 1), ylim=(0, None))
+    for ax in panels.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax in panels[:, 0]:
+        ax.set_ylabel("density", fontsize="small")
+    for ax in panels[-1]:
+        ax.set_xlabel("rank of the truth (share)", fontsize="small")
     return figure
 
 

@@ -137,6 +137,8 @@ class Run:
         AnnData
             ``X`` posterior mean count; layers ``rate_mean``, ``rate_sd`` (epistemic), ``count_sd`` (with observation noise), ``q05``, ``q50``,
             ``q95`` of the count; ``var`` measured, trust (squared correlation of the predicted rate with Poisson counts around it).
+            Where draws come from several fits (chains, ``seeds=``, a stack) also layer ``between_sd``, the part of ``rate_sd`` that is their
+            disagreement, and ``var["between_fits"]``, its share of the variance.
             Of a recalibrated run also layers ``lower``, ``upper`` (the interval that covers ``recalibration.level`` of the counts of a new gene
             on average) and ``var["nominal_level"]``.
         """
@@ -225,7 +227,7 @@ class Run:
         """
         names = _counts(truth).genes if genes is None else genes
         table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
-        return table.drop(columns=["measured", "trust", "nominal_level"], errors="ignore").rename_axis("gene")
+        return table.drop(columns=["measured", "trust", "between_fits", "nominal_level"], errors="ignore").rename_axis("gene")
 
     def inner_scores(self, truth: Counts, *, draws: int = 100, seed: int = 0, memory_gb: float = 1.0) -> Inner:
         """Scores of the genes of ``truth`` (counts of the run's cells), as `ppl_st.recalibrate` keeps them of genes that the run was not shown."""
@@ -298,6 +300,7 @@ class Run:
         *,
         draws: int = 25,
         seed: int = 0,
+        max_cells: int = 500,
         truth: str | Path | ad.AnnData | Counts | None = None,
     ) -> None:
         """Write the ArviZ groups as ``.nc`` (netCDF4) or ``.zarr``; ``az.from_netcdf`` and xarray read them back."""
@@ -308,7 +311,7 @@ class Run:
         path = Path(path)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
-        groups = self.arviz_groups(draws=draws, seed=seed, truth=truth)
+        groups = self.arviz_groups(draws=draws, seed=seed, max_cells=max_cells, truth=truth)
         tree = xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
         with atomic(path) as temporary:
             if path.suffix == ".zarr":
@@ -360,7 +363,9 @@ class Run:
         self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None
     ) -> ad.AnnData:
         moments = (summary.rate_mean.mean(0, dtype=np.float64), summary.rate_mean.var(0, dtype=np.float64))
-        var = var_of(self, index, *moments, ends)
+        parts = summary.rate_sd, summary.between_sd
+        doubt = None if parts[1] is None else (np.square(parts[0], dtype=np.float64).mean(0), np.square(parts[1], dtype=np.float64).mean(0))
+        var = var_of(self, index, *moments, doubt, ends)
         result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=var)
         result.obs_names = counts.names
         for name, values in layers_of(summary, ends).items():

@@ -85,6 +85,10 @@ HOW_TO_READ = {
     "held-out genes": "Genes that were hidden from the fit; every score is computed on them only.",
     "coverage": "Share of held-out counts inside the interval, randomised because counts are discrete. A 90 % interval should hold 90 %: "
     "less is over-confident, more is needlessly wide. Look at the spread over genes as well as at the overall number.",
+    "PIT": "Where a held-out count lies within its forecast: 0 at the lower end, 1 at the upper one, spread at random over the probability of its "
+    "own value. Flat is right; high at both ends means intervals that are too short, a hill ones that are too wide, a slope a level that is off.",
+    "between fits": "The part of the doubt about the mean that comes from fits (other seeds, other starts) that disagree. Where it is large, a "
+    "single fit would have been surer than it had a right to be.",
     "recalibrated": "Forecasts corrected by what went wrong on genes of the panel that were hidden from further fits. The aim is the coverage "
     "on average over new genes, not of each single gene.",
     "PCC, SCC": "Pearson and Spearman correlation over cells, per gene; 1 is perfect, a constant prediction counts as 0.",

@@ -21,7 +21,8 @@ from ppl_st import metrics, plots
 from ppl_st.api import Source, load
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
 from ppl_st.browser import MAX_CELLS, RELATIVE_ERROR, GeneMaps, gene_browser
-from ppl_st.calibration import GRID, LEVELS, coverage, risk_coverage
+from ppl_st.calibration import GRID, LEVELS, coverage, pit_histogram, risk_coverage
+from ppl_st.conformal import KNOTS, Inner, Recalibration
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.models import METHODS
@@ -38,7 +39,9 @@ COLUMNS = {
     "raw_pcc": "PCC", "raw_partial_pcc": "PCC given depth", "raw_scc": "SCC", "log_pcc": "PCC, log scale", "log_score": "log score",
     "crps": "CRPS", "coverage_90": "coverage 90 %", "recalibrated_coverage": "coverage, recalibrated",
 }  # fmt: skip
-UNITS = {"log score": "nats per entry", "CRPS": "counts", "mean count": "counts per cell", "coverage 90 %": "share"}
+UNITS = {
+    "log score": "nats per entry", "CRPS": "counts", "mean count": "counts per cell", "coverage 90 %": "share", "doubt between fits": "share",
+}  # fmt: skip
 
 
 def report_folder(
@@ -108,7 +111,7 @@ def report_run(
     if counted is not None:
         talk("baselines on the same split")
         methods = _methods(run, counted, predicted, seed)
-        scores = methods[run.method].join(predicted.var[["trust"]])
+        scores = methods[run.method].join(predicted.var.reindex(columns=["trust", "between_fits"]).dropna(axis=1))
     browsed, why = _browsed(run, judged, scores, genes, counted is not None)
     others = [gene for gene in browsed if gene not in set(judged)]
     if others:
@@ -124,6 +127,8 @@ def report_run(
     ]
     if counted is not None:
         sections += _accuracy(run, predicted[:, judged], scores, methods)
+    elif run.inner is not None and run.recalibration is not None:
+        sections.append(_inner_calibration(run, run.inner, run.recalibration))
     sections += [_genes(scores, links), _fit(run)]
     name = f"Run {run.folder.name} ({run.method})" if run.folder else f"Run of {run.method}"
     write_report(path, name, sections, manifest=run.manifest)
@@ -190,6 +195,9 @@ def _in_short(run: Run, noun: str) -> str:
             f" and {len(run.reference.names):,} {rows} with {len(run.genes):,} genes ({_source(run, 'reference')}), so "
             f"{int((~run.measured).sum()):,} genes are predicted that the {noun}s never measured"
         )
+    seeds = run.record.get("seeds", [])
+    if seeds:
+        training += f" These are {len(seeds)} fits that differ in their seeds ({', '.join(map(str, seeds))}) as one: seconds are those of all."
     return (
         f"{run.method}: {summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}){other}.{training} "
         f"Preset {run.manifest.get('preset')}, seed {run.manifest.get('seed')}, device {run.manifest.get('device')}."
@@ -202,7 +210,7 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
     counts = truth.take_genes(genes).matrix[pd.Index(truth.names).get_indexer(predicted.obs_names)]
     total = run.target.totals
     ours = metrics.score_prediction(counts, np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"]), total, genes)
-    tables = {run.method: ours.join(predicted.var.drop(columns=["measured", "trust", "mean_count"]))}
+    tables = {run.method: ours.join(predicted.var.drop(columns=["measured", "trust", "between_fits", "mean_count"], errors="ignore"))}
     if run.target.xy is None:  # spots are copied by place, and the upper reference smooths over neighbors
         return tables
     split = Split(run.target, run.reference, genes, seed, getattr(run.config, "library_key", None))
@@ -242,14 +250,14 @@ def _accuracy(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, methods: Ma
 
 
 def _calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame) -> Section:
-    per_gene = coverage(np.asarray(predicted.layers["pit_low"]), np.asarray(predicted.layers["pit_high"]), GRID).per_gene
-    caption = (
-        "Share of held-out counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep "
-        "their word, below it they are too narrow. The band holds the middle 80 % of genes."
-    )
-    text = ""
-    layer = run.recalibration
+    pit = np.asarray(predicted.layers["pit_low"]), np.asarray(predicted.layers["pit_high"])
+    per_gene, density = coverage(*pit, GRID).per_gene, pit_histogram(*pit)
+    curves, densities = {"raw": per_gene.mean(1)}, {"raw": density.mean(1)}
+    text, layer = "", run.recalibration
     if layer is not None:
+        known = run.reference_mean[pd.Index(run.genes).get_indexer(predicted.var_names)]
+        corrected = layer.corrected(pit[0], known), layer.corrected(pit[1], known)
+        curves["recalibrated"], densities["recalibrated"] = coverage(*corrected, GRID).overall, pit_histogram(*corrected).mean(1)
         after = scores["recalibrated_coverage"]
         raw = np.mean([np.interp(layer.level, GRID, curve) for curve in per_gene.T])
         text = (
@@ -266,12 +274,42 @@ def _calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame) -> Secti
         }
     ).rename_axis("nominal")
     tables = [Table("Coverage of the raw intervals: shares of held-out counts inside.", table)]
-    return Section("Calibration", text, tables, {caption: plots.calibration_curve(GRID, per_gene.mean(1), per_gene)})
+    figures = {
+        "Share of held-out counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep their "
+        "word, below it they are too narrow. The band holds the middle 80 % of genes (raw).": plots.calibration_curve(GRID, curves, per_gene),
+        "Randomised PIT of the held-out counts (density, no unit): flat at 1 is right; high at both ends means intervals that are too short, a hill "
+        "that they are too wide, a slope that the level is off. The band holds the middle 80 % of genes (raw).": plots.pit_plot(densities, density),
+    }
+    return Section("Calibration", text, tables, figures)
+
+
+def _inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:
+    """Without a truth: the genes of the panel that were hidden in turn."""
+    ends = np.stack([0.5 - 0.5 * GRID, 0.5 + 0.5 * GRID])  # [2, levels]
+    maps = layer.maps_of(run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(inner.genes))])
+    raw, after = (
+        np.stack([np.diff(np.interp(np.interp(ends, one, KNOTS), KNOTS, pit), axis=0)[0] for one, pit in zip(by, inner.pit.T, strict=True)], 1)
+        for by in (np.tile(KNOTS, (len(inner.genes), 1)), maps.T)
+    )
+    text = (
+        f"There is no truth for the genes that are predicted, so {len(inner.genes)} genes of the panel were hidden in turn and the method fitted "
+        f"again without them: {layer.raw_coverage:.1%} of their counts lay inside the raw {layer.level:.0%} intervals. They also taught the "
+        "correction, so the recalibrated curve flatters itself a little."
+    )
+    caption = (
+        "Share of the hidden counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep "
+        "their word, below it they are too narrow. The band holds the middle 80 % of genes (raw)."
+    )
+    figure = plots.calibration_curve(GRID, {"raw": raw.mean(1), "recalibrated": after.mean(1)}, raw)
+    return Section("Calibration on genes that were hidden in turn", text, figures={caption: figure})
 
 
 def _genes(scores: pd.DataFrame, links: Mapping[str, str]) -> Section:
     """Genes from reliable to unreliable; all of them, linked to the browser."""
-    names = {"trust": "trust", "raw_pcc": "PCC", "raw_ceiling": "noise ceiling", "coverage_90": "coverage 90 %", "mean_count": "mean count"}
+    names = {
+        "trust": "trust", "raw_pcc": "PCC", "raw_ceiling": "noise ceiling", "coverage_90": "coverage 90 %", "mean_count": "mean count",
+        "between_fits": "doubt between fits",
+    }  # fmt: skip
     shown = scores.reindex(columns=[name for name in names if name in scores]).rename(columns=names).rename_axis("gene")
     by = "PCC" if "PCC" in shown else "trust"
     shown = shown.sort_values(by, ascending=False, kind="stable")
@@ -293,7 +331,7 @@ def _fit(run: Run) -> Section:
     facts = {
         "method": run.method,
         "preset": run.manifest.get("preset"),
-        "seed": run.manifest.get("seed"),
+        "seed": ", ".join(map(str, record.get("seeds", [run.manifest.get("seed")]))),
         "independent chains": record.get("chains"),
         "steps": record.get("steps"),
         "stopped": record.get("stop_reason"),
@@ -315,7 +353,10 @@ def _fit(run: Run) -> Section:
             "Loss of the variational fit (nats per entry of the target), on the scale of all but its first tenth: it should have flattened; where it "
             "still falls, more steps would change the result."
         )
-        figures[caption] = plots.loss_curve(record["losses"], unit="loss (nats per entry)")
+        runs = record["losses"] if "seeds" in record else [record["losses"]]
+        longest = max(map(len, runs))
+        losses = [[*run, *[np.nan] * (longest - len(run))] for run in runs]
+        figures[caption] = plots.loss_curve(losses, unit="loss (nats per entry)", name="seed")
     return Section("Fit", tables=tables, figures=figures)
 
 
@@ -383,6 +424,8 @@ def _facts(scores: pd.DataFrame, gene: str, measured: bool) -> dict[str, str]:
     if gene in scores.index:
         row = scores.loc[gene]
         facts["trust"] = f"{row['trust']:.2f}" + (" (low)" if row["trust"] < LOW_TRUST else "")
+        if "between_fits" in row:
+            facts["doubt between fits"] = f"{row['between_fits']:.0%}"
         if "raw_pcc" in row:
             facts["PCC (ceiling)"] = f"{row['raw_pcc']:.2f} ({row['raw_ceiling']:.2f})"
             facts["coverage of the raw 90 % interval"] = f"{row['coverage_90']:.0%}"

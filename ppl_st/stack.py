@@ -10,7 +10,8 @@ Draw d of the mixture is a draw of run t(d), with turns so arranged that any num
 so summaries, scores, samples and files of a stack are made by the code that makes those of a run: it *is* a `Run`, of the method "stack".
 Runs cut cells into blocks in their own ways: one leads, the others offer ``at(rows)``, which gives them any cells.
 
-Not here: ArviZ export (the runs have different sites), refitting.
+Fits of one method with different seeds are a mixture as well (`seeds`): each counts the same, and their draws take turns. Where they disagree no
+single one of them is to be believed, however short its own intervals are; ``between_sd`` of a prediction says how much of the doubt that is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.posterior import Run
 
-__all__ = ["Predictor", "Spec", "quantities", "stack", "stacked", "stacking_weights"]
+__all__ = ["Predictor", "Spec", "quantities", "seeds", "stack", "stacked", "stacking_weights"]
 
 TURNS = 1000  # draws until the order of the runs repeats itself
 PRIOR_GENES = 0.1
@@ -91,25 +93,43 @@ def stack(runs: Sequence[Run]) -> Run:
             raise UserError(f"stack: {name} has no scores of held-out genes; first: ppl-st recalibrate {run.folder or 'RUN'}")
     log_prob, inner = _inner_scores(runs)
     weights = stacking_weights(log_prob)
-    genes = _common([run.genes for run in runs])
-    if not genes.size:
-        raise UserError("stack: the runs can predict no gene in common; fit them with the same reference")
-    first = runs[0]
-    target = first.target.take_genes(_common([run.target.genes for run in runs]))
-    spec = Spec(tuple(runs), weights.tolist(), genes)
     scores = [float(one.mean()) for one in (*log_prob, stacked(log_prob, weights))]
     record = {
-        "seconds": sum(run.record["seconds"] for run in runs),
-        "peak_memory_bytes": max(run.record["peak_memory_bytes"] for run in runs),
         "weights": dict(zip(names, weights.tolist(), strict=True)),
         "inner_log_score": dict(zip([*names, "stack"], scores, strict=True)),
         "inner_genes": len(inner),
     }
     manifest = {"method": "stack", "weights": record["weights"], "runs": [run.manifest for run in runs]}
-    return replace(
-        first, method="stack", module=sys.modules[__name__], spec=spec, data=tuple(run.data for run in runs), target=target,
-        reference=first.reference.take_genes(genes), manifest=manifest, record=record, new_cells=spec.new_cells, folder=None, inner=None,
-        recalibration=None,
+    return _mixture(runs, weights, "stack", manifest, record)
+
+
+def seeds(runs: Sequence[Run], folder: Path | None = None) -> Run:
+    """Fits of one method that differ in their seeds, as one run: what differs between them is uncertainty, too.
+
+    Every fit counts the same. In ArviZ each of their chains is a chain; predictions have ``between_sd`` (see `Run.predict`). Of a method of images it
+    predicts the spots of the fit; places, maps and other images are asked of the single fits.
+    """
+    first = runs[0]
+    own = [int(run.manifest["seed"]) for run in runs]
+    if len({run.method for run in runs}) > 1 or len(set(own)) < len(runs):
+        given = ", ".join(f"{run.method} (seed {seed})" for run, seed in zip(runs, own, strict=True))
+        raise UserError(f"seeds: {given}; need one method, other seeds")
+    record = {**first.record, "chains": sum(run.record["chains"] for run in runs), "seeds": own}
+    record["start_seconds"] = sum(run.record.get("start_seconds", 0.0) for run in runs)
+    record["losses"] = [run.record["losses"] for run in runs]
+    return replace(_mixture(runs, np.full(len(runs), 1 / len(runs)), first.method, {**first.manifest, "seeds": own}, record), folder=folder)
+
+
+def _mixture(runs: Sequence[Run], weights: Floats, method: str, manifest: dict[str, Any], record: dict[str, Any]) -> Run:
+    genes = _common([run.genes for run in runs])
+    if not genes.size:
+        raise UserError("stack: the runs can predict no gene in common; fit them with the same reference")
+    first, spec = runs[0], Spec(tuple(runs), weights.tolist(), genes)
+    seconds, memory = sum(run.record["seconds"] for run in runs), max(run.record["peak_memory_bytes"] for run in runs)
+    return Run(
+        method, sys.modules[__name__], first.config, spec, first.pair, tuple(run.data for run in runs),
+        first.target.take_genes(_common([run.target.genes for run in runs])), first.reference.take_genes(genes), manifest,
+        {**record, "seconds": seconds, "peak_memory_bytes": memory}, spec.new_cells,
     )  # fmt: skip
 
 
@@ -159,12 +179,17 @@ class Predictor:
             run.module.Predictor(run.pair, own, run.config, run.spec) for run, own in zip(spec.runs, data, strict=True)
         ]
         self.columns = [pd.Index(run.genes).get_indexer(pd.Index(spec.genes)) for run in spec.runs]
-        self.turns = turns(spec.weights, [len(part.chains) for part in self.parts])
+        chains = [len(part.chains) for part in self.parts]
+        equal = len(set(spec.weights)) == len(set(chains)) == 1  # then one round of all chains is a whole turn
+        self.turns = turns(spec.weights, chains, len(chains) * chains[0] if equal else TURNS)
         self.chains = [self.parts[k].chains[c] for k, c in self.turns]
+        self.fits = [k for k, _ in self.turns]
         self.n_cells = self.parts[0].n_cells
         fixed = [k for k, part in enumerate(self.parts) if not hasattr(part, "at")]
         self.lead = fixed[0] if fixed else 0
         self.fixed = fixed[1:]  # they must cut the cells as the leading run does
+        if not fixed:
+            self.at = lambda rows: Block([part.at(rows) for part in self.parts], {})
 
     def blocks(self, max_cells: int) -> Iterator[Block]:
         """Batches of all runs that own the same cells."""
@@ -175,6 +200,10 @@ class Predictor:
             if any(not np.array_equal(self.parts[k].rows(found[k]), rows) for k in others):
                 raise UserError("stack: two of the runs infer cells in different blocks and cannot be stacked; fit them with the same settings")
             yield Block([found[k] if k in found else part.at(rows) for k, part in enumerate(self.parts)], {})
+
+    def restrict(self, batch: Block, keep: NDArray[np.bool_]) -> Block:
+        """The block owning only the cells in ``keep`` [n]."""
+        return Block([part.restrict(one, keep) for part, one in zip(self.parts, batch.parts, strict=True)], {})
 
     def rows(self, batch: Block) -> NDArray[np.int64]:
         """Rows of the result that the block owns."""

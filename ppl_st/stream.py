@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ppl_st.inference.predict import QUANTILES, Summary, predictive_blocks
+from ppl_st.inference.predict import QUANTILES, Summary, fits_of_draws, predictive_blocks
 from ppl_st.io import atomic, hdf5_target
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def write_prediction(
     memory_gb: float,
 ) -> tuple[int, int]:
     """Write the summaries of the genes ``index`` in the cells of ``counts`` (``own``: those of the fit); see `ppl_st.posterior.Run.write`."""
-    n, moments = predictor.n_cells, np.zeros((2, len(index)))  # per gene: sums of the rate and of its square
+    n, several = predictor.n_cells, fits_of_draws(predictor, predictor.chains, draws) is not None
+    moments = np.zeros((4, len(index)))  # per gene: sums of the rate, its square, its variance, the part of that between fits
 
     def blocks() -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
         whole: dict[str, NDArray[np.float32]] = {}
@@ -123,7 +124,8 @@ def write_prediction(
         ):
             layers = layers_of(summary, None if ends is None else ends[:, part])
             rate = layers["rate_mean"].astype(np.float64)
-            moments[:, part] += rate.sum(0), (rate**2).sum(0)
+            doubt, between = (np.square(layers.get(name, np.zeros((0, 1))), dtype=np.float64).sum(0) for name in ("rate_sd", "between_sd"))
+            moments[:, part] += np.stack(np.broadcast_arrays(rate.sum(0), (rate**2).sum(0), doubt, between))
             if part.start == 0:
                 whole = {name: np.empty((len(rows), len(index)), np.float32) for name in layers}
             for name, values in layers.items():
@@ -132,14 +134,14 @@ def write_prediction(
                 yield rows, whole
 
     def var() -> pd.DataFrame:
-        rate, square = moments / max(1, n)
-        return var_of(run, index, rate, np.maximum(square - rate**2, 0), ends)
+        rate, square, doubt, between = moments / max(1, n)
+        return var_of(run, index, rate, np.maximum(square - rate**2, 0), (doubt, between) if several else None, ends)
 
     obs, obsm = counts.obs.set_axis(pd.Index(counts.names)), {} if counts.xy is None else {"spatial": counts.xy}
     if own:
         more, columns = run.module.quantities(run.pair, run.data, run.config, run.spec)
         obs, obsm = obs.assign(**columns), obsm | more
-    names = ["rate_mean", "rate_sd", "count_sd", *QUANTILES, *([] if ends is None else ["lower", "upper"])]
+    names = ["rate_mean", "rate_sd", "count_sd", *(["between_sd"] if several else []), *QUANTILES, *([] if ends is None else ["lower", "upper"])]
     write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest)}, run.genes[index], names, blocks(), var)
     return n, len(index)
 
@@ -147,8 +149,9 @@ def write_prediction(
 def layers_of(summary: Summary, ends: NDArray[np.float64] | None) -> dict[str, NDArray[np.float32]]:
     """The arrays of a summary by the names that `ppl_st.posterior.Run.predict` gives them."""
     layers = {"rate_mean": summary.rate_mean, "rate_sd": summary.rate_sd, "count_sd": summary.count_sd}
-    if summary.lognorm_mean is not None:
-        layers["lognorm_mean"] = summary.lognorm_mean
+    for name, values in (("between_sd", summary.between_sd), ("lognorm_mean", summary.lognorm_mean)):
+        if values is not None:
+            layers[name] = values
     layers |= summary.quantiles
     if ends is not None:  # where no finite interval covers what was asked for
         layers["lower"][:, ends[0] <= 0], layers["upper"][:, ends[1] >= 1] = 0.0, np.inf
@@ -159,17 +162,20 @@ def var_of(
     run: "Run",
     index: NDArray[np.int64],
     mean: NDArray[np.float64],
-    between: NDArray[np.float64],
+    spread: NDArray[np.float64],
+    doubt: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
     ends: NDArray[np.float64] | None,
 ) -> pd.DataFrame:
-    """What is known of the genes, from mean and variance over cells of the predicted rate.
+    """What is known of the genes, from mean and variance over cells of the predicted rate; ``doubt``: mean over cells of rate_sd^2, between_sd^2.
 
     ``trust`` is the squared correlation that Poisson counts around the predicted rates would have with them. What the model does not know of a
     gene's level or dispersion is left out: a level does not lower a correlation, a dispersion that was never seen is a guess; both made the ranking
-    of genes worse (BENCHMARKS.md).
+    of genes worse (BENCHMARKS.md). ``between_fits`` is the share of the doubt about the rate that comes from fits (seeds, chains) which disagree.
     """
     var = pd.DataFrame({"measured": run.measured[index]}, index=run.genes[index])
-    var["trust"] = between / np.maximum(between + mean, 1e-12)
+    var["trust"] = spread / np.maximum(spread + mean, 1e-12)
+    if doubt is not None:
+        var["between_fits"] = doubt[1] / np.maximum(doubt[0], 1e-300)
     return var if ends is None else var.assign(nominal_level=ends[1] - ends[0])
 
 

@@ -6,7 +6,7 @@ from scipy import stats
 from scipy.stats import norm
 
 from ppl_st.calibration import GRID, coverage, interval_coverage
-from ppl_st.conformal import KNOTS, STRATUM, conformal_level, pit_curves, recalibration, shrunk
+from ppl_st.conformal import KNOTS, STRATUM, Recalibration, conformal_level, pit_curves, recalibration, shrunk
 from ppl_st.errors import UserError
 
 Z = norm.ppf(np.clip(KNOTS, 1e-12, 1 - 1e-12))[:, None]
@@ -126,3 +126,11 @@ def test_wrong_shapes_are_named():
         recalibration(np.ones((len(KNOTS), 4)), np.ones(3))
     with pytest.raises(UserError, match="strictly between"):
         recalibration(np.ones((len(KNOTS), 4)), np.ones(4), 0.0)
+
+
+def test_corrected_probabilities_are_those_of_each_genes_stratum():
+    layer = Recalibration(0.9, [1.0], [KNOTS.tolist(), (KNOTS**2).tolist()], [], 10, 0.8)
+    p = np.random.default_rng(0).random((7, 3))
+    got = layer.corrected(p, [0.5, 2.0, 3.0])
+    np.testing.assert_allclose(got[:, 0], p[:, 0])
+    np.testing.assert_allclose(got[:, 1:], p[:, 1:] ** 2, atol=1e-3)

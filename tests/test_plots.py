@@ -118,6 +118,27 @@ def test_calibration_curve_draws_what_it_got():
     assert plots.calibration_curve(levels, levels).axes[0].lines[-1].get_label() == "all genes"
 
 
+def test_pit_plot_draws_each_histogram_and_the_band_of_the_first():
+    density = np.array([2.0, 1.0, 0.5, 0.5])
+    figure = plots.pit_plot({"raw": density, "recalibrated": np.ones(4)}, density[:, None] + np.linspace(-0.2, 0.2, 11))
+    band, raw, after = figure.axes[0].patches
+    np.testing.assert_array_equal(raw.get_data().values, density)
+    np.testing.assert_array_equal(after.get_data().values, np.ones(4))
+    np.testing.assert_allclose(band.get_data().values - band.get_data().baseline, 0.32)
+    assert labels(figure) == ["density (1 = uniform)"] and png(figure)
+
+
+@pytest.mark.parametrize("draws", [99, 63, 5])
+def test_rank_plot_is_flat_for_uniform_ranks(draws):
+    """Every rank once: each bar is exactly 1, also where the ranks do not divide into the bins."""
+    once = np.arange(draws + 1)[:, None]
+    figure = plots.rank_plot({"a": once, "b": np.zeros((50, 2)), "c": once}, draws, columns=2, bins=5)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(shown) == 3 and "50 simulations x 2" in shown[1].get_title()
+    np.testing.assert_allclose(shown[0].patches[1].get_data().values, 1.0)
+    assert shown[1].patches[1].get_data().values[1:].max() == 0 and png(figure)
+
+
 def test_metric_strip_orders_by_median_and_names_a_missing_column():
     rows = [(m, v + 0.01 * i, i) for m, v in (("low", 0.1), ("high", 0.8), ("mid", 0.5)) for i in range(5)]
     table = pd.DataFrame(rows, columns=["method", "pcc", "rmse"])

@@ -22,7 +22,7 @@ from ppl_st.simulate import checkerboard
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 FAST = ["factors=4", "chains=2", "sparsity=0.0", "sweeps=4", "fit.steps=4"]
-LAYERS = {"rate_mean", "rate_sd", "count_sd", "q05", "q50", "q95"}
+LAYERS = {"rate_mean", "rate_sd", "count_sd", "between_sd", "q05", "q50", "q95"}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import nn
 from ppl_st.calibration import coverage
 from ppl_st.inference import predict
 from ppl_st.inference.ensemble import chains_of, ensemble
-from ppl_st.inference.predict import block_sizes, count_draws, draw_globals, posterior_predictive
+from ppl_st.inference.predict import block_sizes, count_draws, draw_globals, fits_of_draws, posterior_predictive
 from ppl_st.inference.svi import FitConfig, Pair, fit
 from ppl_st.likelihoods import Poisson
 from ppl_st.sampling import standard_gamma
@@ -300,3 +300,26 @@ def test_lognorm_mean_is_the_expectation_of_the_log_normalised_count():
     exact = np.log1p(counts * factor[:, None]).mean(0)
     np.testing.assert_allclose(summary.lognorm_mean, exact, rtol=0.12)
     assert (summary.lognorm_mean >= exact * 0.99).all()  # it takes positive counts at their mean: never below
+
+
+def test_disagreement_of_fits_is_told_from_their_own_doubt():
+    """rate = level x Gamma(4, 2): levels .5 and 1.5 of two fits, each the same in every draw of it; equal fits: none of it by chance."""
+    shape = np.full((6, 4), 4.0)
+    two = [chain(constant=0.5), chain(constant=1.5)]
+    summary, _ = posterior_predictive(Conjugate(shape), two, np.arange(4), draws=2000, seed=0)
+    np.testing.assert_allclose(summary.between_sd, 0.5 * 2.0, rtol=0.1)  # mean of the gamma is 2
+    within = np.sqrt(summary.rate_sd.astype(float) ** 2 - summary.between_sd.astype(float) ** 2)
+    np.testing.assert_allclose(within, np.sqrt((0.5**2 + 1.5**2) / 2), rtol=0.1)  # sd of the gamma is 1
+    same = [chain(), chain(), chain()]
+    few = np.stack([posterior_predictive(Conjugate(shape), same, np.arange(4), draws=6, seed=s)[0].between_sd for s in range(60)])
+    assert np.mean(few**2) < 0.25 and (few == 0).mean() > 0.3  # means of two draws differ by more: variance 1 / 2
+    alone, _ = posterior_predictive(Conjugate(shape), [chain()], np.arange(4), draws=6, seed=0)
+    assert alone.between_sd is None
+
+
+def test_draws_know_their_fit():
+    one = Conjugate(np.ones((2, 2)))
+    assert fits_of_draws(one, [chain()], 10) is None and fits_of_draws(one, [chain()] * 5, 5) is None  # one draw of each says nothing
+    np.testing.assert_array_equal(fits_of_draws(one, [chain()] * 2, 5), [0, 1, 0, 1, 0])
+    one.fits = [7, 7, 9, 9]  # two chains each of two fits
+    np.testing.assert_array_equal(fits_of_draws(one, [chain()] * 4, 6), [0, 0, 1, 1, 0, 0])

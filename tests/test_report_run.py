@@ -10,8 +10,9 @@ import pytest
 import tomli_w
 import torch
 
-from ppl_st import api, report_run
+from ppl_st import api, plots, report_run
 from ppl_st.browser import decode
+from ppl_st.calibration import GRID
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
@@ -101,10 +102,24 @@ def test_recalibrated_intervals_are_the_ones_shown(run, sim, tmp_path):
     assert widths[0] < widths[1]  # the middle 36 % of the raw forecast against 90 %
     assert "90 % interval (recalibrated)" in pages[0] and "90 % interval (raw)" in pages[1]
     assert "Recalibrated 90% intervals hold" in text(pages[0]) and "intervals are raw" not in text(pages[0])
+    titles = [set(re.findall(r"<figcaption>([^<]{20})", page)) for page in pages]
+    assert titles[0] == titles[1] and {"Share of held-out co", "Randomised PIT of th", "What goes wrong (1 -"} <= titles[0]
     boundless = replace(run, recalibration=layer._replace(nominal=[1.0]))
     report_run.report_run(boundless, tmp_path / "b.html", truth=sim.truth, draws=10)
     page = (tmp_path / "b.html").read_text(encoding="utf-8")
     assert np.isnan(decode(data(page)["genes"][0]["maps"]["width"])).all() and "No finite interval" in text(page)
+
+
+def test_calibration_on_hidden_genes_stands_in_for_a_truth(run, tmp_path, monkeypatch):
+    drawn, draw = {}, plots.calibration_curve
+    monkeypatch.setattr(plots, "calibration_curve", lambda *given: drawn.update(given[1]) or draw(*given))
+    better = api.recalibrate(replace(run, folder=None), folds=2, draws=10)
+    report_run.report_run(better, tmp_path / "r.html", draws=5)
+    words = text((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "30 genes of the panel were hidden in turn" in words and f"{better.recalibration.raw_coverage:.1%} of their counts" in words
+    at = np.argmin(np.abs(GRID - 0.9))
+    assert drawn["raw"][at] == pytest.approx(better.recalibration.raw_coverage, abs=0.01)
+    assert abs(drawn["recalibrated"][at] - 0.9) <= abs(drawn["raw"][at] - 0.9) + 1e-9
 
 
 def test_many_cells_are_thinned_and_said_to_be(run, tmp_path, monkeypatch):
