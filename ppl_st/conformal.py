@@ -22,6 +22,10 @@ Then E[coverage of a new gene] >= level for any m, whatever the forecaster, as l
 (conformal risk control: Angelopoulos, Bates, Fisch, Lei, Schuster, ICLR 2024, Theorem 1; the miscoverage falls with l and lies in [0, 1]). The
 "+ 1" costs up to 1 / (m + 1) of over-coverage: 26 inner genes give 90 % intervals that cover 93 to 94 %. The promise is for the mean over genes,
 not for each gene.
+
+Methods of images predict genes that they were shown, at *places* that they were not: there hidden spots are the exchangeable units. F_i is the
+distribution function of the PIT over the genes of one stratum at spot i, R is made from the F_i of each stratum as above (`at_places`), and so is the
+guarantee, whose "+ 1" is small where spots are many. It holds for places picked as the spots were: not for an image or a section without counts.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from numpy.typing import NDArray
 from ppl_st.calibration import GRID
 from ppl_st.errors import UserError
 
-__all__ = ["KNOTS", "Inner", "Recalibration", "conformal_level", "pit_curves", "recalibration", "shrunk"]
+__all__ = ["KNOTS", "Inner", "Recalibration", "at_places", "conformal_level", "gene_strata", "pit_curves", "recalibration", "shrunk"]
 
 STRATUM = 50  # inner genes that a stratum needs
 # Probabilities at which the distribution function of a PIT is kept: the ends of the central intervals of `GRID`, the median, 0 and 1.
@@ -47,7 +51,8 @@ class Inner(NamedTuple):
     """Scores of genes of the target that were hidden in turn: what a run knows about its forecasts of new genes.
 
     genes [m] names; pit [knots, m] distribution function of each gene's randomised PIT at `KNOTS`; cells names of a seeded subset of the cells,
-    log_prob [cells, m] log predictive probability of the counts there.
+    log_prob [cells, m] log predictive probability of the counts there. Of a method of images the hidden units, ``genes``, are spots, and there is no
+    log_prob.
     """
 
     genes: NDArray[np.str_]
@@ -63,7 +68,7 @@ class Recalibration(NamedTuple):
     edges: list[float]  # values of the covariate between the strata
     maps: list[list[float]]  # R of each stratum at `KNOTS`
     nominal: list[float]  # with the guarantee: nominal level of each stratum; else empty
-    genes: int  # inner genes
+    genes: int  # inner genes (of a method of images: hidden spots)
     raw_coverage: float  # mean coverage of the uncorrected interval on them
 
     @property
@@ -150,14 +155,36 @@ def recalibration(pit: Any, covariate: Any, level: float = 0.9, *, guarantee: bo
         raise UserError(f"recalibration: PIT curves have shape {curves.shape}, need [{len(KNOTS)}, {known.size}], one for each covariate")
     if not 0 < level < 1:
         raise UserError(f"recalibration: level {level} must lie strictly between 0 and 1")
+    edges = gene_strata(known)
+    of = np.searchsorted(edges, known)
+    return _made(curves, [curves[:, of == k] for k in range(len(edges) + 1)], edges, level, guarantee)
+
+
+def at_places(pit: Any, edges: list[float], level: float = 0.9, *, guarantee: bool = False) -> Recalibration:
+    """What to correct at new places: ``pit`` [strata, knots, places] PIT curves of each stratum of genes, ``edges`` from `gene_strata`."""
+    curves = np.asarray(pit, dtype=np.float64)
+    if curves.ndim != 3 or curves.shape[:2] != (len(edges) + 1, len(KNOTS)) or not curves.shape[2]:
+        raise UserError(f"at_places: PIT curves have shape {curves.shape}, need [{len(edges) + 1}, {len(KNOTS)}, places]")
+    return _made(curves.mean(0), list(curves), edges, level, guarantee)
+
+
+def gene_strata(covariate: Any) -> list[float]:
+    """Values between strata of the covariate [genes] with `STRATUM` genes or more in each (fewer where many genes share a value)."""
+    known = np.asarray(covariate, dtype=np.float64)
     strata = max(1, known.size // STRATUM)
     cuts = np.unique(np.quantile(known, np.arange(1, strata) / strata))
-    edges = cuts[cuts < known.max()].tolist()  # many genes may share a value
-    strata = len(edges) + 1
-    of = np.searchsorted(edges, known)
+    return [float(cut) for cut in cuts[cuts < known.max()]]
+
+
+def _made(curves: Floats, parts: list[Floats], edges: list[float], level: float, guarantee: bool) -> Recalibration:
+    """From the PIT curves of all units [knots, units] and those of each stratum."""
     common = shrunk(curves)
-    maps = [common if strata == 1 else shrunk(curves[:, of == k], common) for k in range(strata)]
-    central = np.stack([np.interp(0.5 + 0.5 * GRID, KNOTS, F) - np.interp(0.5 - 0.5 * GRID, KNOTS, F) for F in curves.T], 1)
-    nominal = [conformal_level(central[:, of == k], level) for k in range(strata)] if guarantee else []
-    raw = float(np.mean([np.interp(level, GRID, curve) for curve in central.T]))
-    return Recalibration(level, edges, [one.tolist() for one in maps], nominal, known.size, raw)
+    maps = [common if len(parts) == 1 else shrunk(part, common) for part in parts]
+    nominal = [conformal_level(_central(part), level) for part in parts] if guarantee else []
+    raw = float(np.mean([np.interp(level, GRID, curve) for curve in _central(curves).T]))
+    return Recalibration(level, edges, [one.tolist() for one in maps], nominal, curves.shape[1], raw)
+
+
+def _central(curves: Floats) -> Floats:
+    """Coverage of the central intervals of `GRID`, [levels, units]."""
+    return np.stack([np.interp(0.5 + 0.5 * GRID, KNOTS, F) - np.interp(0.5 - 0.5 * GRID, KNOTS, F) for F in curves.T], 1)

@@ -75,7 +75,9 @@ class ImageRun(Run):
             base = new_image(image, self.data, self.config.input, lambda line: None, name=name, scale=scale, xy=xy)
         else:
             base = self.section(section)
-        return self.looking(section_at(base, xy, radius), names, xy)
+        seen = self.looking(section_at(base, xy, radius), names, xy)
+        spots_alike = image is None and radius is None
+        return seen if spots_alike else replace(seen, inner=None, recalibration=None)
 
     def areas(self, section: str | None = None) -> "ImageRun":
         """The run looking at the annotated regions of a section; their counts are sums over all of their pixels."""
@@ -220,7 +222,8 @@ class ImageRun(Run):
         size = np.maximum(np.bincount(flat, minlength=len(names) + 1)[1:], 1)
         middle = np.stack([np.bincount(flat, axis, len(names) + 1)[1:] / size for axis in (j, i)], 1)
         xy = middle / section.scale + np.array(section.origin)
-        return self.looking(section._replace(label=label, counts=empty, virtual=-1, centers=middle), names, xy)
+        whole = replace(self, inner=None, recalibration=None)  # it was learned on spots
+        return whole.looking(section._replace(label=label, counts=empty, virtual=-1, centers=middle), names, xy)
 
     def looking(self, section: Section, names: NDArray[np.str_], xy: NDArray[np.float64]) -> "ImageRun":
         obs = pd.DataFrame({"section": section.name, "pixels": np.bincount(section.label.ravel(), minlength=len(names) + 1)[1:]}, index=names)

@@ -286,13 +286,16 @@ def _calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame) -> Secti
 def _inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:
     """Without a truth: the genes of the panel that were hidden in turn."""
     ends = np.stack([0.5 - 0.5 * GRID, 0.5 + 0.5 * GRID])  # [2, levels]
-    maps = layer.maps_of(run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(inner.genes))])
+    spots = reference_kind(run) == "image"
+    known = run.reference_mean[:0] if spots else run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(inner.genes))]
+    maps = np.tile(np.mean(layer.maps, 0)[:, None], len(inner.genes)) if spots else layer.maps_of(known)
+    what = "spots were" if spots else "genes of the panel were"
     raw, after = (
         np.stack([np.diff(np.interp(np.interp(ends, one, KNOTS), KNOTS, pit), axis=0)[0] for one, pit in zip(by, inner.pit.T, strict=True)], 1)
         for by in (np.tile(KNOTS, (len(inner.genes), 1)), maps.T)
     )
     text = (
-        f"There is no truth for the genes that are predicted, so {len(inner.genes)} genes of the panel were hidden in turn and the method fitted "
+        f"There is no truth for what is predicted, so {len(inner.genes)} {what} hidden in turn and the method fitted "
         f"again without them: {layer.raw_coverage:.1%} of their counts lay inside the raw {layer.level:.0%} intervals. They also taught the "
         "correction, so the recalibrated curve flatters itself a little."
     )
@@ -301,7 +304,7 @@ def _inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:
         "their word, below it they are too narrow. The band holds the middle 80 % of genes (raw)."
     )
     figure = plots.calibration_curve(GRID, {"raw": raw.mean(1), "recalibrated": after.mean(1)}, raw)
-    return Section("Calibration on genes that were hidden in turn", text, figures={caption: figure})
+    return Section(f"Calibration on {'spots' if spots else 'genes'} that were hidden in turn", text, figures={caption: figure})
 
 
 def _genes(scores: pd.DataFrame, links: Mapping[str, str]) -> Section:

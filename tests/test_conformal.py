@@ -5,8 +5,18 @@ import pytest
 from scipy import stats
 from scipy.stats import norm
 
+from ppl_st import conformal
 from ppl_st.calibration import GRID, coverage, interval_coverage
-from ppl_st.conformal import KNOTS, STRATUM, Recalibration, conformal_level, pit_curves, recalibration, shrunk
+from ppl_st.conformal import (
+    KNOTS,
+    STRATUM,
+    Recalibration,
+    at_places,
+    conformal_level,
+    gene_strata,
+    pit_curves,
+    recalibration,
+)
 from ppl_st.errors import UserError
 
 Z = norm.ppf(np.clip(KNOTS, 1e-12, 1 - 1e-12))[:, None]
@@ -53,7 +63,7 @@ def test_a_calibrated_forecaster_is_left_alone():
     untouched = []
     for _ in range(200):
         curves = norm.cdf(Z * np.sqrt(2) - rng.standard_normal(30))  # forecasts N(0, 2) of N(shift, 1), shift ~ N(0, 1): right on average
-        untouched.append(np.allclose(shrunk(curves), KNOTS))
+        untouched.append(np.allclose(conformal.shrunk(curves), KNOTS))
     assert np.mean(untouched) > 0.6
     perfect = np.repeat(GRID[:, None], 2000, 1)
     assert conformal_level(perfect, 0.9) == pytest.approx(0.9, abs=0.021)
@@ -134,3 +144,24 @@ def test_corrected_probabilities_are_those_of_each_genes_stratum():
     got = layer.corrected(p, [0.5, 2.0, 3.0])
     np.testing.assert_allclose(got[:, 0], p[:, 0])
     np.testing.assert_allclose(got[:, 1:], p[:, 1:] ** 2, atol=1e-3)
+
+
+def test_new_places_are_covered_in_every_stratum_of_genes():
+    """40 places per fit; in the second stratum the forecasts are too sure. The guarantee holds there; the first is left as it is."""
+    rng, found, promised = np.random.default_rng(1), [], []
+    for _ in range(300):
+        right, wrong = pits(rng, 41, centre=0.0, spread=0.05), pits(rng, 41)
+        stacked = np.stack([right[:, :40], wrong[:, :40]])
+        for kept, guarantee in ((found, False), (promised, True)):
+            ends = at_places(stacked, [1.0], guarantee=guarantee).ends_of([0.5, 2.0])
+            kept.append([covered(right[:, 40:], ends[:, :1])[0], covered(wrong[:, 40:], ends[:, 1:])[0]])
+    assert np.mean(found, 0) == pytest.approx([0.9, 0.9], abs=0.025) and (np.mean(promised, 0) > 0.9 - 2 * 0.1 / np.sqrt(300)).all()
+    with pytest.raises(UserError, match=r"need \[1, "):
+        at_places(stacked, [])
+
+
+def test_gene_strata_hold_enough_genes():
+    known = np.random.default_rng(0).random(230)
+    edges = gene_strata(known)
+    assert len(edges) == 3 and (np.bincount(np.searchsorted(edges, known)) >= STRATUM).all() and gene_strata(known[:60]) == []
+    assert gene_strata(np.zeros(200)) == []  # genes that share a value are not told apart

@@ -1,6 +1,7 @@
 """A fitted XFuse run on small sections: folder, places, maps, regions, evaluation, commands."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import anndata as ad
@@ -273,6 +274,23 @@ def test_commands(base):
     ok("report", base / "run", "--out", base / "report.html")
 
 
+def test_recalibrated_intervals_at_places(base, world, tmp_path):
+    """Hidden spots teach the correction; it goes with spots of the same size in sections of the fit, with nothing else."""
+    shutil.copytree(base / "run", tmp_path / "run")
+    said = ok("recalibrate", tmp_path / "run", "--folds", 2, "--draws", 10)
+    better = ppl_st.load(tmp_path / "run")
+    assert f"{len(better.target.names)} spots" in said.stderr and better.recalibration.genes == len(better.target.names)
+    assert sorted(better.inner.genes) == sorted(better.target.names) and better.inner.pit.shape[1] == len(better.target.names)
+    spots = world.sections[0].adata[:5]
+    made = better.at(spots, section="section0").predict(draws=20)
+    low, high = (int(np.ceil(20 * end)) - 1 for end in better.recalibration.ends_of([1.0])[:, 0])
+    assert (made.layers["lower"] <= made.layers["upper"]).all() and 0 <= low < high <= 19
+    assert "lower" not in better.areas("section0").predict(draws=3).layers
+    assert "lower" not in better.at(spots, section="section0", radius=2.0).predict(draws=3).layers
+    ok("report", tmp_path / "run", "--out", tmp_path / "r.html", "--draws", 4)
+    assert "spots were hidden in turn" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_commands_say_what_is_wrong(base):
     run, image, table = base / "run", base / "data/section0.png", base / "data/section0.h5ad"
     assert "give one image per target" in refused("fit", "xfuse", *inputs(base), "--image", image, "--out", base / "new")
@@ -283,6 +301,5 @@ def test_commands_say_what_is_wrong(base):
     assert "name it *.zarr" in refused("predict", run, "--maps", base / "genes.txt", "--out", base / "x.h5ad")
     assert "which spots?" in refused("predict", run, "--section", "section0", "--out", base / "x.h5ad")
     assert "name two annotated regions" in refused("predict", run, "--differential", "1", "--out", base / "x.csv")
-    assert "predicts places, not new genes" in refused("recalibrate", run)
     assert "needs one --target and a --reference" in refused("evaluate", "--methods", "siid", "--target", image, "--out", base / "x")
     assert not (base / "new").exists()

@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py collect DATA METHOD FOLD DIR      # osmfish, starmap: folds 0 to 4; xenium: 0
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py table DIR
+    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py places DATA STEPS FOLDS      # mob, her2: XFuse's intervals at hidden spots
 
 "collect" hides one fifth of the shared genes (xenium: nothing; its truth is another file), fits, and scores the hidden genes; then does the same with
 each fifth of the *remaining* genes hidden as well, as `ppl_st.recalibrate` does. "table" learns corrections and weights on the inner genes and
-judges them on the hidden ones. Data: $PPL_ST_DATA or ../shared/data.
+judges them on the hidden ones. "places" hides half of the spots of both sections, fits, recalibrates on parts of the other half and
+judges the 100 genes with the largest totals at the hidden spots. Data: $PPL_ST_DATA or ../shared/data.
 """
 
 import sys
@@ -37,7 +39,9 @@ FILES = {
         "derived_pair_xenium_brain/heldout_truth_cells.h5ad",
     ),
 }  # fmt: skip
-METHODS = {"osmfish": ["vista", "spaim"], "starmap": ["vista", "spaim"], "xenium": ["siid", "vista", "spaim"]}
+METHODS = {
+    "osmfish": ["vista", "spaim", "spagene"], "starmap": ["vista", "spaim", "spagene"], "xenium": ["siid", "vista", "spaim", "spagene"],
+}  # fmt: skip
 FOLDS, MOST_CELLS, CELLS, DRAWN_CELLS, DRAWS = 5, 6000, 4000, 400, 100  # of more than MOST_CELLS cells CELLS are judged
 
 
@@ -194,8 +198,43 @@ def stack(folder, name, methods):
     print(f"  stack - {methods[best]} {gain.mean:+.4f} [{gain.lo:+.4f}, {gain.hi:+.4f}]; weights {'; '.join(weights)}")
 
 
+IMAGES = {"mob": ("st_olfactory_bulb", "MOB1", "MOB2"), "her2": ("st_her2_breast", "C2", "C3")}
+
+
+def places(name, steps, folds):
+    """Coverage of 90 % intervals at hidden spots, raw and recalibrated."""
+    from ppl_st.api import fit_sections
+    from ppl_st.config import manifest, with_overrides
+    from ppl_st.evaluate_images import hidden_rows, score_hidden, visible
+    from ppl_st.models import xfuse
+    from ppl_st.prepare.xfuse import problem as sections_of
+    from ppl_st.prepare.xfuse import without
+    from ppl_st.slides import read_slides
+
+    folder, *sections = IMAGES[name]
+    files = [[realdata.path(f"{folder}/{kind}_{one}.{suffix}") for one in sections] for kind, suffix in (("spatial", "h5ad"), ("he", "jpg"))]
+    began, settings = time.process_time(), with_overrides(xfuse.PRESETS["default"], ["fit.seed=0", f"fit.steps={steps}"])
+    data, kept = sections_of(read_slides(*files, layer=None, gene_key=None), settings.input, lambda line: None, Path())
+    hidden = hidden_rows(data, kept, 0.5, (), 0)
+    judged = np.sort(np.argsort(-np.sum([np.asarray(one.matrix.sum(0)).ravel() for one in kept], 0), kind="stable")[:100])
+    seen, spots = visible(without(data, hidden), kept, hidden)
+    run = fit_sections("xfuse", seen, spots, settings, manifest(seed=0, device="auto", inputs={}, command=None))
+    better = ppl_st.recalibrate(run, folds=folds, say=print)
+    for section, table in zip(sections, score_hidden(better, data, kept, hidden, judged), strict=True):
+        for label in ("coverage_90", "recalibrated_coverage"):
+            values = table[label]
+            mean, (low, high) = bootstrap_mean(values, np.random.default_rng(0)), values.quantile([0.05, 0.95])
+            inside = values.between(0.8, 0.97).mean()
+            print(f"{section} {label} {mean.mean:.3f} [{mean.lo:.3f}, {mean.hi:.3f}], genes {low:.2f} to {high:.2f}, in 80-97% {inside:.2f}")
+        change = bootstrap_mean(table["recalibrated_crps"] - table["crps"], np.random.default_rng(0))
+        print(f"  CRPS {table['crps'].mean():.4f} -> {table['recalibrated_crps'].mean():.4f} [{change.lo:+.4f}, {change.hi:+.4f}]")
+    print(f"{name}, {steps} steps, {folds} folds: {time.process_time() - began:.0f} cpu s")
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "collect":
         collect(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    elif sys.argv[1] == "places":
+        places(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
         table(sys.argv[2])
