@@ -37,8 +37,8 @@ class Problem(Protocol):
         """[G] log of a gene's counts per count of the P genes, in the reference."""
 
     @property
-    def evidence(self) -> NDArray[np.float64]:
-        """[G] counts in the reference."""
+    def share_variance(self) -> NDArray[np.float64]:
+        """[G] sampling variance of ``log_share``: few cells, few counts."""
 
     @property
     def neighbors(self) -> sp.csr_matrix | None:
@@ -52,6 +52,21 @@ class Problem(Protocol):
 def totals_of(data: Problem) -> NDArray[np.float64]:
     """[n] counts of each cell over the shared genes."""
     return np.asarray(data.counts[:, data.columns].sum(1), dtype=np.float64).ravel()
+
+
+def log_shares(reference: sp.csr_matrix, panel: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log of every gene's counts per count of the genes ``panel`` [G], and its sampling variance over the cells of the reference [G].
+
+    The share is a ratio r of sums over cells; by the delta method Var log r = sum_i (c_ig - r t_i)^2 / (sum_i c_ig)^2, half a count added for
+    genes with few: 1 / counts for Poisson counts, more where cells differ.
+    """
+    matrix = sp.csr_matrix(reference, dtype=np.float64)
+    totals = np.asarray(matrix[:, panel].sum(1)).ravel()
+    counts = np.asarray(matrix.sum(0)).ravel()
+    share = (counts + 0.5) / (totals.sum() + 1)
+    square = np.bincount(matrix.indices, weights=matrix.data**2, minlength=matrix.shape[1])
+    residual = square - 2 * share * (matrix.T @ totals) + share**2 * (totals**2).sum()
+    return np.log(share), (np.maximum(residual, 0.0) + 0.5) / (counts + 0.5) ** 2
 
 
 def without(data: Some, inner: NDArray[np.int64]) -> Some:

@@ -1,14 +1,19 @@
 r"""From a standardised map f of a gene to its counts, and what inner held-out genes teach about genes that nobody measured.
 
-    f_ig    = u_i . t_g;   m_ig, s_ig^2 its posterior mean and variance given the features, v_g the variance of m_ig over cells
-    rate_ig = total_i exp(log_gain_g + slope_g m_ig - slope_g^2 v_g / 2) exp(slope_g (f_ig - m_ig) - slope_g^2 s_ig^2 / 2)
+    f_ig    = u_i . t_g;   m_ig, s_ig^2 its posterior mean and variance given the features
+    rate_ig = depth_i exp(log_gain_g + slope_g m_ig - c_g(slope_g)) exp(slope_g (f_ig - m_ig) - slope_g^2 s_ig^2 / 2)
     x_ig    ~ NB(rate_ig, theta_g)
+    depth_i ~ total_i^h, scaled to the same sum over cells: the total of a few genes says too much of a cell's depth, h < 1 where it does
+    c_g(b)  = log of the mean of exp(b m_ig) over cells of the fit, weighted by their depths
 
-    log_gain_g  ~ Normal(a + b z_g, s)     z_g = log share of the gene in the reference, centered
+    log_gain_g  ~ Normal(a + b z_g, s)     z_g = true log share of the gene in the reference, centered
+    b           ~ Normal(1, 1/2)           1: the platforms agree
+    z_g         ~ Normal(m, t), seen with the sampling variance of its reference; both doubts, and those of a and b, widen the level
     slope_g     ~ Normal(m, s'), floored at 0
     log theta_g ~ Normal(a' + b' z_g, s'')
 
-The second factor, what is not known of the gene's map, has mean 1: a cell is not expected to have more of a gene because less is known of it there.
+So log_gain is the log of a gene's counts per count of the shared genes, whatever its map and slope: the same quantity as the reference's log share.
+The last factor, what is not known of the gene's map, has mean 1: a cell is not expected to have more of a gene because less is known of it there.
 
 The hyper-priors are learned on inner genes: panel genes that a fit was not shown, scored with the posterior draws of that fit, so that they
 describe what is left *beside* the spread of the draws. Residuals of genes that the fit has seen would be far too small. Measured genes keep their
@@ -28,19 +33,22 @@ from pyro.nn import PyroModule
 from scipy.special import logsumexp
 from torch import Tensor
 
-from ppl_st.inference.hyperpriors import parameter_prior, random_effects, score_nb
-from ppl_st.models.common.cells import Problem, take_cells, without
+from ppl_st.inference.hyperpriors import MIN_SCALE, parameter_prior, random_effects, score_nb
+from ppl_st.models.common.cells import Problem, log_shares, take_cells, without
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
+EXPONENTS = (1.0, 0.85, 0.7)  # h that are tried
 SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3])
 SLOPE_LOC = (0.6, 1.6)  # a map that was shrunk by its posterior already has a slope near 1
 SLOPE_SCALE = 0.5
+AGREEMENT_SD = 0.5  # of b around 1
 LOG_THETA = np.linspace(-3.0, 5.0, 9)
 FOLDS = 4
 MIN_PANEL = 12  # shared genes below which nothing is held out to learn from
 INNER_GENES = 40  # judged per fold, at most
 INNER_CELLS = 1000
 INNER_DRAWS = 6
+LEVEL_CELLS = 1000  # of the fit, over which c_g is a mean
 OWN_ENTRIES = 1_500_000  # cells x genes on which measured genes learn slope and theta
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
 
@@ -49,13 +57,13 @@ class Hyper(NamedTuple):
     """What the inner held-out genes taught; plain numbers, stored with the run."""
 
     smoothing: float
+    exponent: float  # h
     gain: tuple[float, float, float]  # a, b, s
+    gain_covariance: tuple[float, float, float]  # of a and b: aa, ab, bb
     slope: tuple[float, float]  # m, s'
     log_theta: tuple[float, float, float]  # a', b', s''
     center: float  # of z
-    candidates: list[dict[str, float]]  # every smoothing tried, with its score
-
-
+    candidates: list[dict[str, float]]  # every smoothing and exponent tried, with its score
 
 
 class Codes(NamedTuple):
@@ -75,6 +83,10 @@ class Settings(Protocol):
         """Share of the spatial neighbors in a cell's place, or "auto"."""
 
     @property
+    def depth_exponent(self) -> float | str:
+        """h, or "auto"."""
+
+    @property
     def gain(self) -> str:
         """Level of unmeasured genes: "hierarchical" or "none"."""
 
@@ -92,19 +104,18 @@ class Fit(Protocol):
 def default_hyper(data: Problem, config: Settings) -> Hyper:
     """Wide hyper-priors where nothing can be learned: a tiny panel."""
     z = data.log_share[data.panel]
-    smoothing = 0.0 if config.smoothing == "auto" else float(config.smoothing)
-    return Hyper(smoothing, (_mean_gain(data), 0.5, 1.0), (1.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
+    smoothing, exponent = (start if value == "auto" else float(value) for value, start in ((config.smoothing, 0.0), (config.depth_exponent, 1.0)))
+    return Hyper(smoothing, exponent, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
 def _mean_gain(data: Problem) -> float:
-    counts = np.asarray(data.counts[:, data.columns].sum(0), dtype=np.float64).ravel()
-    return float(np.log((counts + 0.5) / (data.totals.sum() + 1)).mean())
+    return float(log_shares(data.counts, data.columns)[0][data.columns].mean())
 
 
 def learn_hyper(
     data: Problem, config: Settings, seed: int, say: Callable[[str], None], fit: Callable[[Any, NDArray[np.int64]], Fit], folds: int = FOLDS
 ) -> Hyper:
-    """Choose the smoothing and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows how to
+    """Choose the smoothing, then the depths' exponent, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows how to
     draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
     if len(data.panel) < MIN_PANEL:
         say(f"{len(data.panel)} shared genes: too few to learn hyper-priors from; wide ones are used")
@@ -114,35 +125,46 @@ def learn_hyper(
     options = SMOOTHING if config.smoothing == "auto" else (float(config.smoothing),)
     if data.neighbors is None:
         options = (0.0,)
+    exponents = EXPONENTS if config.depth_exponent == "auto" else (float(config.depth_exponent),)
     order = rng.permutation(len(data.panel))
-    scores: dict[float, list[NDArray[np.float64]]] = {option: [] for option in options}
-    levels: dict[float, list[NDArray[np.float64]]] = {option: [] for option in options}
-    noises, genes = [], []
+    tests: list[tuple[Any, ...]] = []  # counts, totals, places by smoothing, codes
+    judged = []
     for fold in range(folds):
         inner = np.sort(order[fold::FOLDS])
         split = without(data, inner)
-        judged = inner[np.sort(rng.permutation(len(inner))[:INNER_GENES])]
-        problem = fit(split, data.panel[judged])
-        codes = problem.codes(INNER_DRAWS, [seed, 2, fold])
+        judged.append(inner[np.sort(rng.permutation(len(inner))[:INNER_GENES])])
+        problem = fit(split, data.panel[judged[-1]])
+        counts = data.counts[rows][:, data.columns[judged[-1]]].toarray().astype(np.float64)
         place = problem.place(split)
-        counts = data.counts[rows][:, data.columns[judged]].toarray().astype(np.float64)
-        totals = split.totals
-        for option in options:
-            score, level = _score(counts, totals[rows], smooth(place, split.neighbors, option)[rows], codes)
-            scores[option].append(score)
-            levels[option].append(level)
-        noises.append(1 / (counts.sum(0) + 0.5) + 1 / (data.evidence[data.panel[judged]] + 0.5))
-        genes.append(data.panel[judged])
-    total = {option: float(logsumexp(np.concatenate(parts, 2), axis=(0, 1)).sum()) for option, parts in scores.items()}
-    best = max(total, key=lambda option: total[option])
-    candidates = [{"smoothing": option, "inner genes": value} for option, value in total.items()]
-    z = data.log_share[np.concatenate(genes)]
-    hyper = _priors(np.concatenate(scores[best], 2), np.concatenate(levels[best], 1), np.concatenate(noises), z, config, best, candidates)
+        places = {option: smooth(place, split.neighbors, option)[rows] for option in options}
+        tests.append((counts, split.totals[rows], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
+    scores: dict[tuple[float, float], NDArray[np.float64]] = {}
+
+    def tried(smoothing: float, exponent: float) -> float:
+        if (smoothing, exponent) not in scores:
+            parts = [_score(counts, totals, exponent, places[smoothing], codes) for counts, totals, places, codes in tests]
+            scores[smoothing, exponent] = np.concatenate(parts, 2)
+        return float(logsumexp(scores[smoothing, exponent], axis=(0, 1)).sum())
+
+    smoothing = max(options, key=lambda option: tried(option, exponents[0]))
+    best = smoothing, max(exponents, key=lambda exponent: tried(smoothing, exponent))
+    candidates = [{"smoothing": one[0], "exponent": one[1], "inner genes": tried(*one)} for one in scores]
+    genes = np.concatenate(judged)
+    z, doubt = (values[data.panel[genes]] for values in true_shares(data))
+    level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
+    hyper = _priors(scores[best], level, noise, z, doubt, config)._replace(smoothing=best[0], exponent=best[1], candidates=candidates)
     say(
-        f"smoothing {best:g}; gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; slope {hyper.slope[0]:.2f}, sd "
-        f"{hyper.slope[1]:.2f}; log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
+        f"smoothing {best[0]:g}, depth ~ total^{best[1]:g}; gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
+        f"slope {hyper.slope[0]:.2f}, sd {hyper.slope[1]:.2f}; log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
     )
     return hyper
+
+
+def true_shares(data: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Posterior mean and variance of every gene's true log share in the reference [G], under a normal prior over genes."""
+    mean, scale = random_effects(data.log_share, data.share_variance)
+    keep = scale**2 / (scale**2 + data.share_variance)
+    return mean + keep * (data.log_share - mean), keep * data.share_variance
 
 
 def smooth(place: NDArray[np.float32], neighbors: sp.csr_matrix | None, share: float) -> NDArray[np.float32]:
@@ -164,20 +186,12 @@ def _subset(data: Any, rng: np.random.Generator) -> tuple[Any, NDArray[np.int64]
     return take_cells(data, cells), np.searchsorted(cells, chosen)
 
 
-def log_shape(mean: Any, deviation: Any, variance: Any, spread: Any, slope: Any) -> Any:
-    """log rate - log total - log gain of cells: arrays or tensors m, f - m and s^2 [n, g], v [g], slope [g] or one."""
-    return (slope * mean).clip(-LARGEST, LARGEST) - 0.5 * slope**2 * (spread + variance) + slope * deviation
-
-
 def _score(
-    counts: NDArray[np.float64],
-    totals: NDArray[np.float64],
-    place: NDArray[np.float32],
-    codes: Codes,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Log predictive score [slopes, thetas, genes] at each gene's best level, and that log level [slopes, genes]."""
+    counts: NDArray[np.float64], totals: NDArray[np.float64], exponent: float, place: NDArray[np.float32], codes: Codes
+) -> NDArray[np.float64]:
+    """Log predictive score [slopes, thetas, genes] at each gene's own level."""
     used = totals > 0
-    counts, depth, place = counts[used], np.maximum(totals[used], 0.5)[:, None], place[used].astype(np.float64)
+    counts, depth, place = counts[used], np.maximum(totals[used], 0.5)[:, None] ** exponent, place[used].astype(np.float64)
     mean, variance = place @ codes.mean, place**2 @ codes.variance  # [n, g]
     deviation = np.stack([place @ (code - codes.mean) for code in codes.draws])  # [D, n, g]
     if codes.noise is not None:
@@ -185,13 +199,12 @@ def _score(
         rng = np.random.default_rng(len(counts))
         deviation += np.stack([rng.standard_normal((len(counts), len(codes.noise))) @ codes.noise for _ in deviation])
     score = np.empty((len(SLOPES), len(LOG_THETA), counts.shape[1]))
-    level = np.empty((len(SLOPES), counts.shape[1]))
     for i, slope in enumerate(SLOPES):
-        rates = depth * np.exp(log_shape(mean, deviation, variance, mean.var(0), slope))
-        gain = (counts.sum(0) + 0.5) / ((depth * np.exp(log_shape(mean, 0.0, 0.0, mean.var(0), slope))).sum(0) + 0.5)
-        score[i] = score_nb(counts, np.maximum(rates * gain, 1e-8), LOG_THETA)
-        level[i] = np.log(gain)
-    return score, level
+        expected = depth * np.exp((slope * mean).clip(-LARGEST, LARGEST))
+        expected *= (counts.sum(0) + 0.5) / (expected.sum(0) + 0.5)
+        rates = expected * np.exp(slope * deviation - 0.5 * slope**2 * variance)
+        score[i] = score_nb(counts, np.maximum(rates, 1e-8), LOG_THETA)
+    return score
 
 
 def _priors(
@@ -199,9 +212,8 @@ def _priors(
     level: NDArray[np.float64],
     noise: NDArray[np.float64],
     z: NDArray[np.float64],
+    doubt: NDArray[np.float64],
     config: Settings,
-    smoothing: float,
-    candidates: list[dict[str, float]],
 ) -> Hyper:
     center = float(z.mean())
     flat = np.zeros_like(z)
@@ -209,31 +221,61 @@ def _priors(
     loc, scale = float(np.clip(loc, *SLOPE_LOC)), min(scale, SLOPE_SCALE)
     prior = -0.5 * ((SLOPES - loc) / scale) ** 2
     theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior))[:, None, None], axis=0), z - center, LOG_THETA, 1.0, 1.5)
-    gains = level[np.abs(SLOPES - loc).argmin()]
-    slope = float(((z - center) * (gains - gains.mean())).sum() / (np.square(z - center).sum() + 1.0))
+    gain, covariance = level_prior(level, noise, z - center, doubt)
     if config.gain == "none":
-        slope = 1.0
-    mean, sd = random_effects(gains - slope * (z - center), noise)
-    return Hyper(
-        smoothing, (mean, slope, sd if config.gain == "hierarchical" else 1e-3), (loc, scale), (theta[0], theta[1], theta[2]), center, candidates
-    )
+        mean, _ = random_effects(level - (z - center), noise)
+        gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
+    return Hyper(0.0, 1.0, gain, covariance, (loc, scale), (theta[0], theta[1], theta[2]), center, [])
+
+
+def level_prior(
+    gains: NDArray[np.float64], noise: NDArray[np.float64], z: NDArray[np.float64], doubt: NDArray[np.float64]
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """(a, b, s) of gain_g ~ Normal(a + b z_g, s^2 + noise_g + b^2 doubt_g) with b ~ Normal(1, 1/2), and the posterior covariance of a and b.
+
+    s maximises the marginal likelihood (a and b integrated out); b in the variance is the last estimate.
+    """
+    design, prior = np.column_stack([np.ones_like(z), z]), np.diag([1e-6, AGREEMENT_SD**-2])
+    slope = 1.0
+    for _ in range(5):
+        found = []
+        for s in np.geomspace(MIN_SCALE, 3.0, 100):
+            weight = 1 / (s**2 + noise + slope**2 * doubt)
+            precision = design.T @ (weight[:, None] * design) + prior
+            mean = np.linalg.solve(precision, design.T @ (weight * gains) + prior @ [0.0, 1.0])
+            misfit = (weight * (gains - design @ mean) ** 2).sum() + (mean[1] - 1) ** 2 * prior[1, 1]
+            found.append((misfit - np.log(weight).sum() + np.linalg.slogdet(precision)[1], s, mean, precision))
+        _, s, mean, precision = min(found, key=lambda one: one[0])
+        slope = float(mean[1])
+    covariance = np.linalg.inv(precision)
+    return (float(mean[0]), slope, float(s)), (float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1]))
 
 
 class CountLayer(PyroModule):
     """Level, slope and dispersion of every gene: hyper-priors for unmeasured genes, own values for measured ones (`learn_own`)."""
 
-    def __init__(self, data: Problem, hyper: Hyper) -> None:
+    sample: Tensor  # [S, q] smoothed places of some cells of the fit, for c_g
+    weight: Tensor  # [S] their share of the depth
+    offset: Tensor  # log depth = offset + exponent log total
+
+    def __init__(self, data: Problem, hyper: Hyper, width: int) -> None:
         super().__init__()
-        z = torch.from_numpy(data.log_share - hyper.center).float()
-        ones = torch.ones_like(z)
+        share, doubt = (torch.from_numpy(values).float() for values in true_shares(data))
+        z, ones = share - hyper.center, torch.ones_like(share)
+        (a, b, s), (aa, ab, bb) = hyper.gain, hyper.gain_covariance
         values = {
-            "log_gain": (hyper.gain[0] + hyper.gain[1] * z, hyper.gain[2] * ones),
+            "log_gain": (a + b * z, (s**2 + aa + 2 * ab * z + bb * z**2 + b**2 * doubt).sqrt()),
             "slope": (hyper.slope[0] * ones, hyper.slope[1] * ones),
             "log_theta": (hyper.log_theta[0] + hyper.log_theta[1] * z, hyper.log_theta[2] * ones),
         }
         for name, (loc, scale) in values.items():
             self.register_buffer(f"{name}_loc", loc)  # [G]
             self.register_buffer(f"{name}_scale", scale)  # [G]
+        cells = min(data.counts.shape[0], LEVEL_CELLS)
+        self.register_buffer("sample", torch.zeros(cells, width))
+        self.register_buffer("weight", torch.full((cells,), 1 / cells))
+        self.register_buffer("offset", torch.zeros(()))
+        self.exponent = hyper.exponent
 
     def globals(self) -> None:
         """Sample level, slope and log theta of all genes [G] jointly, and the key of `gene_noise`."""
@@ -242,22 +284,31 @@ class CountLayer(PyroModule):
             pyro.sample(name, dist.Normal(loc, scale).to_event(1))  # [G]
         pyro.deterministic("gene_key", torch.randint(2**31, ()))
 
+    def log_depth(self, totals: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Log depth of cells with these totals over the shared genes, [n]."""
+        return np.asarray(float(self.offset) + self.exponent * np.log(np.maximum(totals, 0.5)), dtype=np.float32)
+
     def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
         """Level, slope and theta of the measured genes from their own counts; ``codes(genes)`` gives known loadings [q, g]."""
         n, p = data.counts.shape[0], len(data.panel)
-        rows = np.sort(np.random.default_rng(0).permutation(n)[: int(np.clip(OWN_ENTRIES // p, 100, INNER_CELLS))])
+        rows = np.random.default_rng(0).permutation(n)[:LEVEL_CELLS]
         where, totals = place(rows), data.totals[rows]
+        depth = np.maximum(totals, 0.5) ** self.exponent
+        self.sample, self.weight = torch.from_numpy(where).float(), torch.from_numpy(depth / depth.sum()).float()
+        self.offset.fill_(float(np.log(np.maximum(totals, 0.5).sum() / depth.sum())))
+        some = int(np.clip(OWN_ENTRIES // p, 100, len(rows)))
+        rows, where, totals = rows[:some], where[:some], totals[:some]
+        own, _ = log_shares(data.counts, data.columns)
         for start in range(0, p, 256):
             part = slice(start, start + 256)
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
-            score, level = _score(counts, totals, where, Codes(known, np.zeros_like(known), known[None]))
+            score = _score(counts, totals, self.exponent, where, Codes(known, np.zeros_like(known), known[None]))
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
             slope = (weight.sum(1) * SLOPES[:, None]).sum(0)
             log_theta = (weight.sum(0) * LOG_THETA[:, None]).sum(0)
-            gain = (weight.sum(1) * level).sum(0)
             index = torch.from_numpy(data.panel[part])
-            for name, values in (("slope", slope), ("log_theta", log_theta), ("log_gain", gain)):
+            for name, values in (("slope", slope), ("log_theta", log_theta), ("log_gain", own[data.columns[part]])):
                 getattr(self, f"{name}_loc")[index] = torch.from_numpy(values).float()
                 getattr(self, f"{name}_scale")[index] = 0.02
 

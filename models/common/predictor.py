@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_st.inference.pair import Pair
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.common.cells import Problem, median_depth
-from ppl_st.models.common.counts import CountLayer, log_shape
+from ppl_st.models.common.counts import LARGEST, CountLayer
 
 CACHED = 512  # loadings of one draw that are kept for the next block of cells
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
@@ -37,9 +37,6 @@ class MapGuide(Protocol):
 
     def cell_noise(self, genes: Tensor) -> Tensor | None:
         """Loadings [K, g] of what differs from cell to cell in every draw; None where nothing does."""
-
-    def spread(self, loadings: Tensor) -> Tensor:
-        """Variance over the cells of the fit of the maps of loadings [q, g]."""
 
 
 def smoothed_place(guide: MapGuide, data: Any, share: float, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -96,22 +93,21 @@ class MapPredictor:
     def local(self, batch: Cells, chain: int) -> tuple[Tensor, Tensor]:
         """Places [n, q] and log depth [n, 1] of the cells."""
         counts = self.data.counts[batch.rows]
-        depth = np.maximum(np.asarray(counts[:, self.data.columns].sum(1), dtype=np.float32).reshape(-1, 1), 0.5)
+        totals = np.asarray(counts[:, self.data.columns].sum(1), dtype=np.float64).ravel()
         place = smoothed_place(self.guides[chain], self.data, self.smoothing, batch.rows)
-        return torch.from_numpy(place), torch.from_numpy(np.log(depth))
+        return torch.from_numpy(place), torch.from_numpy(self.guides[chain].counts.log_depth(totals))[:, None]
 
     def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
         """p(count | draw): a gene's loadings are the same in all cells; what differs from cell to cell is drawn here."""
         place, log_depth = local
         (mean, variance), loadings = self._mean(chain, genes), self._draw(chain, drawn, genes)
         slope = drawn["slope"][genes].clamp_min(0)
-        trend = place @ mean
         deviation, spread = place @ (loadings - mean), place.square() @ variance
         noise = self.guides[chain].cell_noise(genes)
         if noise is not None:
             deviation, spread = deviation + torch.randn(len(place), len(noise)) @ noise, spread + noise.square().sum(0)
-        shape = log_shape(trend, deviation, spread, self._spread(chain, genes), slope)
-        log_rate = log_depth + drawn["log_gain"][genes] + shape
+        level = drawn["log_gain"][genes] - self._log_mean(chain, int(drawn["gene_key"]), genes, slope)
+        log_rate = log_depth + level + (slope * (place @ mean)).clamp(-LARGEST, LARGEST) + slope * deviation - 0.5 * slope.square() * spread
         if self.likelihood == "poisson":
             return Poisson(log_rate.exp())
         return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
@@ -123,12 +119,12 @@ class MapPredictor:
         """
         place, log_depth = local
         counts = self.guides[chain].counts
-        trend, spread = place @ self._mean(chain, genes)[0], self._spread(chain, genes)
+        trend = place @ self._mean(chain, genes)[0]
         loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]
         share = torch.zeros_like(trend)
-        for node, weight in zip(*QUADRATURE, strict=True):
+        for k, (node, weight) in enumerate(zip(*QUADRATURE, strict=True)):
             slope = (loc + node * scale).clamp_min(0)
-            share += weight * log_shape(trend, 0.0, 0.0, spread, slope).exp()
+            share += weight * ((slope * trend).clamp(-LARGEST, LARGEST) - self._log_mean(chain, -2 - k, genes, slope)).exp()
         share *= (counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
         return share * log_depth.exp(), torch.log1p(self.depth * share)
 
@@ -138,9 +134,16 @@ class MapPredictor:
     def _draw(self, chain: int, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
         return self._keep((chain, int(drawn["gene_key"])), genes, lambda: self.guides[chain].codes(drawn, genes))
 
-    def _spread(self, chain: int, genes: Tensor) -> Tensor:
-        """Variance over cells of the mean map [g]."""
-        return self._keep((chain, -2), genes, lambda: self.guides[chain].spread(self._mean(chain, genes)[0]))
+    def _log_mean(self, chain: int, key: int, genes: Tensor, slope: Tensor) -> Tensor:
+        """c_g(slope_g) [g] of the slopes of draw or node ``key``: log of the mean of exp(slope m) over cells of the fit, weighted by their depths."""
+        counts = self.guides[chain].counts
+
+        def make() -> Tensor:
+            grown = (slope * (counts.sample @ self._mean(chain, genes)[0])).clamp(-LARGEST, LARGEST).exp()
+            return (counts.weight @ grown).log()
+
+        found: Tensor = self._keep((chain, key, 1), genes, make)
+        return found
 
     def _keep(self, key: tuple[int, ...], genes: Tensor, make: Callable[[], Any]) -> Any:
         """What does not depend on cells is made once per block of genes."""

@@ -216,7 +216,8 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     for chain in chains_of(pair):
         for k in range(2):
             direction, share = direction_of(chain, k), smoothing_of(chain, k)
-            _learn_spread(direction, problems[k], share, seed)
+            if not direction.linear:
+                _learn_spread(direction, problems[k], share, seed)
             direction.counts.learn_own(problems[k], partial(smoothed_place, direction, problems[k], share), direction.known_codes)
         _learn_platform(chain, data)
     return pair
@@ -240,7 +241,7 @@ def _learn_platform(chain: Pair, data: Data) -> None:
     own, genes = model_of(chain).side(0), np.arange(data.counts.shape[1])
     everything = data._replace(columns=genes, panel=genes)
     hyper = default_hyper(data.turned(), model_of(chain).config)
-    layer = CountLayer(data.turned(), hyper)
+    layer = CountLayer(data.turned(), hyper, own.loadings.shape[1])
 
     def place(rows: NDArray[np.int64]) -> NDArray[np.float32]:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_st.inference.svi import epoch_order
-from ppl_st.models.common.cells import totals_of
+from ppl_st.models.common.cells import log_shares, totals_of
 
 
 class Data(NamedTuple):
@@ -20,7 +20,7 @@ class Data(NamedTuple):
     panel: NDArray[np.int64]  # [P] and among the G
     reference: sp.csr_matrix  # [M, G]
     log_share: NDArray[np.float64]  # [G] log of a gene's counts per count of the P genes, in the reference
-    evidence: NDArray[np.float64]  # [G] counts in the reference
+    share_variance: NDArray[np.float64]  # [G] its sampling variance
     neighbors: sp.csr_matrix | None = None  # [n, n] rows sum to 1: mean over the spatial neighbors
 
     @property
@@ -37,9 +37,7 @@ def make(
     counts: sp.csr_matrix, columns: NDArray[np.int64], panel: NDArray[np.int64], reference: sp.csr_matrix, neighbors: sp.csr_matrix | None
 ) -> Data:
     """The problem with what follows from the counts."""
-    evidence = np.asarray(reference.sum(0), dtype=np.float64).ravel()
-    log_share = np.log((evidence + 0.5) / (evidence[panel].sum() + 1))
-    return Data(counts, columns, panel, reference, log_share, evidence, neighbors)
+    return Data(counts, columns, panel, reference, *log_shares(reference, panel), neighbors)
 
 
 class Batch(NamedTuple):

@@ -36,7 +36,7 @@ class Direction(PyroModule):
     measured: Tensor  # [G] position among the P shared genes, -1
     panel: Tensor  # [P]
     columns: Tensor  # [P]
-    center: Tensor  # [f] mean and covariance [f, f] of the places over the cells of the fit
+    center: Tensor  # [F] mean and covariance [F, F] of the places over the cells of the fit; network
     covariance: Tensor
     deviation: Tensor  # [q] variance of an unmeasured gene's own part in its loadings; linear
 
@@ -68,9 +68,9 @@ class Direction(PyroModule):
         else:
             self.net = MLP([own.latent, *hidden, other.latent], dropout=dropout)
             width = other.loadings.shape[1]
-        self.register_buffer("center", torch.zeros(width))
-        self.register_buffer("covariance", torch.eye(width))
-        self.counts = CountLayer(data, hyper)
+            self.register_buffer("center", torch.zeros(width))
+            self.register_buffer("covariance", torch.eye(width))
+        self.counts = CountLayer(data, hyper, width)
 
     # ---- the translator ----
 
@@ -158,17 +158,12 @@ class Direction(PyroModule):
         """Loadings of measured genes."""
         return self.mean_codes(torch.from_numpy(genes))[0].detach().numpy()
 
-    def spread(self, loadings: Tensor) -> Tensor:
-        """Variance over the cells of the fit of the maps."""
-        return ((self.covariance @ loadings) * loadings).sum(0)
-
     def _output(self, genes: Tensor) -> Tensor:
         """Output weights of the other side's decoder, such that the maps have variance 1 over the cells of the fit."""
         weights = self.other.loadings[genes].T
-        return weights / self.spread(weights).clamp_min(1e-12).sqrt()
+        return weights / ((self.covariance @ weights) * weights).sum(0).clamp_min(1e-12).sqrt()
 
     def learn_spread(self, place: NDArray[np.float32]) -> None:
-        """Mean and covariance of the places [n, f] of some cells of the fit."""
-        if not self.linear:
-            self.center += torch.from_numpy(place.mean(0))
+        """Mean and covariance of the places [n, F] of some cells of the fit; for networks."""
+        self.center += torch.from_numpy(place.mean(0))
         self.covariance.copy_(torch.from_numpy(np.cov(place.T.astype(np.float64), bias=True).reshape(self.covariance.shape)))

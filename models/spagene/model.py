@@ -45,6 +45,7 @@ class Config:
     gradient_center: float = field(default=0.0, metadata={"ge": 0})  # norm of the gradient that is not penalised; WGAN-GP: 1
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's code; auto: chosen on inner held-out genes
     neighbors: int = field(default=20, metadata={"ge": 1})
+    depth_exponent: float | Literal["auto"] = "auto"  # of a cell's total in its depth; auto: chosen on inner held-out genes
     library_key: str | None = None  # obs column of the section; neighbors stay within it
     likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
     gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is

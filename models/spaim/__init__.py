@@ -36,7 +36,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ppl_st.inference.ensemble import chains_of, ensemble
@@ -53,8 +52,6 @@ __all__ = [
     "batches", "build", "empty", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
-SPREAD_CELLS = 4096  # cells on which the variance of the places is taken
-
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Learn what inner held-out genes teach, and return the closed-form layer (or the untrained networks)."""
@@ -70,8 +67,6 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     say(f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features")
     guide = guide_of(pair)
     assert isinstance(guide, Guide)
-    some = np.sort(np.random.default_rng([seed, 3]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
-    guide.place_variance.copy_(torch.from_numpy(smoothed_place(guide, data, hyper.smoothing, some).var(0)))
     guide.counts.learn_own(data, partial(smoothed_place, guide, data, hyper.smoothing), guide.known_codes)
     return ensemble([pair]), spec
 

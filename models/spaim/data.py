@@ -22,7 +22,7 @@ class Data(NamedTuple):
     profiles: NDArray[np.float32]  # [G, K] mean (or median) of ``reference`` in each cluster
     errors: NDArray[np.float32]  # [G, K] standard errors of the profiles
     log_share: NDArray[np.float64]  # [G] log of a gene's counts per count of the P genes, in the reference
-    evidence: NDArray[np.float64]  # [G] counts in the reference
+    share_variance: NDArray[np.float64]  # [G] its sampling variance
     neighbors: sp.csr_matrix | None = None  # [n, n] rows sum to 1: mean over the spatial neighbors
 
     @property

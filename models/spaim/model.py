@@ -33,6 +33,7 @@ class Config:
     reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
     neighbors: int = field(default=10, metadata={"ge": 1})
+    depth_exponent: float | Literal["auto"] = "auto"  # of a cell's total in its depth; auto: chosen on inner held-out genes
     library_key: str | None = None  # obs column of the section; neighbors stay within it
     likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
     gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is
@@ -166,7 +167,6 @@ class Guide(PyroModule):
     features: Tensor  # [G, F]
     scores: Tensor  # [q, P]
     measured: Tensor  # [G] position among the P, -1
-    place_variance: Tensor  # [q] of the places over the cells of the fit
 
     def __init__(self, model: Model, data: Data, hyper: Hyper) -> None:
         super().__init__()
@@ -177,8 +177,7 @@ class Guide(PyroModule):
         measured = torch.full((model.features.shape[0],), -1)
         measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
         self.register_buffer("measured", measured, persistent=False)
-        self.register_buffer("place_variance", torch.ones(len(self.scores)))
-        self.counts = CountLayer(data, hyper)
+        self.counts = CountLayer(data, hyper, len(self.scores))
         self.directions = model.directions
 
     def weights_dist(self) -> Any:
@@ -224,10 +223,6 @@ class Guide(PyroModule):
 
     def cell_noise(self, genes: Tensor) -> None:
         """Nothing differs from cell to cell: the places are data."""
-
-    def spread(self, loadings: Tensor) -> Tensor:
-        """Variance over cells of the map of each gene."""
-        return self.place_variance @ loadings.square()
 
     def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Places u [n, q] of cells on the directions; any cells, not only those of the fit."""

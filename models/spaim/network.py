@@ -156,7 +156,7 @@ class NetworkGuide(PyroModule):
             self.style_log_scale = nn.ParameterList([nn.Parameter(torch.full((units,), -3.0)) for units in self.config.hidden])
             self.effect_loc = nn.Parameter(torch.zeros(panel, 2))
             self.effect_log_scale = nn.Parameter(torch.full((panel, 2), -2.0))
-        self.counts = CountLayer(data, hyper)
+        self.counts = CountLayer(data, hyper, width)
 
     def forward(self, batch: Batch, *, observe: bool = True) -> None:
         """Draw the codes of a minibatch of genes; nothing with point codes."""
@@ -211,10 +211,6 @@ class NetworkGuide(PyroModule):
 
     def cell_noise(self, genes: Tensor) -> None:
         """Nothing differs from cell to cell: the rows of the output layer are parameters."""
-
-    def spread(self, loadings: Tensor) -> Tensor:
-        """Variance over cells of the map of each gene."""
-        return ((self.covariance @ loadings) * loadings).sum(0)
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings of measured genes, as the autoencoder sees them."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
-from ppl_st.models.common.cells import log_normalise, median_depth
+from ppl_st.models.common.cells import log_normalise, log_shares, median_depth
 from ppl_st.models.spaim import Config, Data
 from ppl_st.prepare import same_genes
 from ppl_st.spatial import neighbor_mean
@@ -50,7 +50,7 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
     logs = log_normalise(reference.matrix, totals if config.normalise else np.ones_like(totals), median_depth(totals) if config.normalise else 1.0)
     codes, reference = _clusters(reference, config, say)
     profiles, errors = cluster_profiles(logs, codes, config.profile)
-    counts = np.asarray(reference.matrix.sum(0), dtype=np.float64).ravel()
+    log_share, variance = log_shares(reference.matrix, at)
     data = Data(
         counts=target.matrix,
         columns=pd.Index(target.genes).get_indexer(pd.Index(shared)).astype(np.int64),
@@ -58,8 +58,8 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
         reference=logs,
         profiles=profiles,
         errors=errors,
-        log_share=np.log((counts + 0.5) / (totals.sum() + 1)),
-        evidence=counts,
+        log_share=log_share,
+        share_variance=variance if config.reference_errors else np.zeros_like(variance),
         neighbors=neighbor_mean(target, config.neighbors, config.library_key),
     )
     return data, target, reference
