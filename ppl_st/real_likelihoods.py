@@ -138,11 +138,11 @@ class Log1p(TorchDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Differentiable draws, where the base has them."""
-        return torch.expm1(self.base.rsample(torch.Size(sample_shape)))
+        return _inside(self.base.rsample(torch.Size(sample_shape)))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws."""
-        return torch.expm1(self.base.sample(torch.Size(sample_shape)))
+        return _inside(self.base.sample(torch.Size(sample_shape)))
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value)."""
@@ -151,3 +151,9 @@ class Log1p(TorchDistribution):
     def icdf(self, q: Tensor) -> Tensor:
         """The value below which the share q lies."""
         return torch.expm1(self.base.icdf(q))
+
+
+def _inside(y: Tensor) -> Tensor:
+    """Draws expm1(y) within the open support: the nearest number there, where expm1 rounds to -1 or overflows."""
+    limits = torch.finfo(y.dtype)
+    return torch.expm1(y).clamp(-1 + limits.eps / 2, limits.max)

@@ -77,6 +77,17 @@ def test_the_log_prob_is_a_density_of_the_value_itself():
     assert Log1p(Student(0.0, 1.0, 30.0)).mean == math.inf and Log1p(Student(0.0, 1.0, 30.0)).icdf(torch.tensor(0.5)) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_far_draws_stay_inside_the_support(dtype):
+    """expm1(-40) rounds to -1 and expm1(800) overflows: both used to be drawn, where log_prob refuses them."""
+    zero = torch.zeros((), dtype=dtype)
+    far = Log1p(Student(zero, zero + 1, zero + 0.5), validate_args=True), Log1p(Gaussian(zero, zero + 1000), validate_args=True)
+    for draws, d in ((far[0].sample((20_000,)), far[0]), (far[1].rsample((20_000,)), far[1])):
+        assert d.base.cdf(zero - 800) * 20_000 > 100  # so that some fall there
+        assert bool((draws > -1).all() & draws.isfinite().all())
+        assert bool(d.log_prob(draws).isfinite().all())
+
+
 def test_gradcheck_and_the_gaussian_limit():
     x = torch.tensor([-0.5, 0.0, 1.3, 50.0], dtype=DOUBLE)
     leaves = [torch.tensor(v, dtype=DOUBLE, requires_grad=True) for v in ([0.2, 0.1, 0.0, 3.0], 0.7, [0.4, 2.0, 30.0, 900.0])]
