@@ -17,10 +17,10 @@ from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import Pair
 from ppl_st.metrics import score_table
 from ppl_st.models import spaim
-from ppl_st.models.common.cells import find_directions, log_shares, place_cells, without
+from ppl_st.models.common.cells import Directions, find_directions, log_shares, place_cells, without
 from ppl_st.models.common.counts import level_prior
 from ppl_st.models.spaim import Config, kernel
-from ppl_st.models.spaim.model import Layer
+from ppl_st.models.spaim.model import Layer, choose_lengthscale
 from ppl_st.models.spaim.network import build_network, observations
 from ppl_st.prepare.spaim import cluster_profiles, leiden, problem
 from ppl_st.simulate import spatial_field
@@ -52,7 +52,7 @@ def run(world):
 
 
 def dense_kernel(data, genes):
-    return kernel.GeneKernel(data, SMALL.lengthscale)(genes, genes)
+    return kernel.GeneKernel(data, 0.5)(genes, genes)
 
 
 def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
@@ -101,6 +101,20 @@ def test_signal_and_noise_start_at_their_maximum(data):
             for noise in (0.7, 1.0, 1.4):
                 inside = 1e-4 < ratio * layer.ratio[k] < 1e3
                 assert not inside or loglik(k, ratio * layer.ratio[k], noise * layer.noise[k]) <= best + 0.05
+
+
+def test_the_lengthscale_is_the_most_probable_one(data):
+    """Loadings drawn from the kernel at 2 are recognised; loadings without any structure leave the usual one."""
+    rng = np.random.default_rng(0)
+    panel = np.arange(60)
+    full = data._replace(panel=panel, columns=panel, counts=sp.csr_matrix(np.ones((3, 60), np.float32)))
+    k = kernel.GeneKernel(data, 2.0)(panel, panel)
+    smooth = np.linalg.cholesky(3 * k + 0.01 * np.eye(60)) @ rng.standard_normal((60, 40))
+    for scores, expected in ((smooth.T, {2.0}), (rng.standard_normal((40, 60)), {0.5})):
+        found = Directions(*[np.zeros(0, np.float32)] * 3, scores, 1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ppl_st.models.spaim.model.find_directions", lambda *_, found=found: found)
+            assert choose_lengthscale(full, SMALL, 0) in expected
 
 
 def test_kernel_is_a_covariance_and_badly_known_profiles_resemble_nobody(data):

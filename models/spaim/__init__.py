@@ -12,7 +12,7 @@ GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
     x_ig    ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      level, slope, dispersion: `ppl_st.models.common.counts`
 
 GUIDE
-    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k and s_k maximise the
+    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k and s_k (and the lengthscale of k, see `kernel.py`) maximise the
     marginal likelihood (grid, then SVI: with the exact posterior as guide the ELBO *is* the log marginal likelihood, for every draw). An unmeasured
     gene has three more sources of doubt, all drawn: what the training genes leave of its features, s_k, and the hyper-priors of level, slope and
     theta, learned on inner held-out genes. The counts do not feed back into w (a cut).
@@ -44,7 +44,7 @@ from ppl_st.inference.svi import fit as run_svi
 from ppl_st.models.common.counts import Codes, Hyper, default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spaim.data import Batches, Data
-from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build
+from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build, choose_lengthscale
 from ppl_st.models.spaim.network import NetworkGuide, gene_draws, observations
 
 __all__ = [
@@ -60,11 +60,13 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         hyper = learn_hyper(data._replace(neighbors=None), config, seed, say, fit_inner, folds=1)  # each fold costs a training
         spec = Spec([], hyper)
         return ensemble([build(config, spec, data)]), spec
+    length = choose_lengthscale(data, config, seed) if config.lengthscale == "auto" else config.lengthscale
+    config = replace(config, lengthscale=length)
     hyper = learn_hyper(data, config, seed, say, lambda problem, genes: Layer(problem, config, seed, genes=genes))
     layer = Layer(data, config, seed)
-    spec = Spec([int(g) for g in layer.marks], hyper)
+    spec = Spec([int(g) for g in layer.marks], hyper, length)
     pair = build(config, spec, data, layer)
-    say(f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features")
+    say(f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features, lengthscale {length:g}")
     guide = guide_of(pair)
     assert isinstance(guide, Guide)
     guide.counts.learn_own(data, partial(smoothed_place, guide, data, hyper.smoothing), guide.known_codes)

@@ -1,6 +1,6 @@
 """Config and presets, and the closed-form SpaIM: Gaussian loadings of cell directions on gene features, with their exact posterior."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
 from ppl_st.models.spaim.network import build_network
 
 RATIOS = np.geomspace(1e-4, 1e3, 50)  # signal over noise of a direction: grid of the start
+LENGTHSCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+USUAL, USUAL_SD = 0.5, 0.35  # log lengthscale ~ Normal(log 0.5, 0.35^2): others need some nats of evidence
 SILENT = 3e-3  # directions below this ratio say nothing of an unmeasured gene: left to the counts' dispersion
 
 
@@ -29,7 +31,7 @@ class Config:
     features: Literal["kernel", "network"] = "kernel"  # closed-form Bayesian layer, or the style-transfer networks
     directions: int = field(default=50, metadata={"ge": 1})  # of the cells, at most
     landmarks: int = field(default=512, metadata={"ge": 2})  # genes that carry the features; no approximation below this panel size
-    lengthscale: float = field(default=0.5, metadata={"gt": 0})  # of the radial kernels, in units of 1 - correlation
+    lengthscale: float | Literal["auto"] = "auto"  # of the radial kernels, in units of 1 - correlation; auto: marginal likelihood
     reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
     neighbors: int = field(default=10, metadata={"ge": 1})
@@ -74,6 +76,7 @@ class Spec(NamedTuple):
 
     landmarks: list[int]  # positions among the reference's genes
     hyper: Hyper
+    lengthscale: float = USUAL
 
 
 class Layer:
@@ -91,17 +94,14 @@ class Layer:
     ) -> None:
         self.directions: Directions = find_directions(data, config.directions)
         self.marks = landmarks(data.panel, config.landmarks, seed) if marks is None else marks
-        kernel = GeneKernel(data, config.lengthscale, errors=config.reference_errors)
+        length = USUAL if config.lengthscale == "auto" else config.lengthscale
+        kernel = GeneKernel(data, length, errors=config.reference_errors)
         everything = np.arange(data.profiles.shape[0]) if genes is None else genes
         both, at = np.unique(np.concatenate([data.panel, everything]), return_inverse=True)
         found, self.eigenvalues = features(kernel, self.marks, data.panel, both)
         self.phi, self.features = found[at[: len(data.panel)]], found[at[len(data.panel) :]]  # [P, F], [genes asked for, F]
         self.scores = self.directions.scores[:, data.columns]  # t [q, P]
-        projected = self.scores @ self.phi  # a [q, F]
-        square, p = np.square(self.scores).sum(1), self.scores.shape[1]
-        shrink = RATIOS[:, None] / (1 + RATIOS[:, None] * self.eigenvalues)  # [grid, F]
-        noise = (square[:, None] - np.square(projected) @ shrink.T).clip(1e-10) / p  # s [q, grid], at its maximum
-        loss = p * np.log(noise) + np.log1p(RATIOS[:, None] * self.eigenvalues).sum(1)
+        loss, noise = misfit(self.scores, self.phi, self.eigenvalues)
         best = loss.argmin(1)
         kept = best >= min(int(np.searchsorted(RATIOS, SILENT)), best.max())
         self.ratio, self.noise = RATIOS[best][kept], noise[np.arange(len(best)), best][kept]
@@ -124,6 +124,30 @@ class Layer:
     def place(self, data: Data) -> NDArray[np.float32]:
         """u [n, q] of the problem's cells."""
         return place_cells(self.directions, data.counts, data.totals)
+
+
+def misfit(
+    scores: NDArray[np.float64], phi: NDArray[np.floating], eigenvalues: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """-2 log p(t_k) but for a constant, and s_k at its maximum, both [q, grid of r]; see `Layer`."""
+    projected, square, p = scores @ phi, np.square(scores).sum(1), scores.shape[1]
+    shrink = RATIOS[:, None] / (1 + RATIOS[:, None] * eigenvalues)  # [grid, F]
+    noise = (square[:, None] - np.square(projected) @ shrink.T).clip(1e-10) / p
+    return p * np.log(noise) + np.log1p(RATIOS[:, None] * eigenvalues).sum(1), noise
+
+
+def choose_lengthscale(data: Data, config: Config, seed: int) -> float:
+    """The most probable lengthscale given all loadings of the training genes (of some, where they are many)."""
+    directions = find_directions(data, config.directions)
+    genes = landmarks(data.panel, config.landmarks, seed)
+    scores = directions.scores[:, data.columns[np.isin(data.panel, genes)]]
+    found = []
+    for length in LENGTHSCALES:
+        values, vectors = np.linalg.eigh(GeneKernel(data, length, errors=config.reference_errors)(genes, genes))
+        values = values.clip(1e-9)
+        log_prior = -0.5 * (np.log(length / USUAL) / USUAL_SD) ** 2
+        found.append(log_prior - 0.5 * misfit(scores, vectors * np.sqrt(values), values)[0].min(1).sum())
+    return LENGTHSCALES[int(np.argmax(found))]
 
 
 class Model(PyroModule):
@@ -234,6 +258,6 @@ def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) ->
     """The pair with every parameter in place."""
     if config.features == "network":
         return build_network(config, spec.hyper, data, config.fit.seed)
-    layer = layer or Layer(data, config, config.fit.seed, np.array(spec.landmarks))
+    layer = layer or Layer(data, replace(config, lengthscale=spec.lengthscale), config.fit.seed, np.array(spec.landmarks))
     model = Model(layer)
     return Pair(model, Guide(model, data, spec.hyper))
