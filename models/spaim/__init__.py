@@ -12,10 +12,11 @@ GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
     x_ig    ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      level, slope, dispersion: `ppl_st.models.common.counts`
 
 GUIDE
-    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k and s_k (and the lengthscale of k, see `kernel.py`) maximise the
-    marginal likelihood (grid, then SVI: with the exact posterior as guide the ELBO *is* the log marginal likelihood, for every draw). An unmeasured
-    gene has three more sources of doubt, all drawn: what the training genes leave of its features, s_k, and the hyper-priors of level, slope and
-    theta, learned on inner held-out genes. The counts do not feed back into w (a cut).
+    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k and the
+    lengthscale of k maximise the marginal likelihood (grid; d_k and s_k then by SVI: with the exact posterior as guide the ELBO *is* the log
+    marginal likelihood, for every draw). An unmeasured gene has three more sources of doubt, all drawn: what the training genes leave of its
+    features, s_k, and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on inner held-out genes. The
+    counts do not feed back into w (a cut).
 
 SYMBOLS  n cells, A genes of the target, P of them shared with the reference, G genes and K clusters of the reference, q directions, F features;
     u [n, q], t [q, P], phi [G, F], w [q, F].
