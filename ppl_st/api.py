@@ -14,7 +14,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from ppl_st import config as configs
-from ppl_st import posterior
+from ppl_st import run_folder
 from ppl_st.conformal import Inner, Recalibration, at_places, gene_strata, pit_curves, recalibration
 from ppl_st.data import Counts, gene_folds, read_counts, read_genes
 from ppl_st.errors import UserError
@@ -146,7 +146,7 @@ def fit(
     )
     manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
     if folder is not None:
-        posterior.write_inputs(folder, settings, manifest, cells, other)
+        run_folder.write_inputs(folder, settings, manifest, cells, other)
     return _train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
 
 
@@ -160,7 +160,7 @@ def _fit_seeds(one: Callable[..., Run], numbers: Sequence[int], folder: Path | N
         going_on = resume and own is not None and (own / "config.toml").is_file()
         runs.append(one(seed=number, out=own, resume=going_on, say=lambda line, n=number: say(f"seed {n}: {line}")))
     if folder is not None:
-        posterior.write_json(folder / "manifest.json", seeds_of(runs).manifest)
+        run_folder.write_json(folder / "manifest.json", seeds_of(runs).manifest)
     return seeds_of(runs, folder)
 
 
@@ -249,8 +249,8 @@ def _recalibrated(run: Run, inner: Inner, made: Recalibration, unit: str, say: C
         + (" (1: no finite interval will do; upper is infinite there)" if high.max() >= 1 else "")
     )
     if run.folder is not None:
-        posterior.write_inner(run.folder, inner)
-        posterior.write_json(run.folder / "recalibration.json", made._asdict())
+        run_folder.write_inner(run.folder, inner)
+        run_folder.write_json(run.folder / "recalibration.json", made._asdict())
     return replace(run, inner=inner, recalibration=made)
 
 
@@ -321,7 +321,7 @@ def load(path: str | Path) -> Run:
     folder = Path(path)
     numbers = _seeds(folder)
     if numbers:
-        inner, layer = posterior.read_inner(folder)
+        inner, layer = run_folder.read_inner(folder)
         return replace(seeds_of([load(folder / f"seed{number}") for number in numbers], folder), inner=inner, recalibration=layer)
     if not (folder / "weights.safetensors").is_file():
         what = (
@@ -334,7 +334,7 @@ def load(path: str | Path) -> Run:
     record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
     spec = _spec_from(module, record, manifest, folder)
     pair = module.empty(settings, spec, data, record["chains"])
-    posterior.load_weights(folder, pair)
+    run_folder.load_weights(folder, pair)
     return _run(method, module, settings, spec, pair, data, cells, other, manifest, record, folder)
 
 
@@ -427,7 +427,7 @@ def _train(
         record = {"spec": module.spec_to(spec), "chains": len(chains_of(pair)), "status": "training"}
         record["start_seconds"] = time.perf_counter() - began
         if folder is not None:
-            posterior.write_json(folder / "fit.json", record)
+            run_folder.write_json(folder / "fit.json", record)
     else:
         assert folder is not None
         spec = _spec_from(module, record, manifest, folder)
@@ -462,7 +462,7 @@ def _train(
         record["alignment"] = module.alignment(pair, data, settings, seed)
         say("alignment: " + ", ".join(f"{name} {value:.3f}" for name, value in record["alignment"].items()))
     if folder is not None:
-        posterior.write_result(folder, pair, record)
+        run_folder.write_result(folder, pair, record)
     return _run(method, module, settings, spec, pair, data, cells, other, manifest, record, folder)
 
 
@@ -480,7 +480,7 @@ def _run(
     folder: Path | None,
 ) -> Run:
     prepared = load_prepare(method)
-    inner, layer = (None, None) if folder is None else posterior.read_inner(folder)
+    inner, layer = (None, None) if folder is None else run_folder.read_inner(folder)
 
     def new_cells(counts: Counts) -> tuple[Any, Counts]:
         return prepared.new_cells(counts, cells, data, settings)

@@ -38,6 +38,7 @@ from ppl_st.metrics import bootstrap_mean, crps_from_draws, score_prediction, sc
 from ppl_st.models import METHODS, load_method
 from ppl_st.peers import PEERS, check
 from ppl_st.posterior import INNER_CELLS
+from ppl_st.run_folder import write_json
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
 
@@ -139,7 +140,7 @@ def evaluate(
     other = read_counts(reference, role="reference", layer=layer, need_spatial=spots)
     tasks = _tasks(cells, other, folds, truth, seed, talk)[:max_folds]
     if folder is not None:  # the input is sound; says before any fit if the folder cannot be written
-        _write_json(record, folder / "evaluation.json")
+        write_json(folder / "evaluation.json", record)
 
     parts, entries = [], []
     for task in tasks:
@@ -437,10 +438,3 @@ def read_entries(folder: Path) -> dict[str, pd.DataFrame]:
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     with atomic(path) as temporary:
         table.to_csv(temporary, index=False)
-
-
-def _write_json(record: dict[str, Any], path: Path) -> None:
-    import json
-
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -31,9 +31,9 @@ from ppl_st.images import Source as ImageSource
 from ppl_st.metrics import score_table
 from ppl_st.models import METHODS, load_method
 from ppl_st.models.xfuse.data import Data, Section
-from ppl_st.posterior import write_json
 from ppl_st.prepare import load_prepare
 from ppl_st.prepare.xfuse import section_at, without
+from ppl_st.run_folder import write_json
 from ppl_st.slides import read_slides
 
 __all__ = ["evaluate_spots", "hidden_rows", "score_baselines", "score_hidden", "visible"]

@@ -30,8 +30,9 @@ from ppl_st.errors import UserError
 from ppl_st.images import Source, read_labels
 from ppl_st.io import atomic
 from ppl_st.models.xfuse.data import Data, Section
-from ppl_st.posterior import Run, write_counts, write_json, write_text
+from ppl_st.posterior import Run
 from ppl_st.prepare.xfuse import new_image, section_at
+from ppl_st.run_folder import write_counts, write_json, write_text
 from ppl_st.slides import positions
 
 __all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]

@@ -187,7 +187,7 @@ def xfuse(simulations=20):
     from ppl_st.models.xfuse.model import sides
     from ppl_st.models.xfuse.patches import aggregate
 
-    config = settings("patch=64", "metagenes=2", "image_weight=0", "augment='none'", "batch_patches=1", "fit.steps=100")
+    config = settings("patch=64", "metagenes=2", "image_weight=0", "augment='none'", "batch_patches=1", "fit.steps=300")
     own = section(size=(64, 64), genes=8)
     data = data_of(own, levels=("a",))
 

@@ -54,10 +54,11 @@ ROOMS: dict[str, set[str]] = {
     "image_features": set(),
     "image_baselines": set(),
     "image_plots": {"io"},
-    "image_run": {"io", "data", "config", "images", "slides", "models", "prepare", "posterior"},
+    "image_run": {"io", "data", "config", "images", "slides", "models", "prepare", "posterior", "run_folder"},
     "prepare": {"data", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
-    "posterior": {"io", "data", "config", "inference", "metrics", "calibration", "conformal", "export", "stream"},
+    "run_folder": {"io", "data", "config", "conformal", "inference"},
+    "posterior": {"io", "data", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "plots": {"data", "posterior", "metrics", "calibration"},

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py collect DATA METHOD FOLD DIR      # osmfish, starmap: folds 0 to 4; xenium: 0
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py table DIR
+    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py downstream DATA METHOD FOLD  # Rubin's rules on fold changes and Moran's I
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py places DATA STEPS FOLDS      # mob, her2: XFuse's intervals at hidden spots
 
 "collect" hides one fifth of the shared genes (xenium: nothing; its truth is another file), fits, and scores the hidden genes; then does the same with
@@ -22,12 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ppl_st
 import realdata
+from ppl_st.api import held_out_fits
 from ppl_st.calibration import coverage, interval_coverage, risk_coverage, variance_decomposition
 from ppl_st.conformal import KNOTS, pit_curves, recalibration
 from ppl_st.data import gene_folds, read_counts, shared_genes
 from ppl_st.inference.predict import count_draws
 from ppl_st.metrics import bootstrap_mean, crps_from_draws, pcc, poisson_ceiling_of_rate
 from ppl_st.neighbor_score import neighbor_intervals
+from ppl_st.pooling import draws_of, joined, log_fold_change, morans_i, pooled, widened
 from ppl_st.spatial import neighbors
 from ppl_st.stack import stacked, stacking_weights
 
@@ -198,6 +201,34 @@ def stack(folder, name, methods):
     print(f"  stack - {methods[best]} {gain.mean:+.4f} [{gain.lo:+.4f}, {gain.hi:+.4f}]; weights {'; '.join(weights)}")
 
 
+def downstream(name, method, fold):
+    """Share of 95 % intervals that hold the statistic of the measured counts: means as data, pooled by Rubin's rules, widened by inner genes."""
+    cells, reference, folds, _ = problem(name)
+    began, label = time.process_time(), cells.obs["region"].astype(str).to_numpy()
+    graph = neighbors(cells.xy, 8)
+    regions = [one for one in np.unique(label) if (label == one).sum() > 100 and one != "Excluded"]
+    statistics = {f"fold change {one}": lambda x, one=one: log_fold_change(x, label == one) for one in regions}
+    statistics["Moran's I"] = lambda x: morans_i(x, graph)
+    seen = cells.take_genes(cells.genes[~np.isin(cells.genes, folds[fold])])
+    run = ppl_st.fit(method, target=as_adata(seen), reference=as_adata(reference), overrides=["layer=X"], seed=0)
+
+    def of(fitted, truth):
+        made = fitted.predict(list(truth.genes), draws=20, samples=25)
+        known, drawn = truth.matrix.toarray(), list(draws_of(made))
+        return {key: (pooled(drawn, one, population=False), one(np.asarray(made.X)), one(known).estimate) for key, one in statistics.items()}
+
+    new, inner = of(run, cells.take_genes(folds[fold])), [of(fitted, truth) for truth, fitted in held_out_fits(run)]
+    held = {}
+    for key, (found, naive, truth) in new.items():
+        wide = widened(found, joined([one[key][0] for one in inner]), np.concatenate([one[key][2] for one in inner]))
+        inside = [np.abs(naive.estimate - truth) <= 1.96 * np.sqrt(naive.variance), *((one.lo <= truth) & (truth <= one.hi) for one in (found, wide))]
+        held.setdefault(key.split(" ")[0], []).append([*np.mean(inside, 1), np.median((wide.hi - wide.lo) / (found.hi - found.lo))])
+    for kind, rows in held.items():
+        means, pooling, widening, ratio = np.mean(rows, 0)
+        print(f"{name} {method} {fold} {kind}: means as data {means:.2f}, pooled {pooling:.2f}, widened {widening:.2f} (x {ratio:.1f})", flush=True)
+    print(f"{time.process_time() - began:.0f} cpu s, {len(folds[fold])} genes, {len(regions)} regions", flush=True)
+
+
 IMAGES = {"mob": ("st_olfactory_bulb", "MOB1", "MOB2"), "her2": ("st_her2_breast", "C2", "C3")}
 
 
@@ -234,6 +265,8 @@ def places(name, steps, folds):
 if __name__ == "__main__":
     if sys.argv[1] == "collect":
         collect(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    elif sys.argv[1] == "downstream":
+        downstream(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     elif sys.argv[1] == "places":
         places(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:

@@ -1,0 +1,111 @@
+"""The folder of a run: what is in it, and how it is written and read.
+
+    config.toml         the effective settings
+    manifest.json       versions, seed, hashes, device, command
+    genes.txt           genes that can be predicted, in order; "gene<TAB>measured" (1: measured in the target)
+    target.h5ad         the counts that the fit saw (training genes only), coordinates, obs
+    reference.h5ad      the same of the reference
+    inner.npz           scores of genes of the target that were hidden in turn, after `ppl_st.recalibrate`
+    recalibration.json  what they say about the forecasts of new genes
+    fit.json            specification and record of the fit (status, seconds, losses live in log.jsonl)
+    state.pt, log.jsonl resume point and log of the training loop
+    weights.safetensors parameters and buffers of the fitted pair: a folder with this file is a finished run
+
+Loading needs no other file and never unpickles. Every file is written whole or not at all. A folder of several seeds holds a folder per seed
+and ``manifest.json``.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from ppl_st import config as configs
+from ppl_st.conformal import Inner, Recalibration
+from ppl_st.data import Counts
+from ppl_st.errors import UserError
+from ppl_st.inference.svi import Pair
+from ppl_st.io import atomic, write_adata
+
+
+def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], target: Counts, reference: Counts) -> None:
+    """Begin a run folder: everything that a resumed fit needs except the state."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, counts in (("target", target), ("reference", reference)):
+        write_counts(counts, folder / f"{name}.h5ad")
+    configs.write(config, folder / "config.toml")
+    lines = [
+        f"{gene}\t{int(known)}"
+        for gene, known in zip(reference.genes, np.isin(reference.genes, target.genes), strict=True)
+    ]
+    write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *lines]) + "\n")
+    write_json(folder / "manifest.json", manifest)
+
+
+def write_counts(counts: Counts, path: Path) -> None:
+    """Store counts so that `read_counts` gives them back."""
+    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes))
+    adata.obs_names = counts.names
+    if counts.xy is not None:
+        adata.obsm["spatial"] = counts.xy
+    adata.uns["source"] = counts.source
+    write_adata(adata, path)
+
+
+def write_result(folder: Path, pair: Pair, record: dict[str, Any]) -> None:
+    """Finish a run folder: weights last, so that their presence means a finished run."""
+    from safetensors.torch import save_file
+
+    write_json(folder / "fit.json", record)
+    tensors: dict[str, Any] = {}
+    for side, module in zip(("model", "guide"), pair, strict=True):
+        tensors |= {
+            f"{side}.{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()
+        }
+    with atomic(folder / "weights.safetensors") as temporary:
+        save_file(tensors, str(temporary))
+
+
+def load_weights(folder: Path, pair: Pair) -> None:
+    """Read the weights of a finished run into ``pair``."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(folder / "weights.safetensors"))
+    for side, module in zip(("model", "guide"), pair, strict=True):
+        module.load_state_dict(
+            {name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")}
+        )
+
+
+def write_inner(folder: Path, inner: Inner) -> None:
+    """Store the scores of inner held-out genes."""
+    with atomic(folder / "inner.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **inner._asdict())
+
+
+def read_inner(folder: Path) -> tuple[Inner | None, Recalibration | None]:
+    """Scores of inner held-out genes and the correction, if the run has them."""
+    if not (folder / "recalibration.json").is_file():
+        return None, None
+    try:
+        made = Recalibration(**json.loads((folder / "recalibration.json").read_text(encoding="utf-8")))
+        with np.load(folder / "inner.npz", allow_pickle=False) as stored:
+            return Inner(*(stored[name] for name in Inner._fields)), made
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'recalibration.json'}: cannot be read ({error}); remove it, and repeat `ppl-st recalibrate {folder}`"
+        ) from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, whole or not at all."""
+    with atomic(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
