@@ -246,7 +246,7 @@ def test_a_new_section_is_predicted_without_refitting_and_a_changed_panel_refuse
     other.obs_names = [f"new{i}" for i in range(100)]
     result = run.predict(target=other, draws=4)
     assert result.shape == (100, 16) and np.isfinite(result.X).all()
-    with pytest.raises(UserError, match=r"lacks 1 of the 20 panel genes"):
+    with pytest.raises(UserError, match=r"lacks 1 of the 20 genes"):
         run.predict(target=other[:, 1:].copy())
 
 

@@ -8,12 +8,13 @@ GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes 
     log l_n        ~ Normal(m, v)                                                library of a reference cell
     x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB); A without its last row there,
     delta_g, k_g, log theta'_g ~ Normal(hyper-priors learned on inner held-out genes)    gain, slope, inverse dispersion in the target
-    x'_ig          ~ NB(l'_i^a exp(b_g + delta_g + k_g (z_i A)_g), theta'_g)     spatial counts; l' the panel total, a its exponent
+    x'_ig          ~ NB(l'_i^a exp(b_g + delta_g + k_g (z_i A)_g), theta'_g)     spatial counts; l' the cell's total, a its exponent
     "adversary"    factor -kappa N loss of a critic that tells the two sides' z apart (off by default)
 
 GUIDE
     q(z | x)       normal; location = closed-form map of the panel genes, log-normalised and z-scored within each modality (`closed.py`): no gene-wise
-                   platform effect enters, and the map is the same on both sides. Several chains are Bayesian bootstraps of the reference.
+                   platform effect enters, and the map is the same on both sides. Genes that only the target has denoise the panel and give
+                   the depth. Several chains are Bayesian bootstraps of the reference.
     graph          "prior": location moved towards the neighbors' mean by a share chosen on inner held-out genes; "posterior": moved by that share
                    towards what graph attention makes of cell and neighbors, which starts as their mean (closed map) or at zero (learned map);
                    "kl_only": the released code, where the graph alters the KL term alone. Shares are zero in `build`: gimVI in every mode.
@@ -25,7 +26,7 @@ PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors), delta_g, k_g, theta'
 
 ``map="learned"`` (presets "paper", "released", "gimvi") has the published networks, softmax over the panel, ZINB reference, classifier and settings.
 
-SYMBOLS  n spatial, m reference cells, G genes, P panel, d latent dimensions; of a batch: B seeds, c seeds and their neighbors, R reference cells.
+SYMBOLS  n spatial, m reference cells, G genes, P panel, A panel and genes that only the target has, d latent dimensions; of a batch: B seeds, c seeds and their neighbors, R reference cells.
 
 DIFFERENCES from paper and released code
     * the graph is computed once over all cells, with rows that are row numbers, within sections; released: kNN among 128 random cells, per step;
@@ -53,13 +54,15 @@ from ppl_st.models.vista.closed import (
     Hyper,
     default_hyper,
     fit_map,
+    find_directions,
     learn,
     log_share,
     mean_of_neighbors,
     moments,
-    panel_totals,
     project,
     second_moments,
+    target_encoder,
+    totals_of,
     weights,
 )
 from ppl_st.models.vista.model import PRESETS, RESERVED, Config, Guide, Model, Spec, build, sides
@@ -76,22 +79,21 @@ MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn set
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, fit the closed-form map of every chain, and return the initialised ensemble with its specification."""
     likelihood = find(config.likelihood, RESERVED)
-    penalty = None if config.penalty == "auto" else float(config.penalty)
-    reweight = None if config.reweight == "auto" else bool(config.reweight)
-    common = None if config.common == "auto" else float(config.common)
+    settings = {"penalty": config.penalty, "reweight": config.reweight, "denoise": config.denoise, "common": config.common}
+    fixed = {name: None if value == "auto" else float(value) for name, value in settings.items()}
+    fixed["mix"] = None if config.graph in ("prior", "posterior") else 0.0
     if config.map == "closed" and len(data.panel) >= MIN_INNER_PANEL:
-        hyper = learn(data, likelihood, penalty, reweight, common, seed, say)
+        hyper = learn(data, likelihood, fixed, seed, say)
     else:
-        hyper = default_hyper(data, likelihood, penalty, reweight, common)
-    totals = np.log(panel_totals(data.reference))
+        hyper = default_hyper(data, likelihood, fixed)
+    totals = np.log(totals_of(data.reference))
     codes = range(int(data.reference_batch.max(initial=0)) + 1)
     library = [
         [float(part.mean()), float(max(part.std(), 0.05))] for part in (totals[data.reference_batch == b] for b in codes)
     ]
-    depth = float(np.median(panel_totals(data.counts)))
-    batches_of_target = int(data.batch.max(initial=0)) + 1
+    mine = moments(data.measured, data.batch)
     panel = [int(g) for g in data.panel]
-    spec = Spec(panel, data.reference.shape[1], batches_of_target, len(library), library, depth, hyper)
+    spec = Spec(panel, data.measured.shape[1], data.reference.shape[1], len(mine.mean), len(library), library, mine.depth, hyper)
     pairs = []
     for chain in range(config.chains):
         with rng_scope(seed, "start", chain):
@@ -107,7 +109,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
     config, hyper = model.config, model.spec.hyper
     share = log_share(data)
     panel = sp.csr_matrix(data.reference[:, data.panel])
-    mine, theirs = moments(data.counts, data.batch), moments(panel, data.reference_batch)
+    mine, theirs = moments(data.measured, data.batch), moments(panel, data.reference_batch)
     with torch.no_grad():
         _write(model.covariate, share)
         model.parent.copy_(torch.from_numpy(data.parent))
@@ -119,8 +121,10 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             rng = np.random.default_rng([seed, 4, chain])
             w = weights(data, mine, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
             found = fit_map(second_moments(data, w / w.sum()), hyper.penalty, config.latent)
-            encoder = np.column_stack([found.encoder, np.full(len(found.encoder), 1 / len(found.encoder))])
-            z = project(data.counts, data.batch, mine, encoder)
+            loadings = find_directions(data, mine, np.random.default_rng([seed, 5]))
+            encoder = target_encoder(found, loadings, hyper.denoise)
+            encoder = np.column_stack([encoder, np.full(len(encoder), 1 / len(encoder))])
+            z = project(data.measured, data.batch, mine, encoder)
             around = mean_of_neighbors(data.graph) @ z if hyper.mix else z
             z = (1 - hyper.mix) * z + hyper.mix * around
             scale = max(float(z[:, -1].std()), 1e-6)
@@ -130,8 +134,10 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             decoder = np.vstack([found.decoder, hyper.common * np.maximum(np.sqrt(own), 1e-6)])
             spread = np.maximum(np.sqrt(np.einsum("dg,de,eg->g", decoder, np.cov(z.T), decoder)), 1e-6)
             _write(guide.gram, found.gram)
-            _write(guide.cross, np.pad(found.cross, ((0, 0), (0, 1))))
+            _write(guide.cross, found.cross)
+            _write(guide.loadings, loadings)
             _write(guide.encoder, encoder)
+            _write(guide.reference_encoder, np.pad(found.encoder, ((0, 0), (0, 1))))
             _write(model.decoder, decoder / spread)  # score of unit sd over the target's cells
             _write(model.reference_slope, found.scale * spread)
             _write(guide.log_scale, np.log(SPREAD * np.maximum(z.std(0), 1e-3)))

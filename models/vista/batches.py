@@ -17,9 +17,10 @@ from ppl_st.inference.svi import epoch_order
 
 
 class Data(NamedTuple):
-    """One problem: n spatial cells x P panel genes, m reference cells x G genes."""
+    """One problem: n spatial cells x P panel genes and E of their own, m reference cells x G genes."""
 
     counts: sp.csr_matrix  # [n, P]
+    others: sp.csr_matrix  # [n, E] counts of genes that only the target has; E may be 0
     reference: sp.csr_matrix  # [m, G]
     panel: NDArray[np.int64]  # [P] positions of the panel among the G genes
     graph: sp.csr_matrix  # [n, n] row i holds the spatial neighbors of cell i
@@ -27,18 +28,24 @@ class Data(NamedTuple):
     reference_batch: NDArray[np.int64]  # [m]
     parent: NDArray[np.int64]  # [G] the gene itself; of a gene GENE:layer, position of the gene
 
+    @property
+    def measured(self) -> sp.csr_matrix:
+        """[n, A] all genes of the target: the panel, then its own."""
+        return sp.csr_matrix(sp.hstack([self.counts, self.others], format="csr")) if self.others.shape[1] else self.counts
+
 
 class Batch(NamedTuple):
     """Tensors of one minibatch: B seeds among c context cells, R reference cells."""
 
     counts: Tensor  # [c, P] seeds first
-    total: Tensor  # [c] counts of the visible panel genes over their usual share: depth as it would be without the hidden ones
+    others: Tensor  # [c, E]
+    total: Tensor  # [c] counts of the visible genes of the target over their usual share: depth as it would be without the hidden ones
     batch: Tensor  # [c] batch of each
     rows: Tensor  # [B] rows of the seeds in the data
     neighbors: Tensor  # [B, k] positions in the context (0 where there is none)
     present: Tensor  # [B, k] bool
     reference: Tensor  # [R, G]
-    reference_total: Tensor  # [R] as total
+    reference_total: Tensor  # [R] the same over the visible panel genes
     reference_batch: Tensor  # [R]
     reference_rows: Tensor  # [R]
     visible: Tensor  # [P] bool: panel genes that the encoder sees
@@ -58,7 +65,7 @@ class Batches:
         self.data, self.seed, self.visible = data, seed, visible
         self.n, self.m = data.counts.shape[0], data.reference.shape[0]
         self.size, self.reference_size = min(size or self.n, self.n), min(reference_size or self.m, self.m)
-        self.share, self.reference_share = (shares(counts) for counts in (data.counts, data.reference[:, data.panel]))
+        self.share, self.reference_share = (shares(counts) for counts in (data.measured, data.reference[:, data.panel]))
 
     def __len__(self) -> int:
         return max(-(-self.n // max(1, self.size)), -(-self.m // max(1, self.reference_size)))
@@ -91,11 +98,13 @@ class Batches:
         present = np.arange(max(1, int(degree.max(initial=0))))[None] < degree[:, None]  # [B, k]
         neighbors = np.zeros(present.shape, dtype=np.int64)
         neighbors[present] = order[np.searchsorted(context[order], rows.indices)]
-        counts, other = data.counts[context].toarray(), data.reference[reference].toarray()
-        total = counts[:, shown].sum(1) / self.share[shown].sum()
+        counts, own, other = data.counts[context].toarray(), data.others[context].toarray(), data.reference[reference].toarray()
+        hidden = float(self.share[: len(shown)][~shown].sum())
+        total = (counts[:, shown].sum(1) + own.sum(1)) / (1 - hidden)
         other_total = other[:, data.panel[shown]].sum(1) / self.reference_share[shown].sum()
         return Batch(
             counts=torch.from_numpy(counts),
+            others=torch.from_numpy(own),
             total=torch.from_numpy(np.maximum(total, 1.0).astype(np.float32)),
             batch=torch.from_numpy(data.batch[context]),
             rows=torch.from_numpy(seeds),

@@ -6,6 +6,11 @@ gene is x' (S + penalty I)^{-1} C. It is factored through d latent dimensions: z
 along the leading right singular vectors of the fitted values. When only the genes in V are visible, E_V = (S_VV + penalty I)^{-1} K_V estimates the
 same z from fewer genes (K [P, d] = C in the coordinates of z; E = (S + penalty I)^{-1} K).
 
+GENES THAT ONLY THE TARGET HAS. The map cannot read them, but they say of a cell what its few counts of a panel gene say badly. All A measured genes
+of the target, z-scored, are a probabilistic principal component analysis, x = L u + noise of unit variance (up to scale), with as many directions
+as rise above the noise (Marchenko and Pastur 1967). Given the visible genes V, u has mean (I + L_V' L_V)^{-1} L_V' x_V, and the panel is denoised,
+x^ = u L_P'. A share ``denoise`` of the panel that the map reads is x^ instead of x. The depth of a cell is the total of all A genes.
+
 WHAT GENES HAVE IN COMMON. In the target the genes of a cell rise and fall together more than the reference can know (depth beyond the total, size,
 quality, density). One more coordinate holds it, the mean of the visible z-scores, standardised; every gene's score is (prediction of the map in
 units of its sd over the target) + ``common`` x this coordinate. The reference is decoded without it.
@@ -15,7 +20,7 @@ density ratio target / reference of its neighborhood in the space of predictions
 multiplies these weights by exponential ones: the Bayesian bootstrap of the reference, which carries its sampling error into the posterior.
 
 INNER HELD-OUT GENES. Panel genes are hidden from the map in folds and predicted in the target: exactly the situation of an unmeasured gene. On them
-are chosen the penalty, whether to reweight, how much of the neighbors' states to mix in, and ``common``; learned on them are the hyper-priors of
+are chosen the penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, and ``common``; learned on them are the hyper-priors of
 gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
 likelihood's parameters.
 """
@@ -25,9 +30,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.sparse.linalg import eigsh
 
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects
 from ppl_st.models.vista.batches import Data, shares
@@ -38,11 +45,15 @@ Floats = NDArray[np.float64]
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 MIXES = (0.0, 0.3, 0.5, 0.7)
 COMMONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DENOISES = (0.0, 0.5, 1.0)
+DIRECTIONS = 50  # at most
 FOLDS = 8
+JUDGED = 60  # inner genes of a fold, at most
 CELLS = 2000  # cells of either side on which weights and inner genes are judged
 REFERENCE = 10_000  # reference cells that inner genes are predicted from
 CLIP = 8.0  # standard deviations
 ROWS = 4096  # cells made dense together
+DENSE_GENES = 2000  # genes up to which all eigenvectors of their correlation matrix are computed at once
 ROUNDS, DAMPING, NEAR = 4, 0.7, 30  # of the density ratio
 RATIO_PENALTY = 3.0
 DRAWS = 4
@@ -50,11 +61,11 @@ SPREAD = 0.5  # sd of the latent state given its genes, in units of its sd over 
 
 
 class Moments(NamedTuple):
-    """How the log-normalised panel of one modality is standardised, per batch."""
+    """How the log-normalised genes of one modality are standardised, per batch: the panel, in the target all A."""
 
-    mean: Floats  # [batches, P]
-    sd: Floats  # [batches, P]
-    depth: float  # median panel total
+    mean: Floats  # [batches, A]
+    sd: Floats  # [batches, A]
+    depth: float  # median total
 
 
 class Map(NamedTuple):
@@ -72,17 +83,18 @@ class Hyper(NamedTuple):
 
     penalty: float
     reweight: bool
+    denoise: float  # share of the panel that is read off the directions of all genes of the target
     mix: float  # share of the neighbors' mean state
     common: float  # weight of what all genes have in common
-    depth: float  # exponent of a cell's panel total in its rates
+    depth: float  # exponent of a cell's total in its rates
     covariate_mean: float  # of the log share in the reference
-    gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd
+    gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
     slope: list[float]  # slope: mean, sd
     parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slope by covariate, sd
     candidates: list[dict[str, float]]  # settings tried, with their mean correlation on inner genes
 
 
-def panel_totals(counts: sp.csr_matrix) -> Floats:
+def totals_of(counts: sp.csr_matrix) -> Floats:
     """Total of every row, at least 1."""
     return np.maximum(np.asarray(counts.sum(1), dtype=np.float64).ravel(), 1.0)
 
@@ -93,8 +105,8 @@ def log_normalised(counts: sp.csr_matrix, totals: Floats, depth: float) -> Float
 
 
 def moments(counts: sp.csr_matrix, batch: NDArray[np.int64]) -> Moments:
-    """Moments of log-normalised counts [n, P], batch by batch; sd 1 where a gene does not vary."""
-    totals = panel_totals(counts)
+    """Moments of log-normalised counts [n, A], batch by batch; sd 1 where a gene does not vary."""
+    totals = totals_of(counts)
     depth = float(np.median(totals))
     mean, sd = [], []
     for b in range(int(batch.max(initial=0)) + 1):
@@ -108,13 +120,13 @@ def moments(counts: sp.csr_matrix, batch: NDArray[np.int64]) -> Moments:
 
 
 def standardise(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments) -> Floats:
-    """[n, P] z-scores, clipped."""
-    x = log_normalised(counts, panel_totals(counts), m.depth)
+    """[n, A] z-scores, clipped."""
+    x = log_normalised(counts, totals_of(counts), m.depth)
     return np.clip((x - m.mean[batch]) / m.sd[batch], -CLIP, CLIP)
 
 
 def project(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments, weights: Floats) -> Floats:
-    """z-scores @ weights [P, d], in blocks of cells: [n, d]."""
+    """z-scores @ weights [A, d], in blocks of cells: [n, d]."""
     starts = range(0, counts.shape[0], ROWS)
     return np.concatenate([standardise(counts[i : i + ROWS], batch[i : i + ROWS], m) @ weights for i in starts])
 
@@ -162,7 +174,7 @@ def weights(data: Data, mine: Moments, reweight: bool, rng: np.random.Generator)
     if not reweight:
         return np.full(m, 1.0 / m)
     some = rng.permutation(data.counts.shape[0])[:CELLS]
-    x = standardise(data.counts[some], data.batch[some], mine)
+    x = standardise(data.measured[some], data.batch[some], mine)[:, : len(data.panel)]
     panel = sp.csr_matrix(data.reference[:, data.panel])
     return density_ratio(x, standardise(panel, data.reference_batch, moments(panel, data.reference_batch)), rng)
 
@@ -179,7 +191,7 @@ def second_moments(data: Data, w: Floats, genes: NDArray[np.int64] | None = None
     """S, C and scale of ``genes`` of the reference (all when None) under weights w [m] that sum to 1; the reference is never dense as a whole."""
     genes = np.arange(data.reference.shape[1]) if genes is None else genes
     panel = sp.csr_matrix(data.reference[:, data.panel])
-    totals = panel_totals(panel)
+    totals = totals_of(panel)
     x = weighted(standardise(panel, data.reference_batch, moments(panel, data.reference_batch)), w)
     left, depth = (x * w[:, None]).T, float(np.median(totals))
     scale, cross = np.empty(len(genes)), np.empty((x.shape[1], len(genes)))
@@ -212,83 +224,136 @@ def fit_map(known: SecondMoments, penalty: float, latent: int) -> Map:
     return Map(known.gram, known.cross @ basis.T / size, solved @ basis.T / size, size[:, None] * basis, known.scale)
 
 
+def directions(genes: int) -> int:
+    """How many directions are looked at."""
+    return min(DIRECTIONS, genes - 1)
+
+
+def find_directions(data: Data, mine: Moments, rng: np.random.Generator) -> Floats:
+    """Loadings L [A, q] of the target's genes on its leading directions, noise of unit variance, see the file's docstring; a direction that
+    does not rise above the noise has loadings 0."""
+    some = np.sort(rng.permutation(data.counts.shape[0])[:ROWS])
+    x = standardise(data.measured[some], data.batch[some], mine)
+    n, genes = x.shape
+    q = directions(genes)
+    correlation = x.T @ x / n
+    if genes <= DENSE_GENES:
+        values, vectors = scipy.linalg.eigh(correlation, subset_by_index=[genes - q, genes - 1])
+    else:
+        values, vectors = eigsh(correlation, k=q, v0=np.random.default_rng(0).standard_normal(genes))
+    loud = values > (1 + np.sqrt(genes / n)) ** 2
+    noise = max(float(np.trace(correlation) - values[loud].sum()) / (genes - int(loud.sum())), 1e-3)
+    return np.asarray(vectors * np.sqrt(np.where(loud, np.maximum(values / noise - 1, 0.0), 0.0)))
+
+
+def read_directions(loadings: Floats) -> Floats:
+    """[A, q]: z-scores times this are the posterior mean of u."""
+    return np.asarray(np.linalg.solve(np.eye(loadings.shape[1]) + loadings.T @ loadings, loadings.T).T)
+
+
+def target_encoder(found: Map, loadings: Floats, denoise: float) -> Floats:
+    """E of the target [A, d]: ``denoise`` of it reads the panel off the directions."""
+    p = len(found.encoder)
+    encoder = denoise * read_directions(loadings) @ (loadings[:p].T @ found.encoder)
+    encoder[:p] += (1 - denoise) * found.encoder
+    return encoder
+
+
 class _Scores(NamedTuple):
-    """Predictions of inner genes in the judged cells: of the map, of what genes have in common, and the same averaged over neighbors."""
+    """Predictions of inner genes in the judged cells: of the map, of the map of the denoised panel, of what genes have in common; around: the
+    same averaged over neighbors."""
 
-    own: Floats  # [rows, genes]
+    own: Floats  # [3, rows, genes]
     around: Floats
-    common: Floats  # [rows, 1]
-    common_around: Floats
 
-    def mixed(self, mix: float, weight: float) -> Floats:
-        """Scores [rows, genes] with a share of the neighbors' and ``weight`` of what genes have in common."""
-        score = (1 - mix) * self.own + mix * self.around
-        common = (1 - mix) * self.common + mix * self.common_around
-        return score / np.maximum(score.std(0), 1e-9) + weight * (common - common.mean()) / max(float(common.std()), 1e-9)
+    def parts(self, denoise: float, mix: float) -> tuple[Floats, Floats]:
+        """Standardised scores of the map and of what genes have in common, [rows, genes] each."""
+        plain, smooth, common = (1 - mix) * self.own + mix * self.around
+        score = (1 - denoise) * plain + denoise * smooth
+        return tuple((x - x.mean(0)) / np.maximum(x.std(0), 1e-9) for x in (score, common))
 
 
-def learn(
-    data: Data, likelihood: Likelihood, penalty: float | None, reweight: bool | None, common: float | None, seed: int, say: Say
-) -> Hyper:
-    """Choose settings and learn hyper-priors on inner held-out genes; None means chosen."""
+def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], seed: int, say: Say) -> Hyper:
+    """Choose settings and learn hyper-priors on inner held-out genes; ``fixed`` gives those that are not to be chosen."""
     rng = np.random.default_rng([seed, 1])
-    p = len(data.panel)
-    rows = np.sort(rng.permutation(data.counts.shape[0])[:CELLS])
+    p, n = len(data.panel), data.counts.shape[0]
+    rows = np.sort(rng.permutation(n)[:CELLS])
     folds = np.array_split(rng.permutation(p), FOLDS)
-    truth = standardise(data.counts[rows], data.batch[rows], moments(data.counts, data.batch))
+    judged = [np.sort(inner[:JUDGED]) for inner in folds]
+    truth = standardise(data.measured[rows], data.batch[rows], moments(data.measured, data.batch))
     mixer = mean_of_neighbors(data.graph)[rows]
     needed = np.union1d(rows, mixer.indices)  # the judged cells and their neighbors
     mixer, rows_of = sp.csr_matrix(mixer[:, needed]), np.searchsorted(needed, rows)
-    penalties = PENALTIES if penalty is None else (penalty,)
-    options = (False, True) if reweight is None else (reweight,)
-    mixes = MIXES if data.graph.nnz else (0.0,)
-    commons = COMMONS if common is None else (common,)
+
+    def options(name: str, several: tuple[float, ...]) -> tuple[float, ...]:
+        one = fixed.get(name)
+        return several if one is None else (one,)
+
+    penalties, reweights = options("penalty", PENALTIES), options("reweight", (0.0, 1.0))
+    commons = np.array(options("common", COMMONS))[:, None]
+    mixes = options("mix", MIXES) if data.graph.nnz else (0.0,)
     some = np.sort(rng.permutation(data.reference.shape[0])[:REFERENCE])
     reference = sp.csr_matrix(data.reference[some])
-    correlations: dict[tuple[bool, float, float, float], list[Floats]] = {}
-    states: dict[tuple[bool, float], list[_Scores]] = {}
-    for inner in folds:
+    correlations: dict[tuple[float, ...], list[Floats]] = {}
+    states: dict[tuple[float, float], list[_Scores]] = {}
+    for inner, genes in zip(folds, judged, strict=True):
         kept = np.setdiff1d(np.arange(p), inner)
         sub = data._replace(
             counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept], reference=reference, reference_batch=data.reference_batch[some]
         )
-        mine = moments(sub.counts, sub.batch)
-        maps: dict[tuple[bool, float], Floats] = {}
-        for option in options:
-            known = second_moments(sub, weights(sub, mine, option, np.random.default_rng([seed, 2])), data.panel[inner])
+        measured, batch, mine = sub.measured[needed], sub.batch[needed], moments(sub.measured, sub.batch)
+        loadings = find_directions(sub, mine, np.random.default_rng([seed, 5]))
+        maps: dict[tuple[float, float], Floats] = {}
+        for option in reweights:
+            known = second_moments(sub, weights(sub, mine, option > 0, np.random.default_rng([seed, 2])), data.panel[genes])
             maps |= {(option, strength): ridge(known, strength) for strength in penalties}
-        everything = np.column_stack([*maps.values(), np.full(len(kept), 1 / len(kept))])
-        found = project(sub.counts[needed], sub.batch[needed], mine, everything)
-        around, found = mixer @ found, found[rows_of]
-        for k, (option, strength) in enumerate(maps):
-            part = slice(k * len(inner), (k + 1) * len(inner))
-            score = _Scores(found[:, part], around[:, part], found[:, -1:], around[:, -1:])
-            states.setdefault((option, strength), []).append(score)
-            for mix, weight in itertools.product(mixes, commons):
-                r = _correlation(truth[:, inner], score.mixed(mix, weight))
-                correlations.setdefault((option, strength, mix, weight), []).append(r)
+        a, width, ridges = measured.shape[1], len(genes), np.hstack(list(maps.values()))
+        first = np.zeros((a, ridges.shape[1]))
+        first[: len(kept)] = ridges
+        read = project(measured, batch, mine, np.column_stack([first, np.full(a, 1 / a), read_directions(loadings)]))
+        columns = ridges.shape[1]
+        found = np.stack([read[:, :columns], read[:, columns + 1 :] @ (loadings[: len(kept)].T @ ridges)])
+        for k, key in enumerate(maps):
+            part = slice(k * width, (k + 1) * width)
+            own = np.concatenate([found[:, :, part], np.broadcast_to(read[:, columns, None], (1, len(needed), width))])
+            score = _Scores(own[:, rows_of], np.stack([mixer @ one for one in own]))
+            states.setdefault(key, []).append(score)
+            for denoise, mix in itertools.product(options("denoise", DENOISES), mixes):
+                x, common = score.parts(denoise, mix)
+                r = _correlation(truth[:, genes], x) + commons * _correlation(truth[:, genes], common)
+                r /= np.sqrt(1 + commons**2 + 2 * commons * _correlation(x, common))  # [commons, genes] of x + weight x common
+                for weight, one in zip(commons[:, 0], r, strict=True):
+                    correlations.setdefault((*key, denoise, mix, float(weight)), []).append(one)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
     best = max(means, key=lambda key: means[key])
-    names = ("reweight", "penalty", "mix", "common", "inner genes")
-    candidates = [dict(zip(names, map(float, (*key, value)), strict=True)) for key, value in means.items()]
+    names = ("reweight", "penalty", "denoise", "mix", "common", "inner genes")
+    candidates = [dict(zip(names, (*key, value), strict=True)) for key, value in means.items()]
+    chosen = dict(zip(names, (*best, means[best]), strict=True))
     say(
-        f"inner held-out genes: penalty {best[1]:g}, reweighted {best[0]}, {best[2]:.0%} from neighbors, {best[3]:g} of what genes share, "
-        f"correlation {means[best]:.3f}"
+        f"inner held-out genes: penalty {chosen['penalty']:g}, reweighted {bool(chosen['reweight'])}, panel {chosen['denoise']:.0%} denoised, "
+        f"{chosen['mix']:.0%} from neighbors, {chosen['common']:g} of what genes share, correlation {means[best]:.3f}"
     )
-    predicted, depth = np.empty((len(rows), p)), np.empty((len(rows), p))
-    share = shares(data.counts)
+    share = shares(data.measured)
+    predicted, depth = [], []
     for inner, score in zip(folds, states[best[:2]], strict=True):
-        predicted[:, inner] = score.mixed(*best[2:])
-        kept = np.setdiff1d(np.arange(p), inner)
-        depth[:, inner] = np.log(panel_totals(data.counts[rows][:, kept]) / share[kept].sum())[:, None]
-    return _hyper_priors(data, likelihood, best, predicted, depth, rows, candidates, seed, say)
+        x, common = score.parts(*best[2:4])
+        predicted.append(x + best[4] * common)
+        seen = np.setdiff1d(np.arange(len(share)), inner)
+        total = np.log(totals_of(data.measured[rows][:, seen]) / share[seen].sum())
+        depth.append(np.repeat(total[:, None], x.shape[1], 1))
+    genes = np.concatenate(judged)
+    return _hyper_priors(data, likelihood, chosen, genes, np.hstack(predicted), np.hstack(depth), rows, candidates, seed, say)
 
 
-def default_hyper(data: Data, likelihood: Likelihood, penalty: float | None, reweight: bool | None, common: float | None) -> Hyper:
+def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None]) -> Hyper:
     """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors."""
     parameters = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
     center = float(log_share(data).mean())
-    return Hyper(penalty or 3.0, bool(reweight), 0.0, common or 0.0, 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5], parameters, [])
+    known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
+    return Hyper(
+        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5],
+        parameters, [],
+    )  # fmt: skip
 
 
 def mean_of_neighbors(graph: sp.csr_matrix) -> sp.csr_matrix:
@@ -311,7 +376,8 @@ def _correlation(a: Floats, b: Floats) -> Floats:
 def _hyper_priors(
     data: Data,
     likelihood: Likelihood,
-    best: tuple[bool, float, float, float],
+    chosen: dict[str, float],
+    genes: NDArray[np.int64],
     predicted: Floats,
     log_depth: Floats,
     rows: NDArray[np.int64],
@@ -319,16 +385,17 @@ def _hyper_priors(
     seed: int,
     say: Say,
 ) -> Hyper:
-    """Gain, slope, depth and the likelihood's parameters of the inner genes, from a log-linear regression of each gene's counts."""
-    counts = data.counts[rows].toarray().astype(np.float64)
-    median = float(np.log(np.median(panel_totals(data.counts))))
-    depth = log_depth - median  # [rows, P]
+    """Gain, slope, depth and the likelihood's parameters of the inner genes, from a log-linear regression of each gene's counts;
+    ``genes`` are positions in the panel."""
+    counts = data.counts[rows][:, genes].toarray().astype(np.float64)
+    median = float(np.log(np.median(totals_of(data.measured))))
+    depth = log_depth - median  # [rows, genes]
     share = log_share(data)
     spread = predicted.std(0) + 1e-9
     panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
-    offset = median + np.log(panel / panel.sum())  # [P]
+    offset = median + np.log(panel / panel.sum())[genes]
     found, variance = _regressions(counts, predicted / spread, depth, offset)
-    z = share[data.panel] - share.mean()
+    z = share[data.panel[genes]] - share.mean()
     exponent = float(np.clip(np.average(found[:, 2], weights=1 / (0.05 + variance[:, 2])), 0.2, 1.5))
     # Level: regression on the covariate, then the random effect around it.
     design = np.column_stack([np.ones_like(z), z])
@@ -353,7 +420,8 @@ def _hyper_priors(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
         + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
     )
-    return Hyper(best[1], best[0], best[2], best[3], exponent, float(share.mean()), gain, slope, parameters, candidates)
+    picked = chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"]
+    return Hyper(*picked, exponent, float(share.mean()), gain, slope, parameters, candidates)
 
 
 def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats]:

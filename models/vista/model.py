@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppl_st.inference.adversary import Kind, generator_loss
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.vista.batches import Batch
-from ppl_st.models.vista.closed import CLIP, Hyper
+from ppl_st.models.vista.closed import CLIP, Hyper, directions
 from ppl_st.networks import MLP, GraphAttention
 from ppl_st.observation import check_name, find
 
@@ -48,7 +48,9 @@ class Config:
     adversary_weight: float = field(default=5.0, metadata={"ge": 0})  # kappa
     visible: float = field(default=0.75, metadata={"gt": 0, "le": 1})  # share of panel genes the encoder sees in training
     penalty: float | Literal["auto"] = "auto"  # ridge penalty of the closed map
+    others: bool = True  # genes that only the target has help to place its cells and give their depth (closed map)
     reweight: bool | Literal["auto"] = "auto"  # weight the reference towards the target's composition
+    denoise: float | Literal["auto"] = "auto"  # share of the panel read off the directions of all genes of the target (closed map)
     common: float | Literal["auto"] = "auto"  # weight of what all genes of a spatial cell have in common (closed map)
     target_weight: float = field(default=1.0, metadata={"gt": 0})  # of the spatial log-likelihood
     reference_weight: float = field(default=1.0, metadata={"gt": 0})
@@ -71,7 +73,7 @@ class Config:
 
 _GIMVI = Config(
     graph="none", map="learned", latent=10, hidden=64, chains=1, reference_likelihood="zinb", platform="none", adversary="cross_entropy",
-    visible=1.0, batch_cells=128, batch_reference=128, reweight=False, penalty=3.0,
+    visible=1.0, batch_cells=128, batch_reference=128, reweight=False, penalty=3.0, others=False,
     fit=FitConfig(steps=4000, lr=1e-3, eps=0.01, weight_decay=1e-6, clip_norm=1e3, kl_warmup_steps=8000, elbo="meanfield"),
 )  # fmt: skip
 PRESETS = {
@@ -86,11 +88,12 @@ class Spec(NamedTuple):
     """Sizes and constants that a pair is built from; plain numbers, stored with the run."""
 
     panel: list[int]  # positions of the panel among the genes
+    measured: int  # A: panel and genes that only the target has
     n_genes: int
     batches: int  # of the target
     reference_batches: int
     library: list[list[float]]  # mean and sd of the log totals of each reference batch
-    depth: float  # median panel total of the target
+    depth: float  # median total of the target's cells
     hyper: Hyper
 
 
@@ -161,7 +164,7 @@ class Model(PyroModule):
     # ---- rates ----
 
     def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor) -> Tensor:
-        """Log rate of ``genes`` [g] in spatial cells with states z [n, d] and log panel totals [n]: [n, g]."""
+        """Log rate of ``genes`` [g] in spatial cells with states z [n, d] and log totals [n]: [n, g]."""
         score = z @ self.decoder[:, genes]
         level = (self.level if self.closed else self.level + self.bias)[genes]
         if "log_gain" in drawn:
@@ -269,28 +272,32 @@ def neighbor_mean(x: Tensor, batch: Batch) -> Tensor:
 class Guide(PyroModule):
     """q: encoder of the standardised panel (closed) or the published networks (learned), and what the graph adds."""
 
-    mean: Tensor  # [batches, P] buffers: moments of the target's panel
+    mean: Tensor  # [batches, A] buffers: moments of the target's genes
     sd: Tensor
-    reference_mean: Tensor  # the same of the reference
+    reference_mean: Tensor  # [batches, P] the same of the reference
     reference_sd: Tensor
-    depths: Tensor  # [2] median panel totals of target and reference
+    depths: Tensor  # [2] median totals of target and reference (over the panel)
     gram: Tensor  # [P, P]
-    cross: Tensor  # [P, d]
-    encoder: Tensor  # [P, d]
+    cross: Tensor  # [P, d - 1]
+    loadings: Tensor  # [A, q]
+    encoder: Tensor  # [A, d]
+    reference_encoder: Tensor  # [P, d]
 
     def __init__(self, config: Config, spec: Spec, model: Model) -> None:
         super().__init__()
         self.config, self.spec, self.closed = config, spec, model.closed
         self.model = (model,)  # its hyper-priors are the posterior of unmeasured genes; no parameter of this module
-        p, d = len(spec.panel), model.latent
-        for side, n in (("", spec.batches), ("reference_", spec.reference_batches)):
-            self.register_buffer(f"{side}mean", torch.zeros(n, p))
-            self.register_buffer(f"{side}sd", torch.ones(n, p))
+        p, a, d = len(spec.panel), spec.measured, model.latent
+        for side, n, genes in (("", spec.batches, a), ("reference_", spec.reference_batches, p)):
+            self.register_buffer(f"{side}mean", torch.zeros(n, genes))
+            self.register_buffer(f"{side}sd", torch.ones(n, genes))
         self.register_buffer("depths", torch.ones(2))
         if self.closed:
             self.register_buffer("gram", torch.eye(p))
-            self.register_buffer("cross", torch.zeros(p, d))
-            self.register_buffer("encoder", torch.zeros(p, d))
+            self.register_buffer("cross", torch.zeros(p, d - 1))
+            self.register_buffer("loadings", torch.zeros(a, directions(a)))
+            self.register_buffer("encoder", torch.zeros(a, d))
+            self.register_buffer("reference_encoder", torch.zeros(p, d))
             learned = config.visible == 1  # without a KL term nothing would keep the spread from vanishing
             self.log_scale = nn.Parameter(torch.full((d,), -0.7), requires_grad=learned)
             self.reference_log_scale = nn.Parameter(torch.full((d,), -0.7), requires_grad=learned)
@@ -351,22 +358,29 @@ class Guide(PyroModule):
             with poutine.mask(mask=hierarchical):
                 pyro.sample(name, dist.Normal(torch.where(measured, loc, prior_loc), scale).to_event(1))  # [G]
 
-    def _project(self, counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor, visible: Tensor) -> Tensor:
-        """State from the z-scores of the visible panel genes; see `ppl_st.models.vista.closed`."""
-        x = ((torch.log1p(counts * (depth / total)[:, None]) - mean) / sd).clamp(-CLIP, CLIP)
+    def _encoders(self, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """What turns the z-scores of all genes of the target [A, d], and of the panel in the reference [P, d], into states when only these genes
+        of the panel are visible; rows of the others are 0. See `ppl_st.models.vista.closed`."""
         if bool(visible.all()):
-            return x @ self.encoder
+            return self.encoder, self.reference_encoder
         inside = self.gram[visible][:, visible]
-        inside = inside + self.spec.hyper.penalty * torch.eye(len(inside))
-        encoder = torch.linalg.solve(inside, self.cross[visible])
-        encoder[:, -1] = self.encoder[visible, -1] * (len(visible) / len(inside))
-        return x[:, visible] @ encoder
+        own = torch.zeros_like(self.cross)
+        own[visible] = torch.linalg.solve(inside + self.spec.hyper.penalty * torch.eye(len(inside)), self.cross[visible])
+        seen = torch.cat([visible, visible.new_ones(self.spec.measured - len(visible))])
+        loadings = self.loadings * seen[:, None]
+        encoder = own.new_zeros(len(seen), self.encoder.shape[1])
+        inner = torch.eye(loadings.shape[1]) + loadings.T @ loadings
+        denoise = self.spec.hyper.denoise
+        encoder[:, :-1] = denoise * loadings @ torch.linalg.solve(inner, loadings[: len(own)].T @ own)
+        encoder[: len(own), :-1] += (1 - denoise) * own
+        encoder[:, -1] = self.encoder[:, -1] * seen * (len(seen) / seen.sum())
+        return encoder, nn.functional.pad(own, (0, 1))
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Location and scale of q(z) of spatial cells without the graph, [c, d] each."""
         if self.closed:
-            mean, sd = self.mean[batch.batch], self.sd[batch.batch]
-            loc = self._project(batch.counts, batch.total, self.depths[0], mean, sd, batch.visible)
+            genes = torch.cat([batch.counts, batch.others], 1)
+            loc = _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch]) @ self._encoders(batch.visible)[0]
             return loc, self.log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
         return self._heads(self.shared(torch.relu(self.target_input(torch.log1p(batch.counts * batch.visible)))))
 
@@ -374,8 +388,8 @@ class Guide(PyroModule):
         """The same of reference cells; closed: from the visible panel genes, as the target's."""
         if self.closed:
             panel, code = batch.reference[:, self.model[0].panel], batch.reference_batch
-            moments = self.reference_mean[code], self.reference_sd[code]
-            loc = self._project(panel, batch.reference_total, self.depths[1], *moments, batch.visible)
+            x = _standardise(panel, batch.reference_total, self.depths[1], self.reference_mean[code], self.reference_sd[code])
+            loc = x @ self._encoders(batch.visible)[1]
             return loc, self.reference_log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
         return self._heads(self.shared(torch.relu(self.reference_input(torch.log1p(batch.reference)))))
 
@@ -403,6 +417,10 @@ class Guide(PyroModule):
         if self.config.graph == "kl_only":
             return base[: len(batch.rows)], spread[: len(batch.rows)]
         return self.with_graph(base, spread, batch)
+
+
+def _standardise(counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+    return ((torch.log1p(counts * (depth / total)[:, None]) - mean) / sd).clamp(-CLIP, CLIP)
 
 
 def build(config: Config, spec: Spec) -> Pair:

@@ -13,9 +13,11 @@ from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
+from ppl_st.prepare import same_genes
 from ppl_st.spatial import neighbors
 
 MIN_PANEL = 5
+MAX_OTHERS = 1000
 ANCHOR_R, ANCHOR_P = 0.5, 0.05  # the paper's thresholds
 
 
@@ -24,13 +26,15 @@ def problem(
 ) -> tuple[Data, Counts, Counts]:
     """The problem from spatial cells and dissociated cells; returns it with the counts that it uses.
 
-    Genes: all of the reference; those that the target has too are the panel (with ``anchor_key`` only those whose pseudo-bulks agree); genes that
-    only the target has are left out. Cells of the target stay, also empty ones; reference cells without a panel gene are dropped.
+    Genes: all of the reference; those that the target has too are the panel (with ``anchor_key`` only those whose pseudo-bulks agree). Genes that
+    only the target has help to place its cells (``others``; those with most counts, at most `MAX_OTHERS`). Cells of the target stay, also empty ones; reference cells without a panel gene are dropped.
     """
     panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
-    if len(panel_genes) < len(target.genes):
-        say(f"{len(target.genes) - len(panel_genes)} genes of the target are not in the reference and are left out")
-    target = target.take_genes(panel_genes)
+    others = target.take_genes(_others(target, panel_genes, config))
+    rest = len(target.genes) - len(panel_genes) - len(others.genes)
+    if len(others.genes) or rest:
+        say(f"of the genes that only the target has {len(others.genes)} help to place its cells, {rest} are left out")
+    everything, target = target, target.take_genes(panel_genes)
     if config.anchor_key is not None:
         keep = anchors(target, reference.take_genes(panel_genes), config.anchor_key)
         say(f"{int(keep.sum())} of {len(keep)} shared genes are anchors (r > {ANCHOR_R}, p < {ANCHOR_P} over {config.anchor_key})")
@@ -47,6 +51,7 @@ def problem(
     panel = pd.Index(reference.genes).get_indexer(pd.Index(target.genes)).astype(np.int64)
     data = Data(
         counts=target.matrix,
+        others=others.matrix,
         reference=reference.matrix,
         panel=panel,
         graph=graph(target, config),
@@ -54,27 +59,31 @@ def problem(
         reference_batch=_codes(reference, config.batch_key, "reference"),
         parent=parents(reference.genes, config.reference_layers),
     )
-    return data, target, reference
+    return data, everything.take_genes(np.concatenate([target.genes, others.genes])), reference
+
+
+def _others(target: Counts, panel: NDArray[np.str_], config: Config) -> NDArray[np.str_]:
+    """Genes that only the target has and that the closed map uses."""
+    if config.map != "closed" or not config.others:
+        return panel[:0]
+    counts = np.asarray(target.matrix.sum(0)).ravel() * ~np.isin(target.genes, panel)
+    most = np.argsort(-counts, kind="stable")[:MAX_OTHERS]
+    return target.genes[np.sort(most[counts[most] > 0])]
 
 
 def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tuple[Data, Counts]:
-    """The same problem for other spatial cells with the fitted target's genes, with their own graph and without reference cells.
+    """The same problem for other spatial cells with all genes of the fitted target, with their own graph and without reference cells.
 
     Their counts are standardised by the moments of the fit; a batch that the fit does not know is treated as its first one.
     """
-    missing = fitted.genes[~np.isin(fitted.genes, target.genes)]
-    if len(missing):
-        raise UserError(
-            f"target ({target.source}) lacks {len(missing)} of the {len(fitted.genes)} panel genes that the run was fitted on, e.g. "
-            f"{', '.join(missing[:3])}; a run predicts cells measured with the same panel"
-        )
-    target = target.take_genes(fitted.genes)
+    target = same_genes(target, fitted)
     codes = np.zeros(len(target.names), np.int64)
     if config.batch_key is not None and config.batch_key in target.obs:
         known = pd.Index(np.unique(fitted.obs[config.batch_key].astype(str)))
         codes = np.maximum(known.get_indexer(pd.Index(target.obs[config.batch_key].astype(str))), 0).astype(np.int64)
     fresh = data._replace(
-        counts=target.matrix,
+        counts=sp.csr_matrix(target.matrix[:, : len(data.panel)]),
+        others=sp.csr_matrix(target.matrix[:, len(data.panel) :]),
         reference=data.reference[:0],
         reference_batch=data.reference_batch[:0],
         graph=graph(target, config),
