@@ -20,15 +20,18 @@ OWN_CELLS = 2000  # cells on which parameters of likelihoods other than the nega
 ROWS = 512  # cells scored at once
 
 
-def random_effects(values: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and sd of Normal(m, s) when ``values`` carry sampling variances ``noise``, by maximum likelihood; s is predictive (for a new gene)."""
+def random_effects(values: NDArray[np.float64], noise: NDArray[np.float64], center: float | None = None) -> tuple[float, float]:
+    """Mean and sd of Normal(m, s) when ``values`` carry sampling variances ``noise``, by maximum likelihood; s is predictive (for a new gene).
+
+    ``center`` is m where it is known; s may then be as small as 0.005, without it at least `MIN_SCALE`.
+    """
 
     def fit(s: float) -> tuple[float, float]:
         weight = 1 / (s**2 + noise)
-        mean = float((weight * values).sum() / weight.sum())
+        mean = float((weight * values).sum() / weight.sum()) if center is None else center
         return mean, float((weight * (values - mean) ** 2).sum() - np.log(weight).sum())
 
-    grid = np.geomspace(MIN_SCALE, 3.0, 100)
+    grid = np.geomspace(MIN_SCALE if center is None else 0.005, 3.0, 100)
     s = float(grid[np.argmin([fit(s)[1] for s in grid])])
     return fit(s)[0], s * float(np.sqrt(1 + 1 / len(values)))
 

@@ -22,11 +22,13 @@ GUIDE
                    attention, gains, slopes and dispersions are learned in the situation in which they will be used (``visible=1``: the
                    whole evidence bound, which trains shares and spreads too).
 
-PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors), delta_g, k_g, theta'_g ~ hyper-prior where g was not measured, count ~ NB(rate, theta').
+PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors); where g was not measured delta_g, k_g, theta'_g ~ hyper-prior, and the error of its
+pattern, drawn once for all cells along directions of the target and smooth waves of the coordinates (`inner.py`); count ~ NB(rate, theta').
 
 ``map="learned"`` (presets "paper", "released", "gimvi") has the published networks, softmax over the panel, ZINB reference, classifier and settings.
 
-SYMBOLS  n spatial, m reference cells, G genes, P panel, A panel and genes that only the target has, d latent dimensions; of a batch: B seeds, c seeds and their neighbors, R reference cells.
+SYMBOLS  n spatial, m reference cells, G genes, P panel, A panel and genes that only the target has, d latent dimensions;
+         of a batch: B seeds, c seeds and their neighbors, R reference cells.
 
 DIFFERENCES from paper and released code
     * the graph is computed once over all cells, with rows that are row numbers, within sections; released: kNN among 128 random cells, per step;
@@ -37,6 +39,7 @@ DIFFERENCES from paper and released code
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,23 +51,23 @@ from torch import Tensor
 from ppl_st.inference.adversary import Adversary, Player
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import Pair, rng_scope
+from ppl_st.models.common.counts import gene_noise
 from ppl_st.models.vista.batches import Batch, Batches, Data
 from ppl_st.models.vista.closed import (
     SPREAD,
-    Hyper,
-    default_hyper,
-    fit_map,
     find_directions,
-    learn,
+    fit_map,
     log_share,
     mean_of_neighbors,
     moments,
     project,
+    read_directions,
     second_moments,
     target_encoder,
     totals_of,
     weights,
 )
+from ppl_st.models.vista.inner import Hyper, default_hyper, learn
 from ppl_st.models.vista.model import PRESETS, RESERVED, Config, Guide, Model, Spec, build, sides
 from ppl_st.observation import find
 
@@ -125,8 +128,10 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             encoder = target_encoder(found, loadings, hyper.denoise)
             encoder = np.column_stack([encoder, np.full(len(encoder), 1 / len(encoder))])
             z = project(data.measured, data.batch, mine, encoder)
-            around = mean_of_neighbors(data.graph) @ z if hyper.mix else z
-            z = (1 - hyper.mix) * z + hyper.mix * around
+            u = project(data.measured, data.batch, mine, read_directions(loadings))
+            z, u = (x if not hyper.mix else (1 - hyper.mix) * x + hyper.mix * (mean_of_neighbors(data.graph) @ x) for x in (z, u))
+            _write(guide.place_mean, u.mean(0))
+            _write(guide.place_sd, np.maximum(u.std(0), 1e-6))
             scale = max(float(z[:, -1].std()), 1e-6)
             encoder[:, -1] /= scale
             z[:, -1] /= scale
@@ -212,7 +217,11 @@ class Predictor:
         self.chains = chains_of(pair)
         self.models, self.guides = zip(*(sides(chain) for chain in self.chains), strict=True)
         self.n_cells = data.counts.shape[0]
-        self.batches = Batches(data, 0, 0, 0)
+        self.data, self.batches = data, Batches(data, 0, 0, 0)
+        hyper, waves = spec.hyper, data.waves.shape[1]
+        error = hyper.error if config.map == "closed" else []
+        self.tau = torch.tensor([*error, *[hyper.wave_error / max(1, waves) ** 0.5] * waves]) if error else None  # [q + K]
+        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(error) + waves))
 
     def blocks(self, max_cells: int) -> Any:
         """Batches that own every cell once."""
@@ -231,16 +240,23 @@ class Predictor:
         """Rows of the result that the batch owns."""
         return batch.rows.numpy()
 
-    def local(self, batch: Batch, chain: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Location and scale of q(z) of the owned cells, and their log totals."""
+    def local(self, batch: Batch, chain: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Location and scale of q(z) of the owned cells, their log totals, and [n, q + K] along what patterns err, in sd of the log rate."""
         with torch.no_grad():
             loc, scale = self.guides[chain].states(batch)
-            return loc, scale, batch.total[: len(batch.rows)].log()
+            along = None
+            if self.tau is not None:
+                along = torch.cat([self.guides[chain].places(batch), torch.from_numpy(self.data.waves[batch.rows.numpy()])], 1) * self.tau
+            return loc, scale, batch.total[: len(batch.rows)].log(), along
 
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
-        """p(count | draw): states are drawn here."""
-        loc, scale, log_total = local
-        return self.models[chain].count_dist(drawn, loc + scale * torch.randn_like(loc), log_total, genes)
+        """p(count | draw): states are drawn here; the error of an unmeasured gene's pattern is the same in all blocks of cells."""
+        loc, scale, log_total, along = local
+        model, error = self.models[chain], 0.0
+        if along is not None:
+            error = along @ self.noise(int(drawn["gene_key"]), tuple(genes.tolist())) - 0.5 * along.square().sum(1, keepdim=True)
+            error = error * (1 - model.measured[genes])
+        return model.count_dist(drawn, loc + scale * torch.randn_like(loc), log_total, genes, error)
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,6 +23,7 @@ class Data(NamedTuple):
     others: sp.csr_matrix  # [n, E] counts of genes that only the target has; E may be 0
     reference: sp.csr_matrix  # [m, G]
     panel: NDArray[np.int64]  # [P] positions of the panel among the G genes
+    waves: NDArray[np.float32]  # [n, K] smooth functions of the coordinates; K = 0 where the method uses none
     graph: sp.csr_matrix  # [n, n] row i holds the spatial neighbors of cell i
     batch: NDArray[np.int64]  # [n] batch of each spatial cell
     reference_batch: NDArray[np.int64]  # [m]

@@ -1,4 +1,4 @@
-r"""The data-driven start: a shared map in closed form, and what inner held-out genes teach.
+r"""The data-driven start: a shared map in closed form, what only the target knows of its cells, and weights of the reference.
 
 THE MAP. Within either modality (and batch) log-normalised panel genes are z-scored, x [P]; this removes every gene-wise platform effect. With
 weights w_n over reference cells, S = sum_n w_n x_n x_n', C = sum_n w_n x_n y_n' for all genes y [G] of the reference, the ridge prediction of every
@@ -18,45 +18,27 @@ units of its sd over the target) + ``common`` x this coordinate. The reference i
 WEIGHTS. Reference and target differ in composition (a neuron-enriched reference, a tissue with glia). Each reference cell is weighted by the
 density ratio target / reference of its neighborhood in the space of predictions, by k nearest neighbors, a few damped rounds. Every chain
 multiplies these weights by exponential ones: the Bayesian bootstrap of the reference, which carries its sampling error into the posterior.
-
-INNER HELD-OUT GENES. Panel genes are hidden from the map in folds and predicted in the target: exactly the situation of an unmeasured gene. On them
-are chosen the penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, and ``common``; learned on them are the hyper-priors of
-gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
-likelihood's parameters.
 """
 
-import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import LinearOperator, eigsh
 
-from ppl_st.inference.hyperpriors import learn_parameters, random_effects
-from ppl_st.models.vista.batches import Data, shares
-from ppl_st.observation import Likelihood
+from ppl_st.models.vista.batches import Data
 
-Say = Callable[[str], None]
 Floats = NDArray[np.float64]
-PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
-MIXES = (0.0, 0.3, 0.5, 0.7)
-COMMONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-DENOISES = (0.0, 0.5, 1.0)
 DIRECTIONS = 50  # at most
-FOLDS = 8
-JUDGED = 60  # inner genes of a fold, at most
-CELLS = 2000  # cells of either side on which weights and inner genes are judged
-REFERENCE = 10_000  # reference cells that inner genes are predicted from
+CELLS = 2000  # cells of either side on which weights are found
 CLIP = 8.0  # standard deviations
 ROWS = 4096  # cells made dense together
 DENSE_GENES = 2000  # genes up to which all eigenvectors of their correlation matrix are computed at once
 ROUNDS, DAMPING, NEAR = 4, 0.7, 30  # of the density ratio
 RATIO_PENALTY = 3.0
-DRAWS = 4
+FAR = 4.0  # standard deviations: places are clipped
 SPREAD = 0.5  # sd of the latent state given its genes, in units of its sd over the reference, at the start
 
 
@@ -76,22 +58,6 @@ class Map(NamedTuple):
     encoder: Floats  # [P, d] E
     decoder: Floats  # [d, G] A, z-scores
     scale: Floats  # [G] log rate per z-score, on the reference
-
-
-class Hyper(NamedTuple):
-    """What the inner held-out genes taught; plain numbers, stored with the run."""
-
-    penalty: float
-    reweight: bool
-    denoise: float  # share of the panel that is read off the directions of all genes of the target
-    mix: float  # share of the neighbors' mean state
-    common: float  # weight of what all genes have in common
-    depth: float  # exponent of a cell's total in its rates
-    covariate_mean: float  # of the log share in the reference
-    gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
-    slope: list[float]  # slope: mean, sd
-    parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slope by covariate, sd
-    candidates: list[dict[str, float]]  # settings tried, with their mean correlation on inner genes
 
 
 def totals_of(counts: sp.csr_matrix) -> Floats:
@@ -224,26 +190,28 @@ def fit_map(known: SecondMoments, penalty: float, latent: int) -> Map:
     return Map(known.gram, known.cross @ basis.T / size, solved @ basis.T / size, size[:, None] * basis, known.scale)
 
 
-def directions(genes: int) -> int:
-    """How many directions are looked at."""
-    return min(DIRECTIONS, genes - 1)
-
-
 def find_directions(data: Data, mine: Moments, rng: np.random.Generator) -> Floats:
-    """Loadings L [A, q] of the target's genes on its leading directions, noise of unit variance, see the file's docstring; a direction that
-    does not rise above the noise has loadings 0."""
+    """Loadings L [A, DIRECTIONS] of the target's genes on its leading directions, strongest first, noise of unit variance; see the file's
+    docstring. Columns beyond the directions that rise above the noise are 0."""
     some = np.sort(rng.permutation(data.counts.shape[0])[:ROWS])
     x = standardise(data.measured[some], data.batch[some], mine)
     n, genes = x.shape
-    q = directions(genes)
-    correlation = x.T @ x / n
+    correlation, q = x.T @ x / n, min(DIRECTIONS, genes - 1)
+
+    def product(v: Floats) -> Floats:
+        return np.asarray(correlation @ v)
+
     if genes <= DENSE_GENES:
         values, vectors = scipy.linalg.eigh(correlation, subset_by_index=[genes - q, genes - 1])
     else:
-        values, vectors = eigsh(correlation, k=q, v0=np.random.default_rng(0).standard_normal(genes))
-    loud = values > (1 + np.sqrt(genes / n)) ** 2
-    noise = max(float(np.trace(correlation) - values[loud].sum()) / (genes - int(loud.sum())), 1e-3)
-    return np.asarray(vectors * np.sqrt(np.where(loud, np.maximum(values / noise - 1, 0.0), 0.0)))
+        start: Floats = np.random.default_rng(0).standard_normal((genes,))
+        values, vectors = eigsh(LinearOperator((genes, genes), matvec=product, dtype=np.float64), k=q, v0=start)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    loud = int((values > (1 + np.sqrt(genes / n)) ** 2).sum())
+    noise = max(float(np.trace(correlation) - values[:loud].sum()) / (genes - loud), 1e-3)
+    loadings = np.zeros((genes, DIRECTIONS))
+    loadings[:, :loud] = vectors[:, :loud] * np.sqrt(np.maximum(values[:loud] / noise - 1, 0.0))
+    return loadings
 
 
 def read_directions(loadings: Floats) -> Floats:
@@ -259,101 +227,9 @@ def target_encoder(found: Map, loadings: Floats, denoise: float) -> Floats:
     return encoder
 
 
-class _Scores(NamedTuple):
-    """Predictions of inner genes in the judged cells: of the map, of the map of the denoised panel, of what genes have in common; around: the
-    same averaged over neighbors."""
-
-    own: Floats  # [3, rows, genes]
-    around: Floats
-
-    def parts(self, denoise: float, mix: float) -> tuple[Floats, Floats]:
-        """Standardised scores of the map and of what genes have in common, [rows, genes] each."""
-        plain, smooth, common = (1 - mix) * self.own + mix * self.around
-        score = (1 - denoise) * plain + denoise * smooth
-        return tuple((x - x.mean(0)) / np.maximum(x.std(0), 1e-9) for x in (score, common))
-
-
-def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], seed: int, say: Say) -> Hyper:
-    """Choose settings and learn hyper-priors on inner held-out genes; ``fixed`` gives those that are not to be chosen."""
-    rng = np.random.default_rng([seed, 1])
-    p, n = len(data.panel), data.counts.shape[0]
-    rows = np.sort(rng.permutation(n)[:CELLS])
-    folds = np.array_split(rng.permutation(p), FOLDS)
-    judged = [np.sort(inner[:JUDGED]) for inner in folds]
-    truth = standardise(data.measured[rows], data.batch[rows], moments(data.measured, data.batch))
-    mixer = mean_of_neighbors(data.graph)[rows]
-    needed = np.union1d(rows, mixer.indices)  # the judged cells and their neighbors
-    mixer, rows_of = sp.csr_matrix(mixer[:, needed]), np.searchsorted(needed, rows)
-
-    def options(name: str, several: tuple[float, ...]) -> tuple[float, ...]:
-        one = fixed.get(name)
-        return several if one is None else (one,)
-
-    penalties, reweights = options("penalty", PENALTIES), options("reweight", (0.0, 1.0))
-    commons = np.array(options("common", COMMONS))[:, None]
-    mixes = options("mix", MIXES) if data.graph.nnz else (0.0,)
-    some = np.sort(rng.permutation(data.reference.shape[0])[:REFERENCE])
-    reference = sp.csr_matrix(data.reference[some])
-    correlations: dict[tuple[float, ...], list[Floats]] = {}
-    states: dict[tuple[float, float], list[_Scores]] = {}
-    for inner, genes in zip(folds, judged, strict=True):
-        kept = np.setdiff1d(np.arange(p), inner)
-        sub = data._replace(
-            counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept], reference=reference, reference_batch=data.reference_batch[some]
-        )
-        measured, batch, mine = sub.measured[needed], sub.batch[needed], moments(sub.measured, sub.batch)
-        loadings = find_directions(sub, mine, np.random.default_rng([seed, 5]))
-        maps: dict[tuple[float, float], Floats] = {}
-        for option in reweights:
-            known = second_moments(sub, weights(sub, mine, option > 0, np.random.default_rng([seed, 2])), data.panel[genes])
-            maps |= {(option, strength): ridge(known, strength) for strength in penalties}
-        a, width, ridges = measured.shape[1], len(genes), np.hstack(list(maps.values()))
-        first = np.zeros((a, ridges.shape[1]))
-        first[: len(kept)] = ridges
-        read = project(measured, batch, mine, np.column_stack([first, np.full(a, 1 / a), read_directions(loadings)]))
-        columns = ridges.shape[1]
-        found = np.stack([read[:, :columns], read[:, columns + 1 :] @ (loadings[: len(kept)].T @ ridges)])
-        for k, key in enumerate(maps):
-            part = slice(k * width, (k + 1) * width)
-            own = np.concatenate([found[:, :, part], np.broadcast_to(read[:, columns, None], (1, len(needed), width))])
-            score = _Scores(own[:, rows_of], np.stack([mixer @ one for one in own]))
-            states.setdefault(key, []).append(score)
-            for denoise, mix in itertools.product(options("denoise", DENOISES), mixes):
-                x, common = score.parts(denoise, mix)
-                r = _correlation(truth[:, genes], x) + commons * _correlation(truth[:, genes], common)
-                r /= np.sqrt(1 + commons**2 + 2 * commons * _correlation(x, common))  # [commons, genes] of x + weight x common
-                for weight, one in zip(commons[:, 0], r, strict=True):
-                    correlations.setdefault((*key, denoise, mix, float(weight)), []).append(one)
-    means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
-    best = max(means, key=lambda key: means[key])
-    names = ("reweight", "penalty", "denoise", "mix", "common", "inner genes")
-    candidates = [dict(zip(names, (*key, value), strict=True)) for key, value in means.items()]
-    chosen = dict(zip(names, (*best, means[best]), strict=True))
-    say(
-        f"inner held-out genes: penalty {chosen['penalty']:g}, reweighted {bool(chosen['reweight'])}, panel {chosen['denoise']:.0%} denoised, "
-        f"{chosen['mix']:.0%} from neighbors, {chosen['common']:g} of what genes share, correlation {means[best]:.3f}"
-    )
-    share = shares(data.measured)
-    predicted, depth = [], []
-    for inner, score in zip(folds, states[best[:2]], strict=True):
-        x, common = score.parts(*best[2:4])
-        predicted.append(x + best[4] * common)
-        seen = np.setdiff1d(np.arange(len(share)), inner)
-        total = np.log(totals_of(data.measured[rows][:, seen]) / share[seen].sum())
-        depth.append(np.repeat(total[:, None], x.shape[1], 1))
-    genes = np.concatenate(judged)
-    return _hyper_priors(data, likelihood, chosen, genes, np.hstack(predicted), np.hstack(depth), rows, candidates, seed, say)
-
-
-def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None]) -> Hyper:
-    """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors."""
-    parameters = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
-    center = float(log_share(data).mean())
-    known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
-    return Hyper(
-        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5],
-        parameters, [],
-    )  # fmt: skip
+def standard_places(u: Floats) -> Floats:
+    """t [n, q] of unit sd; 0 along directions without loadings."""
+    return np.clip((u - u.mean(0)) / np.maximum(u.std(0), 1e-6), -FAR, FAR)
 
 
 def mean_of_neighbors(graph: sp.csr_matrix) -> sp.csr_matrix:
@@ -367,79 +243,3 @@ def log_share(data: Data) -> Floats:
     return np.log(total / total.sum())
 
 
-def _correlation(a: Floats, b: Floats) -> Floats:
-    a, b = a - a.mean(0), b - b.mean(0)
-    norm = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.where(norm > 1e-12, (a * b).sum(0) / np.maximum(norm, 1e-12), 0.0)
-
-
-def _hyper_priors(
-    data: Data,
-    likelihood: Likelihood,
-    chosen: dict[str, float],
-    genes: NDArray[np.int64],
-    predicted: Floats,
-    log_depth: Floats,
-    rows: NDArray[np.int64],
-    candidates: list[dict[str, float]],
-    seed: int,
-    say: Say,
-) -> Hyper:
-    """Gain, slope, depth and the likelihood's parameters of the inner genes, from a log-linear regression of each gene's counts;
-    ``genes`` are positions in the panel."""
-    counts = data.counts[rows][:, genes].toarray().astype(np.float64)
-    median = float(np.log(np.median(totals_of(data.measured))))
-    depth = log_depth - median  # [rows, genes]
-    share = log_share(data)
-    spread = predicted.std(0) + 1e-9
-    panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
-    offset = median + np.log(panel / panel.sum())[genes]
-    found, variance = _regressions(counts, predicted / spread, depth, offset)
-    z = share[data.panel[genes]] - share.mean()
-    exponent = float(np.clip(np.average(found[:, 2], weights=1 / (0.05 + variance[:, 2])), 0.2, 1.5))
-    # Level: regression on the covariate, then the random effect around it.
-    design = np.column_stack([np.ones_like(z), z])
-    noise = np.maximum(variance[:, 0], 1e-6)
-    weight = 1 / (0.25 + noise)
-    beta = np.linalg.solve(
-        design.T @ (design * weight[:, None]) + np.diag([1e-6, 1.0]), design.T @ (weight * found[:, 0])
-    )
-    center, gain_sd = random_effects(found[:, 0] - design @ beta, noise)
-    slope = list(random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
-    rng = np.random.default_rng([seed, 3])
-    draws = []
-    for _ in range(DRAWS):
-        noisy = predicted / spread + SPREAD * rng.standard_normal(predicted.shape)
-        log_rate = offset + exponent * depth + found[:, 1] * noisy
-        rate = np.exp(np.clip(log_rate, -20, 20))
-        draws.append(rate * (counts.sum(0) + 0.5) / (rate.sum(0) + 0.5))
-    inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
-    parameters = learn_parameters(likelihood, inner_genes, z)
-    gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
-    say(
-        f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
-        + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
-    )
-    picked = chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"]
-    return Hyper(*picked, exponent, float(share.mean()), gain, slope, parameters, candidates)
-
-
-def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats]:
-    """Quasi-Poisson regression of every gene: log mean = offset + c0 + c1 predicted + c2 depth; coefficients and their variances [genes, 3]."""
-    n, genes = counts.shape
-    coefficients, variances = np.zeros((genes, 3)), np.ones((genes, 3))
-    prior, center = np.diag([1e-3, 1.0, 1.0]), np.array([0.0, 0.0, 1.0])  # slope ~ Normal(0, 1), depth ~ Normal(1, 1)
-    for g in range(genes):
-        x = np.column_stack([np.ones(n), predicted[:, g], depth[:, g]])
-        beta = np.array([np.log((counts[:, g].sum() + 0.5) / (np.exp(offset[g] + depth[:, g]).sum() + 0.5)), 0.0, 1.0])
-        mu, hessian = np.ones(n), prior
-        for _ in range(25):
-            mu = np.exp(np.clip(offset[g] + x @ beta, -20, 15))
-            hessian = x.T @ (x * mu[:, None]) + prior
-            step = np.linalg.solve(hessian, x.T @ (counts[:, g] - mu) - prior @ (beta - center))
-            beta = beta + np.clip(step, -1, 1)
-            if np.abs(step).max() < 1e-6:
-                break
-        pearson = float(((counts[:, g] - mu) ** 2 / np.maximum(mu, 1e-3)).mean())
-        coefficients[g], variances[g] = beta, np.diag(np.linalg.inv(hessian)) * max(1.0, pearson)
-    return coefficients, variances

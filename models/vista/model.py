@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ppl_st.inference.adversary import Kind, generator_loss
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.vista.batches import Batch
-from ppl_st.models.vista.closed import CLIP, Hyper, directions
+from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
+from ppl_st.models.vista.inner import Hyper
 from ppl_st.networks import MLP, GraphAttention
 from ppl_st.observation import check_name, find
 
@@ -107,7 +108,7 @@ class Model(PyroModule):
     covariate: Tensor  # [G]
     level: Tensor  # [G]
     DIMS = {  # noqa: RUF012
-        "log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",),
+        "log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",), "gene_key": (),
     }  # fmt: skip
 
     def __init__(self, config: Config, spec: Spec) -> None:
@@ -256,10 +257,10 @@ class Model(PyroModule):
 
     # ---- prediction ----
 
-    def count_dist(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor) -> Any:
-        """p(count | draw) of ``genes`` [g] in spatial cells with states z [n, d]; its mean is the rate [n, g]."""
-        rate = self.log_rate(drawn, z, log_total, genes).exp()
-        return self.likelihood(rate, {name: value[genes] for name, value in drawn.items()})
+    def count_dist(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, error: Tensor | float = 0.0) -> Any:
+        """p(count | draw) of ``genes`` [g] in spatial cells with states z [n, d]; its mean is the rate [n, g], ``error`` is added to its log."""
+        rate = (self.log_rate(drawn, z, log_total, genes) + error).exp()
+        return self.likelihood(rate, {name: drawn[name][genes] for name in self.likelihood.priors})
 
 
 def neighbor_mean(x: Tensor, batch: Batch) -> Tensor:
@@ -282,6 +283,8 @@ class Guide(PyroModule):
     loadings: Tensor  # [A, q]
     encoder: Tensor  # [A, d]
     reference_encoder: Tensor  # [P, d]
+    place_mean: Tensor  # [q] of the cells' places along the directions
+    place_sd: Tensor  # [q]
 
     def __init__(self, config: Config, spec: Spec, model: Model) -> None:
         super().__init__()
@@ -295,8 +298,10 @@ class Guide(PyroModule):
         if self.closed:
             self.register_buffer("gram", torch.eye(p))
             self.register_buffer("cross", torch.zeros(p, d - 1))
-            self.register_buffer("loadings", torch.zeros(a, directions(a)))
+            self.register_buffer("loadings", torch.zeros(a, DIRECTIONS))
             self.register_buffer("encoder", torch.zeros(a, d))
+            for name in ("place_mean", "place_sd"):
+                self.register_buffer(name, torch.ones(DIRECTIONS))
             self.register_buffer("reference_encoder", torch.zeros(p, d))
             learned = config.visible == 1  # without a KL term nothing would keep the spread from vanishing
             self.log_scale = nn.Parameter(torch.full((d,), -0.7), requires_grad=learned)
@@ -325,7 +330,7 @@ class Guide(PyroModule):
 
     def forward(self, batch: Batch, *, observe: bool = True) -> None:
         """Sample all latent sites of one minibatch."""
-        self.globals()
+        self.gene_sites()
         if len(batch.reference_rows):
             loc, scale = self.encode_reference(batch)
             with pyro.plate("reference", batch.n_reference, subsample=batch.reference_rows):
@@ -350,6 +355,11 @@ class Guide(PyroModule):
                 pyro.sample("z", dist.Normal(loc, scale).to_event(1))  # [B, d]
 
     def globals(self) -> None:
+        """One joint draw for prediction: gene-level sites, and the key of the genes' pattern errors."""
+        self.gene_sites()
+        pyro.deterministic("gene_key", torch.randint(2**31, ()))
+
+    def gene_sites(self) -> None:
         """Sample gene-level sites: measured genes their own normal, the others the hyper-prior."""
         measured, hierarchical = self.model[0].measured > 0, self.config.platform == "hierarchical"
         for name, (prior_loc, prior_scale) in self.model[0].priors().items():
@@ -417,6 +427,17 @@ class Guide(PyroModule):
         if self.config.graph == "kl_only":
             return base[: len(batch.rows)], spread[: len(batch.rows)]
         return self.with_graph(base, spread, batch)
+
+    def places(self, batch: Batch) -> Tensor:
+        """Places of the seeds [B, q] along the directions of the target, with their neighbors' share, in standard deviations."""
+        genes = torch.cat([batch.counts, batch.others], 1)
+        x = _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch])
+        inner = torch.eye(self.loadings.shape[1]) + self.loadings.T @ self.loadings
+        u = x @ torch.linalg.solve(inner, self.loadings.T).T
+        own, mix = u[: len(batch.rows)], self.spec.hyper.mix
+        if mix:
+            own = torch.where(batch.present.any(1, keepdim=True), own + mix * (neighbor_mean(u, batch) - own), own)
+        return ((own - self.place_mean) / self.place_sd).clamp(-FAR, FAR)
 
 
 def _standardise(counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor) -> Tensor:

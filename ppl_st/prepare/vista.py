@@ -18,6 +18,7 @@ from ppl_st.spatial import neighbors
 
 MIN_PANEL = 5
 MAX_OTHERS = 1000
+LENGTHS, WAVES = (5.0, 10.0, 20.0, 40.0), 8  # of the waves, in distances between cells; waves of each
 ANCHOR_R, ANCHOR_P = 0.5, 0.05  # the paper's thresholds
 
 
@@ -27,7 +28,8 @@ def problem(
     """The problem from spatial cells and dissociated cells; returns it with the counts that it uses.
 
     Genes: all of the reference; those that the target has too are the panel (with ``anchor_key`` only those whose pseudo-bulks agree). Genes that
-    only the target has help to place its cells (``others``; those with most counts, at most `MAX_OTHERS`). Cells of the target stay, also empty ones; reference cells without a panel gene are dropped.
+    only the target has help to place its cells (``others``; those with most counts, at most `MAX_OTHERS`). Cells of the target stay, also empty
+    ones; reference cells without a panel gene are dropped.
     """
     panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
     others = target.take_genes(_others(target, panel_genes, config))
@@ -49,12 +51,14 @@ def problem(
         say(f"{int(empty.sum())} reference cells without a count in the panel are left out")
         reference = reference.take_rows(~empty)
     panel = pd.Index(reference.genes).get_indexer(pd.Index(target.genes)).astype(np.int64)
+    near = graph(target, config)
     data = Data(
         counts=target.matrix,
         others=others.matrix,
         reference=reference.matrix,
         panel=panel,
-        graph=graph(target, config),
+        waves=waves(target, near),
+        graph=near,
         batch=_codes(target, config.batch_key, "target"),
         reference_batch=_codes(reference, config.batch_key, "reference"),
         parent=parents(reference.genes, config.reference_layers),
@@ -81,12 +85,14 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
     if config.batch_key is not None and config.batch_key in target.obs:
         known = pd.Index(np.unique(fitted.obs[config.batch_key].astype(str)))
         codes = np.maximum(known.get_indexer(pd.Index(target.obs[config.batch_key].astype(str))), 0).astype(np.int64)
+    near = graph(target, config)
     fresh = data._replace(
         counts=sp.csr_matrix(target.matrix[:, : len(data.panel)]),
         others=sp.csr_matrix(target.matrix[:, len(data.panel) :]),
         reference=data.reference[:0],
         reference_batch=data.reference_batch[:0],
-        graph=graph(target, config),
+        waves=waves(target, near),
+        graph=near,
         batch=codes,
     )
     return fresh, target
@@ -107,6 +113,23 @@ def graph(target: Counts, config: Config) -> sp.csr_matrix:
     if config.library_key is not None:
         library = _column(target, config.library_key, "target", "library_key")
     return neighbors(target.xy, config.neighbors, library)
+
+
+def waves(target: Counts, graph: sp.csr_matrix) -> NDArray[np.float32]:
+    """Random Fourier features of the coordinates [n, 4 WAVES], of unit mean square, for smooth fields of four length scales; none without a graph.
+
+    Lengths are in units of the typical distance between cells, which the graph tells.
+    """
+    n = len(target.names)
+    if not graph.nnz or target.xy is None:
+        return np.zeros((n, 0), dtype=np.float32)
+    rows = np.repeat(np.arange(n), np.diff(graph.indptr))
+    distance = np.linalg.norm(target.xy[rows] - target.xy[graph.indices], axis=1)
+    pitch = max(float(np.median(distance)) * float(np.sqrt(2 * np.pi / max(1.0, graph.nnz / n))), 1e-9)  # half of the neighbors are within
+    rng = np.random.default_rng(0)
+    frequency = rng.standard_normal((2, len(LENGTHS) * WAVES)) / (pitch * np.repeat(LENGTHS, WAVES))
+    phase = rng.uniform(0, 2 * np.pi, frequency.shape[1])
+    return np.asarray(np.sqrt(2) * np.cos(target.xy[:, :2] @ frequency + phase), dtype=np.float32)
 
 
 def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:

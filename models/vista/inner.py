@@ -1,0 +1,296 @@
+r"""What inner held-out genes teach: settings of the closed-form map, and the hyper-priors of genes that nobody measured.
+
+Panel genes are hidden from the map in folds and predicted in the target: exactly the situation of an unmeasured gene. On them are chosen the
+penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, and ``common``; learned on them are the hyper-priors of
+gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
+likelihood's parameters.
+
+ERROR OF A PATTERN. What the map gets wrong of a gene is not wrong anew in every cell: the gene is too high in one kind of cells, or in one part
+of the tissue. With places t_i [q] (the cell's u, mixed with its neighbors' and scaled to unit sd) and smooth waves w_i [K] of its coordinates, the
+log rate of an unmeasured gene has the further term e_g . t_i + f_g . w_i, drawn once per gene and draw, e_gk ~ Normal(0, tau_k^2), f_gk ~
+Normal(0, tau_w^2 / K). The taus are those of the inner genes: of each, score and information of its counts at the fitted rate give an estimate of
+e_gk with its noise (over-dispersion included); tau_k maximises their likelihood, tau_w matches the moment that is left.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from ppl_st.inference.hyperpriors import learn_parameters, random_effects
+from ppl_st.models.vista.batches import Data, shares
+from ppl_st.models.vista.closed import (
+    DIRECTIONS,
+    SPREAD,
+    Floats,
+    find_directions,
+    log_share,
+    mean_of_neighbors,
+    moments,
+    project,
+    read_directions,
+    ridge,
+    second_moments,
+    standard_places,
+    standardise,
+    totals_of,
+    weights,
+)
+from ppl_st.observation import Likelihood
+
+Say = Callable[[str], None]
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
+MIXES = (0.0, 0.3, 0.5, 0.7)
+COMMONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DENOISES = (0.0, 0.5, 1.0)
+FOLDS = 8
+JUDGED = 60  # inner genes of a fold, at most
+CELLS = 2000  # target cells in which inner genes are judged
+REFERENCE = 10_000  # reference cells that inner genes are predicted from
+DRAWS = 4
+ERROR, WAVE_ERROR = 0.2, 0.3  # where there are no inner genes
+
+
+class Hyper(NamedTuple):
+    """What the inner held-out genes taught; plain numbers, stored with the run."""
+
+    penalty: float
+    reweight: bool
+    denoise: float  # share of the panel that is read off the directions of all genes of the target
+    mix: float  # share of the neighbors' mean state
+    common: float  # weight of what all genes have in common
+    depth: float  # exponent of a cell's total in its rates
+    covariate_mean: float  # of the log share in the reference
+    gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
+    slope: list[float]  # slope: mean, sd
+    parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slope by covariate, sd
+    error: list[float]  # tau [q]: sd of the error of a gene's log rate along each direction
+    wave_error: float  # tau_w
+    candidates: list[dict[str, float]]  # settings tried, with their mean correlation on inner genes
+
+
+class _Scores(NamedTuple):
+    """Predictions of inner genes in the judged cells: of the map, of the map of the denoised panel, of what genes have in common; around: the
+    same averaged over neighbors."""
+
+    own: Floats  # [3, rows, genes]
+    around: Floats
+
+    def parts(self, denoise: float, mix: float) -> tuple[Floats, Floats]:
+        """Standardised scores of the map and of what genes have in common, [rows, genes] each."""
+        plain, smooth, common = (1 - mix) * self.own + mix * self.around
+        score = (1 - denoise) * plain + denoise * smooth
+        return tuple((x - x.mean(0)) / np.maximum(x.std(0), 1e-9) for x in (score, common))
+
+
+def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], seed: int, say: Say) -> Hyper:
+    """Choose settings and learn hyper-priors on inner held-out genes; ``fixed`` gives those that are not to be chosen."""
+    rng = np.random.default_rng([seed, 1])
+    p, n = len(data.panel), data.counts.shape[0]
+    rows = np.sort(rng.permutation(n)[:CELLS])
+    folds = np.array_split(rng.permutation(p), FOLDS)
+    judged = [np.sort(inner[:JUDGED]) for inner in folds]
+    truth = standardise(data.measured[rows], data.batch[rows], moments(data.measured, data.batch))
+    mixer = mean_of_neighbors(data.graph)[rows]
+    needed = np.union1d(rows, mixer.indices)  # the judged cells and their neighbors
+    mixer, rows_of = sp.csr_matrix(mixer[:, needed]), np.searchsorted(needed, rows)
+
+    def options(name: str, several: tuple[float, ...]) -> tuple[float, ...]:
+        one = fixed.get(name)
+        return several if one is None else (one,)
+
+    penalties, reweights = options("penalty", PENALTIES), options("reweight", (0.0, 1.0))
+    commons = np.array(options("common", COMMONS))[:, None]
+    mixes = options("mix", MIXES) if data.graph.nnz else (0.0,)
+    some = np.sort(rng.permutation(data.reference.shape[0])[:REFERENCE])
+    reference = sp.csr_matrix(data.reference[some])
+    correlations: dict[tuple[float, ...], list[Floats]] = {}
+    states: dict[tuple[float, float], list[_Scores]] = {}
+    places: list[tuple[Floats, Floats]] = []
+    for inner, genes in zip(folds, judged, strict=True):
+        kept = np.setdiff1d(np.arange(p), inner)
+        sub = data._replace(
+            counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept], reference=reference, reference_batch=data.reference_batch[some]
+        )
+        measured, batch, mine = sub.measured[needed], sub.batch[needed], moments(sub.measured, sub.batch)
+        loadings = find_directions(sub, mine, np.random.default_rng([seed, 5]))
+        maps: dict[tuple[float, float], Floats] = {}
+        for option in reweights:
+            known = second_moments(sub, weights(sub, mine, option > 0, np.random.default_rng([seed, 2])), data.panel[genes])
+            maps |= {(option, strength): ridge(known, strength) for strength in penalties}
+        a, width, ridges = measured.shape[1], len(genes), np.hstack(list(maps.values()))
+        first = np.zeros((a, ridges.shape[1]))
+        first[: len(kept)] = ridges
+        read = project(measured, batch, mine, np.column_stack([first, np.full(a, 1 / a), read_directions(loadings)]))
+        columns = ridges.shape[1]
+        u = read[:, columns + 1 :]
+        places.append((u[rows_of], mixer @ u))
+        found = np.stack([read[:, :columns], u @ (loadings[: len(kept)].T @ ridges)])
+        for k, key in enumerate(maps):
+            part = slice(k * width, (k + 1) * width)
+            own = np.concatenate([found[:, :, part], np.broadcast_to(read[:, columns, None], (1, len(needed), width))])
+            score = _Scores(own[:, rows_of], np.stack([mixer @ one for one in own]))
+            states.setdefault(key, []).append(score)
+            for denoise, mix in itertools.product(options("denoise", DENOISES), mixes):
+                x, common = score.parts(denoise, mix)
+                r = _correlation(truth[:, genes], x) + commons * _correlation(truth[:, genes], common)
+                r /= np.sqrt(1 + commons**2 + 2 * commons * _correlation(x, common))  # [commons, genes] of x + weight x common
+                for weight, one in zip(commons[:, 0], r, strict=True):
+                    correlations.setdefault((*key, denoise, mix, float(weight)), []).append(one)
+    means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
+    best = max(means, key=lambda key: means[key])
+    names = ("reweight", "penalty", "denoise", "mix", "common", "inner genes")
+    candidates = [dict(zip(names, (*key, value), strict=True)) for key, value in means.items()]
+    chosen = dict(zip(names, (*best, means[best]), strict=True))
+    say(
+        f"inner held-out genes: penalty {chosen['penalty']:g}, reweighted {bool(chosen['reweight'])}, panel {chosen['denoise']:.0%} denoised, "
+        f"{chosen['mix']:.0%} from neighbors, {chosen['common']:g} of what genes share, correlation {means[best]:.3f}"
+    )
+    share = shares(data.measured)
+    predicted, depth = [], []
+    for inner, score in zip(folds, states[best[0], best[1]], strict=True):
+        x, common = score.parts(*best[2:4])
+        predicted.append(x + best[4] * common)
+        seen = np.setdiff1d(np.arange(len(share)), inner)
+        total = np.log(totals_of(data.measured[rows][:, seen]) / share[seen].sum())
+        depth.append(np.repeat(total[:, None], x.shape[1], 1))
+    mixed = [standard_places((1 - chosen["mix"]) * own + chosen["mix"] * around) for own, around in places]
+    return _hyper_priors(data, likelihood, chosen, judged, predicted, depth, mixed, rows, candidates, seed, say)
+
+
+def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None]) -> Hyper:
+    """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors."""
+    parameters = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
+    center = float(log_share(data).mean())
+    known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
+    return Hyper(
+        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5],
+        parameters, [ERROR] * DIRECTIONS, WAVE_ERROR, [],
+    )  # fmt: skip
+
+
+def _correlation(a: Floats, b: Floats) -> Floats:
+    a, b = a - a.mean(0), b - b.mean(0)
+    norm = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    return np.where(norm > 1e-12, (a * b).sum(0) / np.maximum(norm, 1e-12), 0.0)
+
+
+def _hyper_priors(
+    data: Data,
+    likelihood: Likelihood,
+    chosen: dict[str, float],
+    judged: list[NDArray[np.int64]],
+    predicted: list[Floats],
+    log_depth: list[Floats],
+    places: list[Floats],
+    rows: NDArray[np.int64],
+    candidates: list[dict[str, float]],
+    seed: int,
+    say: Say,
+) -> Hyper:
+    """Gain, slope, depth, pattern error and the likelihood's parameters of the inner genes, from a log-linear regression of each gene's counts.
+
+    Per fold: positions in the panel of the judged genes, their scores and the log depth [rows, genes], the places [rows, q] of the cells.
+    """
+    genes, sizes = np.concatenate(judged), [len(part) for part in judged]
+    counts = data.counts[rows][:, genes].toarray().astype(np.float64)
+    median = float(np.log(np.median(totals_of(data.measured))))
+    depth = np.hstack(log_depth) - median  # [rows, genes]
+    share = log_share(data)
+    scores = np.hstack(predicted)
+    scores /= scores.std(0) + 1e-9
+    panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
+    offset = median + np.log(panel / panel.sum())[genes]
+    found, variance = _regressions(counts, scores, depth, offset)
+    z = share[data.panel[genes]] - share.mean()
+    exponent = float(np.clip(np.average(found[:, 2], weights=1 / (0.05 + variance[:, 2])), 0.2, 1.5))
+    # Level: regression on the covariate, then the random effect around it.
+    design = np.column_stack([np.ones_like(z), z])
+    noise = np.maximum(variance[:, 0], 1e-6)
+    weight = 1 / (0.25 + noise)
+    beta = np.linalg.solve(
+        design.T @ (design * weight[:, None]) + np.diag([1e-6, 1.0]), design.T @ (weight * found[:, 0])
+    )
+    center, gain_sd = random_effects(found[:, 0] - design @ beta, noise)
+    slope = list(random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
+    fitted = np.exp(np.clip(offset + found[:, 0] + found[:, 1] * scores + found[:, 2] * depth, -20, 15))
+    waves = data.waves[rows].astype(np.float64)
+    error, wave_error = pattern_errors(counts, fitted, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
+    rng = np.random.default_rng([seed, 3])
+    draws = []
+    for _ in range(DRAWS):
+        noisy = scores + SPREAD * rng.standard_normal(scores.shape)
+        log_rate = offset + exponent * depth + found[:, 1] * noisy
+        log_rate += np.hstack([draw_error(t, waves, error, wave_error, size, rng) for t, size in zip(places, sizes, strict=True)])
+        rate = np.exp(np.clip(log_rate, -20, 20))
+        draws.append(rate * (counts.sum(0) + 0.5) / (rate.sum(0) + 0.5))
+    inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
+    parameters = learn_parameters(likelihood, inner_genes, z)
+    gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
+    say(
+        f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
+        + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
+        + f"; pattern error {float(np.sqrt(np.square(error).sum() + wave_error**2)):.2f}"
+    )
+    picked = chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"]
+    return Hyper(*picked, exponent, float(share.mean()), gain, slope, parameters, [float(e) for e in error], wave_error, candidates)
+
+
+def pattern_errors(
+    counts: Floats, fitted: Floats, parts: list[NDArray[np.int64]], places: list[Floats], waves: Floats
+) -> tuple[Floats, float]:
+    """tau [q] and tau_w from counts and fitted rates [rows, genes]; the genes ``parts[k]`` have the places ``places[k]`` [rows, q]."""
+    q, rest = places[0].shape[1], counts - fitted
+    estimate, noise = np.zeros((q, counts.shape[1])), np.ones((q, counts.shape[1]))
+    for part, t in zip(parts, places, strict=True):
+        information = np.square(t).T @ fitted[:, part] + 1.0
+        estimate[:, part] = t.T @ rest[:, part] / information
+        noise[:, part] = np.square(t).T @ np.square(rest[:, part]) / information**2
+    used = np.any([np.abs(t).max(0) > 0 for t in places], axis=0).tolist()
+    tau = np.array([random_effects(e, v, center=0.0)[1] if k else 0.0 for e, v, k in zip(estimate, noise, used, strict=True)])
+    if not waves.shape[1]:
+        return tau, 0.0
+    moment = np.zeros(counts.shape[1])
+    size = np.ones(counts.shape[1])
+    for part, t in zip(parts, places, strict=True):
+        for g in part:
+            weighted_waves = waves * fitted[:, g, None]
+            expected = np.square(waves).T @ np.square(rest[:, g])  # of the squared score without any error along the waves
+            along = weighted_waves.T @ t  # [K, q] what errors along the directions add to the score
+            moment[g] = (np.square(waves.T @ rest[:, g]) - expected - np.square(along) @ tau**2).sum()
+            size[g] = np.square(weighted_waves.T @ waves).sum() / waves.shape[1]
+    noise_of = (np.square(waves).T @ np.square(rest)).sum(0) / size  # variance of a gene's estimate, relative to tau_w^2
+    weight = 1 / np.square(0.05 + noise_of)
+    return tau, float(np.sqrt(np.clip((weight * moment / size).sum() / weight.sum(), 0.0, 1.0)))
+
+
+def draw_error(t: Floats, waves: Floats, tau: Floats, tau_w: float, genes: int, rng: np.random.Generator) -> Floats:
+    """Error of the log rate [rows, genes], one draw per gene; the rate it multiplies keeps its mean."""
+    loads = np.concatenate([tau, np.full(waves.shape[1], tau_w / np.sqrt(max(1, waves.shape[1])))])
+    scaled = np.hstack([t, waves]) * loads
+    return np.asarray(scaled @ rng.standard_normal((len(loads), genes)) - 0.5 * np.square(scaled).sum(1, keepdims=True))
+
+
+def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats]:
+    """Quasi-Poisson regression of every gene: log mean = offset + c0 + c1 predicted + c2 depth; coefficients and their variances [genes, 3]."""
+    n, genes = counts.shape
+    coefficients, variances = np.zeros((genes, 3)), np.ones((genes, 3))
+    prior, center = np.diag([1e-3, 1.0, 1.0]), np.array([0.0, 0.0, 1.0])  # slope ~ Normal(0, 1), depth ~ Normal(1, 1)
+    for g in range(genes):
+        x = np.column_stack([np.ones(n), predicted[:, g], depth[:, g]])
+        beta = np.array([np.log((counts[:, g].sum() + 0.5) / (np.exp(offset[g] + depth[:, g]).sum() + 0.5)), 0.0, 1.0])
+        mu, hessian = np.ones(n), prior
+        for _ in range(25):
+            mu = np.exp(np.clip(offset[g] + x @ beta, -20, 15))
+            hessian = x.T @ (x * mu[:, None]) + prior
+            step = np.linalg.solve(hessian, x.T @ (counts[:, g] - mu) - prior @ (beta - center))
+            beta = beta + np.clip(step, -1, 1)
+            if np.abs(step).max() < 1e-6:
+                break
+        pearson = float(((counts[:, g] - mu) ** 2 / np.maximum(mu, 1e-3)).mean())
+        coefficients[g], variances[g] = beta, np.diag(np.linalg.inv(hessian)) * max(1.0, pearson)
+    return coefficients, variances
