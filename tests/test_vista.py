@@ -1,5 +1,7 @@
 """VISTA: the graph reaches the prediction where it should, published objective term by term, hyper-priors, runs and refusals."""
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from ppl_st.metrics import score_table
 from ppl_st.models.vista import PRESETS, batches, build, initialise, start
 from ppl_st.models.vista.closed import fit_map, second_moments
 from ppl_st.models.vista.model import Config
+from ppl_st.pooling import draws_of, log_fold_change, pooled
 from ppl_st.prepare.vista import anchors, new_cells, problem
 from ppl_st.simulate import spatial_field
 
@@ -232,6 +235,73 @@ def test_a_run_is_repeatable_resumes_bitwise_with_its_critic_and_loads(world, tm
         assert torch.equal(value, finals[1].adversary["critic"][name]), name
 
 
+def unlike(table, latent, rng):
+    """Counts thinned by a smooth function of the latent state drawn for every gene: a part of its pattern that no reference knows."""
+    share = 1 / (1 + np.exp(-latent @ rng.normal(0, 0.8, (latent.shape[1], table.n_vars))))
+    table = table.copy()
+    table.X = rng.binomial(table.X.toarray().astype(int), share).astype(np.float32)
+    return table
+
+
+def test_pooled_intervals_of_a_region_hold_the_truth_because_errors_of_a_pattern_are_shared_by_its_cells():
+    world = spatial_field(seed=3, n_cells=900, n_reference=500, n_genes=110, n_panel=50, n_types=5, length=300.0, rho=3.0)
+    rng = np.random.default_rng(0)
+    target, truth = (unlike(table, world.truth.obsm["latent"], rng) for table in (world.target, world.truth))
+    run = ppl_st.fit("vista", target=target, reference=world.reference, overrides=["penalty=3", "reweight=false", "fit.steps=20"])
+    hyper = run.spec.hyper
+    x, y = target.obsm["spatial"].T
+    groups = [x < 400, (x > 500) & (x < 1000), x > 1200, y < 400, (y > 500) & (y < 1000), y > 1200]
+
+    def covered(found):
+        table = found.predict(list(truth.var_names), draws=30, samples=25, truth=truth)
+        inside = []
+        for group in groups:
+            wanted = log_fold_change(truth.X, group).estimate
+            one = pooled(draws_of(table), lambda counts, group=group: log_fold_change(counts, group), population=False)
+            inside.append((one.lo < wanted) & (wanted < one.hi))
+        return np.mean(inside), table.var["coverage_90"].mean()
+
+    regions, entries = covered(run)
+    alone = replace(run, spec=run.spec._replace(hyper=hyper._replace(error=[0.0] * len(hyper.error), wave_error=0.0)))
+    without, entries_without = covered(alone)
+    assert regions > 0.85 and without < regions - 0.15, (regions, without)
+    assert abs(entries - 0.9) < 0.04 and abs(entries_without - 0.9) < 0.04, (entries, entries_without)
+
+
+def test_the_error_of_a_pattern_is_the_same_in_every_block_and_spares_measured_genes(world):
+    run = fitted(world, "prior")
+    spec = run.spec._replace(hyper=run.spec.hyper._replace(error=[0.5] * len(run.spec.hyper.error), wave_error=0.5))
+    predictor = run.module.Predictor(run.pair, run.data, run.config, spec)
+    genes = torch.arange(len(run.genes))
+    whole, part = predictor.at(np.arange(240)), predictor.at(np.arange(100, 140))
+
+    def rates(batch, key, genes):
+        guide = predictor.guides[0]
+        drawn = {name: getattr(guide, f"{name}_loc") for name in predictor.models[0].priors()} | {"gene_key": torch.tensor(key)}
+        loc, _, *rest = predictor.local(batch, 0)
+        return predictor.count_dist(batch, 0, drawn, (loc, torch.zeros_like(loc), *rest), genes).mean
+
+    with torch.no_grad():
+        one, again, other = rates(whole, 1, genes), rates(part, 1, genes[5:30]), rates(whole, 2, genes)
+    torch.testing.assert_close(one[100:140, 5:30], again, rtol=1e-4, atol=1e-6)
+    ratio = (one / other).log().abs().mean(0)
+    assert ratio[torch.from_numpy(run.measured)].max() < 1e-6 and ratio[~torch.from_numpy(run.measured)].min() > 0.1
+
+
+def test_genes_that_only_the_target_has_help_to_place_its_cells():
+    world = spatial_field(seed=6, n_cells=500, n_reference=400, n_genes=150, n_panel=100, n_types=5, rho=1.0, spatial=0.5)
+    reference = world.reference[:, [*world.target.var_names[:15], *world.truth.var_names]].copy()  # 85 genes of the target are unknown there
+    accuracy = {}
+    for others in ("true", "false"):
+        settings = ["penalty=3", "reweight=false", "fit.steps=20", f"others={others}"]
+        run = ppl_st.fit("vista", target=world.target, reference=reference, overrides=settings)
+        rate = run.predict(world.truth.var_names, draws=10).layers["rate_mean"]
+        table = score_table(world.truth.X, rate, np.asarray(world.target.X.sum(1)).ravel(), world.truth.var_names)
+        accuracy[others] = table["log_pcc"].mean()
+    assert run.spec.measured == 15 and run.target.genes.size == 15
+    assert accuracy["true"] > 1.15 * accuracy["false"], accuracy
+
+
 def test_arviz_groups_and_joint_samples(world):
     run = fitted(world, "prior")
     groups = run.arviz_groups(draws=3, seed=0, max_cells=20)
@@ -273,8 +343,6 @@ def test_anchor_genes_are_those_whose_pseudo_bulks_agree():
     reference = read_counts(world.reference, role="reference", need_spatial=False).take_genes(target.genes)
     good = anchors(target, reference, "type")
     shuffled = reference.obs.assign(type=np.random.default_rng(0).permutation(reference.obs["type"]))
-    from dataclasses import replace
-
     assert good.mean() > 0.6 > 0.4 > anchors(target, replace(reference, obs=shuffled), "type").mean()
 
 

@@ -67,7 +67,7 @@ from ppl_st.models.vista.closed import (
     totals_of,
     weights,
 )
-from ppl_st.models.vista.inner import Hyper, default_hyper, learn
+from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
 from ppl_st.models.vista.model import PRESETS, RESERVED, Config, Guide, Model, Spec, build, sides
 from ppl_st.observation import find
 
@@ -218,10 +218,8 @@ class Predictor:
         self.models, self.guides = zip(*(sides(chain) for chain in self.chains), strict=True)
         self.n_cells = data.counts.shape[0]
         self.data, self.batches = data, Batches(data, 0, 0, 0)
-        hyper, waves = spec.hyper, data.waves.shape[1]
-        error = hyper.error if config.map == "closed" else []
-        self.tau = torch.tensor([*error, *[hyper.wave_error / max(1, waves) ** 0.5] * waves]) if error else None  # [q + K]
-        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(error) + waves))
+        self.loads = error_loads(spec.hyper, data.waves.shape[1])  # [q + K]
+        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(self.loads)))
 
     def blocks(self, max_cells: int) -> Any:
         """Batches that own every cell once."""
@@ -241,12 +239,13 @@ class Predictor:
         return batch.rows.numpy()
 
     def local(self, batch: Batch, chain: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Location and scale of q(z) of the owned cells, their log totals, and [n, q + K] along what patterns err, in sd of the log rate."""
+        """Location and scale of q(z) of the owned cells, their log totals, and along what patterns err, in sd of the log rate."""
         with torch.no_grad():
             loc, scale = self.guides[chain].states(batch)
             along = None
-            if self.tau is not None:
-                along = torch.cat([self.guides[chain].places(batch), torch.from_numpy(self.data.waves[batch.rows.numpy()])], 1) * self.tau
+            if self.models[chain].closed:
+                features = torch.cat([self.guides[chain].places(batch), torch.from_numpy(self.data.waves[batch.rows.numpy()])], 1)
+                along = features * torch.from_numpy(self.loads).float()  # [n, q + K]
             return loc, scale, batch.total[: len(batch.rows)].log(), along
 
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:

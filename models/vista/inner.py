@@ -6,10 +6,14 @@ gain (level in the target over level in the reference), slope (how much of the p
 likelihood's parameters.
 
 ERROR OF A PATTERN. What the map gets wrong of a gene is not wrong anew in every cell: the gene is too high in one kind of cells, or in one part
-of the tissue. With places t_i [q] (the cell's u, mixed with its neighbors' and scaled to unit sd) and smooth waves w_i [K] of its coordinates, the
-log rate of an unmeasured gene has the further term e_g . t_i + f_g . w_i, drawn once per gene and draw, e_gk ~ Normal(0, tau_k^2), f_gk ~
-Normal(0, tau_w^2 / K). The taus are those of the inner genes: of each, score and information of its counts at the fitted rate give an estimate of
-e_gk with its noise (over-dispersion included); tau_k maximises their likelihood, tau_w matches the moment that is left.
+of the tissue. Let t_i [q] be the place of a cell along the directions of the target (u of `closed.py`, mixed with its neighbors', unit sd) and w_i
+random Fourier features of its coordinates. The log rate of an unmeasured gene has the further term e_g . (t_i, w_i) with e_g drawn once per gene
+and draw,
+
+    e_gk ~ Normal(0, tau_k^2) for t,   Normal(0, tau_w^2 / K) for the K features w
+
+The taus are those of the inner genes. Score and information of a gene's counts at the fitted rate estimate its e_gk with noise (over-dispersion
+included); tau_k maximises their likelihood, tau_w matches what is left of the squared scores along w.
 """
 
 import itertools
@@ -52,7 +56,7 @@ JUDGED = 60  # inner genes of a fold, at most
 CELLS = 2000  # target cells in which inner genes are judged
 REFERENCE = 10_000  # reference cells that inner genes are predicted from
 DRAWS = 4
-ERROR, WAVE_ERROR = 0.2, 0.3  # where there are no inner genes
+ERROR = 0.2  # tau where there are no inner genes
 
 
 class Hyper(NamedTuple):
@@ -169,7 +173,7 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
     return Hyper(
         known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5],
-        parameters, [ERROR] * DIRECTIONS, WAVE_ERROR, [],
+        parameters, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
 
@@ -210,39 +214,49 @@ def _hyper_priors(
     exponent = float(np.clip(np.average(found[:, 2], weights=1 / (0.05 + variance[:, 2])), 0.2, 1.5))
     # Level: regression on the covariate, then the random effect around it.
     design = np.column_stack([np.ones_like(z), z])
-    noise = np.maximum(variance[:, 0], 1e-6)
-    weight = 1 / (0.25 + noise)
+    doubt = np.maximum(variance[:, 0], 1e-6)
+    weight = 1 / (0.25 + doubt)
     beta = np.linalg.solve(
         design.T @ (design * weight[:, None]) + np.diag([1e-6, 1.0]), design.T @ (weight * found[:, 0])
     )
-    center, gain_sd = random_effects(found[:, 0] - design @ beta, noise)
+    center, gain_sd = random_effects(found[:, 0] - design @ beta, doubt)
     slope = list(random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
     fitted = np.exp(np.clip(offset + found[:, 0] + found[:, 1] * scores + found[:, 2] * depth, -20, 15))
     waves = data.waves[rows].astype(np.float64)
-    error, wave_error = pattern_errors(counts, fitted, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
+    error = pattern_errors(counts, fitted, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
+    gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
+    hyper = Hyper(
+        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], exponent, float(share.mean()), gain, slope,
+        {}, *error, candidates,
+    )  # fmt: skip
+    along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]
     rng = np.random.default_rng([seed, 3])
     draws = []
     for _ in range(DRAWS):
         noisy = scores + SPREAD * rng.standard_normal(scores.shape)
         log_rate = offset + exponent * depth + found[:, 1] * noisy
-        log_rate += np.hstack([draw_error(t, waves, error, wave_error, size, rng) for t, size in zip(places, sizes, strict=True)])
+        noise = [rng.standard_normal((a.shape[1], size)) for a, size in zip(along, sizes, strict=True)]
+        log_rate += np.hstack([a @ e - 0.5 * np.square(a).sum(1, keepdims=True) for a, e in zip(along, noise, strict=True)])
         rate = np.exp(np.clip(log_rate, -20, 20))
         draws.append(rate * (counts.sum(0) + 0.5) / (rate.sum(0) + 0.5))
     inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
     parameters = learn_parameters(likelihood, inner_genes, z)
-    gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
     say(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
         + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
-        + f"; pattern error {float(np.sqrt(np.square(error).sum() + wave_error**2)):.2f}"
+        + f"; pattern error {np.linalg.norm(hyper.error):.2f} along directions, {hyper.wave_error:.2f} in space"
     )
-    picked = chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"]
-    return Hyper(*picked, exponent, float(share.mean()), gain, slope, parameters, [float(e) for e in error], wave_error, candidates)
+    return hyper._replace(parameters=parameters)
+
+
+def error_loads(hyper: Hyper, waves: int) -> Floats:
+    """Standard deviations of e_g [q + K]."""
+    return np.concatenate([hyper.error, np.full(waves, hyper.wave_error / np.sqrt(max(1, waves)))])
 
 
 def pattern_errors(
     counts: Floats, fitted: Floats, parts: list[NDArray[np.int64]], places: list[Floats], waves: Floats
-) -> tuple[Floats, float]:
+) -> tuple[list[float], float]:
     """tau [q] and tau_w from counts and fitted rates [rows, genes]; the genes ``parts[k]`` have the places ``places[k]`` [rows, q]."""
     q, rest = places[0].shape[1], counts - fitted
     estimate, noise = np.zeros((q, counts.shape[1])), np.ones((q, counts.shape[1]))
@@ -251,28 +265,20 @@ def pattern_errors(
         estimate[:, part] = t.T @ rest[:, part] / information
         noise[:, part] = np.square(t).T @ np.square(rest[:, part]) / information**2
     used = np.any([np.abs(t).max(0) > 0 for t in places], axis=0).tolist()
-    tau = np.array([random_effects(e, v, center=0.0)[1] if k else 0.0 for e, v, k in zip(estimate, noise, used, strict=True)])
+    tau = [random_effects(e, v, center=0.0)[1] if k else 0.0 for e, v, k in zip(estimate, noise, used, strict=True)]
     if not waves.shape[1]:
         return tau, 0.0
-    moment = np.zeros(counts.shape[1])
-    size = np.ones(counts.shape[1])
-    for part, t in zip(parts, places, strict=True):
-        for g in part:
-            weighted_waves = waves * fitted[:, g, None]
-            expected = np.square(waves).T @ np.square(rest[:, g])  # of the squared score without any error along the waves
-            along = weighted_waves.T @ t  # [K, q] what errors along the directions add to the score
-            moment[g] = (np.square(waves.T @ rest[:, g]) - expected - np.square(along) @ tau**2).sum()
-            size[g] = np.square(weighted_waves.T @ waves).sum() / waves.shape[1]
-    noise_of = (np.square(waves).T @ np.square(rest)).sum(0) / size  # variance of a gene's estimate, relative to tau_w^2
-    weight = 1 / np.square(0.05 + noise_of)
-    return tau, float(np.sqrt(np.clip((weight * moment / size).sum() / weight.sum(), 0.0, 1.0)))
+    left = [_left(waves, rest[:, g], fitted[:, g], t * tau) for t, part in zip(places, parts, strict=True) for g in part]
+    found, doubt = np.array(left).T
+    return tau, float(np.sqrt(np.clip(np.average(found, weights=1 / np.square(0.05 + doubt)), 0.0, 1.0)))
 
 
-def draw_error(t: Floats, waves: Floats, tau: Floats, tau_w: float, genes: int, rng: np.random.Generator) -> Floats:
-    """Error of the log rate [rows, genes], one draw per gene; the rate it multiplies keeps its mean."""
-    loads = np.concatenate([tau, np.full(waves.shape[1], tau_w / np.sqrt(max(1, waves.shape[1])))])
-    scaled = np.hstack([t, waves]) * loads
-    return np.asarray(scaled @ rng.standard_normal((len(loads), genes)) - 0.5 * np.square(scaled).sum(1, keepdims=True))
+def _left(waves: Floats, rest: Floats, fitted: Floats, known: Floats) -> tuple[float, float]:
+    """tau_w^2 of one gene, what squared scores along ``waves`` [rows, K] leave beside noise and the error ``known`` [rows, q]; the noise in it."""
+    rated = waves * fitted[:, None]
+    noise = (np.square(waves).T @ np.square(rest)).sum()
+    size = np.square(rated.T @ waves).sum() / waves.shape[1]
+    return float((np.square(waves.T @ rest).sum() - noise - np.square(rated.T @ known).sum()) / size), float(noise / size)
 
 
 def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats]:
