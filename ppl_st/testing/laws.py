@@ -210,9 +210,10 @@ def draw_fit(subject: Subject, rows: Rows) -> int | None:
         where = t.reaching(levels, below)
         thresholds, shares = points.gather(0, where), below.gather(0, where).clamp(0, 1)
         found = torch.stack([(draws <= threshold).sum(0) for threshold in thresholds])
-        k, q = found.numpy(), shares.numpy()
-        p = 2 * torch.from_numpy(scipy.stats.binom.cdf(k, N_DRAWS, q)).minimum(
-            torch.from_numpy(scipy.stats.binom.sf(k - 1, N_DRAWS, q))
+        unseen = (1 - t.mass.sum(0)).abs()  # beyond the last number before a bound, say: on either side of any threshold
+        k, low, high = found.numpy(), (shares - unseen).clamp(min=0).numpy(), (shares + unseen).clamp(max=1).numpy()
+        p = 2 * torch.from_numpy(scipy.stats.binom.cdf(k, N_DRAWS, low)).minimum(
+            torch.from_numpy(scipy.stats.binom.sf(k - 1, N_DRAWS, high))
         )
         need(
             p * len(levels) > FAILURE_RATE,
