@@ -235,9 +235,7 @@ def predict(
     else:
         if names is None and fitted.measured.all():
             raise UserError(f"{runs[0]}: its {'reference' if turned else 'target'} measured every gene; name genes with --genes")
-        number = int((~fitted.measured).sum()) if names is None else len(names)
-        say(f"predicting {number} genes, {draws} draws")
-        shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb)
+        shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb, say=say)
     typer.echo(f"{out}: {shape[0]} x {shape[1]}")
     if samples:
         say(f"{samples} joint draws")

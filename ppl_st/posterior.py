@@ -165,14 +165,19 @@ class Run:
         draws: int = 100,
         seed: int = 0,
         memory_gb: float = 1.0,
+        say: Callable[[str], None] | None = None,
     ) -> tuple[int, int]:
-        """What `predict` returns, written block by block to ``.zarr`` or ``.h5ad``; memory does not grow with the cells. Returns the shape."""
+        """What `predict` returns, written block by block to ``.zarr`` or ``.h5ad``; memory does not grow with the cells. Returns the shape.
+
+        ``say`` gets lines about size and progress.
+        """
         index = self._index(genes)
         data, counts = (self.data, self.target) if target is None else self._other(target)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         ends = None if self.recalibration is None else self.recalibration.ends_of(self.reference_mean[index])
+        own, talk = target is None, say or (lambda line: None)
         return write_prediction(
-            self, path, predictor, index, counts, ends, own=target is None, draws=draws, seed=seed, memory_gb=memory_gb
+            self, path, predictor, index, counts, ends, own=own, draws=draws, seed=seed, memory_gb=memory_gb, say=talk
         )
 
     def write_samples(

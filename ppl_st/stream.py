@@ -9,7 +9,9 @@ anndata reads back at once or lazily, and that xarray opens lazily with ``xr.ope
 """
 
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ __all__ = ["Slabs", "layers_of", "var_of", "write_prediction", "write_samples", 
 
 SLAB_VALUES = 2**23  # float32 values of one slab: 32 MiB per layer
 MIN_SLAB, MAX_SLAB = 64, 16384  # rows
+PATIENCE = 30.0  # seconds between two lines about progress
 GENE_CHUNK = 64  # genes of a chunk, so that the map of one gene is read from few bytes
 
 
@@ -112,6 +115,7 @@ def write_prediction(
     draws: int,
     seed: int,
     memory_gb: float,
+    say: Callable[[str], None],
 ) -> tuple[int, int]:
     """Write the summaries of the genes ``index`` in the cells of ``counts`` (``own``: those of the fit); see `ppl_st.posterior.Run.write`."""
     n, several = predictor.n_cells, fits_of_draws(predictor, predictor.chains, draws) is not None
@@ -119,6 +123,7 @@ def write_prediction(
 
     def blocks() -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
         whole: dict[str, NDArray[np.float32]] = {}
+        done, tell = 0, _pace(n, say)
         for rows, part, summary, _ in predictive_blocks(
             predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, ends=ends
         ):
@@ -132,6 +137,8 @@ def write_prediction(
                 whole[name][:, part] = values
             if part.stop == len(index):
                 yield rows, whole
+                done += len(rows)
+                tell(done)
 
     def var() -> pd.DataFrame:
         rate, square, doubt, between = moments / max(1, n)
@@ -142,8 +149,24 @@ def write_prediction(
         more, columns = run.module.quantities(run.pair, run.data, run.config, run.spec)
         obs, obsm = obs.assign(**columns), obsm | more
     names = ["rate_mean", "rate_sd", "count_sd", *(["between_sd"] if several else []), *QUANTILES, *([] if ends is None else ["lower", "upper"])]
+    size, free = 4e-9 * n * len(index) * (1 + len(names)), shutil.disk_usage(Path(path).absolute().parent).free / 1e9
+    say(f"{n} cells x {len(index)} genes, {draws} draws: {size:.1f} GB before compression, {free:.1f} GB are free there")
     write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest)}, run.genes[index], names, blocks(), var)
     return n, len(index)
+
+
+def _pace(n: int, say: Callable[[str], None]) -> Callable[[int], None]:
+    """A function that is told how many of n cells are done, and now and then says so and how long the rest may take."""
+    started = told = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= PATIENCE and done < n:
+            told = now
+            say(f"{done} of {n} cells, about {(now - started) * (n - done) / done / 60:.1f} minutes left")
+
+    return tell
 
 
 def layers_of(summary: Summary, ends: NDArray[np.float64] | None) -> dict[str, NDArray[np.float32]]:

@@ -83,6 +83,15 @@ def test_written_is_predicted(run, tmp_path, suffix, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_says_what_it_will_write_and_how_far_it_is(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "PATIENCE", 0.0)
+    lines = []
+    run.write(tmp_path / "i.zarr", draws=4, memory_gb=1e-4, say=lines.append)
+    assert lines[0].startswith("250 cells x 10 genes, 4 draws: 0.0 GB before compression") and "are free there" in lines[0]
+    done = [int(line.split(" of 250 cells, about ")[0]) for line in lines[1:]]
+    assert done and done == sorted(done) and done[-1] < 250
+
+
 def test_zarr_is_read_lazily(run, tmp_path):
     run.write(tmp_path / "i.zarr", ["gene0035", "gene0002"], draws=5)
     with xr.open_zarr(tmp_path / "i.zarr", group="layers", consolidated=False) as layers:
