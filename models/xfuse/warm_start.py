@@ -2,12 +2,13 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
 
 1. Gene-wise constant model: r_lg = size_l e^{t_g}, odds e^{u_g} by maximum likelihood. With the last layers of all heads at zero and
    ``fields=False``, this is what a pair predicts before its first step.
-2. Length scales and the shares of space, image and noise: marginal likelihood of Gaussian processes on the first principal components of the
-   counts' Pearson residuals, shared over components:  K = a_s exp(-d_s^2 / 2 l_s^2) + a_i exp(-d_i^2 / 2 l_i^2) + noise, d_s in spot
-   pitches within a section, d_i between standardised image features.
-3. Metagenes: each component is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
-   (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities.
-4. Fields: Gaussian process regression of log depth and of the log shares, written as weights of the model's own basis functions, with the
+2. Length scales and the shares of space, image and noise: marginal likelihood of Gaussian processes on the square root of the depth and the
+   first principal components of the counts' Pearson residuals, shared over these columns:
+   K = a_s exp(-d_s^2 / 2 l_s^2) + a_i exp(-d_i^2 / 2 l_i^2) + noise, d_s in spot pitches within a section, d_i between standardised image features.
+3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
+   (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
+   in the logarithm a spot that failed outweighs all others.
+4. Fields: Gaussian process regression of the logs of smooth depth and shares, written as weights of the model's own basis functions, with the
    diagonal of the posterior precision as their posterior sd.
 5. Odds again, given the rates of 4.
 """
@@ -38,6 +39,8 @@ NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 ODDS = np.linspace(-5.0, 5.0, 21)
 THETA = 10.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0
+LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
+MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
 Array = NDArray[np.float64]
 
 
@@ -230,25 +233,25 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         keep = np.sort(rng.permutation(len(spots.section))[:MOST_SPOTS])
         spots = Spots._make(part[keep] for part in spots)
     _, depth, mean = _depth(spots)
-    residual, _ = residuals(spots)
-    left, values, right = _components(residual, COMPONENTS)
+    left, values, right = _components(residuals(spots), COMPONENTS)
     basis_space, basis_image = rotate(model, spots, *basis(model, spots))
     smoother = Smoother(basis_space @ basis_space.T, basis_image @ basis_image.T)
-    scores = left * values
-    center = np.stack([scores[spots.section == n].mean(0) for n in spots.section])
-    log_depth = np.log(depth)
-    depth_center = np.array([log_depth[spots.section == n].mean() for n in spots.section])
-    smooth = smoother(scores - center).fitted + center
-    smooth_depth = smoother((log_depth - depth_center)[:, None]).fitted[:, 0] + depth_center
+    columns = np.column_stack([np.sqrt(depth), left * values])
+    center = _by_section(columns, spots.section)
+    regressed = smoother(columns - center)
+    smooth = regressed.fitted + center
+    root = np.maximum(smooth[:, 0], LEAST_ROOT * center[:, 0])
+    smooth_depth = np.log(root**2 + regressed.noise[0])
     rate = np.exp(smooth_depth)[:, None] * mean
-    rate = np.maximum(rate + (smooth @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate)
+    rate = np.maximum(rate + (smooth[:, 1:] @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate)
     m = int(model.active.sum())
     w, h = nmf(rate, m, rng)
     share = w / w.sum(1, keepdims=True)
     logits = np.log(share + 0.2 / m)
     logits -= logits.mean(1, keepdims=True)
-    targets = np.column_stack([log_depth - depth_center, logits - logits.mean(0)])
-    found = smoother(targets)
+    depth_center = _by_section(smooth_depth[:, None], spots.section)[:, 0]
+    found = smoother(np.column_stack([smooth_depth - depth_center, logits - logits.mean(0)]))
+    found.noise[0] = 4 * regressed.noise[0] / (root**2).mean()  # of the log of a depth, by that of its root: the target has lost its own
     for k, function in enumerate((basis_image, basis_space)):
         # prior variance of one weight: the part's, spread over functions that give the Gram matrix its trace
         variance = found.parts[1 - k] * len(function) / (function**2).sum()
@@ -273,11 +276,11 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         _write(model.log_nugget[0], np.log(sd))
         offset = np.cumsum([0, *model.spec.rows])[spots.section] + spots.row
         with torch.no_grad():
-            left_over = (targets[:, 0] - fitted[:, 0]) / sd
+            left_over = ((np.log(depth) - depth_center - fitted[:, 0]) / sd).clip(-MOST_NUGGET, MOST_NUGGET)
             guide.location_loc[torch.from_numpy(offset), 0] = torch.from_numpy(left_over).float()
         _write(guide.location_log_sd, np.log(0.5))
     size = spots.size / spots.size.mean()
-    every = np.array([float((log_depth - np.log(size))[spots.section == n].mean()) if (spots.section == n).any() else 0.0
+    every = np.array([float((smooth_depth - np.log(size))[spots.section == n].mean()) if (spots.section == n).any() else 0.0
                       for n in range(len(model.spec.sections))])  # fmt: skip
     seen = np.unique(spots.section)
     middle = every[seen].mean()
@@ -289,8 +292,8 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     # odds given the rates, then the baseline so that mean = shape x odds
     activity = np.exp(logits.mean(0) + fitted[:, 1:])
     # with location effects the depth is the observed one: what they explain is not to be explained by the odds once more
-    own = targets[:, 0] if model.config.nugget else fitted[:, 0]
-    activity *= (np.exp(own + depth_center) / activity.sum(1))[:, None]
+    own = np.log(depth) if model.config.nugget else fitted[:, 0] + depth_center
+    activity *= (np.exp(own) / activity.sum(1))[:, None]
     profiles = np.exp(loading + profile)
     predicted = activity @ profiles
     level = np.asarray(spots.counts.sum(0)).ravel() + 0.5
@@ -326,13 +329,16 @@ def _depth(spots: Spots) -> tuple[sp.csr_matrix, Array, Array]:
     return spots.counts, depth, total / total.sum()
 
 
-def residuals(spots: Spots) -> tuple[Array, Array]:
-    """Pearson residuals under depth x share [n, G], and log depth less its section's mean [n]."""
+def residuals(spots: Spots) -> Array:
+    """Pearson residuals under depth x share [n, G]."""
     counts, depth, share = _depth(spots)
     mean = depth[:, None] * share
-    residual = np.clip((counts.toarray() - mean) / np.sqrt(mean + mean**2 / THETA), -RESIDUAL_CLIP, RESIDUAL_CLIP)
-    log_depth = np.log(depth)
-    return residual, log_depth - np.array([log_depth[spots.section == n].mean() for n in spots.section])
+    return np.asarray(np.clip((counts.toarray() - mean) / np.sqrt(mean + mean**2 / THETA), -RESIDUAL_CLIP, RESIDUAL_CLIP))
+
+
+def _by_section(values: Array, section: NDArray[np.int64]) -> Array:
+    """Mean over the section that each row is in."""
+    return np.stack([values[section == n].mean(0) for n in section])
 
 
 def _components(x: Array, number: int) -> tuple[Array, Array, Array]:
@@ -344,10 +350,9 @@ def _components(x: Array, number: int) -> tuple[Array, Array, Array]:
 
 def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, most: int = 500) -> Kernel:
     """Step 2 on at most ``most`` spots."""
-    residual, _ = residuals(spots)
-    left, values, _ = _components(residual, components)
-    scores = left * values
-    scores -= np.stack([scores[spots.section == n].mean(0) for n in spots.section])
+    left, values, _ = _components(residuals(spots), components)
+    scores = np.column_stack([np.sqrt(_depth(spots)[1]), left * values])
+    scores -= _by_section(scores, spots.section)
     scores /= np.maximum(scores.std(0), 1e-9)
     keep = np.sort(rng.permutation(len(scores))[:most])
     far = np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep]
