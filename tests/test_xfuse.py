@@ -1,11 +1,14 @@
 """XFuse's pair: aggregation, unbiased patches, data-driven start, metagenes, joint draws."""
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 from pyro import poutine
 from scipy import stats
+from torch.nn import functional as F
 
 from ppl_st.config import with_overrides
 from ppl_st.count_likelihoods import SharedOddsNegativeBinomial
@@ -17,7 +20,7 @@ from ppl_st.models import xfuse
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.models.xfuse.metagenes import contributions, drop, shares, split
 from ppl_st.models.xfuse.model import Lattice, sides, spatial_field
-from ppl_st.models.xfuse.patches import Batches, aggregate, inclusion, starts, tissue
+from ppl_st.models.xfuse.patches import Batches, aggregate, blocks_around, inclusion, starts, tissue
 from ppl_st.models.xfuse.warm_start import fit_odds
 
 SMALL = ["patch=48", "metagenes=4", "functions=32", "depth=2", "channels=4", "fit.steps=4"]
@@ -133,20 +136,20 @@ def test_inclusion_probabilities_by_enumeration():
 
 
 @pytest.mark.parametrize("augment", ["none", "dihedral"])
-def test_sums_over_patches_are_unbiased(data, augment):
+def test_sums_over_patches_are_unbiased(data, augment, monkeypatch):
     """Over all windows: spots wholly inside with their weights, and the virtual measurement's pixels with theirs, give the sums over the data."""
-    batches = Batches([tissue(one) for one in data.sections], 30, 1, augment, 0)
+    monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)  # every one of them, so that no chance is left
+    batches = Batches([tissue(one) for one in data.sections], 44, 1, augment, 0)
     rng = np.random.default_rng(0)
     total = torch.zeros(3)
     for n, one in enumerate(data.sections):
         share = batches.section.count(n) / len(batches.section)
-        for y, py in enumerate(starts(one.label.shape[0], 30)):
-            for x, px in enumerate(starts(one.label.shape[1], 30)):
+        for y, py in enumerate(starts(one.label.shape[0], 44)):
+            for x, px in enumerate(starts(one.label.shape[1], 44)):
                 batch = batches.of([n], [(y, x)], rng)
                 counts = torch.cat([g.counts.to_dense() for g in batch.groups]) if batch.groups else torch.zeros(0, 12)
                 spots = batch.rows >= 0
-                off = (batch.location < len(batch.rows)) & ~spots[batch.location.clamp(max=max(len(batch.rows) - 1, 0))] if len(batch.rows) else None
-                pixels = 0.0 if off is None else float((batch.pixel_weight * off).sum()) * float(batch.weight[~spots].sum())
+                pixels = float(batch.pixel_weight[~spots[batch.location]].sum()) * float(batch.weight[~spots].sum())
                 now = torch.tensor([float((batch.weight * counts.sum(1)).sum()), float(batch.weight[spots].sum()), pixels])
                 total += share * py * px * now
     wanted = [
@@ -157,7 +160,31 @@ def test_sums_over_patches_are_unbiased(data, augment):
     np.testing.assert_allclose(total.numpy(), wanted, rtol=1e-4)
 
 
-def test_locations_at_the_border_of_a_patch_are_left_out_but_the_virtual_one(data):
+def test_thinned_pixels_of_the_virtual_measurement_weigh_as_much_as_all_of_them(data):
+    batches = Batches([tissue(one) for one in data.sections], 30, 1, "none", 0)
+    rng = np.random.default_rng(0)
+    drawn = [batches.of([0], [(0, 10)], rng) for _ in range(200)]
+    off = [batch.pixel_weight[batch.rows[batch.location] < 0] for batch in drawn]
+    every = (1 / (inclusion(64, 30, np.arange(5), np.arange(5))[:, None] * inclusion(80, 30, np.arange(10, 40), np.arange(10, 40)))).sum()
+    sums = np.array([float(weight.sum()) for weight in off])
+    assert abs(sums.mean() - every) < 4 * sums.std() / np.sqrt(len(sums)) and np.mean([len(weight) for weight in off]) == pytest.approx(150 / 8, rel=0.1)
+    assert all(set(batch.location.tolist()) <= set(range(len(batch.rows))) for batch in drawn)
+
+
+def test_pixels_lie_between_blocks_as_in_an_interpolated_image():
+    features, where = torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4, 2)
+    pixels = torch.randperm(98)[:40].sort()[0]  # of two patches of 7 x 7
+    found = blocks_around(pixels, 7, features, where, [5, 9])
+    between = torch.einsum("nc,ncf->nf", found.share, found.features[found.corner])
+    whole = F.interpolate(features, scale_factor=2, mode="bilinear")[..., :7, :7].permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(between, whole[pixels])
+    assert [part[0] for part in found.parts] == [5, 9] and found.parts[1][2] == len(found.where)
+    first = found.parts[0][2]
+    assert set(found.where[:first, 0].tolist()) <= set(where[0, ..., 0].flatten().tolist())
+
+
+def test_locations_at_the_border_of_a_patch_are_left_out_but_the_virtual_one(data, monkeypatch):
+    monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)
     batches = Batches([tissue(one) for one in data.sections], 30, 1, "none", 0)
     one = data.sections[0]
     batch = batches.of([0], [(0, 10)], np.random.default_rng(0))
@@ -166,17 +193,18 @@ def test_locations_at_the_border_of_a_patch_are_left_out_but_the_virtual_one(dat
     cut = [k - 1 for k in np.unique(window) if k and k - 1 not in whole and k - 1 != one.virtual]
     assert whole and cut
     assert sorted(batch.rows.tolist()) == sorted([*whole, -1])
-    assert (window == one.virtual + 1).sum() == ((batch.location < len(batch.rows)).sum() - sum((one.label == k + 1).sum() for k in whole))
+    assert (window == one.virtual + 1).sum() == (len(batch.location) - sum((one.label == k + 1).sum() for k in whole))
 
 
-def test_a_batch_is_a_function_of_its_step_and_turns_change_no_sum(data):
+def test_a_batch_is_a_function_of_its_step_and_turns_change_no_sum(data, monkeypatch):
+    monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)
     tissues = [tissue(one) for one in data.sections]
     first, again = (Batches(tissues, 48, 2, "dihedral", 3).at(7) for _ in range(2))
     assert torch.equal(first.image, again.image) and torch.equal(first.location, again.location)
     # the turned patch holds the same pixels: those of each location average to the same color and position
     for augment in ("none", "dihedral"):
         batch = Batches(tissues, 30, 1, augment, 0).of([0], [(20, 10)], np.random.default_rng(5))
-        flat = batch.image[0].flatten(1).T
+        flat = batch.image[0].flatten(1).T[batch.pixels]
         means = aggregate(flat, batch.location, len(batch.rows)) / aggregate(torch.ones(len(flat), 1), batch.location, len(batch.rows))
         if augment == "none":
             wanted = means
@@ -308,6 +336,37 @@ def test_a_split_changes_no_prediction(data):
     after = rates(pair, data, config, spec)
     assert model.active.sum() == 6
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6 * float(before.max()))
+
+
+def test_a_split_is_exact_in_double_precision(data):
+    """Scale and summed activity of every gene are those from before, to 1e-6: what single precision shows is rounding."""
+    pair, _ = xfuse.start(data, settings("metagenes=6"), 0, quiet)
+    chain = copy.deepcopy(chains_of(pair)[0])
+    model, guide = sides(chain)
+    model.active[5:] = False
+    torch.nn.init.normal_(model.expression[-1].weight, std=0.1)
+    batch = xfuse.batches(data, settings(), 0).at(0)
+    model.double()
+    guide.double()
+
+    def rates():
+        drawn = {name: guide.posterior(name)[0] for name in model.priors()}
+        blocks = batch.blocks
+        table = model.fields(drawn, blocks.features.double(), blocks.where.double(), blocks.parts, model.spec.lattices)
+        hidden = torch.linspace(-1, 1, 4, dtype=torch.float64).expand(len(table), 4)
+        shape, _ = model.loadings(drawn, model.spec.codes[0])
+        return model.activity(hidden, table) @ shape
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            before = rates()
+            split(chain, 1, 5)
+            after = rates()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.active.all()
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=0)
 
 
 def test_ablations_come_from_one_decode_and_equal_a_model_without_the_metagene(data, monkeypatch):

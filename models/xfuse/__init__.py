@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
@@ -48,7 +49,7 @@ from ppl_st.inference.threads import torch_threads
 from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Lattice, Model, Spec, build, lattice_over, sides
-from ppl_st.models.xfuse.patches import Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
+from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
 from ppl_st.models.xfuse.warm_start import constant_start, data_start, gather, learn_kernel
 
 __all__ = [
@@ -298,11 +299,15 @@ class Predictor:
         fields = None
         if self.config.fields:
             columns, rows = torch.arange(width) + 0.5, torch.arange(height) + 0.5
-            where = coarse(torch.stack([columns.expand(height, width), rows[:, None].expand(height, width)])).permute(1, 2, 0)
+            where = coarse(torch.stack([columns.expand(height, width), rows[:, None].expand(height, width)]))
+            features = coarse(local.tissue.features)
             lattices = self.spec.lattices if local.known >= 0 else [local.lattice]
-            fields = model.fields(full, coarse(local.tissue.features)[None], where[None], (max(local.known, 0),), lattices)
-        activity = model.activity(model.decode(z, height, width), fields)[0]
-        return activity, full
+            part = (max(local.known, 0), 0, where[0].numel())
+            table = model.fields(full, features.flatten(1).T, where.flatten(1).T, [part], lattices).T.unflatten(1, where.shape[1:])
+            fine = F.interpolate(table[None], scale_factor=COARSE, mode="bilinear")[0, :, :height, :width]
+            fields = fine.flatten(1).T
+        activity = model.activity(model.hidden(model.decode(z, height, width)), fields)
+        return activity.T.unflatten(1, (height, width)), full
 
 
 def _new_lattice(section: Section, spec: Spec) -> Lattice:

@@ -60,9 +60,8 @@ def _gains(model: Model, guide: Guide, batch: Batch) -> Tensor:
     if not number:
         return gain
     drawn = guide.globals()
-    activity = model.decoded(drawn, batch, guide.latents(batch.image, batch.spots))  # [B p p, M], weighted
-    kept = (batch.location < number).nonzero().squeeze(1)
-    activity, location = activity[kept], batch.location[kept]
+    activity = model.decoded(drawn, batch, guide.latents(batch.image, batch.spots))  # [n, M], weighted
+    location = batch.location
     scale = activity.sum(1, keepdim=True).clamp_min(1e-30)
     used = model.active.nonzero().squeeze(1)
     parts = [
@@ -125,8 +124,7 @@ def shares(pair: Pair, batches: Batches, steps: range, seed: int) -> Tensor:
             with rng_scope(seed, "shares", step):
                 drawn = guide.globals()
                 activity = model.decoded(drawn, batch, guide.latents(batch.image, batch.spots))
-            number = torch.cat([batch.rows, torch.tensor([-1])])  # the last one: pixels in no location
-            total += activity[number[batch.location] >= 0].sum(0).double()
+            total += activity[batch.rows[batch.location] >= 0].sum(0).double()
     return total / total.sum()
 
 

@@ -1,6 +1,7 @@
 """XFuse's settings, generative model and guide; the story and the symbols are in `ppl_st.models.xfuse`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from ppl_st.inference.settings import FitConfig
 from ppl_st.inference.svi import Pair
 from ppl_st.models.xfuse.data import Input
 from ppl_st.models.xfuse.network import Generator, Norm, Recognition, head
-from ppl_st.models.xfuse.patches import COARSE, Augment, Batch, aggregate
+from ppl_st.models.xfuse.patches import Augment, Batch, aggregate
 from ppl_st.product import ProductSharedOddsNegativeBinomial
 
 __all__ = ["PRESETS", "Config", "Guide", "Lattice", "Model", "Spec", "build", "sides"]
@@ -136,9 +137,7 @@ class Model(PyroModule):
         super().__init__()
         self.config, self.spec = config, spec
         genes, most, outputs = spec.genes, config.metagenes, 1 + config.metagenes
-        light = config.network == "light"
-        kernel, blocks = (3, 1) if light else (5, 2)
-        self.generator = Generator(config.channels, config.depth, config.norm, kernel, blocks)
+        self.generator = Generator(config.channels, config.depth, config.norm, config.network == "published")
         self.image_mean = head(config.channels, 3, config.norm)
         self.image_sd = head(config.channels, 3, config.norm)
         self.expression = head(config.channels, outputs, config.norm)  # scale, then metagenes
@@ -198,33 +197,37 @@ class Model(PyroModule):
     # ---- expression ----
 
     def fields(
-        self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, sections: tuple[int, ...], lattices: list[Lattice]
+        self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, parts: Sequence[tuple[int, int, int]], lattices: list[Lattice]
     ) -> Tensor:
-        """Regression and spatial field of scale and metagenes at coarse pixels: [B, 1 + M, P, P]."""
+        """Regression and spatial field of scale and metagenes at k blocks of pixels, see `Blocks`: [k, 1 + M]."""
         regression, spatial = self.amplitude.clamp(-6.0, 3.0).exp()
-        outside, features = features[:, -1], features[:, :-1]
-        x = features.flatten(2).transpose(1, 2) @ self.frequency + self.phase  # [B, P P, J]
-        x = x.cos_() * math.sqrt(2 / self.config.functions)
-        out = (x @ (self.turn_image @ (drawn["image_weights"] * regression))).transpose(1, 2).unflatten(2, features.shape[-2:])
-        weights = drawn["space"].split([lattice.points for lattice in lattices])
-        space = []
-        for b, n in enumerate(sections):
-            own = weights[n] * spatial
+        x = torch.addmm(self.phase, features[:, :-1], self.frequency).cos_()  # [k, J]
+        weights = self.turn_image @ (drawn["image_weights"] * regression) * math.sqrt(2 / self.config.functions)
+        lattice_weights = drawn["space"].split([lattice.points for lattice in lattices])
+        space, depth = [], []
+        for n, start, stop in parts:
+            own = lattice_weights[n] * spatial
             known = lattices is self.spec.lattices and lattices[n].points <= TURNED
-            space.append(spatial_field(lattices[n], getattr(self, f"turn_{n}") @ own if known else own, where[b]))
-        depth = F.pad(drawn["depth"][list(sections)][:, None], (0, self.config.metagenes))
-        out = out + torch.stack(space) + depth[:, :, None, None]
-        return torch.cat([out[:, :1] + self.outside * outside[:, None], out[:, 1:]], 1)
+            own = getattr(self, f"turn_{n}") @ own if known else own
+            space.append(spatial_field(lattices[n], own, where[None, start:stop])[:, 0].T)
+            depth.append(drawn["depth"][n].expand(stop - start))
+        level = torch.cat(depth) + self.outside * features[:, -1]
+        return torch.addmm(torch.cat(space), x, weights) + F.pad(level[:, None], (0, self.config.metagenes))
 
-    def activity(self, features: Tensor, fields: Tensor | None) -> Tensor:
-        """Scale times metagene activities per pixel, s a: [B, M, H, W], from the generator's features [B, C, H, W] and the fields."""
-        out = self.expression(features) + self.bias[:, None, None]
+    def hidden(self, features: Tensor) -> Tensor:
+        """Last hidden layer of the expression's head: [B, C, H, W] -> [B H W, C]."""
+        return torch.as_tensor(self.expression[0](features)).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def activity(self, hidden: Tensor, fields: Tensor | None) -> Tensor:
+        """Scale times metagene activities, s a: [n, M] of n pixels from their `hidden` [n, C] and `fields` [n, 1 + M]."""
+        last = self.expression[1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        out = F.linear(hidden, last.weight.flatten(1), last.bias + self.bias)
         if fields is not None:
-            height, width = out.shape[-2:]
-            out = out + F.interpolate(fields, scale_factor=COARSE, mode="bilinear")[..., :height, :width]
+            out = out + fields
         a = out[:, 1:]
         if not bool(self.active.all()):
-            a = a.masked_fill(~self.active[:, None, None], -torch.inf)
+            a = a.masked_fill(~self.active, -torch.inf)
         return F.softplus(out[:, :1]) * torch.softmax(a, 1)
 
     def with_nugget(self, summed: Tensor, effect: Tensor) -> Tensor:
@@ -257,13 +260,14 @@ class Model(PyroModule):
         return SharedOddsNegativeBinomial(activity @ shape, odds)
 
     def decoded(self, drawn: dict[str, Tensor], batch: Batch, z: Tensor | list[tuple[Tensor, Tensor]]) -> Tensor:
-        """s a of every pixel of a batch, times its weight [B p p, M]; z: the generator's features, or q(Z), to be drawn from and decoded."""
+        """s a of a batch's pixels, times their weight [n, M]; z: the generator's features, or q(Z), to be drawn from and decoded."""
         if not isinstance(z, Tensor):
             z = self.decode([loc + sd * torch.randn_like(loc) for loc, sd in z], *batch.image.shape[-2:])
-        fields = None
-        if self.config.fields:
-            fields = self.fields(drawn, batch.features, batch.where, batch.sections, self.spec.lattices)
-        return self.activity(z, fields).permute(0, 2, 3, 1).flatten(0, 2) * batch.pixel_weight[:, None]
+        fields, blocks = None, batch.blocks
+        if self.config.fields and len(batch.pixels):
+            table = self.fields(drawn, blocks.features, blocks.where, blocks.parts, self.spec.lattices)
+            fields = F.embedding_bag(blocks.corner, table, per_sample_weights=blocks.share, mode="sum")
+        return self.activity(self.hidden(z)[batch.pixels], fields) * batch.pixel_weight[:, None]
 
     def noisy(self, drawn: dict[str, Tensor], batch: Batch, summed: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Summed activities of all (or the ``chosen``) locations of a batch with the effects of their locations [rows, M]."""
@@ -333,10 +337,8 @@ class Guide(PyroModule):
         super().__init__()
         self.config, self.spec = config, spec
         self.model = (model,)  # for its priors: what is not in use has its prior as posterior; no parameter of this module
-        light = config.network == "light"
-        kernel, blocks = (3, 1) if light else (5, 2)
         channels = config.condition + 1 if config.condition else 0
-        self.recognition = Recognition(3 + channels, config.channels, config.depth, config.norm, kernel, blocks, not light)
+        self.recognition = Recognition(3 + channels, config.channels, config.depth, config.norm, config.network == "published")
         if config.condition:
             self.register_buffer("center", torch.zeros(spec.genes))
             self.register_buffer("axes", torch.zeros(spec.genes, config.condition))

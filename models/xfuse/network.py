@@ -4,9 +4,10 @@ r"""The networks of XFuse in plain torch: a recognition network and a generator 
     generator U     z_0, ..., z_{D-1}  ->  features [B, C, H, W], from the coarsest level up
     heads           features -> maps, 1x1 convolutions; the last layer starts at zero, so that a fit starts from its biases
 
-A block is convolution, norm, leaky ReLU (0.2). Preset "paper": two 3x3 blocks after each resampling, 5x5 resampling convolutions, two-layer
-posterior heads, batch norm. The default is lighter (one block, 3x3, one-layer heads) and has group norm: a batch of one patch is like any
-other, and training and prediction compute the same function. Sides are padded (replicated) to a multiple of 2^(D-1) and cropped again.
+A block is convolution, norm, leaky ReLU (0.2). Preset "paper" (``published``): two 3x3 blocks after each resampling, 5x5 resampling convolutions
+at the finer resolution, a stem, two-layer posterior heads, batch norm. The default is lighter (one 3x3 block per level, upsampled after the
+convolution, no stem, one-layer heads) and has group norm: a batch of one patch is like any other, and training and prediction compute the same
+function. Sides are padded (replicated) to a multiple of 2^(D-1) and cropped again.
 """
 
 from collections.abc import Sequence
@@ -61,26 +62,22 @@ class Recognition(nn.Module):
         Channels of the image and of what is given beside it.
     channels, depth
         Channels at full resolution (doubled at every level) and number of levels.
-    norm, kernel, blocks
-        Kind of norm; side of the resampling convolutions; 3x3 blocks per level.
-    deep_heads
-        Posterior heads with a hidden layer, as published.
+    norm, published
+        Kind of norm; see the module.
     """
 
-    def __init__(
-        self, inputs: int, channels: int, depth: int, norm: Norm, kernel: int = 3, blocks: int = 1, deep_heads: bool = False
-    ) -> None:
+    def __init__(self, inputs: int, channels: int, depth: int, norm: Norm, published: bool = False) -> None:
         super().__init__()
         self.multiple = 2 ** (depth - 1)
         widths = [channels * 2**i for i in range(depth)]
-        self.stem = nn.Conv2d(inputs, channels, 3, 1, 1)
-        self.levels = nn.ModuleList(_blocks(width, norm, blocks) for width in widths)
-        self.down = nn.ModuleList(
-            _block(width, 2 * width, norm, kernel, stride=2) for width in widths[:-1]
+        kernel, blocks = (5, 2) if published else (3, 1)
+        self.stem = nn.Conv2d(inputs, channels, 3, 1, 1) if published else nn.Identity()
+        self.levels = nn.ModuleList(
+            _blocks(width, norm, blocks) if i or published else _block(inputs, width, norm) for i, width in enumerate(widths)
         )
+        self.down = nn.ModuleList(_block(width, 2 * width, norm, kernel, stride=2) for width in widths[:-1])
         self.heads = nn.ModuleList(
-            nn.Sequential(*([_block(width, width, norm, 1)] if deep_heads else []), nn.Conv2d(width, 2 * width, 1))
-            for width in widths
+            nn.Sequential(*([_block(width, width, norm, 1)] if published else []), nn.Conv2d(width, 2 * width, 1)) for width in widths
         )
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -97,18 +94,23 @@ class Recognition(nn.Module):
 class Generator(nn.Module):
     """Features [B, C, H, W] of the latents; see the module."""
 
-    def __init__(self, channels: int, depth: int, norm: Norm, kernel: int = 3, blocks: int = 1) -> None:
+    def __init__(self, channels: int, depth: int, norm: Norm, published: bool = False) -> None:
         super().__init__()
+        self.published = published
         widths = [channels * 2**i for i in range(depth)]
-        self.levels = nn.ModuleList(_blocks(width, norm, blocks) for width in widths)
+        kernel, blocks = (5, 2) if published else (3, 1)
+        self.levels = nn.ModuleList(_blocks(width, norm, blocks) for width in (widths if published else widths[-1:]))
         self.up = nn.ModuleList(_block(2 * width, width, norm, kernel) for width in widths[:-1])
-        self.combine = nn.ModuleList(_block(2 * width, width, norm) for width in widths[:-1])
+        self.combine = nn.ModuleList(_block(2 * width if published else width, width, norm) for width in widths[:-1])
 
     def forward(self, z: Sequence[Tensor]) -> Tensor:
         """z, finest first."""
         y = self.levels[-1](z[-1])
         for i in range(len(z) - 2, -1, -1):
-            y = self.up[i](F.interpolate(y, scale_factor=2, mode="bilinear"))
-            y = self.levels[i](self.combine[i](torch.cat([y, z[i]], 1)))
+            if self.published:
+                y = self.up[i](F.interpolate(y, scale_factor=2, mode="bilinear"))
+                y = self.levels[i](self.combine[i](torch.cat([y, z[i]], 1)))
+            else:
+                y = self.combine[i](F.interpolate(self.up[i](y), scale_factor=2, mode="bilinear") + z[i])
         out: Tensor = y
         return out

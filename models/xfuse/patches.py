@@ -8,7 +8,7 @@ it lies wholly inside (a cut disc would be biased), which along this axis happen
 
 so with section n drawn with probability q_n and B patches, its log-likelihood is weighed by 1 / (B q_n pi(l)). The virtual measurement off the
 tissue has zero counts: its log-likelihood is linear in its pixels, which are therefore weighed one by one by 1 / pi(pixel) and used wherever
-they are seen. Turns by 90 degrees and flips (``augment="dihedral"``) leave the set of windows as it is. ``augment="affine"`` is the published
+they are seen; one in `THIN` of them is drawn, and weighs as much as `THIN`. Turns by 90 degrees and flips (``augment="dihedral"``) leave the set of windows as it is. ``augment="affine"`` is the published
 augmentation (rotation, scale, shear, color); it weighs everything by N / B, N the number of patches that cover the sections, as published.
 
 Features of the image at every pixel (`ppl_st.image_features`) are those of a hand-made regression: color, gradient and local spread smoothed at
@@ -39,6 +39,7 @@ __all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "pitch
 Augment = Literal["none", "dihedral", "affine"]
 OUTSIDE = 0.5  # pixels: smoothing of the edge of the tissue
 COARSE = 2  # pixels per side of a block in which features and positions are averaged
+THIN = 8  # of so many pixels of the virtual measurement one is used in a step
 
 
 class Tissue(NamedTuple):
@@ -64,16 +65,25 @@ class Group(NamedTuple):
     counts: Tensor  # CSR [stop - start, G]
 
 
+class Blocks(NamedTuple):
+    """k blocks of COARSE x COARSE pixels, for what varies slowly, and n pixels between them."""
+
+    features: Tensor  # [k, F + 1] means over the block
+    where: Tensor  # [k, 2] x and y of its middle in pixels of its section
+    parts: tuple[tuple[int, int, int], ...]  # section, first and last (exclusive) of its blocks
+    corner: Tensor  # [n, 4] int64: the blocks around each pixel
+    share: Tensor  # [n, 4] of each, bilinear
+
+
 class Batch(NamedTuple):
-    """Tensors of one minibatch of B patches of p x p pixels; P = p / COARSE (rounded up)."""
+    """Tensors of one minibatch of B patches of p x p pixels, of which n are in locations; these lie in or beside k blocks."""
 
     image: Tensor  # [B, 3, p, p]
-    features: Tensor  # [B, F + 1, P, P]
-    where: Tensor  # [B, P, P, 2] x and y in pixels of the section
     spots: Tensor  # [B, S, p, p]
-    sections: tuple[int, ...]  # of each patch
-    location: Tensor  # [B p p] int64: row among the batch's locations, the number of locations for pixels in none
-    pixel_weight: Tensor  # [B p p]
+    pixels: Tensor  # [n] int64: which of the B p p
+    location: Tensor  # [n] int64: row among the batch's locations
+    pixel_weight: Tensor  # [n]
+    blocks: Blocks
     weight: Tensor  # [locations] of their log-likelihoods
     rows: Tensor  # [locations] row in its section; -1: the virtual one
     groups: tuple[Group, ...]
@@ -209,7 +219,8 @@ class Batches:
     def of(self, sections: Sequence[int], corners: Sequence[Sequence[int]], rng: np.random.Generator) -> Batch:
         """The minibatch of windows with these first rows and columns in these sections; ``rng`` turns and hides."""
         order = np.argsort(sections, kind="stable")
-        parts, groups, weights, numbers, location, pixel_weight = [], [], [], [], [], []
+        parts: list[tuple[Tensor, ...]] = []
+        groups, weights, numbers, location, pixel_weight = [], [], [], [], []
         total = 0
         ordered = [int(sections[i]) for i in order]
         for section in sorted(set(ordered)):
@@ -233,17 +244,15 @@ class Batches:
                 groups.append(Group(section, total - len(everything), total, counts))
                 weights.append(self.weights[section][torch.from_numpy(everything)])
                 numbers.append(torch.from_numpy(np.where(everything == one.virtual, -1, everything)))
-        flat = torch.cat(location)
-        stacked = [torch.stack(columns) for columns in zip(*parts, strict=True)]
+        flat, every = torch.cat(location), torch.cat(pixel_weight)
+        image, features, where, spots = (torch.stack(columns) for columns in zip(*parts, strict=True))
         weight = torch.cat(weights) if weights else torch.zeros(0)
         number = torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.int64)
         if self.augment == "affine":
             weight = torch.full_like(weight, len(self.section) / len(sections))
-        image, features, where, spots = stacked
-        return Batch(
-            image, features, where, spots, tuple(ordered), torch.where(flat < 0, total, flat), torch.cat(pixel_weight), weight, number,
-            tuple(groups), len(self.section),
-        )  # fmt: skip
+        pixels = ((flat >= 0) & (every > 0)).nonzero().squeeze(1)
+        blocks = blocks_around(pixels, self.side, features, where, ordered)
+        return Batch(image, spots, pixels, flat[pixels], every[pixels], blocks, weight, number, tuple(groups), len(self.section))
 
     def _patch(
         self, section: int, corner: Sequence[int], rng: np.random.Generator
@@ -256,13 +265,15 @@ class Batches:
         label, weight = one.label[y, x], torch.ones(side, side)
         planes = torch.cat([one.image[:, y, x], one.features[:, y, x], one.spots[:, y, x], where])
         if one.virtual >= 0 and self.augment != "affine":
-            inverse = self.pixels[section, 0][y][:, None] * self.pixels[section, 1][x]
-            weight = torch.where(label == one.virtual + 1, inverse, 1.0)
+            weight = torch.where(label == one.virtual + 1, self.pixels[section, 0][y][:, None] * self.pixels[section, 1][x], 1.0)
         if self.augment == "dihedral":
             quarter, flip = int(rng.integers(4)), bool(rng.integers(2))
             planes, label, weight = (_turned(t, quarter, flip) for t in (planes, label, weight))
         elif self.augment == "affine":
             planes, label = _published_augmentation(planes, label, rng)
+        if one.virtual >= 0:
+            drawn = torch.from_numpy(rng.random((side, side)) < 1 / THIN)
+            weight = torch.where(label == one.virtual + 1, THIN * drawn * weight, weight)
         seen, number = np.unique(label.numpy(), return_counts=True)
         number, seen = number[seen > 0], seen[seen > 0] - 1
         whole = number == one.size[seen]
@@ -274,6 +285,27 @@ class Batches:
             spots = torch.zeros_like(spots)
         features, where = coarse(features), coarse(where)
         return (image, features, where.permute(1, 2, 0), spots), label, seen[whole | (seen == one.virtual)], weight
+
+
+def blocks_around(pixels: Tensor, side: int, features: Tensor, where: Tensor, sections: Sequence[int]) -> Blocks:
+    """The blocks around ``pixels`` [n] of patches with blocks' features [B, F + 1, P, P] and positions [B, P, P, 2]."""
+    patch, number = pixels // side**2, features.shape[-1]
+    low, share = [], []
+    for at in (pixels % side**2 // side, pixels % side):
+        middle = ((at + 0.5) / COARSE - 0.5).clamp_min(0)
+        low.append(middle.long())
+        share.append(middle - low[-1])
+    corner, weight = [], []
+    for down in (0, 1):
+        for right in (0, 1):
+            y, x = (low[0] + down).clamp_max(number - 1), (low[1] + right).clamp_max(number - 1)
+            corner.append((patch * number + y) * number + x)
+            weight.append((share[0] if down else 1 - share[0]) * (share[1] if right else 1 - share[1]))
+    used, index = torch.stack(corner, 1).unique(return_inverse=True)
+    stop = np.searchsorted(used.numpy(), number**2 * np.arange(len(features) + 1))
+    parts = tuple((section, int(stop[b]), int(stop[b + 1])) for b, section in enumerate(sections) if stop[b + 1] > stop[b])
+    flat = features.permute(0, 2, 3, 1).flatten(0, 2)
+    return Blocks(flat[used], where.flatten(0, 2)[used], parts, index, torch.stack(weight, 1))
 
 
 def coarse(planes: Tensor) -> Tensor:
