@@ -30,6 +30,8 @@ from ppl_st.product import ProductSharedOddsNegativeBinomial
 
 __all__ = ["contributions", "drop", "purge", "rounds", "shares", "split"]
 
+PIECE = 64  # pixels of a location whose ablations are one product of matrices
+ROWS = 512  # locations whose counts are dense at a time
 EVALUATED = 2.0  # times the locations of a batch, over all metagenes: evaluations of the likelihood per ablation round and draw
 
 
@@ -56,51 +58,49 @@ def contributions(pair: Pair, batches: Batches, steps: range, draws: int, seed: 
 def _gains(model: Model, guide: Guide, batch: Batch) -> Tensor:
     """Log-likelihood without m less that with it [M], from one decode."""
     gain = torch.zeros(model.config.metagenes, dtype=torch.float64)
-    number = len(batch.weight)
-    if not number:
+    number, used = len(batch.weight), model.active.nonzero().squeeze(1)
+    if not number or len(used) < 2:
         return gain
     drawn = guide.globals()
     activity = model.decoded(drawn, batch, guide.latents(batch.image, batch.spots))  # [n, M], weighted
-    location = batch.location
-    scale = activity.sum(1, keepdim=True).clamp_min(1e-30)
-    used = model.active.nonzero().squeeze(1)
-    parts = [
-        (group.start, group.stop, group.counts.to_dense(), *model.loadings(drawn, model.spec.codes[group.section])) for group in batch.groups
-    ]
     chance = min(1.0, EVALUATED / len(used))
-    for m in used.tolist() if len(used) > 1 else []:
-        rows = (torch.rand(number) < chance).nonzero().squeeze(1)
-        if not len(rows):
-            continue
-        slot = torch.full((number,), -1, dtype=torch.int64)
-        slot[rows] = torch.arange(len(rows))
-        place = slot[location]
-        pixels = (place >= 0).nonzero().squeeze(1)
-        own, place = activity[pixels], place[pixels]
-        without = own / (1 - own[:, m : m + 1] / scale[pixels]).clamp_min(1e-6)
-        without[:, m] = 0.0
-        both = torch.zeros(2, len(rows), own.shape[1])
-        both[0].index_add_(0, place, own)
-        both[1].index_add_(0, place, without)
-        with_it, without_it = (
-            _log_likelihood(parts, batch.weight, rows, model.noisy(drawn, batch, summed, rows)) for summed in both
-        )
-        gain[m] = (without_it - with_it) / chance
-    return gain
+    place, row = (torch.rand(len(used), number) < chance).nonzero(as_tuple=True)  # pairs: metagene `used[place]` out, in location `row`
+    without = _without_each(activity[:, used], batch.location, number)[row, :, place]  # [pairs, used]
+    summed = torch.zeros(number, activity.shape[1]).index_add_(0, batch.location, activity)
+    left = torch.zeros(len(row), activity.shape[1]).index_copy_(1, used, without)
+    every = torch.arange(number)
+    before, after = (
+        _log_likelihood(model, drawn, batch, rows, model.noisy(drawn, batch, values, rows)) for rows, values in ((every, summed), (row, left))
+    )
+    return gain.index_add_(0, used[place], (after - before[row]) * batch.weight[row].double() / chance)
 
 
-Part = tuple[int, int, Tensor, Tensor, Tensor]  # first and last location of one section in a batch, counts, shapes per activity, log-odds
+def _without_each(activity: Tensor, location: Tensor, number: int) -> Tensor:
+    """B^(-m) of every location l and metagene m [l, :, m] of pixels' activities [n, M]: products of matrices over pieces of `PIECE` pixels."""
+    order = torch.argsort(location, stable=True)
+    location, activity = location[order], activity[order]
+    size = torch.bincount(location, minlength=number)
+    pieces = -(-size // PIECE)
+    rank = torch.arange(len(location)) - (size.cumsum(0) - size)[location]
+    at = (pieces.cumsum(0) - pieces)[location] + rank // PIECE, rank % PIECE
+    padded = activity.new_zeros(2, int(pieces.sum()), PIECE, activity.shape[1])
+    padded[0][at] = activity
+    padded[1][at] = 1 / (1 - activity / activity.sum(1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-6)
+    found = torch.bmm(padded[0].transpose(1, 2), padded[1])  # [pieces, M, M]
+    out = activity.new_zeros(number, *found.shape[1:]).index_add_(0, torch.arange(number).repeat_interleave(pieces), found)
+    out.diagonal(dim1=1, dim2=2).zero_()
+    return out
 
 
-def _log_likelihood(parts: list[Part], weight: Tensor, rows: Tensor, summed: Tensor) -> Tensor:
-    """Weighted log-likelihood of some of a batch's locations with summed activities [rows, M]."""
-    total = torch.zeros((), dtype=torch.float64)
-    for start, stop, counts, shape, odds in parts:
-        mine = ((rows >= start) & (rows < stop)).nonzero().squeeze(1)
-        if len(mine):
+def _log_likelihood(model: Model, drawn: dict[str, Tensor], batch: Batch, rows: Tensor, summed: Tensor) -> Tensor:
+    """Log-likelihoods [pairs] of locations ``rows`` [pairs] of a batch with summed activities [pairs, M]."""
+    out = torch.zeros(len(rows), dtype=torch.float64)
+    for group in batch.groups:
+        counts, (shape, odds) = group.counts.to_dense(), model.loadings(drawn, model.spec.codes[group.section])
+        for mine in ((rows >= group.start) & (rows < group.stop)).nonzero().squeeze(1).split(ROWS):
             law = ProductSharedOddsNegativeBinomial(summed[mine], shape, odds, validate_args=False)
-            total += (law.log_prob(counts[rows[mine] - start]) * weight[rows[mine]]).sum()
-    return total
+            out[mine] = law.log_prob(counts[rows[mine] - group.start]).double()
+    return out
 
 
 def _divergences(model: Model, guide: Guide) -> Tensor:
