@@ -177,6 +177,7 @@ def predict(
     section: Annotated[str | None, typer.Option("--section", help="xfuse: section to look at.")] = None,
     image: Annotated[Path | None, typer.Option("--image", help="xfuse: a new image without counts.")] = None,
     maps: Annotated[Path | None, typer.Option("--maps", help="xfuse: genes to map at every pixel (out: .zarr).")] = None,
+    quantiles: Annotated[bool, typer.Option("--quantiles", help="xfuse: maps of the 5 and 95 % quantiles too.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="xfuse: folder for a picture per map.")] = None,
     areas: Annotated[bool, typer.Option("--areas", help="xfuse: the annotated regions.")] = False,
     cells: Annotated[Path | None, typer.Option("--cells", help="xfuse: cells of a label image.")] = None,
@@ -209,7 +210,8 @@ def predict(
 
         lines = predict_places(
             cast(Any, fitted), out, cast(Any, asked[0] if asked else "spots"), genes=maps or genes, target=target, section=section, image=image,
-            cells=cells, regions=differential, pictures=png, draws=draws, samples=samples, seed=seed, memory_gb=memory_gb, say=say,
+            cells=cells, regions=differential, pictures=png, quantiles=quantiles, draws=draws, samples=samples, seed=seed, memory_gb=memory_gb,
+            say=say,
         )  # fmt: skip
         for line in lines:
             typer.echo(line)

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ppl_st.data import read_genes
 from ppl_st.errors import UserError
-from ppl_st.image_run import ImageRun
+from ppl_st.image_run import NOVELTY_TILE, ImageRun
 from ppl_st.io import atomic, write_adata
 
 __all__ = ["Want", "predict_places", "write_shapes"]
 
+UNLIKE = 0.99  # share of the fit's tiles that are explained better, above which an image's tile is unlike the fit
 Want = Literal["spots", "areas", "cells", "maps", "differential", "summary"]
 
 
@@ -28,6 +30,7 @@ def predict_places(
     cells: Path | None,
     regions: str | None,
     pictures: Path | None,
+    quantiles: bool,
     draws: int,
     samples: int,
     seed: int,
@@ -55,8 +58,13 @@ def predict_places(
             yield str(out)
             return
         say(f"mapping {len(run.genes) if names is None else len(names)} genes, {draws} draws")
-        shape = seen.maps(out, names, draws=draws, seed=seed)
-        yield f"{out}: mean, sd [{', '.join(map(str, shape))}]"
+        shape = seen.maps(out, names, draws=draws, quantiles=quantiles, seed=seed)
+        yield f"{out}: mean, sd{', q05, q95' if quantiles else ''} [{', '.join(map(str, shape))}]"
+        if image is not None:
+            import zarr
+
+            stored: Any = zarr.open_group(str(out), mode="r")["novelty"]
+            yield _unlike(np.asarray(stored))
         if pictures is not None:
             from ppl_st.image_plots import map_pictures
 
@@ -74,12 +82,24 @@ def predict_places(
         seen = run.at(target, section=section, image=image)
     say(f"predicting {len(run.genes) if names is None else len(names)} genes at {len(seen.target.names)} {want}, {draws} draws")
     result = seen.predict(names, draws=draws, seed=seed, memory_gb=memory_gb)
+    if image is not None:
+        unlike = seen.novelty()
+        column, row = (seen.data.sections[0].centers // NOVELTY_TILE).astype(int).T
+        result.obs["novelty"] = unlike[row, column]
+        yield _unlike(unlike)
     write_adata(result, out)
     yield f"{out}: {result.n_obs} x {result.n_vars}"
     if samples:
         store = out.with_name(f"{out.stem}.samples.zarr")
         seen.write_samples(store, names, samples, seed)
         yield f"{store}: count[{samples}, {result.n_obs}, {result.n_vars}]"
+
+
+def _unlike(novelty: NDArray[np.float64]) -> str:
+    """A sentence about the novelty of the tiles of an image."""
+    known = novelty[np.isfinite(novelty)]
+    median, share = (np.median(known), np.mean(known > UNLIKE)) if len(known) else (np.nan, 0.0)
+    return f"novelty: median {median:.2f}; {share:.0%} of the tiles above {UNLIKE}"
 
 
 def write_shapes(out: Path, knobs: dict[str, Any], seed: int) -> Iterator[str]:

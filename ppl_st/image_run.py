@@ -3,7 +3,8 @@
     run.at(target=..., section="A")     the same run looking at other spots of section A; .predict, .write, .to_arviz as of any run
     run.at(target=..., image="new.jpg") ... of an image without counts
     run.areas() / run.cells(labels)     ... at the annotated regions, or at the cells of a label image
-    run.maps("maps.zarr", genes)        mean and sd of every pixel
+    run.maps("maps.zarr", genes)        mean and sd of every pixel, OME-Zarr
+    run.novelty()                       how unlike the fit's images every tile of this one is
     run.differential("tumor", "stroma") posterior log2 fold changes between annotated regions
     run.summary()                       the activities' principal components as colors
 
@@ -37,13 +38,19 @@ from ppl_st.slides import positions
 
 __all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]
 
-TILE = 512  # pixels a side of a chunk of a map
+CHUNK = 512  # pixels a side of a chunk of a map
+NOVELTY_TILE = 32
 PIXELS, GENES = 2048, 64  # of the blocks in which maps are computed: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class ImageRun(Run):
-    """See the module's docstring. ``target`` holds the rows of all sections of ``data`` in their order, virtual measurements left out."""
+    """See the module's docstring. ``target`` holds the rows of all sections of ``data`` in their order, virtual measurements left out.
+
+    ``fitted`` are the sections of the fit where ``data`` is another one (None: ``data``).
+    """
+
+    fitted: Data | None = None
 
     def at(
         self,
@@ -121,6 +128,8 @@ class ImageRun(Run):
     ) -> tuple[int, int, int]:
         """Write expected counts per pixel of ``genes`` as zarr ``mean``, ``sd`` (and ``q05``, ``q95``) [gene, y, x] in chunks of one gene; the shape.
 
+        The group is OME-Zarr 0.5: each array is an image of ``multiscales`` (one level) with the size and place of its pixels, channels are genes.
+        Of an image without counts ``novelty`` [tile y, tile x] is written too (see `novelty`).
         Mean, sd and quantiles are over joint posterior draws of the rate. The activities of all draws lie in a scratch file beside ``path``; then
         any gene is a product of matrices, in blocks that stay in the cache.
         """
@@ -136,11 +145,12 @@ class ImageRun(Run):
             names = ["mean", "sd", *(("q05", "q95") if quantiles else ())]
             arrays = {
                 name: group.create_array(
-                    name, shape=shape, chunks=(1, min(TILE, height), min(TILE, width)), dtype="f4", dimension_names=("gene", "y", "x"),
+                    name, shape=shape, chunks=(1, min(CHUNK, height), min(CHUNK, width)), dtype="f4", dimension_names=("c", "y", "x"),
                     compressors=BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),  # gzip and zstd cost more than the maps
                 )
                 for name in names
             }
+            top = np.zeros(len(index))
             for first in range(0, len(index), GENES):
                 part = slice(first, min(first + GENES, len(index)))
                 block = {name: np.empty((part.stop - first, height * width), np.float32) for name in names}
@@ -148,14 +158,30 @@ class ImageRun(Run):
                     pixels = slice(start, min(start + PIXELS, height * width))
                     for name, values in kept.moments(pixels, part, quantiles).items():
                         block[name][:, pixels] = values
+                top[part] = block["mean"].max(1)
                 for name, array in arrays.items():
                     array[part] = block[name].reshape(-1, height, width)
+            if self.fitted is not None and one.counts.shape[0] == 0 and one.name not in {known.name for known in self.fitted.sections}:
+                unlike = self.novelty().astype(np.float32)
+                group.create_array("novelty", data=unlike, dimension_names=("tile_y", "tile_x")).attrs["pixels_per_tile"] = NOVELTY_TILE
             group.attrs.update(
+                ome=_ome(one, names, self.genes[index].tolist(), top),
                 genes=self.genes[index].tolist(), section=one.name, unit="expected counts per pixel", draws=draws,
                 micron_per_pixel=None if np.isnan(one.micron) else float(one.micron), scale=float(one.scale),
                 origin=[float(v) for v in one.origin], manifest=json.dumps(self.manifest),
             )  # fmt: skip
         return shape
+
+    def novelty(self, *, section: str | None = None) -> NDArray[np.float64]:
+        """Of every tile of `NOVELTY_TILE` pixels a side: the share of the fit's tiles whose image the model explains better [tiles y, tiles x].
+
+        Near 1 nothing like it was in the fit, and what is predicted there is extrapolation. NaN off the tissue.
+        """
+        own, fit = (
+            self.module.Predictor(self.pair, data, self.config, self.spec)
+            for data in (self.data._replace(sections=(self.section(section),)), self.data if self.fitted is None else self.fitted)
+        )
+        return np.asarray(self.module.novelty(own, fit, NOVELTY_TILE)[0])
 
     def differential(
         self, first: str, second: str, genes: Sequence[str] | None = None, *, draws: int = 50, seed: int = 0
@@ -229,7 +255,8 @@ class ImageRun(Run):
     def looking(self, section: Section, names: NDArray[np.str_], xy: NDArray[np.float64]) -> "ImageRun":
         obs = pd.DataFrame({"section": section.name, "pixels": np.bincount(section.label.ravel(), minlength=len(names) + 1)[1:]}, index=names)
         counts = Counts(_empty(len(names), len(self.genes)), self.genes, names, xy, obs, section.name, "X")
-        return replace(self, data=self.data._replace(sections=(section,)), target=counts)
+        fitted = self.data if self.fitted is None else self.fitted
+        return replace(self, data=self.data._replace(sections=(section,)), target=counts, fitted=fitted)
 
 
 class _Activities:
@@ -277,6 +304,26 @@ class _Activities:
     def __exit__(self, *error: object) -> None:
         del self.values
         self.file.close()
+
+
+def _ome(section: Section, names: Sequence[str], genes: Sequence[str], top: NDArray[np.float64]) -> dict[str, Any]:
+    """OME-Zarr metadata of maps: pixel size and place in um where known, else in coordinates of the file, and a channel per gene.
+
+    The place of a pixel is that of its middle, and the middle of the file's first pixel is 0.
+    """
+    known = bool(np.isfinite(section.micron))
+    unit = {"unit": "micrometer"} if known else {}
+    coordinate = section.micron * section.scale if known else 1.0  # um per coordinate
+    step = coordinate / section.scale
+    place = [coordinate * (v - 0.5) + step / 2 for v in reversed(section.origin)]
+    axes = [{"name": "c", "type": "channel"}, *({"name": name, "type": "space", **unit} for name in "yx")]
+    moved = [{"type": "scale", "scale": [1.0, float(step), float(step)]}, {"type": "translation", "translation": [0.0, *map(float, place)]}]
+    scales = [{"name": name, "axes": axes, "datasets": [{"path": name, "coordinateTransformations": moved}]} for name in names]
+    channels = [
+        {"label": str(gene), "color": "FFFFFF", "active": k == 0, "window": {"start": 0.0, "end": float(high), "min": 0.0, "max": float(high)}}
+        for k, (gene, high) in enumerate(zip(genes, top, strict=True))
+    ]
+    return {"version": "0.5", "multiscales": scales, "omero": {"channels": channels}}
 
 
 def _empty(rows: int, genes: int) -> sp.csr_matrix:

@@ -227,9 +227,11 @@ def overview(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
     A cell holds mean / median, then [95 % bootstrap interval over genes] of the mean and #rank.
     """
-    tables = {}
+    tables, titles = {}, {title: title for title in OVERVIEW}
     # best raw PCC first, the upper reference (no rank) last
     first = summary[summary["metric"] == "raw_pcc"].sort_values("rank", na_position="last", kind="stable")
+    if "log_partial_pcc" not in set(summary["metric"]):  # hidden spots: their depth is part of what was asked
+        titles["Log scale (per depth)"] = "log(1 + count)"
     for title, columns in OVERVIEW.items():
         cells = {}
         for metric, name in columns.items():
@@ -242,7 +244,7 @@ def overview(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
             table = table.reindex([method for method in first["method"] if method in table.index]).fillna("")
             kinds = first.set_index("method")["kind"]
             names = [f"{name}\n({kinds[name]})" for name in table.index]
-            tables[title] = table.set_axis(pd.Index(names, name="method"))
+            tables[titles[title]] = table.set_axis(pd.Index(names, name="method"))
     return tables
 
 

@@ -19,9 +19,10 @@ from ppl_st import api
 from ppl_st.cli import app
 from ppl_st.errors import UserError
 from ppl_st.evaluate_images import evaluate_spots, hidden_rows, visible
-from ppl_st.image_run import read_sections, spots_of
+from ppl_st.image_run import _ome, read_sections, spots_of
 from ppl_st.models.xfuse.data import Input
 from ppl_st.prepare.xfuse import problem, without
+from ppl_st.report import overview
 from ppl_st.shapes import shapes
 
 KNOBS = {"sections": 2, "size": 128, "spots": "hexagonal", "pitch": 18.0}
@@ -142,7 +143,24 @@ def test_maps_are_the_moments_of_the_draws(run, tmp_path):
     assert np.allclose(group["mean"][:], np.mean(draws, 0), rtol=1e-4, atol=1e-7)
     assert np.allclose(group["sd"][:], np.std(draws, 0, ddof=1), rtol=1e-3, atol=1e-6)
     assert np.allclose(group["q95"][:], np.quantile(draws, 0.95, axis=0), rtol=1e-3, atol=1e-6)
-    assert group["mean"].chunks == (1, 128, 128)
+    assert group["mean"].chunks == (1, 128, 128) and "novelty" not in group
+    ome = group.attrs["ome"]
+    assert [image["name"] for image in ome["multiscales"]] == ["mean", "sd", "q05", "q95"] and ome["version"] == "0.5"
+    assert [axis["name"] for axis in ome["multiscales"][0]["axes"]] == list(group["mean"].metadata.dimension_names)
+    assert [channel["label"] for channel in ome["omero"]["channels"]] == group.attrs["genes"]
+    assert ome["omero"]["channels"][1]["window"]["end"] == pytest.approx(float(group["mean"][1].max()))
+
+
+def test_pixels_of_a_map_lie_where_those_of_the_file_do(run):
+    section = run.section("section0")._replace(scale=0.25, origin=(100.0, 40.0), micron=2.0)  # um per working pixel: half a um per coordinate
+    ome = _ome(section, ["mean"], ["a"], np.ones(1))["multiscales"][0]
+    scale, translation = ome["datasets"][0]["coordinateTransformations"]
+    assert scale["scale"] == [1, 2, 2] and {axis.get("unit") for axis in ome["axes"]} == {None, "micrometer"}
+    # the first working pixel covers the file's pixels 100..103 and 40..43, whose middle is at 101.5 and 41.5 pixels of half a um
+    assert translation["translation"] == pytest.approx([0, 41.5 / 2, 101.5 / 2])
+    bare = _ome(section._replace(micron=float("nan")), ["mean"], ["a"], np.ones(1))["multiscales"][0]
+    assert bare["datasets"][0]["coordinateTransformations"][1]["translation"] == pytest.approx([0, 41.5, 101.5])
+    assert all("unit" not in axis for axis in bare["axes"])
 
 
 def test_areas_cells_and_spots_are_sums_of_the_map(run, world):
@@ -227,6 +245,7 @@ def test_evaluation_of_hidden_spots_and_of_a_hidden_section(base, world):
     assert table.loc["xfuse", ["log_score", "crps", "coverage_90"]].notna().all(axis=None)
     assert table.loc["gp_space_image", "raw_pcc"].mean() > table.loc["gene_mean", "raw_pcc"].mean() + 0.3
     assert pd.read_csv(base / "evaluation/summary.csv")["method"].nunique() == 9
+    assert {"Raw counts", "log(1 + count)"} <= set(overview(done.summary))  # no depth is taken out of hidden spots
     unseen = evaluate_spots(["xfuse"], targets, images, sections=["section-2"], **options).scores
     assert set(unseen["fold"]) == {"section-2"} and set(unseen["method"]) == {"xfuse", "gene_mean", "color", "gp_image"}
     with pytest.raises(UserError, match="hold out some of the sections"):
@@ -264,6 +283,12 @@ def test_commands(base):
     assert ad.read_h5ad(base / "s.h5ad").shape[1] == 3 and (base / "s.samples.zarr").is_dir()
     ok("predict", base / "run", "--maps", base / "genes.txt", "--section", "section0", "--draws", 2, "--png", base / "png", "--out", base / "m.zarr")
     assert (base / "png" / "circle_marker.png").is_file()
+    mapped = ok("predict", base / "run", "--maps", base / "genes.txt", "--image", base / "data/section1.png", "--quantiles", "--out", base / "n.zarr")
+    group = zarr.open_group(str(base / "n.zarr"), mode="r")
+    assert group["novelty"].shape == (4, 4) and group["q95"].shape == group["mean"].shape and "novelty: median" in mapped.output
+    seen = ok("predict", base / "run", "--target", target, "--image", base / "data/section1.png", "--draws", 3, "--out", base / "i.h5ad")
+    unlike = ad.read_h5ad(base / "i.h5ad").obs["novelty"]
+    assert unlike.between(0, 1).all() and len(unlike) == 52 and "% of the tiles" in seen.output
     ok("predict", base / "run", "--areas", "--section", "section0", "--draws", 2, "--out", base / "areas.h5ad")
     ok("predict", base / "run", "--cells", base / "kind0.png", "--section", "section0", "--draws", 2, "--out", base / "cells.h5ad")
     assert (ad.read_h5ad(base / "cells.h5ad").obs["pixels"].values == ad.read_h5ad(base / "areas.h5ad").obs["pixels"].values).all()

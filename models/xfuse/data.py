@@ -27,6 +27,8 @@ class Input:
         Of the spots, in coordinates; None: what the file says, else 0.275 pitches (Visium's share).
     spot
         Its form; a square has twice the radius as its side; "auto": what the file says, else a disc.
+    margin
+        Of the image around the spots, in shares of their extent: what a fit keeps, and how far outside its spots it can be asked.
     mask
         "auto" (Otsu), "none" (tissue everywhere) or an image file, not 0 on tissue, for all sections or one each.
     background
@@ -47,6 +49,7 @@ class Input:
     pitch: float = field(default=16.0, metadata={"gt": 1})
     radius: float | None = field(default=None, metadata={"gt": 0})
     spot: Literal["auto", "disc", "square"] = "auto"
+    margin: float = field(default=0.12, metadata={"ge": 0})
     mask: tuple[str, ...] = ("auto",)
     background: bool = True
     check: bool = True

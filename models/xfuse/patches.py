@@ -8,8 +8,9 @@ it lies wholly inside (a cut disc would be biased), which along this axis happen
 
 so with section n drawn with probability q_n and B patches, its log-likelihood is weighed by 1 / (B q_n pi(l)). The virtual measurement off the
 tissue has zero counts: its log-likelihood is linear in its pixels, which are therefore weighed one by one by 1 / pi(pixel) and used wherever
-they are seen; one in `THIN` of them is drawn, and weighs as much as `THIN`. Turns by 90 degrees and flips (``augment="dihedral"``) leave the set of windows as it is. ``augment="affine"`` is the published
-augmentation (rotation, scale, shear, color); it weighs everything by N / B, N the number of patches that cover the sections, as published.
+they are seen; one in `THIN` of them is drawn, and weighs as much as `THIN`. Turns by 90 degrees and flips (``augment="dihedral"``) leave the set
+of windows as it is. ``augment="affine"`` is the published augmentation (rotation, scale, shear, color); it weighs everything by N / B, N the
+number of patches that cover the sections, as published, which is not unbiased: spots near the border of a section count less.
 
 Features of the image at every pixel (`ppl_st.image_features`) are those of a hand-made regression: color, gradient and local spread smoothed at
 several shares of the spot pitch, standardised within each section's tissue, which takes out differences in staining.

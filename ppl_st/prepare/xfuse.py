@@ -24,7 +24,6 @@ from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
 
 __all__ = ["new_image", "problem", "section_at", "without"]
 
-MARGIN = 0.12  # of the extent of the spots, kept around them
 INSIDE = 0.9  # share of its disc that a spot must have inside the image
 ON_TISSUE, ELSEWHERE, BETTER = 0.85, 0.9, 0.1  # an error: a smaller share of spots on tissue than the first, while another reading of the
 # positions puts at least the second there, and better by the third (measured: right positions .97 to .99, exchanged axes .58 to .79)
@@ -77,7 +76,8 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
         low, high = np.array(section.origin), np.array(section.origin) + np.array([width, height]) / section.scale
         raise UserError(
             f"target: {outside.sum()} of {len(xy)} positions lie outside section {section.name!r}, e.g. ({first[0]:.6g}, {first[1]:.6g}); it spans "
-            f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file"
+            f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file, the spots of the fit and a margin; "
+            "fit with a larger one (--set input.margin=...)"
         )
     pixels = section.radius if radius is None else radius * section.scale
     empty = _no_counts(len(xy), section.counts.shape[1])
@@ -234,7 +234,7 @@ def _section(
         )
     if not keep.any():
         raise UserError(f"target ({counts.source}): no spot is left of {len(keep)}")
-    box = _box(frame.centers, shape, max(MARGIN * np.ptp(frame.centers, axis=0).max(), 4 * frame.radius))
+    box = _box(frame.centers, shape, max(config.margin * np.ptp(frame.centers, axis=0).max(), 4 * frame.radius))
     crop = (slice(box[0], box[1]), slice(box[2], box[3]))
     image = np.ascontiguousarray(frame.image[crop])
     centers = frame.centers - [box[2], box[0]]

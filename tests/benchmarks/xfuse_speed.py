@@ -160,10 +160,10 @@ def purge():
 
 def predict():
     """The image enlarged to 1,000 x 1,000 pixels as an unseen section; maps of 1,000 genes with 10 draws, from the images on."""
-    from ppl_st.image_run import ImageRun, spots_of
-    from ppl_st.prepare.xfuse import new_image
-    from ppl_st.prepare import load_prepare
     from ppl_st.api import fit_sections
+    from ppl_st.image_run import ImageRun, spots_of
+    from ppl_st.prepare import load_prepare
+    from ppl_st.prepare.xfuse import new_image
 
     config = with_overrides(xfuse.PRESETS["default"], [*SETTINGS, "fit.steps=2"])
     folder = Path(os.environ.get("PPL_ST_DATA", "../shared/data")) / "st_olfactory_bulb"
