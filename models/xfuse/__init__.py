@@ -17,7 +17,8 @@ GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metag
     process in space). ``fields=False`` leaves both and delta out, as published.
 
 GUIDE
-    normal q for all global sites (fields included), q(z | image, spots) by the recognition network. Step 0 is data-driven (`warm_start.py`).
+    normal q for all global sites (fields included), q(z | image, spots) by the recognition network. Step 0 is data-driven (`warm_start.py`);
+    variances of fields and location effects, and the posterior sd of the fields' weights, stay what marginal likelihood says there.
 
 PREDICTIVE: globals once per draw and one latent image per draw and section, so draws are joint over genes and places; B_d is kept, any gene is
     then one matrix product. Spatial field, depth and covariate effects of a section that the fit never saw are drawn from their priors.

@@ -251,7 +251,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     logits -= logits.mean(1, keepdims=True)
     depth_center = _by_section(smooth_depth[:, None], spots.section)[:, 0]
     found = smoother(np.column_stack([smooth_depth - depth_center, logits - logits.mean(0)]))
-    found.noise[0] = 4 * regressed.noise[0] / (root**2).mean()  # of the log of a depth, by that of its root: the target has lost its own
+    found.noise[0] = (4 * regressed.noise[0] / root**2).mean()  # of the log of a depth, by that of its root: the target has lost its own
     for k, function in enumerate((basis_image, basis_space)):
         # prior variance of one weight: the part's, spread over functions that give the Gram matrix its trace
         variance = found.parts[1 - k] * len(function) / (function**2).sum()
