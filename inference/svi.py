@@ -31,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -85,6 +85,7 @@ __all__ = [
 # Two models in one process must not meet in Pyro's global store.
 pyro.settings.set(module_local_params=True)
 
+WATCHES = 10
 RECOVERY = 100  # finite steps in a row after which a halved learning rate is doubled again
 
 
@@ -111,6 +112,7 @@ class FitInfo:
     seconds: float
     peak_memory: int  # bytes: largest resident size of the process so far; 0 where the system does not tell
     stop_reason: Literal["steps", "converged", "interrupted"]
+    watched: tuple[dict[str, float], ...] = ()  # what `watch` said, with its step
 
 
 class scale_latents(Messenger):
@@ -137,6 +139,7 @@ def fit(
     until: int | None = None,
     adversary: Adversary | None = None,
     edit: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    watch: Callable[[Any], dict[str, float]] | None = None,
 ) -> tuple[FitState, FitInfo]:
     """Train `pair` in place; return the state to go on from and a record of what happened.
 
@@ -166,6 +169,8 @@ def fit(
     edit
         Called with the number of completed steps and the optimiser after each of them, before a checkpoint; may change parameters, buffers and
         moments in place, as a pure function of these and the step (so that a resumed fit is the same).
+    watch
+        Called with the minibatch `WATCHES` times during the fit; its numbers go to the log. It changes nothing.
 
     Returns
     -------
@@ -190,6 +195,7 @@ def fit(
     first, last = tally.step, config.steps if until is None else min(until, config.steps)
     store = set(pyro.get_param_store())
     history: list[_Done] = []
+    watched: list[dict[str, float]] = []
     folder = None if folder is None else Path(folder)
     if folder is not None:  # a folder that refuses the state says so now, not after an hour
         save_state(capture(pair, parameters, optimizer, tally, adversary), folder / "state.pt")
@@ -224,6 +230,9 @@ def fit(
             if done.fault or tally.step % config.log_every == 0:
                 seconds = round(time.perf_counter() - began, 3)
                 log({"step": tally.step, "smoothed": tally.smoothed, "seconds": seconds} | done._asdict())
+            if watch and tally.step % max(1, config.steps // WATCHES) == 0:
+                watched.append({"step": tally.step} | watch(batch))
+                log(watched[-1])
             report(tally.step, tally.smoothed)
             if tally.bad_steps >= config.max_bad_steps:
                 raise FitError(despair(tally, [one.loss for one in history], lr, done.fault))
@@ -237,7 +246,7 @@ def fit(
     for module in pair:
         module.eval()
     untrained = tuple(name for name, parameter in parameters.items() if parameter not in optimizer.state)
-    return final, _info(first, history, untrained, began, tally, config)
+    return final, replace(_info(first, history, untrained, began, tally, config), watched=tuple(watched))
 
 
 class _Done(NamedTuple):

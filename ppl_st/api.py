@@ -439,8 +439,10 @@ def _train(
     batches = module.batches(data, settings, seed)
     adversary = module.adversary(pair, settings) if hasattr(module, "adversary") else None
     edit = module.edit(pair, data, settings, seed) if hasattr(module, "edit") else None
+    watch = module.watch(pair, settings, seed) if hasattr(module, "watch") else None
     scale = 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
-    state, info = run_svi(pair, batches, plan, state, folder=folder, scale=scale, progress=progress, adversary=adversary, edit=edit)
+    options: dict[str, Any] = {"folder": folder, "scale": scale, "progress": progress, "adversary": adversary, "edit": edit, "watch": watch}
+    state, info = run_svi(pair, batches, plan, state, **options)
     if info.stop_reason == INTERRUPTED and state.step < steps:
         kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
         raise Interrupted(f"interrupted at step {state.step} of {steps}; {kept}")
@@ -457,6 +459,7 @@ def _train(
         "peak_memory_bytes": info.peak_memory,
         "skipped": [list(entry) for entry in info.skipped],
         "losses": [float(loss) for loss in info.losses],
+        "watched": list(info.watched),
     }
     if hasattr(module, "alignment"):
         record["alignment"] = module.alignment(pair, data, settings, seed)

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["calibration_curve", "ceiling_plot", "gene_maps", "loss_curve", "metric_strip", "pit_plot", "proportion_maps", "rank_plot", "risk_curve"]
+__all__ = [
+    "calibration_curve", "ceiling_plot", "gene_maps", "loss_curve", "metric_strip", "pit_plot", "proportion_maps", "rank_plot", "risk_curve",
+    "traces",
+]  # fmt: skip
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PANEL = 3.2  # inches, longer side of one map
@@ -143,6 +146,35 @@ def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)", name:
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
     ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def traces(table: "pd.DataFrame") -> "Figure":
+    """Quantities against step: one panel per kind of quantity.
+
+    Parameters
+    ----------
+    table
+        Index: steps. Columns ``"<which> <kind>"``, e.g. "forward mmd" and "backward mmd": lines ``which`` in the panel ``kind``.
+    """
+    kinds: dict[str, dict[str, str]] = {}
+    for column in table.columns:
+        which, _, kind = str(column).partition(" ")
+        kinds.setdefault(kind, {})[which] = column
+    if not kinds or not len(table):
+        raise UserError("traces: there is nothing to draw; give a table of steps x quantities")
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure = _figure(2.6 * columns, 2.0 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax, (kind, lines) in zip(axes.flat, kinds.items(), strict=False):
+        for i, (which, column) in enumerate(lines.items()):
+            ax.plot(table.index, table[column], color=COLORS[i % len(COLORS)], marker="o", markersize=3, linewidth=1.2, label=which)
+        ax.set_title(kind, fontsize="medium")
+        ax.set_xlabel("step")
+    axes.flat[0].legend(frameon=False, fontsize="small")
+    for ax in axes.flat[len(kinds) :]:
+        ax.set_visible(False)
     return figure
 
 

@@ -360,6 +360,14 @@ def _fit(run: Run) -> Section:
         longest = max(map(len, runs))
         losses = [[*run, *[np.nan] * (longest - len(run))] for run in runs]
         figures[caption] = plots.loss_curve(losses, unit="loss (nats per entry)", name="seed")
+    if record.get("watched"):
+        watched = pd.DataFrame(record["watched"]).set_index("step")
+        tables.append(Table("What was watched while training.", watched, folded=True))
+        caption = (
+            "The game while it was played. Losses are those of the translators' factors and of the critics; alignment: mmd 0, accuracy 0.5 and "
+            "mixing 1 where nobody can tell translated codes from the other side's own."
+        )
+        figures[caption] = plots.traces(watched)
     return Section("Fit", tables=tables, figures=figures)
 
 

@@ -1,5 +1,6 @@
 """SpaGene: closed forms equal the textbook, the published objective is the published one, frozen means frozen, both directions, runs and refusals."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from ppl_st.models.spagene.autoencoder import autoencoder_pair, clip_limits, lin
 from ppl_st.models.spagene.closed import Closed, features
 from ppl_st.models.spagene.model import NAMES, PRESETS, build, direction_of, model_of
 from ppl_st.prepare.spagene import problem
+from ppl_st.report_run import _fit
 from ppl_st.simulate import spatial_field
 from ppl_st.testing import check_pair
 
@@ -325,9 +327,27 @@ def test_a_run_is_repeatable_loads_and_turns_the_same(world, tmp_path, preset):
         np.testing.assert_array_equal(made.turned().predict(made.target.genes, draws=3).X, one.turned().predict(made.target.genes, draws=3).X)
     assert set(loaded.record["alignment"]) == {f"{name} {what}" for name in NAMES for what in ("mmd", "accuracy", "mixing")}
     assert loaded.predict(draws=2).obsm["translated"].shape[0] == 300
-    from ppl_st.report_run import _fit
-
     assert "Alignment of the two sides." in [table.caption for table in _fit(loaded).tables]
+
+
+def test_the_game_is_watched_in_the_log_and_in_the_report_and_watching_changes_nothing(world, tmp_path, monkeypatch):
+    overrides = [*SMALL, "fit.steps=20", "fit.log_every=7"]
+    options = {"target": world.target, "reference": world.reference, "preset": "paper", "overrides": overrides, "seed": 1}
+    run = ppl_st.fit("spagene", out=tmp_path / "a", **options)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    watched = [line for line in lines if "forward mmd" in line]
+    assert [line["step"] for line in watched] == list(range(2, 21, 2)) and watched == run.record["watched"]
+    kinds = ("identity loss", "cycle loss", "coral loss", "mmd loss", "adversary loss", "critic loss", "mmd", "accuracy", "mixing")
+    assert set(watched[0]) == {"step", *(f"{name} {kind}" for name in NAMES for kind in kinds)}
+    assert all(np.isfinite(list(line.values())).all() for line in watched)
+    assert "What was watched while training." in [table.caption for table in _fit(ppl_st.load(tmp_path / "a")).tables]
+    assert any("game" in caption for caption in _fit(run).figures)
+    monkeypatch.setattr(spagene, "watch", lambda *_: None)
+    blind = ppl_st.fit("spagene", **options)
+    assert not blind.record["watched"]
+    np.testing.assert_array_equal(run.predict(draws=2).X, blind.predict(draws=2).X)
+    monkeypatch.undo()
+    assert spagene.watch(blind.pair, PRESETS["default"], 0) is None  # no game, nothing to watch
 
 
 def test_half_a_fit_and_the_rest_are_a_whole_fit_with_critics(some, tmp_path):
@@ -365,7 +385,7 @@ def test_the_number_of_steps_is_chosen_where_inner_genes_are_best(some):
     pair, spec = spagene.start(some, config, 0, quiet)
     best = max(spec.candidates, key=lambda one: one["inner genes"])
     assert [one["steps"] for one in spec.candidates] == [2, 4, 6, 8] and spec.steps == best["steps"]
-    assert spagene.spec_from(__import__("json").loads(__import__("json").dumps(spagene.spec_to(spec)))).steps == spec.steps
+    assert spagene.spec_from(json.loads(json.dumps(spagene.spec_to(spec)))).steps == spec.steps
     assert direction_of(chains_of(pair)[0], 0).linear is False
 
 
@@ -465,4 +485,4 @@ def test_cached_codes_make_an_epoch_of_the_latent_game_several_times_faster():
             (-trace.log_prob_sum()).backward()
         seconds.append(time.process_time() - began)
     print(f"epoch of stage 2, cpu s: cached {seconds[0]:.2f}, encoding again {seconds[1]:.2f}")
-    assert seconds[1] > 3 * seconds[0], seconds
+    assert seconds[1] > 5 * seconds[0], seconds

@@ -47,8 +47,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyro import poutine
 
-from ppl_st.inference.adversary import Adversary, Player
+from ppl_st.inference.adversary import Adversary, Player, critic_loss
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair
@@ -61,15 +62,27 @@ from ppl_st.models.spagene.autoencoder import Autoencoder, linear, train
 from ppl_st.models.spagene.closed import Choice, Closed, choose, correlation, features
 from ppl_st.models.spagene.data import Batch, Batches, Data, make
 from ppl_st.models.spagene.direction import Direction
-from ppl_st.models.spagene.model import PRESETS, Config, Guide, Model, Spec, build, direction_of, empty_sides, model_of
+from ppl_st.models.spagene.model import (
+    NAMES,
+    PRESETS,
+    Config,
+    Guide,
+    Model,
+    Spec,
+    build,
+    direction_of,
+    empty_sides,
+    model_of,
+)
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary", "alignment",
-    "batches", "build", "empty", "make", "quantities", "select", "spec_from", "spec_to", "start", "turned",
+    "batches", "build", "empty", "make", "quantities", "select", "spec_from", "spec_to", "start", "turned", "watch",
 ]  # fmt: skip
 
 SPREAD_CELLS = 4096  # cells on which the spread of the places is taken
 INNER_SHARE = 4  # one of so many shared genes is held out to choose the number of steps
+WATCHED_CELLS = 300  # of either side, for the alignment while training
 LEVEL_SD = 0.05  # of a gene's log level on the platform that measured it
 
 
@@ -295,6 +308,31 @@ def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict
     with torch.no_grad():
         codes = model_of(chain).side(0).codes(data)[0]
         return {"latent": codes.numpy(), "translated": direction_of(chain, 0).translate(codes).numpy()}, {}
+
+
+def watch(pair: Pair, config: Config, seed: int) -> Callable[[Batch], dict[str, float]] | None:
+    """What the log says of the game while it is played: factors and critics' losses on a minibatch, alignment on some cells. None without a game."""
+    if not (config.cycle_weight or config.coral_weight or config.mmd_weight or config.adversary != "off" or config.identity == "pearson"):
+        return None
+    first = chains_of(pair)[0]
+    model, game = model_of(first), adversary(ensemble([first]), config)
+
+    def look(batch: Batch) -> dict[str, float]:
+        model.eval()
+        size = model.problems[0].counts.shape[0] * model.problems[0].counts.shape[1]
+        with torch.no_grad(), rng_scope(seed, "watch"):
+            drawn = poutine.trace(first.guide).get_trace(batch)
+            nodes = poutine.trace(poutine.replay(first.model, drawn)).get_trace(batch).nodes
+            factors = {name: getattr(site.get("fn"), "log_factor", None) for name, site in nodes.items()}
+            found = {f"{name.replace('_', ' ')} loss": -float(value) / size for name, value in factors.items() if value is not None}
+            if game:
+                for name, player in zip(NAMES, game.players, strict=True):
+                    real, fake = (player.critic(side).reshape(-1) for side in player.codes(batch))
+                    found[f"{name} critic loss"] = float(critic_loss(game.kind, real, fake))
+        model.train()
+        return found | alignment_of(model, seed, WATCHED_CELLS)
+
+    return look
 
 
 def alignment(pair: Pair, data: Data, config: Config, seed: int) -> dict[str, float]:

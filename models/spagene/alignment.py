@@ -22,12 +22,12 @@ NEIGHBORS = 15
 RIDGE = 1e-2
 
 
-def alignment_of(model: "Model", seed: int) -> dict[str, float]:
-    """{"forward mmd": ..., ...} on some cells, with one draw of codes and translator noise."""
+def alignment_of(model: "Model", seed: int, cells: int = CELLS) -> dict[str, float]:
+    """{"forward mmd": ..., ...} on some ``cells`` of either side, with one draw of codes and translator noise."""
     found = {}
     rng = np.random.default_rng([seed, 12])
     sizes = [problem.counts.shape[0] for problem in model.problems]
-    rows = [torch.from_numpy(np.sort(rng.permutation(n)[:CELLS])) for n in sizes]
+    rows = [torch.from_numpy(np.sort(rng.permutation(n)[:cells])) for n in sizes]
     with torch.no_grad(), rng_scope(seed, "alignment"):
         codes = [loc + scale * torch.randn_like(loc) for loc, scale in (model.codes(side, rows[side]) for side in (0, 1))]
         for k, name in enumerate(("forward", "backward")):
