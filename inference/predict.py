@@ -13,6 +13,10 @@ summaries are exact functions of the draws:
                            a count that is not 0 at its mean: P(count > 0) log1p(factor E[count | count > 0])
     scores of a truth      log mean_d p(x | d), fair CRPS of the count draws, randomised-PIT bounds
 
+The log score is exact for the mixture of S laws. The CRPS is not: its closed form, sum_k (F(k) - 1[x <= k])^2 with F the mean of the S distribution
+functions, runs over every count up to the far tail and costs a hundred times the sorted draws, whose error all but vanishes in the mean over the
+cells of a gene (BENCHMARKS.md).
+
 Peak memory is about S x cells x genes x 12 bytes of one block plus the result; ``memory_gb`` bounds the block.
 """
 

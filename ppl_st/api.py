@@ -363,7 +363,7 @@ def _refuse_used(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give a folder for the run (--out)")
     if folder.is_dir() and any(folder.iterdir()):
-        known = (folder / "config.toml").is_file()
+        known = (folder / "config.toml").is_file() or (folder / "manifest.json").is_file()  # of one, or of several seeds
         remedy = (
             "add --resume to continue it, or choose another --out" if known else "choose an empty or new folder (--out)"
         )

@@ -33,10 +33,9 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
     layer = run.recalibration
     if reference_kind(run) == "image":
         found.append("Every gene here was fitted: the maps show how the model sees its own data. New spots or a new image are the test.")
-    elif layer is None:
-        found.append(
-            "The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on genes of the panel."
-        )
+    if layer is None:
+        where = "hidden spots" if reference_kind(run) == "image" else "genes of the panel"
+        found.append(f"The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on {where}.")
     else:
         at = pd.Index(run.genes).get_indexer(scores.index)
         boundless = int((layer.ends_of(run.reference_mean[at])[1] >= 1).sum())
