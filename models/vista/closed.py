@@ -28,6 +28,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from ppl_st.models.common import cells
+from ppl_st.models.common.cells import log_normalise
 from ppl_st.models.vista.batches import Data
 
 Floats = NDArray[np.float64]
@@ -74,14 +76,8 @@ def moments(counts: sp.csr_matrix, batch: NDArray[np.int64]) -> Moments:
     """Moments of log-normalised counts [n, A], batch by batch; sd 1 where a gene does not vary."""
     totals = totals_of(counts)
     depth = float(np.median(totals))
-    mean, sd = [], []
-    for b in range(int(batch.max(initial=0)) + 1):
-        x, n = sp.csr_matrix(counts[batch == b], dtype=np.float64, copy=True), max(1, int((batch == b).sum()))
-        x.data = np.log1p(x.data * np.repeat(depth / totals[batch == b], np.diff(x.indptr)))
-        mean.append(np.asarray(x.sum(0)).ravel() / n)
-        x.data **= 2
-        s = np.sqrt(np.maximum(np.asarray(x.sum(0)).ravel() / n - mean[-1] ** 2, 0.0))
-        sd.append(np.where(s > 1e-6, s, 1.0))
+    logs = log_normalise(counts, totals, depth)
+    mean, sd = zip(*(cells.moments(sp.csr_matrix(logs[batch == b])) for b in range(int(batch.max(initial=0)) + 1)), strict=True)
     return Moments(np.stack(mean), np.stack(sd), depth)
 
 
