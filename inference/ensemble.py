@@ -25,7 +25,7 @@ class _Chains(nn.Module):
         """Run every chain on the same minibatch."""
         for c, member in enumerate(self.members):
             with scope(prefix=f"chain{c}"):
-                member(batch, observe=observe)
+                member.forward(batch, observe=observe)  # __call__ would send every parameter through the handlers, for nothing
 
 
 def ensemble(pairs: Sequence[Pair]) -> Pair:
