@@ -249,6 +249,22 @@ def test_critics_move_in_their_own_step_only_and_translators_in_theirs(some):
     assert same(moved, flat(game.module)) and not same(ways, flat(model.directions))
 
 
+def test_the_gain_likelihood_compares_decoders_and_counts_in_the_same_units(some):
+    """A decoder of log rates says -4 or -8 of a gene, standardised counts are around 0: unit gain and no offset must be a sensible start."""
+    pair = untrained(settings("network", "stage1.steps=40"), some)
+    model = model_of(pair)
+    raw = model.decode(1, model.codes(1, torch.arange(220))[0])
+    assert raw.mean() < -2
+    loc, scale = model.units(1)
+    inside = (raw - loc) / scale
+    torch.testing.assert_close(inside.mean(0), torch.zeros(inside.shape[1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(inside.std(0, correction=0), torch.ones(inside.shape[1]), atol=1e-3, rtol=0)
+    whole = spagene.Batches(some, 0, 0, 0).at(0)
+    guide = poutine.trace(pair.guide).get_trace(whole)
+    sites = poutine.trace(poutine.replay(pair.model, guide)).get_trace(whole).nodes
+    assert (sites["forward_identity"]["fn"].base_dist.loc.mean(0).abs() < 3).all()
+
+
 def test_every_factor_and_critic_can_be_switched(some):
     everything = {"cycle_weight": "cycle", "coral_weight": "coral", "mmd_weight": "mmd", "adversary_weight": "adversary"}
     for off in (None, *everything):

@@ -19,6 +19,7 @@ from ppl_st.models.spagene.data import Batch, Data
 from ppl_st.models.spagene.direction import Direction
 from ppl_st.networks import MLP
 
+UNITS_CELLS = 4096  # over which the units of a decoder are taken
 NAMES = ("forward", "backward")  # target to reference, reference to target
 
 
@@ -200,6 +201,17 @@ class Model(PyroModule):
         for name, value in factors.items():
             pyro.factor(name, -size * value)
 
+    def units(self, side: int) -> tuple[Tensor, Tensor]:
+        """Mean and sd over cells of one side of what its decoder says of every gene [genes]: log rates are held against standardised counts."""
+        key = ("units", side)
+        if key not in self.cache:
+            z = self.codes(side, torch.arange(min(UNITS_CELLS, self.problems[side].counts.shape[0])))[0]
+            with torch.no_grad():
+                decoded = self.decode(side, z)
+            self.cache[key] = decoded.mean(0), decoded.std(0, correction=0).clamp_min(1e-3)
+        loc, scale = self.cache[key]
+        return loc, scale
+
     def decode(self, side: int, z: Tensor) -> Tensor:
         """What the frozen decoder of one side makes of codes, [B, genes]."""
         return self.side(side).decode(z)
@@ -212,7 +224,8 @@ class Model(PyroModule):
                 effect = pyro.sample(
                     f"{name}_effect", dist.Normal(self.effect_loc[k].expand(len(panel), 3), self.effect_log_scale[k].exp()).to_event(1)
                 )  # [P, 3] log gain, offset, log noise
-            decoded = self.decode(1 - k, translated[k])[:, panel]
+            loc, scale = self.units(1 - k)
+            decoded = (self.decode(1 - k, translated[k])[:, panel] - loc[panel]) / scale[panel]
             mean = effect[:, 1] + effect[:, 0].clamp(-5, 5).exp() * decoded
             law: Any = dist.Normal(mean, effect[:, 2].clamp(-4, 4).exp())
             with plates[k]:
