@@ -12,8 +12,8 @@ and draw,
 
     e_gk ~ Normal(0, tau_k^2) for t,   Normal(0, tau_w^2 / K) for the K features w
 
-The taus are those of the inner genes. Score and information of a gene's counts at the fitted rate estimate its e_gk with noise (over-dispersion
-included); tau_k maximises their likelihood, tau_w matches what is left of the squared scores along w.
+The taus are those of the inner genes. The efficient score (beside level, slope and depth, which were fitted) of a gene's counts and its information
+estimate e_gk with noise, over-dispersion included; tau_k maximises their likelihood, tau_w matches what is left of the squared scores along w.
 """
 
 import itertools
@@ -223,7 +223,7 @@ def _hyper_priors(
     slope = list(random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
     fitted = np.exp(np.clip(offset + found[:, 0] + found[:, 1] * scores + found[:, 2] * depth, -20, 15))
     waves = data.waves[rows].astype(np.float64)
-    error = pattern_errors(counts, fitted, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
+    error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
     gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
     hyper = Hyper(
         chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], exponent, float(share.mean()), gain, slope,
@@ -255,30 +255,34 @@ def error_loads(hyper: Hyper, waves: int) -> Floats:
 
 
 def pattern_errors(
-    counts: Floats, fitted: Floats, parts: list[NDArray[np.int64]], places: list[Floats], waves: Floats
+    counts: Floats, fitted: Floats, scores: Floats, depth: Floats, parts: list[NDArray[np.int64]], places: list[Floats], waves: Floats
 ) -> tuple[list[float], float]:
-    """tau [q] and tau_w from counts and fitted rates [rows, genes]; the genes ``parts[k]`` have the places ``places[k]`` [rows, q]."""
-    q, rest = places[0].shape[1], counts - fitted
-    estimate, noise = np.zeros((q, counts.shape[1])), np.ones((q, counts.shape[1]))
+    """tau [q] and tau_w from counts and rates that were fitted with level, slope and depth [rows, genes]; the genes ``parts[k]`` have the places
+    ``places[k]`` [rows, q].
+
+    What level, slope and depth of a gene could take up is taken out of t and w first: of that part its residuals say nothing.
+    """
+    q, genes = places[0].shape[1], counts.shape[1]
+    loud, k = max(int((np.abs(t).max(0) > 0).sum()) for t in places), waves.shape[1]
+    estimate, noise, crossed = (np.zeros((loud, genes)) for _ in range(3))
+    total, size, rough = np.zeros(genes), np.ones(genes), np.ones(genes)
     for part, t in zip(parts, places, strict=True):
-        information = np.square(t).T @ fitted[:, part] + 1.0
-        estimate[:, part] = t.T @ rest[:, part] / information
-        noise[:, part] = np.square(t).T @ np.square(rest[:, part]) / information**2
-    used = np.any([np.abs(t).max(0) > 0 for t in places], axis=0).tolist()
-    tau = [random_effects(e, v, center=0.0)[1] if k else 0.0 for e, v, k in zip(estimate, noise, used, strict=True)]
-    if not waves.shape[1]:
-        return tau, 0.0
-    left = [_left(waves, rest[:, g], fitted[:, g], t * tau) for t, part in zip(places, parts, strict=True) for g in part]
-    found, doubt = np.array(left).T
-    return tau, float(np.sqrt(np.clip(np.average(found, weights=1 / np.square(0.05 + doubt)), 0.0, 1.0)))
-
-
-def _left(waves: Floats, rest: Floats, fitted: Floats, known: Floats) -> tuple[float, float]:
-    """tau_w^2 of one gene, what squared scores along ``waves`` [rows, K] leave beside noise and the error ``known`` [rows, q]; the noise in it."""
-    rated = waves * fitted[:, None]
-    noise = (np.square(waves).T @ np.square(rest)).sum()
-    size = np.square(rated.T @ waves).sum() / waves.shape[1]
-    return float((np.square(waves.T @ rest).sum() - noise - np.square(rated.T @ known).sum()) / size), float(noise / size)
+        features = np.hstack([t[:, :loud], waves])
+        for g in part:
+            rate, rest = fitted[:, g, None], counts[:, g] - fitted[:, g]
+            x = np.column_stack([np.ones(len(rest)), scores[:, g], depth[:, g]])
+            f = features - x @ np.linalg.solve((rate * x).T @ x + 1e-6 * np.eye(3), (rate * x).T @ features)
+            information, score, variance = (rate * f).T @ f, f.T @ rest, np.square(f).T @ np.square(rest)
+            own = np.diag(information)[:loud] + 1.0
+            estimate[:, g], noise[:, g] = score[:loud] / own, variance[:loud] / own**2
+            crossed[:, g] = np.square(information[loud:, :loud]).sum(0)
+            if k:
+                total[g], rough[g] = np.square(score[loud:]).sum(), variance[loud:].sum()
+                size[g] = max(float(np.square(information[loud:, loud:]).sum()) / k, 1e-9)
+    tau = np.array([random_effects(e, v, center=0.0)[1] for e, v in zip(estimate, noise, strict=True)])
+    left, doubt = (total - rough - tau**2 @ crossed) / size, rough / size
+    wave = float(np.sqrt(np.clip(np.average(left, weights=1 / np.square(0.05 + doubt)), 0.0, 1.0))) if k else 0.0
+    return [*tau.tolist(), *[0.0] * (q - loud)], wave
 
 
 def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats]:

@@ -57,7 +57,7 @@ def problem(
         others=others.matrix,
         reference=reference.matrix,
         panel=panel,
-        waves=waves(target, near),
+        waves=waves(target, near, config),
         graph=near,
         batch=_codes(target, config.batch_key, "target"),
         reference_batch=_codes(reference, config.batch_key, "reference"),
@@ -91,7 +91,7 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
         others=sp.csr_matrix(target.matrix[:, len(data.panel) :]),
         reference=data.reference[:0],
         reference_batch=data.reference_batch[:0],
-        waves=waves(target, near),
+        waves=waves(target, near, config),
         graph=near,
         batch=codes,
     )
@@ -115,13 +115,14 @@ def graph(target: Counts, config: Config) -> sp.csr_matrix:
     return neighbors(target.xy, config.neighbors, library)
 
 
-def waves(target: Counts, graph: sp.csr_matrix) -> NDArray[np.float32]:
-    """Random Fourier features of the coordinates [n, 4 WAVES], of unit mean square, for smooth fields of four length scales; none without a graph.
+def waves(target: Counts, graph: sp.csr_matrix, config: Config) -> NDArray[np.float32]:
+    """Random Fourier features of the coordinates [n, 4 WAVES], of unit mean square, for smooth fields of four length scales; none where no graph
+    reaches the prediction.
 
     Lengths are in units of the typical distance between cells, which the graph tells.
     """
     n = len(target.names)
-    if not graph.nnz or target.xy is None:
+    if not graph.nnz or target.xy is None or config.graph == "kl_only":
         return np.zeros((n, 0), dtype=np.float32)
     rows = np.repeat(np.arange(n), np.diff(graph.indptr))
     distance = np.linalg.norm(target.xy[rows] - target.xy[graph.indices], axis=1)
