@@ -475,16 +475,16 @@ def test_inner_genes_teach_levels_without_a_bias():
 def shallow():
     """Panel: the genes that the reference shows best; 40 shallow reference cells know little of the levels of the others."""
     parts = []
-    for seed in range(2):
+    for seed in (1, 2):
         world = spatial_field(seed=seed, n_cells=400, n_reference=40, n_genes=121, n_panel=1, platform_sd=0.2, rho=20, depth_reference=200, theta=50)
         truth = world.truth
-        level = np.log(np.asarray(truth.X.sum(0)).ravel() + 0.5) - truth.var["log_gain"]
-        order = truth.var_names[np.argsort(-level.to_numpy())]
+        seen = np.asarray(world.reference[:, truth.var_names].X.sum(0)).ravel()
+        order = truth.var_names[np.argsort(-seen, kind="stable")]
         parts.append((truth[:, order[:60]].copy(), world.reference[:, truth.var_names].copy(), truth[:, order[60:]].copy()))
     return parts
 
 
-@pytest.mark.parametrize(("overrides", "low", "high"), [([], 0.85, 0.98), (["reference_errors=false"], 0.5, 0.82), (["gain=none"], 0.3, 0.87)])
+@pytest.mark.parametrize(("overrides", "low", "high"), [([], 0.85, 0.97), (["reference_errors=false"], 0.5, 0.82), (["gain=none"], 0.3, 0.88)])
 def test_levels_are_covered_unless_gains_or_reference_errors_are_ignored(shallow, overrides, low, high):
     """90% intervals of the total of a gene over the tissue, and of its counts in cells."""
     inside, covered = [], []
