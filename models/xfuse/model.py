@@ -78,7 +78,7 @@ PRESETS = {
     "default": Config(
         fit=FitConfig(
             steps=200, lr=1e-2, schedule="cosine", final_lr_factor=0.02, clip_norm=math.inf, threads=1,
-            lr_groups={COMPONENTS: 0.0, NETWORKS: 0.2},
+            lr_groups={COMPONENTS: 0.0, NETWORKS: 0.2, r"\.odds$": 5.0},
             elbo="meanfield",
         ),
     ),
@@ -146,7 +146,7 @@ class Model(PyroModule):
         self.image_sd = head(config.channels, 3, config.norm)
         self.expression = head(config.channels, outputs, config.norm)  # scale, then metagenes
         self.bias = nn.Parameter(torch.zeros(outputs))  # of the scale per pixel before the softplus, and of the metagenes' logits
-        self.log_rate = nn.Parameter(torch.zeros(genes))  # t
+        self.log_rate = nn.Parameter(torch.zeros(genes))  # t + u: the mean stays where it is while the odds move
         self.odds = nn.Parameter(torch.zeros(genes))  # u
         self.log_sd = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(genes)) for name in ("metagenes", *self._effects())}
@@ -245,7 +245,7 @@ class Model(PyroModule):
 
         A level of -1, or codes None, is a new one: its effects are drawn from their prior. The mean is shape x exp(log-odds).
         """
-        level, odds = self.log_rate[genes], self.odds[genes]
+        level, odds = self.log_rate[genes] - self.odds[genes], self.odds[genes]
         for c in range(len(self.spec.levels)):
             code = -1 if codes is None else codes[c]
             for kind in ("level", "logit"):

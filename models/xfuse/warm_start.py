@@ -214,7 +214,7 @@ def constant_start(pair: Pair, data: Data, tissues: Sequence[Tissue], rng: np.ra
     mean = (total + 0.5) / relative.sum()
     odds = fit_odds(spots.counts, relative[:, None], mean[None])
     _write(model.odds, odds)
-    _write(model.log_rate, np.log(mean) - odds)
+    _write(model.log_rate, np.log(mean))
     with torch.no_grad():
         model.bias.zero_()
         model.bias[0] = float(_inverse_softplus(1 / spots.size.mean()))
@@ -300,7 +300,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     correction = level / np.maximum(predicted.sum(0), 1e-8)
     odds = fit_odds(spots.counts, activity, profiles * correction)
     _write(model.odds, odds)
-    _write(model.log_rate, profile + np.log(correction) - odds + middle)
+    _write(model.log_rate, profile + np.log(correction) + middle)
     _section_effects(model, guide, spots, activity, profiles * correction)
     say(
         f"start: length {kernel.length_space:.2g} pitches in space and {kernel.length_image:.2g} in image features; variance {kernel.space:.2g} "
