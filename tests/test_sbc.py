@@ -93,7 +93,7 @@ def test_vista_gene_sites_of_measured_genes_are_attenuated():
 
 @pytest.mark.slow
 def test_xfuse_expected_counts_of_places():
-    """At the default's 300 steps; after 100 of them expected counts are still 10% too low."""
+    """At 300 steps; after 100 of them expected counts are still 10% too low."""
     found = sbc_methods.xfuse()["XFuse: expected counts of a half"]
     assert uniformity(found, bins=4) > 1e-3
     assert 0.7 < np.median(found.spread()) < 2.0  # what BENCHMARKS.md says
