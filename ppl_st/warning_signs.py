@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from ppl_st.models import METHODS
+from ppl_st.models.xfuse.data import FEW_SPOTS
 from ppl_st.posterior import Run
 
 __all__ = ["LOW_TRUST", "UPPER", "reference_kind", "warning_signs"]
@@ -18,7 +19,11 @@ POOR_REFERENCE, LOW_TRUST = 0.5, 0.05
 
 def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> list[str]:
     """What should lower the reader's trust; each with its number and, where there is one, a remedy."""
-    found = [] if reference_kind(run) == "image" else _reference_warnings(run)
+    found = []
+    if reference_kind(run) != "image":
+        found += _reference_warnings(run)
+    elif len(run.target.names) < FEW_SPOTS:
+        found.append(f"Few spots: {len(run.target.names)} in all. Variances are learned from them alone; intervals are too short (by half with 16).")
     shallow = float((run.target.totals < FEW_COUNTS).mean())
     if shallow > 0.05:
         found.append(f"Shallow {noun}s: {shallow:.0%} have fewer than {FEW_COUNTS} counts; what is predicted there is mostly the average.")

@@ -87,6 +87,9 @@ def test_genes_and_spots_are_filtered():
     data, kept = problem([slide(adata, image)], Input(min_counts=3, drop_genes="^RPL", background=False), lines.append)
     assert data.genes.tolist() == ["A", "B"] and "s3" not in kept[0].names and data.sections[0].virtual == -1
     assert data.sections[0].counts.shape == (adata.n_obs - 1, 2) and any("1 of" in line and "fewer than 3" in line for line in lines)
+    assert not any("intervals" in line for line in lines)
+    problem([slide(adata[:20].copy(), image)], Input(), lines.append)
+    assert any(line.startswith("only 20 spots in all") for line in lines)
     x, y = (adata.obsm["spatial"][3] - np.array(data.sections[0].origin)) * data.sections[0].scale
     assert data.sections[0].label[int(y), int(x)] == 0  # what a dropped spot covers is unobserved
     data, _ = problem([slide(adata, image)], Input(top_genes=1), quiet)

@@ -19,7 +19,7 @@ from ppl_st.annotations import Regions, regions_from_geojson, regions_from_image
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.images import Slide, Source, image_size, label_spots, overlay, read_image, read_labels, tissue_mask
-from ppl_st.models.xfuse.data import Data, Input, Section
+from ppl_st.models.xfuse.data import FEW_SPOTS, Data, Input, Section
 from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
 
 __all__ = ["new_image", "problem", "section_at", "without"]
@@ -57,6 +57,9 @@ def problem(
         section, counts = _section(slide, number, genes, codes, config, say, pictures)
         sections.append(section)
         kept.append(counts)
+    spots = sum(len(counts.names) for counts in kept)
+    if spots < FEW_SPOTS:
+        say(f"only {spots} spots in all: variances are learned from them alone, and intervals come out too short (with 16 spots by half)")
     return Data(tuple(sections), genes, levels), kept
 
 
