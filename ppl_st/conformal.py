@@ -172,7 +172,7 @@ def gene_strata(covariate: Any) -> list[float]:
     """Values between strata of the covariate [genes] with `STRATUM` genes or more in each (fewer where many genes share a value)."""
     known = np.asarray(covariate, dtype=np.float64)
     strata = max(1, known.size // STRATUM)
-    cuts = np.unique(np.quantile(known, np.arange(1, strata) / strata))
+    cuts = np.unique(np.quantile(known, np.arange(1, strata) / strata, method="lower"))  # values that occur: no stratum is empty
     return [float(cut) for cut in cuts[cuts < known.max()]]
 
 

@@ -165,3 +165,11 @@ def test_gene_strata_hold_enough_genes():
     edges = gene_strata(known)
     assert len(edges) == 3 and (np.bincount(np.searchsorted(edges, known)) >= STRATUM).all() and gene_strata(known[:60]) == []
     assert gene_strata(np.zeros(200)) == []  # genes that share a value are not told apart
+
+
+def test_no_stratum_of_genes_is_empty():
+    """Shallow counts: many genes share their mean. A cut between a shared value and the next one left strata without genes, and NaN."""
+    rng = np.random.default_rng(0)
+    for means in (np.repeat([1.0, 2.0], [100, 50]), *(rng.poisson(rng.gamma(0.3, scale, 3000)) / 7 for scale in (0.3, 1.0, 4.0))):
+        edges = gene_strata(means)
+        assert (np.bincount(np.searchsorted(edges, means), minlength=len(edges) + 1) > 0).all()
