@@ -337,7 +337,7 @@ class Run:
             missing = np.asarray(genes, dtype=str)[index < 0]
             raise UserError(
                 f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
-                f"{len(self.genes)} genes of its reference (genes.txt)"
+                f"{len(self.genes)} genes of its reference (genes.txt in its folder)"
             )
         return index.astype(np.int64)
 
