@@ -15,10 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_st.api import fit, load, recalibrate
+    from ppl_st.api import fit, load
     from ppl_st.errors import UserError
     from ppl_st.models import METHODS
     from ppl_st.posterior import Run
+    from ppl_st.refit import recalibrate
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,7 @@ _HOME = {
     "UserError": "ppl_st.errors",
     "fit": "ppl_st.api",
     "load": "ppl_st.api",
-    "recalibrate": "ppl_st.api",
+    "recalibrate": "ppl_st.refit",
 }
 
 

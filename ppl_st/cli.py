@@ -257,7 +257,7 @@ def recalibrate(
 ) -> None:
     """Correct the forecasts of new genes on held-out genes of the target; predict then adds layers lower and upper."""
     from ppl_st.api import load
-    from ppl_st.api import recalibrate as run_recalibration
+    from ppl_st.refit import recalibrate as run_recalibration
 
     run_recalibration(
         load(run), folds=folds, level=level, guarantee=guarantee, draws=draws, seed=seed, say=speaker(quiet)

@@ -16,8 +16,8 @@ measured counts *of these very cells* would have given; with U the value in the 
 
 Draws must be joint over cells: those of one draw share the gene's level, dispersion and every other thing that the model does not know. A model may
 be calibrated entry by entry and still forget that an error in a gene's *pattern* is shared by many cells; then pooled intervals are too short, too
-(BENCHMARKS.md). `widened` mends this with genes: the same statistic of measured genes that were hidden in turn (`ppl_st.api.held_out_fits`) says how
-many standard errors it is off.
+(BENCHMARKS.md). `widened` mends this with genes: the same statistic of measured genes that were hidden in turn (`ppl_st.refit.held_out_fits`) says
+how many standard errors it is off.
 """
 
 from __future__ import annotations

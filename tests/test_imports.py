@@ -67,6 +67,7 @@ ROOMS: dict[str, set[str]] = {
 ROOMS["stack"] = {"data", "inference", "posterior"}
 ROOMS["browser"] = set()  # arrays -> an interactive page fragment
 ROOMS["api"] = set(ROOMS)
+ROOMS["refit"] = set(ROOMS)
 ROOMS["evaluate"] = set(ROOMS)
 ROOMS["evaluate_images"] = set(ROOMS)
 ROOMS["image_cli"] = set(ROOMS)

@@ -14,6 +14,7 @@ import torch
 import zarr
 
 import ppl_st.api as api
+from ppl_st import refit
 from ppl_st.calibration import LEVELS
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
@@ -205,7 +206,7 @@ def test_recalibration_is_stored_and_widens_or_narrows_as_the_inner_genes_say(ru
     shutil.copytree(run.folder, tmp_path / "run")
     mine = api.load(tmp_path / "run")
     lines = []
-    done = api.recalibrate(mine, folds=2, draws=30, say=lines.append)
+    done = refit.recalibrate(mine, folds=2, draws=30, say=lines.append)
     assert mine.recalibration is None and done.recalibration.genes == mine.measured.sum()
     assert len(lines) == 3 and "raw 90% intervals cover" in lines[-1]
     again = api.load(tmp_path / "run")
@@ -226,7 +227,7 @@ def test_recalibration_is_stored_and_widens_or_narrows_as_the_inner_genes_say(ru
     nothing = replace(again, recalibration=promised._replace(nominal=[1.0])).predict(genes, draws=40)
     assert (nothing.layers["lower"] == 0).all() and np.isinf(nothing.layers["upper"]).all()  # not the range of 40 draws
     with pytest.raises(UserError, match=r"30 measured genes cannot promise a coverage of 0\.99: that needs 99"):
-        api.recalibrate(mine, level=0.99, guarantee=True)
+        refit.recalibrate(mine, level=0.99, guarantee=True)
     (tmp_path / "run" / "recalibration.json").write_text('{"nominal_from_an_older_version": 1}')
     with pytest.raises(UserError, match=r"recalibration\.json.*repeat `ppl-st recalibrate"):
         api.load(tmp_path / "run")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_st import api, report_run
+from ppl_st import api, refit, report_run
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard, spatial_field
 from ppl_st.stack import seeds, stack
@@ -73,7 +73,7 @@ def test_scores_recalibration_and_report(run, sim, tmp_path):
     assert run.score(sim.truth, draws=12)["coverage_90"].between(0.3, 1).all()
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
-    better = api.recalibrate(api.load(folder), folds=2, draws=12)
+    better = refit.recalibrate(api.load(folder), folds=2, draws=12)
     assert api.load(folder).recalibration == better.recalibration and len(better.inner.genes) == 20
     report_run.report_folder(folder, tmp_path / "r.html", truth=sim.truth, draws=12)
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def test_only_fits_of_one_method_with_other_seeds_are_joined(singles):
 def mixture():
     world = spatial_field(seed=1, n_cells=200, n_reference=150, n_genes=40, n_panel=20)
     runs = [api.fit(method, target=world.target, reference=world.reference, seed=0) for method in ("spagene", "spaim")]
-    return world, stack([api.recalibrate(run, folds=2, draws=20) for run in runs])
+    return world, stack([refit.recalibrate(run, folds=2, draws=20) for run in runs])
 
 
 def test_a_stack_is_exported_as_one_chain_of_the_mixture(mixture, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from scipy.optimize import minimize_scalar
 
-from ppl_st import api
+from ppl_st import api, refit
 from ppl_st.calibration import risk_coverage
 from ppl_st.errors import UserError
 from ppl_st.metrics import pcc
@@ -68,7 +68,7 @@ def runs(world, tmp_path_factory):
     made = []
     for method in ("vista", "spaim"):
         run = api.fit(method, target=world.target, reference=world.reference, seed=0, out=base / method)
-        made.append(api.recalibrate(run, folds=2, draws=30))
+        made.append(refit.recalibrate(run, folds=2, draws=30))
     return made
 
 
@@ -124,7 +124,7 @@ def test_runs_that_cut_cells_in_their_own_way_lead():
     made = []
     for name, overrides in settings.items():
         run = api.fit(name.split()[0], target=sim.target, reference=sim.reference, overrides=overrides)
-        made.append(api.recalibrate(run, folds=2, draws=10))
+        made.append(refit.recalibrate(run, folds=2, draws=10))
     for runs in (made[:2], made[::2], made[::-1]):
         both = stack(runs)
         table = both.predict(draws=100)

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ppl_st
 import realdata
-from ppl_st.api import held_out_fits
 from ppl_st.calibration import coverage, interval_coverage, risk_coverage, variance_decomposition
 from ppl_st.conformal import KNOTS, pit_curves, recalibration
 from ppl_st.data import gene_folds, read_counts, shared_genes
@@ -31,6 +30,7 @@ from ppl_st.inference.predict import count_draws
 from ppl_st.metrics import bootstrap_mean, crps_from_draws, pcc, poisson_ceiling_of_rate
 from ppl_st.neighbor_score import neighbor_intervals
 from ppl_st.pooling import draws_of, joined, log_fold_change, morans_i, pooled, widened
+from ppl_st.refit import held_out_fits
 from ppl_st.spatial import neighbors
 from ppl_st.stack import stacked, stacking_weights
 
