@@ -1,10 +1,15 @@
 r"""From a standardised map f of a gene to its counts, and what inner held-out genes teach about genes that nobody measured.
 
     f_ig    = u_i . t_g;   m_ig, s_ig^2 its posterior mean and variance given the features
-    rate_ig = depth_i exp(log_gain_g + slope_g m_ig - c_g(slope_g)) exp(slope_g (f_ig - m_ig) - slope_g^2 s_ig^2 / 2)
+    v_ig    = bend(m_ig),   d_ig = slope_g bend'(m_ig) (f_ig - m_ig)
+    rate_ig = depth_i exp(log_gain_g + slope_g v_ig - c_g(slope_g)) exp(d_ig - var(d_ig) / 2)
     x_ig    ~ NB(rate_ig, theta_g)
     depth_i ~ total_i^h, scaled to the same sum over cells: the total of a few genes says too much of a cell's depth, h < 1 where it does
-    c_g(b)  = log of the mean of exp(b m_ig) over cells of the fit, weighted by their depths
+    c_g(b)  = log of the mean of exp(b v_ig) over cells of the fit, weighted by their depths
+    bend(m) = log(1 + k m) / k (its argument kept above 0; k = 0: m itself), so exp(slope bend(m)) = (1 + k m)^(slope / k)
+
+A map is a standardised log-normalised count, log1p of the rate, not its logarithm: where a gene is off it stops falling, and far above its mean it
+grows less than the logarithm of an exponential would. k, chosen on inner genes, is between a logarithm (0) and a root.
 
     log_gain_g  ~ Normal(a + b z_g, s)     z_g = true log share of the gene in the reference, centered
     b           ~ Normal(1, 1/2)           1: the platforms agree
@@ -38,6 +43,8 @@ from ppl_st.models.common.cells import Problem, log_shares, take_cells, without
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
 EXPONENTS = (1.0, 0.85, 0.7)  # h that are tried
+BENDS = (0.0, 0.15, 0.3)  # k that are tried
+SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
 SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3])
 SLOPE_LOC = (0.6, 1.6)  # a map that was shrunk by its posterior already has a slope near 1
 SLOPE_SCALE = 0.5
@@ -58,12 +65,13 @@ class Hyper(NamedTuple):
 
     smoothing: float
     exponent: float  # h
+    bend: float  # k
     gain: tuple[float, float, float]  # a, b, s
     gain_covariance: tuple[float, float, float]  # of a and b: aa, ab, bb
     slope: tuple[float, float]  # m, s'
     log_theta: tuple[float, float, float]  # a', b', s''
     center: float  # of z
-    candidates: list[dict[str, float]]  # every smoothing and exponent tried, with its score
+    candidates: list[dict[str, float]]  # every smoothing, exponent and bend tried, with its score
 
 
 class Codes(NamedTuple):
@@ -105,7 +113,7 @@ def default_hyper(data: Problem, config: Settings) -> Hyper:
     """Wide hyper-priors where nothing can be learned: a tiny panel."""
     z = data.log_share[data.panel]
     smoothing, exponent = (start if value == "auto" else float(value) for value, start in ((config.smoothing, 0.0), (config.depth_exponent, 1.0)))
-    return Hyper(smoothing, exponent, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
+    return Hyper(smoothing, exponent, 0.0, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
 def _mean_gain(data: Problem) -> float:
@@ -115,8 +123,8 @@ def _mean_gain(data: Problem) -> float:
 def learn_hyper(
     data: Problem, config: Settings, seed: int, say: Callable[[str], None], fit: Callable[[Any, NDArray[np.int64]], Fit], folds: int = FOLDS
 ) -> Hyper:
-    """Choose the smoothing, then the depths' exponent, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows how to
-    draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
+    """Choose the smoothing, then the depths' exponent and the bend, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows
+    how to draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
     if len(data.panel) < MIN_PANEL:
         say(f"{len(data.panel)} shared genes: too few to learn hyper-priors from; wide ones are used")
         return default_hyper(data, config)
@@ -138,24 +146,26 @@ def learn_hyper(
         place = problem.place(split)
         places = {option: smooth(place, split.neighbors, option)[rows] for option in options}
         tests.append((counts, split.totals[rows], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
-    scores: dict[tuple[float, float], NDArray[np.float64]] = {}
+    scores: dict[tuple[float, float, float], NDArray[np.float64]] = {}
 
-    def tried(smoothing: float, exponent: float) -> float:
-        if (smoothing, exponent) not in scores:
-            parts = [_score(counts, totals, exponent, places[smoothing], codes) for counts, totals, places, codes in tests]
-            scores[smoothing, exponent] = np.concatenate(parts, 2)
-        return float(logsumexp(scores[smoothing, exponent], axis=(0, 1)).sum())
+    def tried(smoothing: float, exponent: float, bent: float) -> float:
+        if (smoothing, exponent, bent) not in scores:
+            parts = [_score(counts, totals, exponent, bent, places[smoothing], codes) for counts, totals, places, codes in tests]
+            scores[smoothing, exponent, bent] = np.concatenate(parts, 2)
+        return float(logsumexp(scores[smoothing, exponent, bent], axis=(0, 1)).sum())
 
-    smoothing = max(options, key=lambda option: tried(option, exponents[0]))
-    best = smoothing, max(exponents, key=lambda exponent: tried(smoothing, exponent))
-    candidates = [{"smoothing": one[0], "exponent": one[1], "inner genes": tried(*one)} for one in scores]
+    smoothing = max(options, key=lambda option: tried(option, exponents[0], 0.0))
+    bent = max(BENDS, key=lambda k: tried(smoothing, exponents[0], k))
+    best = smoothing, max(exponents, key=lambda exponent: tried(smoothing, exponent, bent)), bent
+    candidates = [{"smoothing": one[0], "exponent": one[1], "bend": one[2], "inner genes": tried(*one)} for one in scores]
     genes = np.concatenate(judged)
     z, doubt = (values[data.panel[genes]] for values in true_shares(data))
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
-    hyper = _priors(scores[best], level, noise, z, doubt, config)._replace(smoothing=best[0], exponent=best[1], candidates=candidates)
+    hyper = _priors(scores[best], level, noise, z, doubt, config)._replace(smoothing=best[0], exponent=best[1], bend=best[2], candidates=candidates)
     say(
-        f"smoothing {best[0]:g}, depth ~ total^{best[1]:g}; gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
-        f"slope {hyper.slope[0]:.2f}, sd {hyper.slope[1]:.2f}; log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
+        f"smoothing {best[0]:g}, depth ~ total^{best[1]:g}, bend {best[2]:g}; "
+        f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; slope {hyper.slope[0]:.2f}, sd {hyper.slope[1]:.2f}; "
+        f"log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
     )
     return hyper
 
@@ -186,8 +196,18 @@ def _subset(data: Any, rng: np.random.Generator) -> tuple[Any, NDArray[np.int64]
     return take_cells(data, cells), np.searchsorted(cells, chosen)
 
 
+def bend(m: Tensor, k: float) -> tuple[Tensor, Tensor]:
+    """log(1 + k m) / k and its slope in m, with 1 + k m kept above 0 by a smooth floor; see the file's docstring."""
+    if k == 0.0:
+        return m, torch.ones_like(m)
+    u = 1 + k * m
+    root = (u.square() + 4 * SOFT**2).sqrt()
+    above = (u + root) / 2
+    return above.log() / k, (1 + u / root) / 2 / above
+
+
 def _score(
-    counts: NDArray[np.float64], totals: NDArray[np.float64], exponent: float, place: NDArray[np.float32], codes: Codes
+    counts: NDArray[np.float64], totals: NDArray[np.float64], exponent: float, bent: float, place: NDArray[np.float32], codes: Codes
 ) -> NDArray[np.float64]:
     """Log predictive score [slopes, thetas, genes] at each gene's own level."""
     used = totals > 0
@@ -198,6 +218,8 @@ def _score(
         variance += np.square(codes.noise).sum(0)
         rng = np.random.default_rng(len(counts))
         deviation += np.stack([rng.standard_normal((len(counts), len(codes.noise))) @ codes.noise for _ in deviation])
+    mean, steep = (part.numpy() for part in bend(torch.from_numpy(mean), bent))
+    deviation, variance = steep * deviation, steep**2 * variance
     score = np.empty((len(SLOPES), len(LOG_THETA), counts.shape[1]))
     for i, slope in enumerate(SLOPES):
         expected = depth * np.exp((slope * mean).clip(-LARGEST, LARGEST))
@@ -225,7 +247,7 @@ def _priors(
     if config.gain == "none":
         mean, _ = random_effects(level - (z - center), noise)
         gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
-    return Hyper(0.0, 1.0, gain, covariance, (loc, scale), (theta[0], theta[1], theta[2]), center, [])
+    return Hyper(0.0, 1.0, 0.0, gain, covariance, (loc, scale), (theta[0], theta[1], theta[2]), center, [])
 
 
 def level_prior(
@@ -275,7 +297,7 @@ class CountLayer(PyroModule):
         self.register_buffer("sample", torch.zeros(cells, width))
         self.register_buffer("weight", torch.full((cells,), 1 / cells))
         self.register_buffer("offset", torch.zeros(()))
-        self.exponent = hyper.exponent
+        self.exponent, self.bend = hyper.exponent, hyper.bend
 
     def globals(self) -> None:
         """Sample level, slope and log theta of all genes [G] jointly, and the key of `gene_noise`."""
@@ -303,7 +325,7 @@ class CountLayer(PyroModule):
             part = slice(start, start + 256)
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
-            score = _score(counts, totals, self.exponent, where, Codes(known, np.zeros_like(known), known[None]))
+            score = _score(counts, totals, self.exponent, self.bend, where, Codes(known, np.zeros_like(known), known[None]))
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
             slope = (weight.sum(1) * SLOPES[:, None]).sum(0)
             log_theta = (weight.sum(0) * LOG_THETA[:, None]).sum(0)

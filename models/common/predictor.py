@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_st.inference.pair import Pair
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.common.cells import Problem, median_depth
-from ppl_st.models.common.counts import LARGEST, CountLayer
+from ppl_st.models.common.counts import LARGEST, CountLayer, bend
 
 CACHED = 512  # loadings of one draw that are kept for the next block of cells
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
@@ -107,7 +107,9 @@ class MapPredictor:
         if noise is not None:
             deviation, spread = deviation + torch.randn(len(place), len(noise)) @ noise, spread + noise.square().sum(0)
         level = drawn["log_gain"][genes] - self._log_mean(chain, int(drawn["gene_key"]), genes, slope)
-        log_rate = log_depth + level + (slope * (place @ mean)).clamp(-LARGEST, LARGEST) + slope * deviation - 0.5 * slope.square() * spread
+        bent, steep = bend(place @ mean, self.guides[chain].counts.bend)
+        steep = slope * steep
+        log_rate = log_depth + level + (slope * bent).clamp(-LARGEST, LARGEST) + steep * deviation - 0.5 * steep.square() * spread
         if self.likelihood == "poisson":
             return Poisson(log_rate.exp())
         return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
@@ -119,7 +121,7 @@ class MapPredictor:
         """
         place, log_depth = local
         counts = self.guides[chain].counts
-        trend = place @ self._mean(chain, genes)[0]
+        trend, _ = bend(place @ self._mean(chain, genes)[0], counts.bend)
         loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]
         share = torch.zeros_like(trend)
         for k, (node, weight) in enumerate(zip(*QUADRATURE, strict=True)):
@@ -135,11 +137,11 @@ class MapPredictor:
         return self._keep((chain, int(drawn["gene_key"])), genes, lambda: self.guides[chain].codes(drawn, genes))
 
     def _log_mean(self, chain: int, key: int, genes: Tensor, slope: Tensor) -> Tensor:
-        """c_g(slope_g) [g] of the slopes of draw or node ``key``: log of the mean of exp(slope m) over cells of the fit, weighted by their depths."""
+        """c_g(slope_g) [g] of the slopes of draw or node ``key``: log of the mean of exp(slope v) over cells of the fit, weighted by their depths."""
         counts = self.guides[chain].counts
 
         def make() -> Tensor:
-            grown = (slope * (counts.sample @ self._mean(chain, genes)[0])).clamp(-LARGEST, LARGEST).exp()
+            grown = (slope * bend(counts.sample @ self._mean(chain, genes)[0], counts.bend)[0]).clamp(-LARGEST, LARGEST).exp()
             return (counts.weight @ grown).log()
 
         found: Tensor = self._keep((chain, key, 1), genes, make)

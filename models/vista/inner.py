@@ -3,7 +3,7 @@ r"""What inner held-out genes teach: settings of the closed-form map, and the hy
 Panel genes are hidden from the map in folds and predicted in the target: exactly the situation of an unmeasured gene. On them are chosen the
 penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, and ``common``; learned on them are the hyper-priors of
 gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
-likelihood's parameters.
+likelihood's parameters. A score is bent (`ppl_st.models.common.counts.bend`) before its slope makes a log rate of it.
 
 ERROR OF A PATTERN. What the map gets wrong of a gene is not wrong anew in every cell: the gene is too high in one kind of cells, or in one part
 of the tissue. Let t_i [q] be the place of a cell along the directions of the target (u of `closed.py`, mixed with its neighbors', unit sd) and w_i
@@ -24,8 +24,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
-from ppl_st.inference.hyperpriors import learn_parameters, random_effects
+from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
+from ppl_st.models.common.counts import BENDS, LOG_THETA, bend
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,
@@ -68,6 +70,7 @@ class Hyper(NamedTuple):
     mix: float  # share of the neighbors' mean state
     common: float  # weight of what all genes have in common
     depth: float  # exponent of a cell's total in its rates
+    bend: float  # of a gene's score in its log rate
     covariate_mean: float  # of the log share in the reference
     gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
     slope: list[float]  # slope: mean, sd
@@ -172,7 +175,7 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
     return Hyper(
-        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, center, [0.0, 0.0, 1.0], [0.5, 0.5],
+        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, 0.0, center, [0.0, 0.0, 1.0], [0.5, 0.5],
         parameters, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
@@ -207,9 +210,12 @@ def _hyper_priors(
     share = log_share(data)
     scores = np.hstack(predicted)
     scores /= scores.std(0) + 1e-9
+    plain = torch.from_numpy(scores)
     panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
     offset = median + np.log(panel / panel.sum())[genes]
-    found, variance = _regressions(counts, scores, depth, offset)
+    tried = {k: _regressions(counts, bend(plain, k)[0].numpy(), depth, offset) for k in BENDS}
+    bent = max(BENDS, key=lambda k: _evidence(counts, tried[k][0], bend(plain, k)[0].numpy(), depth, offset))
+    scores, (found, variance) = bend(plain, bent)[0].numpy(), tried[bent]
     z = share[data.panel[genes]] - share.mean()
     exponent = float(np.clip(np.average(found[:, 2], weights=1 / (0.05 + variance[:, 2])), 0.2, 1.5))
     # Level: regression on the covariate, then the random effect around it.
@@ -221,19 +227,19 @@ def _hyper_priors(
     )
     center, gain_sd = random_effects(found[:, 0] - design @ beta, doubt)
     slope = list(random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
-    fitted = np.exp(np.clip(offset + found[:, 0] + found[:, 1] * scores + found[:, 2] * depth, -20, 15))
+    fitted = _rates(found, scores, depth, offset)
     waves = data.waves[rows].astype(np.float64)
     error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
     gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
     hyper = Hyper(
-        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], exponent, float(share.mean()), gain, slope,
-        {}, *error, candidates,
+        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], exponent, bent, float(share.mean()), gain,
+        slope, {}, *error, candidates,
     )  # fmt: skip
     along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]
     rng = np.random.default_rng([seed, 3])
     draws = []
     for _ in range(DRAWS):
-        noisy = scores + SPREAD * rng.standard_normal(scores.shape)
+        noisy = bend(plain + SPREAD * torch.from_numpy(rng.standard_normal(scores.shape)), bent)[0].numpy()
         log_rate = offset + exponent * depth + found[:, 1] * noisy
         noise = [rng.standard_normal((a.shape[1], size)) for a, size in zip(along, sizes, strict=True)]
         log_rate += np.hstack([a @ e - 0.5 * np.square(a).sum(1, keepdims=True) for a, e in zip(along, noise, strict=True)])
@@ -243,10 +249,22 @@ def _hyper_priors(
     parameters = learn_parameters(likelihood, inner_genes, z)
     say(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
+        f"bend {bent:g}; "
         + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
         + f"; pattern error {np.linalg.norm(hyper.error):.2f} along directions, {hyper.wave_error:.2f} in space"
     )
     return hyper._replace(parameters=parameters)
+
+
+def _rates(found: Floats, scores: Floats, depth: Floats, offset: Floats) -> Floats:
+    """Rates [rows, genes] that a regression fitted."""
+    return np.asarray(np.exp(np.clip(offset + found[:, 0] + found[:, 1] * scores + found[:, 2] * depth, -20, 15)))
+
+
+def _evidence(counts: Floats, found: Floats, scores: Floats, depth: Floats, offset: Floats) -> float:
+    """Log score of the genes' counts given what a regression fitted, the dispersion of each gene integrated."""
+    rates = np.maximum(_rates(found, scores, depth, offset), 1e-8)
+    return float(logsumexp(score_nb(counts, rates[None], LOG_THETA), axis=0).sum())
 
 
 def error_loads(hyper: Hyper, waves: int) -> Floats:

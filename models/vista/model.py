@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ppl_st.inference.adversary import Kind, generator_loss
 from ppl_st.inference.svi import FitConfig, Pair
+from ppl_st.models.common.counts import bend
 from ppl_st.models.vista.batches import Batch
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
 from ppl_st.models.vista.inner import Hyper
@@ -177,7 +178,7 @@ class Model(PyroModule):
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
         log_depth = torch.tensor(self.spec.depth).log()
         depth = log_depth + self.spec.hyper.depth * (log_total - log_depth)
-        return (depth[:, None] + level + slope * score).clamp(*LOG_RATE)
+        return (depth[:, None] + level + slope * bend(score, self.spec.hyper.bend)[0]).clamp(*LOG_RATE)
 
     def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
         """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""
