@@ -1,0 +1,43 @@
+"""From maps to counts (`ppl_st.models.common.counts`): the bend, and that inner genes tell which one the data have."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+
+from ppl_st.models.common.counts import BENDS, Codes, _score, bend
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("k", [*BENDS, 1.0])
+def test_the_bend_has_its_slope_rises_and_stays_finite(k):
+    m = torch.linspace(-50.0, 50.0, 401, dtype=torch.float64, requires_grad=True)
+    value, slope = bend(m, k)
+    (gradient,) = torch.autograd.grad(value.sum(), m)
+    torch.testing.assert_close(slope, gradient)
+    assert bool(torch.isfinite(value).all()) and bool((slope > 0).all())
+    inside = m.detach()[(m > -0.5) & (m < 5)]
+    if k:  # log(1 + k m) / k where the floor is far away
+        torch.testing.assert_close(bend(inside, k)[0], torch.log1p(k * inside) / k, atol=0.03 / k, rtol=0)
+    else:
+        assert bend(inside, k)[0] is inside
+
+
+def planted(k, slope, seed):
+    """Counts of 8 genes in 600 cells whose rates are bent by ``k``, and a fit that knows their maps exactly."""
+    rng = np.random.default_rng(seed)
+    place, loadings = rng.standard_normal((600, 6)).astype(np.float32), rng.standard_normal((6, 8)).astype(np.float32) / 2
+    totals = rng.gamma(5.0, 40.0, 600)
+    rate = totals[:, None] * torch.exp(slope * bend(torch.from_numpy(place @ loadings), k)[0]).numpy() / 30
+    counts = rng.poisson(rate * rng.gamma(4.0, 1 / 4.0, rate.shape)).astype(np.float64)
+    return counts, totals, place, Codes(loadings, np.zeros_like(loadings), loadings[None])
+
+
+@pytest.mark.parametrize("k", [0.0, 0.3])
+def test_counts_tell_how_the_map_is_bent(k):
+    for seed in range(2):
+        counts, totals, place, codes = planted(k, 0.8, seed)
+        evidence = {one: logsumexp(_score(counts, totals, 1.0, one, place, codes), axis=(0, 1)).sum() for one in BENDS}
+        assert max(evidence, key=lambda one: evidence[one]) == k
+        assert evidence[k] > max(value for one, value in evidence.items() if one != k) + 3
