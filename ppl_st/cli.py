@@ -336,7 +336,10 @@ def compare(
     from ppl_st.io import atomic
 
     table = run_comparison(folders, truth=truth, metric=metric, draws=draws, seed=seed, say=speaker(quiet))
-    print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table)
+    about = [name for name in (metric, "rank", "se", "difference", "lo", "hi", "dse", "wins", "weight") if name in table]
+    print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table[about])
+    others = table.drop(columns=[*about, "genes"])
+    print_table("Means of the other scores", others.loc[~others.isna().all(axis=1)])
     if out is not None:
         with atomic(out) as temporary:
             table.to_csv(temporary)
@@ -383,6 +386,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="The .html file to write.")],
     genes: Annotated[Path | None, typer.Option("--genes", help="Genes to browse, one per line; default: 50.")] = None,
     truth: Annotated[Path | None, typer.Option("--truth", help="Counts that judge the run's held-out genes.")] = None,
+    groups: Annotated[str | None, typer.Option("--groups", help="Column of the target's obs: coverage in each group of cells.")] = None,
     draws: Draws = 100,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -393,7 +397,7 @@ def report(
     from ppl_st.report_run import report_folder
 
     names = None if genes is None else list(read_genes(genes))
-    report_folder(folder, out, genes=names, truth=truth, draws=draws, seed=seed, say=speaker(quiet))
+    report_folder(folder, out, genes=names, truth=truth, groups=groups, draws=draws, seed=seed, say=speaker(quiet))
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

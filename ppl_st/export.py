@@ -3,11 +3,15 @@
 posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat). Of a stack, whose runs have different
                       sites: run [chain, draw], the number of the run behind each draw of the mixture, one chain
 posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells; library [chain, draw, cell] their sum
-observed_data         x [cell, panel_gene] what was measured there, library [cell]; with a truth also count [cell, gene] of unmeasured genes
-predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many)
-log_likelihood        x [chain, draw, cell]: log p(x_cell | draw) summed over measured genes (never cells x genes x draws); with a truth also
-                      held_out [chain, draw, cell]: the same, summed over all of the truth's genes that the target did not measure
+observed_data         x [cell, panel_gene] what was measured there, library [cell]
+log_likelihood        library [chain, draw, cell]: log p(x_cell | draw) summed over measured genes (never cells x genes x draws). It is that of all
+                      counts of a cell, the unit that `az.loo` leaves out, and has this name because `loo_pit` weights the library of a cell by it
 constant_data         coordinates of the cells, whether a gene was measured
+predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many); with a truth also
+                      log_likelihood [chain, draw, cell], summed over all of the truth's genes that the target did not measure
+predictions_constant_data   with a truth: count [cell, gene] of those genes
+
+So `az.loo(idata)`, `az.plot_bpv` of x, `az.plot_ppc` (ArviZ 1.x: `plot_ppc_dist`) and `az.loo_pit` of the library work as they stand.
 """
 
 import json
@@ -92,7 +96,7 @@ def arviz_groups(
             {"x": (("chain", "draw", "cell", "panel_gene"), counts), "library": (("chain", "draw", "cell"), counts.sum(-1))}
         ),
         "observed_data": xr.Dataset({"x": (("cell", "panel_gene"), observed), "library": (("cell",), observed.sum(-1))}),
-        "log_likelihood": xr.Dataset({"x": (("chain", "draw", "cell"), log_lik)}),
+        "log_likelihood": xr.Dataset({"library": (("chain", "draw", "cell"), log_lik)}),
         "constant_data": _constant(run, cells),
     }
     if len(unmeasured):
@@ -100,8 +104,8 @@ def arviz_groups(
             {name: (("chain", "draw", "cell", "gene"), values) for name, values in predicted.items()}
         )
     if held_out is not None:
-        frames["log_likelihood"]["held_out"] = (("chain", "draw", "cell"), held_lik)
-        frames["observed_data"]["count"] = (("cell", "gene"), held_out[:, : len(unmeasured)])
+        frames["predictions"]["log_likelihood"] = (("chain", "draw", "cell"), held_lik)
+        frames["predictions_constant_data"] = xr.Dataset({"count": (("cell", "gene"), held_out[:, : len(unmeasured)])})
     return {name: _finish(frame, names, run, name) for name, frame in frames.items()}
 
 

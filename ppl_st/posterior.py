@@ -320,7 +320,7 @@ class Run:
     ) -> "dict[str, xr.Dataset]":
         """Datasets posterior (global sites), posterior_predictive and observed_data (measured genes), predictions (unmeasured genes),
         log_likelihood per cell, constant_data; chain = independent variational fits, draw = draws of each. Cells are a seeded subset of
-        ``max_cells``. ``truth``: counts of genes that were held out; their log-likelihood per cell is added.
+        ``max_cells``. ``truth``: counts of genes that were held out; they and their log-likelihood per cell are added to the predictions.
         """
         from ppl_st.export import arviz_groups
 

@@ -61,7 +61,9 @@ ROOMS: dict[str, set[str]] = {
     "posterior": {"io", "data", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
+    "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},
     "plots": {"data", "posterior", "metrics", "calibration"},
+    "calibration_plots": {"plots"},
     "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},
 }
 ROOMS["stack"] = {"data", "inference", "posterior"}
@@ -74,6 +76,9 @@ ROOMS["demo_images"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)
 ROOMS["sweep"] = set(ROOMS)
 ROOMS["warning_signs"] = {"models", "posterior"}
+ROOMS["report_sections"] = {
+    "report", "plots", "calibration_plots", "calibration", "conformal", "checks", "config", "models", "posterior", "warning_signs",
+}  # fmt: skip
 ROOMS["report_run"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
 ROOMS["terminal"] = {"api", "inference", "report"}  # what commands share

@@ -277,7 +277,7 @@ DIMS = {
     "posterior_predictive": {"x": ("chain", "draw", "cell", "panel_gene"), "library": ("chain", "draw", "cell")},
     "observed_data": {"x": ("cell", "panel_gene"), "library": ("cell",)},
     "predictions": {"count": ("chain", "draw", "cell", "gene"), "rate": ("chain", "draw", "cell", "gene")},
-    "log_likelihood": {"x": ("chain", "draw", "cell")},
+    "log_likelihood": {"library": ("chain", "draw", "cell")},
     "constant_data": {"spatial": ("cell", "axis"), "measured": ("any_gene",)},
 }
 
@@ -338,13 +338,15 @@ def test_arviz_checks_run_on_the_export(exported, quiet_arviz):
 def test_log_likelihood_of_held_out_genes(run, sim, tmp_path, quiet_arviz):
     run.export(tmp_path / "held.nc", draws=20, truth=sim.truth)
     idata = quiet_arviz.from_netcdf(tmp_path / "held.nc")
-    held = idata["log_likelihood"]["held_out"]
+    held = idata["predictions"]["log_likelihood"]
     assert held.dims == ("chain", "draw", "cell") and held.shape == (2, 20, 250)
     score = run.score(sim.truth, draws=60)["log_score"].sum()  # of the mixture over draws, gene by gene: not less
     assert score - 6 < held.values.mean() < score
-    np.testing.assert_array_equal(idata["observed_data"]["count"].values, sim.truth.X.toarray())
-    assert idata["observed_data"]["count"].dims == idata["predictions"]["count"].dims[2:]
-    np.testing.assert_array_equal(idata["log_likelihood"]["x"].values, run.to_arviz(draws=20)["log_likelihood"]["x"].values)
+    np.testing.assert_array_equal(idata["predictions_constant_data"]["count"].values, sim.truth.X.toarray())
+    assert idata["predictions_constant_data"]["count"].dims == idata["predictions"]["count"].dims[2:]
+    np.testing.assert_array_equal(idata["log_likelihood"]["library"].values, run.to_arviz(draws=20)["log_likelihood"]["library"].values)
+    assert np.asarray(quiet_arviz.loo_pit(idata, y="library")).shape == (250,)  # a truth takes nothing away from the checks of the fit
+    assert np.isfinite(quiet_arviz.loo(idata).elpd_loo)
     with pytest.raises(UserError, match="none of its 30 genes is unmeasured"):
         run.to_arviz(draws=2, truth=sim.target)
 
@@ -368,7 +370,7 @@ def test_predictions_and_predict_agree(run, exported, quiet_arviz):
     assert simulated.sum() == pytest.approx(x.sum(), rel=0.1)
     # log p of a cell given a draw, against the log score of its genes one by one
     score = run.score(run.target, draws=60)["log_score"].sum()
-    assert fitted["log_likelihood"]["x"].values.mean() == pytest.approx(score, rel=0.1)
+    assert fitted["log_likelihood"]["library"].values.mean() == pytest.approx(score, rel=0.1)
 
 
 def test_zarr_export_is_readable_by_xarray(run, tmp_path, quiet_arviz):

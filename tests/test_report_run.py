@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 import torch
 
-from ppl_st import api, plots, report_run
+from ppl_st import api, calibration_plots, report_run
 from ppl_st.browser import decode
 from ppl_st.calibration import GRID
 from ppl_st.conformal import KNOTS, Recalibration
@@ -111,8 +111,8 @@ def test_recalibrated_intervals_are_the_ones_shown(run, sim, tmp_path):
 
 
 def test_calibration_on_hidden_genes_stands_in_for_a_truth(run, tmp_path, monkeypatch):
-    drawn, draw = {}, plots.calibration_curve
-    monkeypatch.setattr(plots, "calibration_curve", lambda *given: drawn.update(given[1]) or draw(*given))
+    drawn, draw = {}, calibration_plots.calibration_curve
+    monkeypatch.setattr(calibration_plots, "calibration_curve", lambda *given: drawn.update(given[1]) or draw(*given))
     better = api.recalibrate(replace(run, folder=None), folds=2, draws=10)
     report_run.report_run(better, tmp_path / "r.html", draws=5)
     words = text((tmp_path / "r.html").read_text(encoding="utf-8"))

@@ -1,14 +1,16 @@
 """Calibration of unmeasured genes on real data: raw, recalibrated, TISSUE-style; trust; stacking. Numbers in BENCHMARKS.md.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py collect DATA METHOD FOLD DIR      # osmfish, starmap: folds 0 to 4; xenium: 0
+    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py collect DATA METHOD FOLD DIR      # osmfish, starmap, spots: folds 0 to 4; xenium: 0
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py table DIR
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py downstream DATA METHOD FOLD  # Rubin's rules on fold changes and Moran's I
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py places DATA STEPS FOLDS      # mob, her2: XFuse's intervals at hidden spots
 
 "collect" hides one fifth of the shared genes (xenium: nothing; its truth is another file), fits, and scores the hidden genes; then does the same with
-each fifth of the *remaining* genes hidden as well, as `ppl_st.recalibrate` does. "table" learns corrections and weights on the inner genes and
-judges them on the hidden ones. "places" hides half of the spots of both sections, fits, recalibrates on parts of the other half and
-judges the 100 genes with the largest totals at the hidden spots. Data: $PPL_ST_DATA or ../shared/data.
+each fifth of the *remaining* genes hidden as well, as `ppl_st.recalibrate` does; what is there already is not done again, and a last argument
+such as "-" or "01" asks for some of these six parts only. In "spots" the pseudo-spots of the xenium pair are the target, its cells the reference.
+"table" learns corrections and weights on the inner genes and judges them on the hidden ones. "places" hides half of the spots of both
+sections, fits, recalibrates on parts of the other half and judges the 100 genes with the largest totals at the hidden spots.
+Data: $PPL_ST_DATA or ../shared/data.
 """
 
 import sys
@@ -34,23 +36,21 @@ from ppl_st.pooling import draws_of, joined, log_fold_change, morans_i, pooled, 
 from ppl_st.spatial import neighbors
 from ppl_st.stack import stacked, stacking_weights
 
-FILES = {
+XENIUM = [f"derived_pair_xenium_brain/{name}.h5ad" for name in ("xenium_like_panel", "visium_like_spots", "heldout_truth_cells")]
+FILES = {  # target, reference (a list: genes of the same cells), truth where it is another file
     "osmfish": ("osmfish_cortex/spatial.h5ad", "osmfish_cortex/scrna.h5ad", None),
     "starmap": ("starmap_visual_cortex/spatial.h5ad", "starmap_visual_cortex/scrna_zeisel500.h5ad", None),
-    "xenium": (
-        "derived_pair_xenium_brain/xenium_like_panel.h5ad", "derived_pair_xenium_brain/visium_like_spots.h5ad",
-        "derived_pair_xenium_brain/heldout_truth_cells.h5ad",
-    ),
-}  # fmt: skip
-METHODS = {
-    "osmfish": ["vista", "spaim", "spagene"], "starmap": ["vista", "spaim", "spagene"], "xenium": ["siid", "vista", "spaim", "spagene"],
-}  # fmt: skip
+    "xenium": tuple(XENIUM),
+    "spots": (XENIUM[1], [XENIUM[0], XENIUM[2]], None),
+}
+DISSOCIATED = ["vista", "spaim", "spagene"]
+METHODS = {"osmfish": DISSOCIATED, "starmap": DISSOCIATED, "xenium": ["siid", *DISSOCIATED], "spots": DISSOCIATED}
 FOLDS, MOST_CELLS, CELLS, DRAWN_CELLS, DRAWS = 5, 6000, 4000, 400, 100  # of more than MOST_CELLS cells CELLS are judged
 
 
 def problem(name):
     """Cells with every gene, reference, hidden genes of every fold, truth (Counts) of the hidden genes."""
-    target, reference, other = (None if one is None else ad.read_h5ad(realdata.path(one)) for one in FILES[name])
+    target, reference, other = (None if one is None else table_of(one) for one in FILES[name])
     if "duplicate_row" in target.obs:
         target = target[~target.obs["duplicate_row"].astype(bool)].copy()
     cells = read_counts(target, role="target")
@@ -66,14 +66,22 @@ def problem(name):
     return cells, known, folds, cells
 
 
-def collect(name, method, fold, folder):
+def table_of(files):
+    """The AnnData of a file, or of several with the genes of the same cells."""
+    if isinstance(files, str):
+        return ad.read_h5ad(realdata.path(files))
+    tables = [ad.read_h5ad(realdata.path(one)) for one in files]
+    return ad.concat([one[tables[0].obs_names] for one in tables], axis=1, merge="first")
+
+
+def collect(name, method, fold, folder, wanted="-01234"):
     """Write NAME.METHOD.FOLD.-.npz (hidden genes) and .0 to .4.npz (inner genes)."""
     cells, reference, folds, truth = problem(name)
     seen = cells.take_genes(cells.genes[~np.isin(cells.genes, folds[fold])])
     inner = gene_folds(np.sort(np.intersect1d(seen.genes, reference.genes)), FOLDS, 0)
     for part, held in [("-", folds[fold]), *((str(k), genes) for k, genes in enumerate(inner))]:
         path = Path(folder) / f"{name}.{method}.{fold}.{part}.npz"
-        if path.exists():
+        if path.exists() or part not in wanted:
             continue
         began = time.process_time()
         target = seen.take_genes(seen.genes[~np.isin(seen.genes, held)])
@@ -264,7 +272,7 @@ def places(name, steps, folds):
 
 if __name__ == "__main__":
     if sys.argv[1] == "collect":
-        collect(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+        collect(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
     elif sys.argv[1] == "downstream":
         downstream(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     elif sys.argv[1] == "places":
