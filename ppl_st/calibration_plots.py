@@ -155,7 +155,7 @@ def check_plot(table: "pd.DataFrame") -> "Figure":
 
     Notes
     -----
-    Bars hold 90 % of the draws. Genes that lie outside (pit below .05 or above .95) have another color. Mean and variance are on a symmetric log scale.
+    Bars hold 90 % of the draws. Genes outside (pit below .05 or above .95) have another color. Mean and variance: symmetric log scale.
     """
     names = list(dict.fromkeys(table["statistic"]))
     columns = min(2, len(names))

@@ -366,17 +366,20 @@ def export(
     runs: Annotated[list[Path], typer.Argument(help="Run folder; several (recalibrated) are stacked.")],
     out: Annotated[Path, typer.Option("--out", help="posterior.nc or posterior.zarr.")],
     draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per chain.")] = 25,
-    cells: Annotated[int, typer.Option("--cells", min=1, help="Cells whose draws are exported, picked by --seed.")] = 500,
+    cells: Annotated[str, typer.Option("--cells", help="How many cells' draws (picked by --seed), or all.")] = "500",
     truth: Annotated[Path | None, typer.Option("--truth", help="Counts of held-out genes: adds their log-likelihood.")] = None,
     seed: Seed = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the posterior in ArviZ's schema; of several runs that of their mixture."""
+    """Write the posterior in ArviZ's schema; of several runs that of their mixture. Any number of cells goes to a .zarr."""
+    if cells != "all" and not (cells.isdigit() and int(cells)):
+        raise UserError(f"--cells {cells}: give a number of cells, or all")
     check_file(out, "export", inputs=[truth])
     from ppl_st.api import load
     from ppl_st.stack import stack
 
     run = load(runs[0]) if len(runs) == 1 else stack(list(map(load, runs)))
-    run.export(out, draws=draws, seed=seed, max_cells=cells, truth=truth)
+    run.export(out, draws=draws, seed=seed, max_cells=None if cells == "all" else int(cells), truth=truth, say=speaker(quiet))
     typer.echo(out)
 
 

@@ -59,7 +59,7 @@ ROOMS: dict[str, set[str]] = {
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "config", "conformal", "inference"},
     "posterior": {"io", "data", "inference", "metrics", "calibration", "conformal", "export", "stream"},
-    "export": {"data", "inference"},
+    "export": {"io", "data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},
     "plots": {"data", "posterior", "metrics", "calibration"},

@@ -415,3 +415,35 @@ def test_log_normalised_means_use_the_genes_shared_with_the_reference():
     table.obs_names, table.var_names = ["a", "b", "c"], ["g0", "g1", "g2"]
     table.obsm["spatial"] = np.random.default_rng(0).random((3, 2))
     np.testing.assert_allclose(_factor(read_counts(table, role="target"), np.array(["g0", "g1", "other"])), [2, 1, 0.5])
+
+
+def test_streamed_export_holds_the_same_draws(run, sim, tmp_path, monkeypatch, quiet_arviz):
+    """Block by block along the cells: the same numbers as in memory, one block at a time, readable lazily and as InferenceData."""
+    import xarray as xr
+
+    from ppl_st import export
+
+    monkeypatch.setattr(export, "BLOCK_CELLS", 40)
+    whole = run.arviz_groups(draws=5, max_cells=None, truth=sim.truth)
+    held, empty = [], export._Plan.empty
+    monkeypatch.setattr(export._Plan, "empty", lambda self, cells: held.append(cells) or empty(self, cells))
+    monkeypatch.setattr(export, "STREAMED_BYTES", 0)
+    monkeypatch.setattr(export, "MAX_BYTES", 0)
+    said = []
+    run.export(tmp_path / "p.zarr", draws=5, max_cells=None, truth=sim.truth, say=said.append)
+    assert max(held) < 60 and sum(held) == 250 and said[0].startswith("250 cells, 2 x 5 draws")
+    tree = xr.open_datatree(tmp_path / "p.zarr", engine="zarr", consolidated=False, chunks={})
+    assert set(tree.children) == set(whole)
+    for name, frame in whole.items():
+        other = tree[name].to_dataset()
+        if "cell" in frame.dims:
+            other = other.sel(cell=frame["cell"].values)
+        for variable in frame.data_vars:
+            np.testing.assert_array_equal(other[variable].values, frame[variable].values)
+            assert other[variable].chunks is not None or not other[variable].dims
+    assert json.loads(tree["predictions"].attrs["manifest"])["seed"] == 3
+    idata = quiet_arviz.InferenceData.from_datatree(tree) if quiet_arviz.__version__.startswith("0.") else tree
+    assert np.asarray(quiet_arviz.loo_pit(idata.load() or idata, y="library")).shape == (250,)
+    tree.close()
+    with pytest.raises(UserError, match=r"too many to hold.*\.zarr"):
+        run.export(tmp_path / "p.nc", draws=5, max_cells=None)

@@ -128,6 +128,6 @@ def test_a_stack_is_exported_as_one_chain_of_the_mixture(mixture, tmp_path):
 
 def test_more_draws_than_memory_are_refused(mixture, tmp_path, monkeypatch):
     monkeypatch.setattr("ppl_st.export.MAX_BYTES", 1e5)
-    with pytest.raises(UserError, match=r"lower --cells or --draws.*block by block"):
+    with pytest.raises(UserError, match=r"write them to a \.zarr.*lower --cells or --draws"):
         mixture[1].export(tmp_path / "s.nc", draws=40)
     assert not (tmp_path / "s.nc").exists()
