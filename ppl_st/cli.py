@@ -336,7 +336,7 @@ def compare(
     from ppl_st.io import atomic
 
     table = run_comparison(folders, truth=truth, metric=metric, draws=draws, seed=seed, say=speaker(quiet))
-    about = [name for name in (metric, "rank", "se", "difference", "lo", "hi", "dse", "wins", "weight") if name in table]
+    about = [name for name in (metric, "rank", "se", "difference", "lo", "hi", "dse", "wins", "gene_rank", "weight") if name in table]
     print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table[about])
     others = table.drop(columns=[*about, "genes"])
     print_table("Means of the other scores", others.loc[~others.isna().all(axis=1)])

@@ -156,7 +156,7 @@ def calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, labels: N
 
 def _with_intervals(table: pd.DataFrame) -> dict[str, str]:
     """Level -> coverage and its interval, of one group of `coverage_table`."""
-    return {f"{row.level:.0%}": f"{row.coverage:.3f} [{row.lo:.3f}, {row.hi:.3f}]" for row in table.itertuples()}
+    return {f"{row.level:.0%}": f"{row.coverage:.3f} [{row.lo:.3f},\u00a0{row.hi:.3f}]" for row in table.itertuples()}
 
 
 def inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:
