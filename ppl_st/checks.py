@@ -81,7 +81,7 @@ def predictive_checks(run: Run, truth: Counts | None = None, genes: Any = None, 
     drawn = np.zeros((draws, n, len(asked)), np.float32)
     for rows, counts in count_draws(predictor, predictor.chains, index, draws=draws, seed=seed):
         drawn[:, rows] = counts
-    graph = None if run.target.xy is None else _neighbors(run)
+    graph = None if run.target.xy is None else _neighbors(run, run.target.xy)
 
     def of(counts: Any) -> dict[str, Floats]:
         x = np.asarray(counts, dtype=np.float64)
@@ -95,10 +95,10 @@ def predictive_checks(run: Run, truth: Counts | None = None, genes: Any = None, 
     return Checks(table[["gene", "statistic", "observed", "q05", "q50", "q95", "pit"]], library)
 
 
-def _neighbors(run: Run) -> Any:
+def _neighbors(run: Run, xy: NDArray[np.floating]) -> Any:
     """Nearest cells, of several slides only those of the own one."""
     key = getattr(run.config, "library_key", None) or "section"  # a method of images names it so
-    return neighbors(run.target.xy, NEIGHBORS, run.target.obs[key].to_numpy() if key in run.target.obs else None)
+    return neighbors(xy, NEIGHBORS, run.target.obs[key].to_numpy() if key in run.target.obs else None)
 
 
 def _ranked(drawn: Any, observed: Floats) -> pd.DataFrame:

@@ -16,7 +16,7 @@ So `az.loo(idata)`, `az.plot_bpv` of x, `az.plot_ppc` (ArviZ 1.x: `plot_ppc_dist
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,17 +183,36 @@ def write_groups(
                 write(file, engine="h5netcdf")
 
 
+def _gathered(
+    blocks: Iterable[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]],
+) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
+    """Blocks joined until they hold `BLOCK_CELLS` cells: of a subset of the cells each block has few."""
+    waiting: list[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]] = []
+
+    def joined() -> tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]:
+        rows, parts = [one[0] for one in waiting], [one[1] for one in waiting]
+        waiting.clear()
+        return np.concatenate(rows), {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+
+    for block in blocks:
+        waiting.append(block)
+        if sum(len(rows) for rows, _ in waiting) >= BLOCK_CELLS:
+            yield joined()
+    if waiting:
+        yield joined()
+
+
 def _append(plan: _Plan, path: Path) -> None:
     """Block after block along the cells; what has no cells is written with the first."""
     import zarr
 
     zarr.open_group(str(path), mode="w", zarr_format=2)
-    for k, (rows, made) in enumerate(plan.blocks()):
+    for k, (rows, made) in enumerate(_gathered(plan.blocks())):
         for name, frame in plan.groups(rows, made).items():
             if k == 0:
-                chunks = {v: {"chunks": tuple(BLOCK_CELLS if d == "cell" else n for d, n in frame[v].sizes.items())} for v in frame.data_vars}
-                cells = {"cell": {"chunks": (BLOCK_CELLS,)}} if "cell" in frame.dims else {}
-                frame.to_zarr(path, group=name, mode="a", consolidated=False, zarr_format=2, encoding={**chunks, **cells})
+                along = [v for v in frame.variables if "cell" in frame[v].dims]
+                chunks: Any = {v: {"chunks": tuple(BLOCK_CELLS if d == "cell" else n for d, n in frame[v].sizes.items())} for v in along}
+                frame.to_zarr(path, group=name, mode="a", consolidated=False, zarr_format=2, encoding=chunks)
             elif "cell" in frame.dims:
                 fixed = [v for v in frame.variables if "cell" not in frame[v].dims]
                 frame.drop_vars(fixed).to_zarr(path, group=name, append_dim="cell", consolidated=False, zarr_format=2)

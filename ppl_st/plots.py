@@ -144,7 +144,7 @@ def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)", name:
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, fontsize="small")
     return figure
 

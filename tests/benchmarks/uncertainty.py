@@ -158,38 +158,52 @@ def judged(hidden, inner, name, level=0.9):
 
 
 def table(folder):
-    """Print the tables of BENCHMARKS.md."""
+    """Print the rows of BENCHMARKS.md: calibration, which genes to believe, stacking; after them what the text quotes."""
+    calibration, ranking, stacking, spread = [], [], [], []
     for name, methods in METHODS.items():
         for method in methods:
             found = [parts(folder, name, method, fold) for fold in range(FOLDS)]
             rows = [judged(*one, name) for one in found if one is not None]
             if rows:
-                show(name, method, len(rows), pd.concat(rows))
-        stack(folder, name, methods)
+                show(name, method, len(rows), pd.concat(rows), calibration, ranking, spread)
+        stacking += stack(folder, name, methods)
+    print("| data | method, folds, genes | raw | recalibrated | with `--guarantee` | TISSUE-style | CRPS raw -> recalibrated | change [95%] |")
+    print("|---|---|---|---|---|---|---|---|", *calibration, sep="\n")
+    print("\n| | trust | all variances | mean expression | reference mean | no ranking | perfect | trust - expression, 95% bootstrap |")
+    print("|---|---|---|---|---|---|---|---|", *ranking, sep="\n")
+    print("\n| data | genes | VISTA, SpaIM, SpaGene (xenium: SIID first) | stack | stack - best [95% bootstrap] | weights by fold, in this order |")
+    print("|---|---|---|---|---|---|", *stacking, "", *spread, sep="\n")
 
 
-def show(name, method, folds, rows):
-    print(f"\n{name} {method}: {folds} folds, {len(rows)} genes; corrections move probabilities by up to {rows['touched'].max():.3f}")
+def short(value, digits=3):
+    """A number below 1 without its leading 0."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+
+
+def show(name, method, folds, rows, calibration, ranking, spread):
+    cells = []
     for label in ("raw", "recalibrated", "guaranteed", "TISSUE"):
         values = rows[label]
         mean, (low, high) = bootstrap_mean(values, np.random.default_rng(0)), values.quantile([0.05, 0.95])
-        print(
-            f"  {label:13s} {mean.mean:.3f} [{mean.lo:.3f}, {mean.hi:.3f}]  5% to 95% of genes {low:.2f} to {high:.2f}, lowest {values.min():.2f}, "
-            f"in 80-97% {values.between(0.8, 0.97).mean():.2f}"
-        )
+        interval = f" [{short(mean.lo)}, {short(mean.hi)}]" if label == "raw" else ""
+        cells.append(f"{short(mean.mean)}{interval} ({values.between(0.8, 0.97).mean():.2f})")
+        spread.append(f"{name} {method} {label}: 5% to 95% of genes {short(low, 2)} to {short(high, 2)}, lowest {short(values.min(), 2)}")
     change = bootstrap_mean(rows["crps recalibrated"] - rows["crps raw"], np.random.default_rng(0))
-    means = rows[["crps raw", "crps recalibrated"]].mean()
-    print(f"  CRPS {means.iloc[0]:.4f} -> {means.iloc[1]:.4f}, change {change.mean:+.4f} [{change.lo:+.4f}, {change.hi:+.4f}]")
+    crps = " -> ".join(f"{rows[label].mean():.4g}" for label in ("crps raw", "crps recalibrated"))
+    cells += [crps, f"{change.mean:+.4f} [{change.lo:+.4f}, {change.hi:+.4f}]"]
+    calibration.append(f"| {name} | {method}, {folds}, {len(rows)} | {' | '.join(cells)} |")
+    spread.append(f"{name} {method}: corrections move probabilities by up to {rows['touched'].max():.3f}")
     risk = rows["risk"].to_numpy()
     scores = {score: rows[score].to_numpy() for score in ("trust", "all variances", "expression", "reference")} | {"none": 0 * risk, "best": -risk}
-    print("  area under risk-coverage:", ", ".join(f"{score} {risk_coverage(risk, values).area:.3f}" for score, values in scores.items()))
+    areas = " | ".join(short(risk_coverage(risk, values).area) for values in scores.values())
     picks = np.random.default_rng(1).integers(0, len(rows), (1000, len(rows)))
     gap = [risk_coverage(risk[i], scores["trust"][i]).area - risk_coverage(risk[i], scores["expression"][i]).area for i in picks]
     low, high = np.quantile(gap, [0.025, 0.975])
-    print(f"  trust - expression: 95% bootstrap [{low:+.3f}, {high:+.3f}]")
+    ranking.append(f"| {name}, {method}, {len(rows)} genes | {areas} | {low:+.3f} to {high:+.3f} |")
 
 
 def stack(folder, name, methods):
+    """Row of the stack of all methods, on the folds that all of them have."""
     scores, weights = [], []
     for fold in range(FOLDS):
         found = [one for one in (parts(folder, name, method, fold) for method in methods) if one is not None]
@@ -198,15 +212,15 @@ def stack(folder, name, methods):
         learned = stacking_weights(np.stack([inner["log_prob"] for _, inner in found]))
         log_prob = np.stack([hidden["log_prob"] for hidden, _ in found])
         scores.append(np.vstack([log_prob.mean(1, dtype=np.float64), stacked(log_prob, learned).mean(0)]))
-        weights.append(" ".join(f"{w:.2f}" for w in learned))
+        weights.append(" ".join(short(w, 2) for w in learned))
     if not scores:
-        return
+        return []
     every = np.hstack(scores)
     best = int(every[:-1].mean(1).argmax())
     gain = bootstrap_mean(every[-1] - every[best], np.random.default_rng(0))
-    named = zip([*methods, "stack"], every.mean(1), strict=True)
-    print(f"\n{name} stack, {every.shape[1]} genes: " + ", ".join(f"{method} {score:.4f}" for method, score in named))
-    print(f"  stack - {methods[best]} {gain.mean:+.4f} [{gain.lo:+.4f}, {gain.hi:+.4f}]; weights {'; '.join(weights)}")
+    single = ", ".join(f"{score:.4f}" for score in every[:-1].mean(1))
+    ties = f"{gain.mean:+.4f} over {methods[best]} [{gain.lo:+.4f}, {gain.hi:+.4f}]"
+    return [f"| {name} | {every.shape[1]} | {single} | {every[-1].mean():.4f} | {ties} | {'; '.join(weights)} |"]
 
 
 def downstream(name, method, fold):
