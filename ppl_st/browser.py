@@ -192,7 +192,7 @@ def _figures(maps: GeneMaps, names: list[str], xy: NDArray[np.float64], extent: 
     ranges = DataRange1d(range_padding=0.02), DataRange1d(range_padding=0.02, flipped=True)
     spread = np.ptp(xy, axis=0) / extent
     radius = _radius(xy, extent)
-    height = int(_FIGURE * np.clip(spread[1] / max(spread[0], 1e-3), 0.5, 1.4)) + 90
+    height = int(_FIGURE * np.clip(spread[1] / max(spread[0], 1e-3), 0.5, 1.15)) + 90
     shared = LinearColorMapper(palette=Viridis256, low=0, high=1, nan_color="#cccccc", name="color-mean")
     drawn = []
     for name in names:

@@ -336,7 +336,10 @@ def compare(
     from ppl_st.io import atomic
 
     table = run_comparison(folders, truth=truth, metric=metric, draws=draws, seed=seed, say=speaker(quiet))
-    print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table)
+    about = [name for name in (metric, "rank", "se", "difference", "lo", "hi", "dse", "wins", "gene_rank", "weight") if name in table]
+    print_table(f"By {metric}; difference to the best, 95 % bootstrap interval over {table['genes'].iloc[0]} genes", table[about])
+    others = table.drop(columns=[*about, "genes"])
+    print_table("Means of the other scores", others.loc[~others.isna().all(axis=1)])
     if out is not None:
         with atomic(out) as temporary:
             table.to_csv(temporary)
@@ -363,17 +366,20 @@ def export(
     runs: Annotated[list[Path], typer.Argument(help="Run folder; several (recalibrated) are stacked.")],
     out: Annotated[Path, typer.Option("--out", help="posterior.nc or posterior.zarr.")],
     draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per chain.")] = 25,
-    cells: Annotated[int, typer.Option("--cells", min=1, help="Cells whose draws are exported, picked by --seed.")] = 500,
+    cells: Annotated[str, typer.Option("--cells", help="How many cells' draws (picked by --seed), or all.")] = "500",
     truth: Annotated[Path | None, typer.Option("--truth", help="Counts of held-out genes: adds their log-likelihood.")] = None,
     seed: Seed = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the posterior in ArviZ's schema; of several runs that of their mixture."""
+    """Write the posterior in ArviZ's schema; of several runs that of their mixture. Any number of cells goes to a .zarr."""
+    if cells != "all" and not (cells.isdigit() and int(cells)):
+        raise UserError(f"--cells {cells}: give a number of cells, or all")
     check_file(out, "export", inputs=[truth])
     from ppl_st.api import load
     from ppl_st.stack import stack
 
     run = load(runs[0]) if len(runs) == 1 else stack(list(map(load, runs)))
-    run.export(out, draws=draws, seed=seed, max_cells=cells, truth=truth)
+    run.export(out, draws=draws, seed=seed, max_cells=None if cells == "all" else int(cells), truth=truth, say=speaker(quiet))
     typer.echo(out)
 
 
@@ -383,6 +389,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="The .html file to write.")],
     genes: Annotated[Path | None, typer.Option("--genes", help="Genes to browse, one per line; default: 50.")] = None,
     truth: Annotated[Path | None, typer.Option("--truth", help="Counts that judge the run's held-out genes.")] = None,
+    groups: Annotated[str | None, typer.Option("--groups", help="Column of the target's obs: coverage in each group of cells.")] = None,
     draws: Draws = 100,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -393,7 +400,7 @@ def report(
     from ppl_st.report_run import report_folder
 
     names = None if genes is None else list(read_genes(genes))
-    report_folder(folder, out, genes=names, truth=truth, draws=draws, seed=seed, say=speaker(quiet))
+    report_folder(folder, out, genes=names, truth=truth, groups=groups, draws=draws, seed=seed, say=speaker(quiet))
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

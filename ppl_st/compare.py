@@ -64,8 +64,9 @@ def compare(
     -------
     DataFrame
         One row per method, the best first: rank, genes, the metric's mean and its standard error over genes ``se``, ``difference`` to the best with
-        ``lo``, ``hi`` and standard error ``dse``, ``wins`` (share of genes on which it beats the best), stacking ``weight``, then the means of all
-        other metrics. ``coverage_error`` is the mean over genes of |coverage_90 - 0.9|. The row "stack" is not among the ranks.
+        ``lo``, ``hi`` and standard error ``dse``, ``wins`` (share of genes on which it beats the best), ``gene_rank`` (mean over genes of its
+        place among the methods), stacking ``weight``, then the means of all other metrics. ``coverage_error`` is the mean over genes of
+        |coverage_90 - 0.9|. The row "stack" is not among the ranks.
 
     Raises
     ------
@@ -145,6 +146,7 @@ def _tables(
 
 def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataFrame:
     sign = METRICS[metric]
+    places = pd.DataFrame({name: -sign * table[metric] for name, table in tables.items()}).rank(axis=1).mean()
     order = sorted(tables, key=lambda name: -sign * float(tables[name][metric].mean()))
     best = tables[order[0]][metric].to_numpy(dtype=np.float64)
     rows = []
@@ -153,7 +155,7 @@ def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataF
         interval = bootstrap_mean(values - best, np.random.default_rng(seed))
         row = {"method": name, "rank": rank, "genes": len(values), metric: values.mean(), "se": _standard_error(values)}
         row |= {"difference": interval.mean, "lo": interval.lo, "hi": interval.hi, "dse": _standard_error(values - best)}
-        row |= {"wins": float((sign * values > sign * best).mean())}
+        row |= {"wins": float((sign * values > sign * best).mean()), "gene_rank": float(places[name])}
         others = [other for other in METRICS if other != metric and other in tables[name]]
         rows.append(row | {other: tables[name][other].mean() for other in others})
     return pd.DataFrame(rows).set_index("method")
@@ -179,5 +181,5 @@ def _with_stack(ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: l
     row = {"genes": len(genes), "log_score": ranked["log_score"].iloc[0] + interval.mean, "difference": interval.mean}
     row |= {"lo": interval.lo, "hi": interval.hi, "dse": _standard_error(difference), "wins": float((difference > 0).mean())}
     table = pd.concat([ranked, pd.DataFrame([row], index=pd.Index([STACK], name="method"))])
-    table.insert(list(table.columns).index("wins") + 1, "weight", [*stacking_weights(log_prob), np.nan])
+    table.insert(list(table.columns).index("gene_rank") + 1, "weight", [*stacking_weights(log_prob), np.nan])
     return table.assign(rank=table["rank"].astype("Int64"))

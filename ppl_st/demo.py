@@ -22,7 +22,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from ppl_st import metrics, plots
+from ppl_st import calibration_plots, metrics, plots
 from ppl_st.api import fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split
 from ppl_st.calibration import coverage
@@ -275,7 +275,7 @@ def _figures(
         ),
         "calibration": (
             "Coverage of the intervals of held-out counts",
-            plots.calibration_curve(LEVELS, per_gene.mean(1), per_gene),
+            calibration_plots.calibration_curve(LEVELS, per_gene.mean(1), per_gene),
         ),
         "loss": ("Loss of the variational fit", plots.loss_curve(run.record["losses"], unit="loss per entry")),
     }

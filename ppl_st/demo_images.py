@@ -21,8 +21,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from ppl_st import calibration_plots, plots
 from ppl_st import config as configs
-from ppl_st import plots
 from ppl_st.api import fit_sections
 from ppl_st.calibration import LEVELS
 from ppl_st.errors import UserError
@@ -88,7 +88,7 @@ def demo_images(
     facts, figures = _maps(run, world, data.genes, folder, draws, seed)
     mine = tables[(tables["method"] == method) & (tables["fold"] != "unseen section, image only")]
     coverage = mine[[f"coverage_{round(100 * level)}" for level in LEVELS]].to_numpy().T
-    figures["calibration"] = ("Coverage of the intervals of hidden spots", plots.calibration_curve(LEVELS, coverage.mean(1), coverage))
+    figures["calibration"] = ("Coverage of the intervals of hidden spots", calibration_plots.calibration_curve(LEVELS, coverage.mean(1), coverage))
     figures["loss"] = ("Loss of the variational fit", plots.loss_curve(run.record["losses"], unit="loss per entry"))
     for name, (_, figure) in figures.items():
         with atomic(folder / "figures" / f"{name}.png") as temporary:

@@ -3,15 +3,22 @@
 posterior             global sites [chain, draw, ...]; chain = independent variational fit (not MCMC: no R-hat). Of a stack, whose runs have different
                       sites: run [chain, draw], the number of the run behind each draw of the mixture, one chain
 posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells; library [chain, draw, cell] their sum
-observed_data         x [cell, panel_gene] what was measured there, library [cell]; with a truth also count [cell, gene] of unmeasured genes
-predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many)
-log_likelihood        x [chain, draw, cell]: log p(x_cell | draw) summed over measured genes (never cells x genes x draws); with a truth also
-                      held_out [chain, draw, cell]: the same, summed over all of the truth's genes that the target did not measure
+observed_data         x [cell, panel_gene] what was measured there, library [cell]
+log_likelihood        library [chain, draw, cell]: log p(x_cell | draw) summed over measured genes (never cells x genes x draws). It is that of all
+                      counts of a cell, the unit that `az.loo` leaves out, and has this name because `loo_pit` weights the library of a cell by it
 constant_data         coordinates of the cells, whether a gene was measured
+predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many); with a truth also
+                      log_likelihood [chain, draw, cell], summed over all of the truth's genes that the target did not measure
+predictions_constant_data   with a truth: count [cell, gene] of those genes
+
+So `az.loo(idata)`, `az.plot_bpv` of x, `az.plot_ppc` (ArviZ 1.x: `plot_ppc_dist`) and `az.loo_pit` of the library work as they stand.
 """
 
 import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +29,7 @@ from ppl_st.data import Counts, matched
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import rng_scope
+from ppl_st.io import atomic, hdf5_target
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -29,89 +37,185 @@ if TYPE_CHECKING:
     from ppl_st.posterior import Run
 
 MAX_PREDICTED = 50  # unmeasured genes whose draws are exported
-MAX_BYTES = 4e9  # of the draws
+MAX_BYTES = 4e9  # of draws that are held in memory
+STREAMED_BYTES = 5e8  # a .zarr with more draws is written block by block
+BLOCK_CELLS = 1024
 
 
-def arviz_groups(
-    run: "Run", *, draws: int, seed: int, max_cells: int, truth: Counts | None = None
-) -> "dict[str, xr.Dataset]":
+class _Plan:
+    """Which draws of which cells and genes, and how to make those of one block of cells after the other.
+
+    Attributes
+    ----------
+    panel, unmeasured, hidden, cells
+        Columns of measured genes, of unmeasured ones whose draws are exported, of all that the truth judges; rows in rising order.
+    turns, drawn
+        Fit behind every draw, and global sites: [chains][draws].
+    size
+        Bytes of the draws.
+    """
+
+    def __init__(self, run: "Run", draws: int, seed: int, max_cells: int | None, truth: Counts | None) -> None:
+        self.run, self.seed, self.draws, self.truth = run, seed, draws, truth
+        self.predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
+        chains = self.predictor.chains
+        self.panel = np.flatnonzero(run.measured)
+        self.hidden = np.flatnonzero(~run.measured)
+        if truth is not None:
+            self.hidden = self.hidden[np.isin(run.genes[self.hidden], truth.genes)]
+            if not self.hidden.size:
+                raise UserError(f"truth ({truth.source}): none of its {len(truth.genes)} genes is unmeasured in the target and known to the run")
+        self.unmeasured = self.hidden[:MAX_PREDICTED]
+        self.cells = np.sort(np.random.default_rng([seed, 7]).permutation(self.predictor.n_cells)[:max_cells])
+        if run.method == "stack":  # one chain, in which the runs take turns
+            self.turns, self.drawn = [np.arange(draws) % len(chains)], [draw_globals(chains, draws, seed)]
+        else:
+            self.turns = [np.full(draws, c) for c in range(len(chains))]
+            self.drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
+        self.size = 4 * len(self.turns) * draws * len(self.cells) * (len(self.panel) + 2 * len(self.unmeasured) + 3)
+        self.observed = run.target.take_genes(run.genes[self.panel]).matrix
+        self.held_out = None if truth is None else matched(truth, run.target, run.genes[self.hidden])
+
+    def empty(self, cells: int) -> dict[str, NDArray[np.float32]]:
+        """Arrays [chain, draw, cell, ...] for so many cells."""
+        lead = (len(self.turns), self.draws, cells)
+        shapes = {"x": (len(self.panel),), "count": (len(self.unmeasured),), "rate": (len(self.unmeasured),), "log_lik": (), "held_lik": ()}
+        return {name: np.zeros((*lead, *last), np.float32) for name, last in shapes.items()}
+
+    def blocks(self) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
+        """(rows of the target, arrays of `empty` for them), in whatever order the method infers cells in."""
+        keep = np.zeros(self.predictor.n_cells, dtype=bool)
+        keep[self.cells] = True
+        for b, whole in enumerate(self.predictor.blocks(BLOCK_CELLS)):
+            batch = self.predictor.restrict(whole, keep)
+            rows = self.predictor.rows(batch)
+            if len(rows):
+                yield rows, self._block(b, batch, rows)
+
+    def _block(self, b: int, batch: Any, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        made = self.empty(len(rows))
+        seen = torch.from_numpy(self.observed[rows].toarray())
+        truth = None if self.held_out is None else torch.from_numpy(self.held_out[rows].toarray())
+        local = {c: self.predictor.local(batch, c) for c in np.unique(self.turns).tolist()}
+
+        def dist(c: int, d: int, genes: NDArray[np.int64]) -> Any:
+            t = int(self.turns[c][d])
+            return self.predictor.count_dist(batch, t, self.drawn[c][d], local[t], torch.from_numpy(genes))
+
+        for c, turn in enumerate(self.turns):
+            for d in range(len(turn)):
+                with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):
+                    one = dist(c, d, self.panel)
+                    made["x"][c, d] = one.sample().numpy()
+                made["log_lik"][c, d] = one.log_prob(seen).sum(1).numpy()
+                if len(self.unmeasured):
+                    with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):  # the same draw of the local sites
+                        one = dist(c, d, self.unmeasured)
+                        made["count"][c, d], made["rate"][c, d] = one.sample().numpy(), one.mean.numpy()
+                if truth is not None:
+                    with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):
+                        one = dist(c, d, self.hidden)
+                    made["held_lik"][c, d] = one.log_prob(truth).sum(1).numpy()
+        return made
+
+    def groups(self, rows: NDArray[np.int64], made: dict[str, NDArray[np.float32]]) -> "dict[str, xr.Dataset]":
+        """The datasets of these cells."""
+        import xarray as xr
+
+        run, sample = self.run, ("chain", "draw", "cell")
+        seen = self.observed[rows].toarray()
+        names = {"cell": run.target.names[rows], "panel_gene": run.genes[self.panel], "gene": run.genes[self.unmeasured]}
+        frames: dict[str, Any] = {
+            "posterior": _posterior(run, self.drawn) if run.method != "stack" else _runs_of(run, self.predictor.fits, self.turns),
+            "posterior_predictive": xr.Dataset({"x": ((*sample, "panel_gene"), made["x"]), "library": (sample, made["x"].sum(-1))}),
+            "observed_data": xr.Dataset({"x": (("cell", "panel_gene"), seen), "library": (("cell",), seen.sum(-1))}),
+            "log_likelihood": xr.Dataset({"library": (sample, made["log_lik"])}),
+            "constant_data": _constant(run, rows),
+        }
+        if len(self.unmeasured):
+            frames["predictions"] = xr.Dataset({name: ((*sample, "gene"), made[name]) for name in ("count", "rate")})
+        if self.held_out is not None:
+            frames["predictions"]["log_likelihood"] = (sample, made["held_lik"])
+            known = self.held_out[rows].toarray()[:, : len(self.unmeasured)]
+            frames["predictions_constant_data"] = xr.Dataset({"count": (("cell", "gene"), known)})
+        return {name: _finish(frame, names, run, name) for name, frame in frames.items()}
+
+
+def arviz_groups(run: "Run", *, draws: int, seed: int, max_cells: int | None, truth: Counts | None = None) -> "dict[str, xr.Dataset]":
     """See the module's docstring; ``draws`` per chain, ``truth`` counts of unmeasured genes in the run's cells."""
+    return _in_memory(_Plan(run, draws, seed, max_cells, truth))
+
+
+def _in_memory(plan: _Plan) -> "dict[str, xr.Dataset]":
+    if plan.size > MAX_BYTES:
+        raise UserError(
+            f"export: draws of {plan.size / 1e9:.1f} GB are too many to hold (at most {MAX_BYTES / 1e9:.0f}); write them to a .zarr "
+            f"(ppl-st export RUN --out posterior.zarr --cells {len(plan.cells)}), block by block, or lower --cells or --draws"
+        )
+    whole = plan.empty(len(plan.cells))
+    for rows, made in plan.blocks():
+        to = np.searchsorted(plan.cells, rows)
+        for name, values in made.items():
+            whole[name][:, :, to] = values
+    return plan.groups(plan.cells, whole)
+
+
+def write_groups(
+    run: "Run", path: Path, *, draws: int, seed: int, max_cells: int | None, truth: Counts | None, say: Callable[[str], None]
+) -> None:
+    """Write the groups as ``.nc`` or ``.zarr``; many draws go to a ``.zarr`` block by block, cells in the order in which the method infers them."""
     import xarray as xr
 
-    predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
-    chains = predictor.chains
-    panel = np.flatnonzero(run.measured)
-    unmeasured = np.flatnonzero(~run.measured)
-    if truth is not None:
-        unmeasured = unmeasured[np.isin(run.genes[unmeasured], truth.genes)]
-        if not unmeasured.size:
-            raise UserError(f"truth ({truth.source}): none of its {len(truth.genes)} genes is unmeasured in the target and known to the run")
-    hidden, unmeasured = unmeasured, unmeasured[:MAX_PREDICTED]
-    cells = np.sort(np.random.default_rng([seed, 7]).permutation(predictor.n_cells)[:max_cells])
-    if run.method == "stack":  # one chain, in which the runs take turns
-        turns, drawn = [np.arange(draws) % len(chains)], [draw_globals(chains, draws, seed)]
-    else:
-        turns = [np.full(draws, c) for c in range(len(chains))]
-        drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
-    _refuse_too_much(4 * len(turns) * draws * len(cells) * (len(panel) + 2 * len(unmeasured) + 3))
-    observed = run.target.take_genes(run.genes[panel]).matrix[cells].toarray()
-    held_out = None if truth is None else matched(truth, run.target, run.genes[hidden])[cells].toarray()
-    shape = (len(turns), draws, len(cells))
-    counts = np.zeros((*shape, len(panel)), np.float32)
-    log_lik, held_lik = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    predicted = {name: np.zeros((*shape, len(unmeasured)), np.float32) for name in ("count", "rate")}
-    keep = np.zeros(predictor.n_cells, dtype=bool)
-    keep[cells] = True
-    for b, whole in enumerate(predictor.blocks(1024)):
-        batch = predictor.restrict(whole, keep)
-        to = np.searchsorted(cells, predictor.rows(batch))
-        if not len(to):
-            continue
-        local = {c: predictor.local(batch, c) for c in np.unique(turns).tolist()}
-        for c, turn in enumerate(turns):
-            for d, t in enumerate(turn.tolist()):
-                with torch.no_grad(), rng_scope(seed, "export", b, c, d):
-                    dist = predictor.count_dist(batch, t, drawn[c][d], local[t], torch.from_numpy(panel))
-                    counts[c, d, to] = dist.sample().numpy()
-                log_lik[c, d, to] = dist.log_prob(torch.from_numpy(observed[to])).sum(1).numpy()
-                if len(unmeasured):
-                    with torch.no_grad(), rng_scope(seed, "export", b, c, d):  # the same draw of the local sites
-                        dist = predictor.count_dist(batch, t, drawn[c][d], local[t], torch.from_numpy(unmeasured))
-                        predicted["count"][c, d, to], predicted["rate"][c, d, to] = (
-                            dist.sample().numpy(),
-                            dist.mean.numpy(),
-                        )
-                if held_out is not None:
-                    with torch.no_grad(), rng_scope(seed, "export", b, c, d):
-                        dist = predictor.count_dist(batch, t, drawn[c][d], local[t], torch.from_numpy(hidden))
-                    held_lik[c, d, to] = dist.log_prob(torch.from_numpy(held_out[to])).sum(1).numpy()
-    names = {"cell": run.target.names[cells], "panel_gene": run.genes[panel], "gene": run.genes[unmeasured]}
-    frames: dict[str, Any] = {
-        "posterior": _posterior(run, drawn) if run.method != "stack" else _runs_of(run, predictor.fits, turns),
-        "posterior_predictive": xr.Dataset(
-            {"x": (("chain", "draw", "cell", "panel_gene"), counts), "library": (("chain", "draw", "cell"), counts.sum(-1))}
-        ),
-        "observed_data": xr.Dataset({"x": (("cell", "panel_gene"), observed), "library": (("cell",), observed.sum(-1))}),
-        "log_likelihood": xr.Dataset({"x": (("chain", "draw", "cell"), log_lik)}),
-        "constant_data": _constant(run, cells),
-    }
-    if len(unmeasured):
-        frames["predictions"] = xr.Dataset(
-            {name: (("chain", "draw", "cell", "gene"), values) for name, values in predicted.items()}
-        )
-    if held_out is not None:
-        frames["log_likelihood"]["held_out"] = (("chain", "draw", "cell"), held_lik)
-        frames["observed_data"]["count"] = (("cell", "gene"), held_out[:, : len(unmeasured)])
-    return {name: _finish(frame, names, run, name) for name, frame in frames.items()}
+    plan = _Plan(run, draws, seed, max_cells, truth)
+    free = shutil.disk_usage(path.absolute().parent).free
+    size = f"{plan.size / 1e9:.2g} GB before compression, {free / 1e9:.1f} GB are free there"
+    say(f"{len(plan.cells)} cells, {len(plan.turns)} x {draws} draws: {size}")
+    with atomic(path) as temporary:
+        if path.suffix == ".zarr" and plan.size > STREAMED_BYTES:
+            _append(plan, temporary)
+            return
+        tree = xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in _in_memory(plan).items()})
+        if path.suffix == ".zarr":
+            tree.to_zarr(temporary, consolidated=False, zarr_format=2)
+        else:
+            write: Any = tree.to_netcdf
+            with hdf5_target(temporary) as file:
+                write(file, engine="h5netcdf")
 
 
-def _refuse_too_much(size: int) -> None:
-    """Draws of cells x genes are held in memory until they are written."""
-    if size > MAX_BYTES:
-        raise UserError(
-            f"export: draws of {size / 1e9:.0f} GB are too many to hold (at most {MAX_BYTES / 1e9:.0f}); lower --cells or --draws. Summaries and "
-            "draws of any number of cells are written block by block: ppl-st predict RUN --out imputed.zarr --samples 20"
-        )
+def _gathered(
+    blocks: Iterable[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]],
+) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
+    """Blocks joined until they hold `BLOCK_CELLS` cells: of a subset of the cells each block has few."""
+    waiting: list[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]] = []
+
+    def joined() -> tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]:
+        rows, parts = [one[0] for one in waiting], [one[1] for one in waiting]
+        waiting.clear()
+        return np.concatenate(rows), {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+
+    for block in blocks:
+        waiting.append(block)
+        if sum(len(rows) for rows, _ in waiting) >= BLOCK_CELLS:
+            yield joined()
+    if waiting:
+        yield joined()
+
+
+def _append(plan: _Plan, path: Path) -> None:
+    """Block after block along the cells; what has no cells is written with the first."""
+    import zarr
+
+    zarr.open_group(str(path), mode="w", zarr_format=2)
+    for k, (rows, made) in enumerate(_gathered(plan.blocks())):
+        for name, frame in plan.groups(rows, made).items():
+            if k == 0:
+                along = [v for v in frame.variables if "cell" in frame[v].dims]
+                chunks: Any = {v: {"chunks": tuple(BLOCK_CELLS if d == "cell" else n for d, n in frame[v].sizes.items())} for v in along}
+                frame.to_zarr(path, group=name, mode="a", consolidated=False, zarr_format=2, encoding=chunks)
+            elif "cell" in frame.dims:
+                fixed = [v for v in frame.variables if "cell" not in frame[v].dims]
+                frame.drop_vars(fixed).to_zarr(path, group=name, append_dim="cell", consolidated=False, zarr_format=2)
 
 
 def _runs_of(run: "Run", runs: list[int], turns: list[NDArray[np.int64]]) -> "xr.Dataset":

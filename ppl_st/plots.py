@@ -1,4 +1,4 @@
-"""Figures: spatial maps of truth, mean and sd; loss; calibration; metrics per method; proportions.
+"""Figures: spatial maps of truth, mean and sd; proportions; loss; metrics per method. Those about uncertainty are `ppl_st.calibration_plots`.
 
 Every function takes arrays or a table and returns a matplotlib ``Figure``; nothing is shown, saved or
 remembered (no ``pyplot``, so no display is needed and nothing leaks). Save with ``figure.savefig("map.png",
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "calibration_curve", "ceiling_plot", "gene_maps", "loss_curve", "metric_strip", "pit_plot", "proportion_maps", "rank_plot", "risk_curve",
-    "traces",
-]  # fmt: skip
+__all__ = ["gene_maps", "loss_curve", "metric_strip", "proportion_maps", "traces"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _PANEL = 3.2  # inches, longer side of one map
@@ -132,7 +129,7 @@ def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)", name:
     runs = np.atleast_2d(np.asarray(losses, dtype=float))
     if not np.isfinite(runs).any():
         raise UserError("loss_curve: there is no finite loss to draw; look at the log of the fit")
-    figure, ax = _single(5.5, 3.4)
+    figure, ax = single_panel(5.5, 3.4)
     steps = np.arange(1, runs.shape[1] + 1)
     for i, run in enumerate(runs):
         color, label = COLORS[i % len(COLORS)], f"{name} {i + 1}" if len(runs) > 1 else "running median"
@@ -141,10 +138,13 @@ def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)", name:
         ax.plot(steps, _running_median(run), color=color, linewidth=1.5, label=label)
     late = runs[:, runs.shape[1] // 10 :]
     late = late[np.isfinite(late)] if np.isfinite(late).any() else runs[np.isfinite(runs)]
-    margin = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max()) or 1.0
+    level = abs(float(np.median(late)))
+    margin = max(0.05 * float(late.max() - late.min()), 0.01 * level) or 1.0  # a loss that stands still looks so
     ax.set_ylim(late.min() - margin, late.max() + margin)
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
+    ax.ticklabel_format(axis="y", useOffset=False)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, fontsize="small")
     return figure
 
@@ -165,7 +165,7 @@ def traces(table: "pd.DataFrame") -> "Figure":
         raise UserError("traces: there is nothing to draw; give a table of steps x quantities")
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure = _figure(2.6 * columns, 2.0 * rows)
+    figure = empty_figure(2.6 * columns, 2.0 * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax, (kind, lines) in zip(axes.flat, kinds.items(), strict=False):
         for i, (which, column) in enumerate(lines.items()):
@@ -175,108 +175,6 @@ def traces(table: "pd.DataFrame") -> "Figure":
     axes.flat[0].legend(frameon=False, fontsize="small")
     for ax in axes.flat[len(kinds) :]:
         ax.set_visible(False)
-    return figure
-
-
-def calibration_curve(
-    levels: "ArrayLike",
-    coverage: "ArrayLike | Mapping[str, ArrayLike]",
-    per_gene: "ArrayLike | None" = None,
-) -> "Figure":
-    """Observed against nominal coverage of central intervals; the diagonal is perfect calibration.
-
-    Parameters
-    ----------
-    levels
-        Nominal levels in (0, 1), [L].
-    coverage
-        Randomised coverage over all entries, [L], or several such curves by name (``{"raw": ..., "conformal":
-        ...}``).
-    per_gene
-        Coverage of every gene, [L, G], of the first curve: drawn as the band of the middle 80 % of genes,
-        because one overall number hides badly covered genes.
-    """
-    curves = coverage if isinstance(coverage, Mapping) else {"all genes": coverage}
-    x = np.asarray(levels, dtype=float)
-    figure, ax = _single(4.0, 4.0)
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="perfect calibration")
-    if per_gene is not None:
-        genes = np.asarray(per_gene, dtype=float)
-        low, high = np.nanquantile(genes, [0.1, 0.9], axis=1)
-        label = f"middle 80 % of {genes.shape[1]} genes"
-        ax.fill_between(x, low, high, color=COLORS[0], alpha=0.2, linewidth=0, label=label)
-    for (name, curve), color in zip(curves.items(), COLORS, strict=False):
-        ax.plot(x, np.asarray(curve, dtype=float), color=color, marker="o", markersize=3.5, label=name)
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.set_xlabel("nominal coverage of the interval")
-    ax.set_ylabel("share of held-out counts inside (randomised)")
-    ax.legend(frameon=False, fontsize="small", loc="upper left")
-    return figure
-
-
-def pit_plot(densities: "Mapping[str, ArrayLike]", per_gene: "ArrayLike | None" = None) -> "Figure":
-    """Histogram of randomised PIT values: steps at 1 everywhere under a perfect forecaster.
-
-    Parameters
-    ----------
-    densities
-        Name -> density in equal bins, [bins], as of `ppl_st.calibration.pit_histogram`.
-    per_gene
-        [bins, G], of the first name: drawn as the band of the middle 80 % of genes.
-    """
-    figure, ax = _single(5.0, 3.4)
-    ax.axhline(1, color="0.6", linewidth=1, linestyle="--", label="perfect calibration")
-    for k, (name, density) in enumerate(densities.items()):
-        height = np.asarray(density, dtype=float)
-        edges = np.linspace(0, 1, len(height) + 1)
-        if k == 0 and per_gene is not None:
-            low, high = np.nanquantile(np.asarray(per_gene, dtype=float), [0.1, 0.9], axis=1)
-            ax.stairs(high, edges, baseline=low, fill=True, color=COLORS[0], alpha=0.2, label=f"middle 80 % of {np.shape(per_gene)[1]} genes")
-        ax.stairs(height, edges, color=COLORS[k], linewidth=1.8, label=name)
-    ax.set(xlim=(0, 1), ylim=(0, None))
-    ax.set_xlabel("randomised PIT of the held-out count (0 to 1)")
-    ax.set_ylabel("density (1 = uniform)")
-    ax.legend(frameon=False, fontsize="small")
-    return figure
-
-
-def rank_plot(ranks: "Mapping[str, ArrayLike]", draws: int, *, columns: int = 3, bins: int = 10) -> "Figure":
-    """Ranks of simulation-based calibration, one panel per site: the density of all its ranks, uniform where inference is right.
-
-    Parameters
-    ----------
-    ranks
-        Title -> ranks of the truth among the posterior draws, [simulations, quantities].
-    draws
-        Posterior draws that each truth was ranked among.
-
-    Notes
-    -----
-    The grey band holds 99 % of the bars if all ranks are uniform and independent (quantities of one simulation depend on each other, so bars vary
-    more). A hollow middle: posteriors too narrow; a hill: too wide; a slope: biased.
-    """
-    names = list(ranks)
-    columns = min(columns, len(names))
-    rows = -(-len(names) // columns)
-    figure = _figure(3.0 * columns, 2.3 * rows + 0.2)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    edges = np.linspace(0, 1, bins + 1)
-    for ax, name in zip(panels.flat, names, strict=False):
-        values = np.asarray(ranks[name], dtype=float)
-        n, share = values.size, np.diff(np.ceil(edges * (draws + 1) - 1e-9)) / (draws + 1)  # whole ranks in each bin
-        counts = np.histogram(values, np.ceil(edges * (draws + 1) - 1e-9) - 0.5)[0]
-        sd = np.sqrt(share * (1 - share) / n)
-        ax.stairs(1 + 2.58 * sd / share, edges, baseline=np.maximum(1 - 2.58 * sd / share, 0), fill=True, color="0.85")
-        ax.stairs(counts / n / share, edges, color=COLORS[0], linewidth=1.8)
-        ax.axhline(1, color="0.5", linewidth=1, linestyle="--")
-        ax.set_title(f"{name}\n{values.shape[0]} simulations x {values.shape[1]}", fontsize="small")
-        ax.set(xlim=(0, 1), ylim=(0, None))
-    for ax in panels.flat[len(names) :]:
-        ax.set_visible(False)
-    for ax in panels[:, 0]:
-        ax.set_ylabel("density", fontsize="small")
-    for ax in panels[-1]:
-        ax.set_xlabel("rank of the truth (share)", fontsize="small")
     return figure
 
 
@@ -305,7 +203,7 @@ def metric_strip(
             f"metric_strip: no column {missing[0]!r} in the table, which has {', '.join(map(str, table))}"
         )
     order = table.groupby(by)[next(iter(labels))].median().sort_values(na_position="first").index
-    figure = _figure(1.2 + 2.8 * len(labels), 0.9 + 0.36 * len(order))
+    figure = empty_figure(1.2 + 2.8 * len(labels), 0.9 + 0.36 * len(order))
     panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
     for ax, (metric, label) in zip(panels, labels.items(), strict=True):
         for row, name in enumerate(order):
@@ -332,45 +230,19 @@ def metric_strip(
     return figure
 
 
-def ceiling_plot(ceiling: "ArrayLike", reached: "ArrayLike", label: str) -> "Figure":
-    """One dot per gene: the correlation ``reached`` against the noise ``ceiling``, both [genes]; nothing lies above the diagonal but by chance."""
-    figure, ax = _single(4.0, 4.0)
-    x, y = np.asarray(ceiling, dtype=float), np.asarray(reached, dtype=float)
-    low = min(0.0, float(np.nanmin(y, initial=0.0)))
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as good as counting noise allows")
-    ax.scatter(x, y, s=14, color=COLORS[0], alpha=0.6, linewidths=0)
-    ax.set(xlim=(0, 1), ylim=(low, 1))
-    ax.set_xlabel("noise ceiling of the correlation")
-    ax.set_ylabel(label)
-    ax.legend(frameon=False, fontsize="small", loc="upper left")
-    return figure
-
-
-def risk_curve(curves: "Mapping[str, tuple[ArrayLike, ArrayLike]]", label: str) -> "Figure":
-    """Mean risk of the genes kept, by who ranks them: name -> (share retained, risk), as of `ppl_st.calibration.risk_coverage`."""
-    figure, ax = _single(5.0, 3.4)
-    for (name, (retained, risk)), color in zip(curves.items(), COLORS, strict=False):
-        ax.plot(np.asarray(retained, dtype=float), np.asarray(risk, dtype=float), color=color, label=name)
-    ax.set(xlim=(0, 1))
-    ax.set_xlabel("share of the genes kept, the most trusted first")
-    ax.set_ylabel(label)
-    ax.legend(frameon=False, fontsize="small")
-    return figure
-
-
 # ---- helpers ----
 
 
-def _figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
-) -> "Figure":
+def empty_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> "Figure":
+    """A figure of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)
 
 
-def _single(width: float, height: float) -> "tuple[Figure, Axes]":
-    figure = _figure(width, height)
+def single_panel(width: float, height: float) -> "tuple[Figure, Axes]":
+    """A figure with one panel, without the upper and right line."""
+    figure = empty_figure(width, height)
     ax = figure.subplots()
     ax.spines[["top", "right"]].set_visible(False)
     return figure, ax
@@ -381,7 +253,7 @@ def _grid(xy: "NDArray[np.floating]", rows: int, columns: int) -> "tuple[Figure,
     extent = np.maximum(np.ptp(xy, axis=0), 1e-12)
     width, height = _PANEL * np.clip(extent / extent.max(), 0.35, 1)
     # "compressed" is the constrained layout for axes of fixed aspect.
-    figure = _figure(columns * (width + 0.55), rows * (height + 0.5) + 0.2, layout="compressed")
+    figure = empty_figure(columns * (width + 0.55), rows * (height + 0.5) + 0.2, layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False)
     # The share of a coarse raster that holds any cell: tissue rarely fills its bounding box.
     bins = max(2, min(64, int(np.sqrt(len(xy) / 4))))

@@ -19,7 +19,6 @@ from ppl_st.data import Counts, matched, read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
-from ppl_st.io import atomic
 from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
 
 if TYPE_CHECKING:
@@ -269,7 +268,7 @@ class Run:
         *,
         draws: int = 25,
         seed: int = 0,
-        max_cells: int = 500,
+        max_cells: int | None = 500,
         truth: str | Path | ad.AnnData | Counts | None = None,
     ) -> Any:
         """InferenceData (ArviZ 0.x) or DataTree (ArviZ 1.x); see `arviz_groups`."""
@@ -289,38 +288,34 @@ class Run:
         *,
         draws: int = 25,
         seed: int = 0,
-        max_cells: int = 500,
+        max_cells: int | None = 500,
         truth: str | Path | ad.AnnData | Counts | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        """Write the ArviZ groups as ``.nc`` (netCDF4) or ``.zarr``; ``az.from_netcdf`` and xarray read them back."""
-        import xarray as xr
+        """Write the ArviZ groups as ``.nc`` (netCDF4) or ``.zarr``; ``az.from_netcdf`` and xarray read them back.
 
-        from ppl_st.io import hdf5_target
+        ``max_cells=None``: all cells. Many draws are written to a ``.zarr`` block by block, in memory that does not grow with the cells; ``say`` gets
+        a line about the size.
+        """
+        from ppl_st.export import write_groups
 
         path = Path(path)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
-        groups = self.arviz_groups(draws=draws, seed=seed, max_cells=max_cells, truth=truth)
-        tree = xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
-        with atomic(path) as temporary:
-            if path.suffix == ".zarr":
-                tree.to_zarr(temporary, consolidated=False, zarr_format=2)
-            else:
-                write: Any = tree.to_netcdf
-                with hdf5_target(temporary) as file:
-                    write(file, engine="h5netcdf")
+        known = None if truth is None else _counts(truth)
+        write_groups(self, path, draws=draws, seed=seed, max_cells=max_cells, truth=known, say=say or (lambda line: None))
 
     def arviz_groups(
         self,
         *,
         draws: int = 25,
         seed: int = 0,
-        max_cells: int = 500,
+        max_cells: int | None = 500,
         truth: str | Path | ad.AnnData | Counts | None = None,
     ) -> "dict[str, xr.Dataset]":
         """Datasets posterior (global sites), posterior_predictive and observed_data (measured genes), predictions (unmeasured genes),
         log_likelihood per cell, constant_data; chain = independent variational fits, draw = draws of each. Cells are a seeded subset of
-        ``max_cells``. ``truth``: counts of genes that were held out; their log-likelihood per cell is added.
+        ``max_cells``. ``truth``: counts of genes that were held out; they and their log-likelihood per cell are added to the predictions.
         """
         from ppl_st.export import arviz_groups
 

@@ -81,9 +81,10 @@ def recalibrate(
 
 def _recalibrated(run: Run, inner: Inner, made: Recalibration, unit: str, say: Callable[[str], None]) -> Run:
     low, high = made.ends_of(run.reference_mean)
+    lower, upper = (f"{end.min():.3f}" + (f" to {end.max():.3f}" if end.max() > end.min() else "") for end in (low, high))
     say(
         f"{made.genes} {unit}: raw {made.level:.0%} intervals cover {made.raw_coverage:.3f}; corrected ones lie between the quantiles "
-        f"{low.min():.3f} to {low.max():.3f} and {high.min():.3f} to {high.max():.3f}"
+        f"{lower} and {upper}"
         + (" (1: no finite interval will do; upper is infinite there)" if high.max() >= 1 else "")
     )
     if run.folder is not None:

@@ -87,6 +87,10 @@ HOW_TO_READ = {
     "less is over-confident, more is needlessly wide. Look at the spread over genes as well as at the overall number.",
     "PIT": "Where a held-out count lies within its forecast: 0 at the lower end, 1 at the upper one, spread at random over the probability of its "
     "own value. Flat is right; high at both ends means intervals that are too short, a hill ones that are too wide, a slope a level that is off.",
+    "variance: pattern, doubt, noise": "Where the predicted variance of a gene's counts comes from: differences between cells that are predicted, "
+    "what is not known of the expected counts, and counting. The three shares add up to 1.",
+    "predictive checks": "Statistics of measured counts among those of counts that the model makes up. A statistic outside its band is a side of the "
+    "data that the model does not reproduce.",
     "between fits": "The part of the doubt about the mean that comes from fits (other seeds, other starts) that disagree. Where it is large, a "
     "single fit would have been surer than it had a right to be.",
     "recalibrated": "Forecasts corrected by what went wrong on genes of the panel that were hidden from further fits. The aim is the coverage "
@@ -122,6 +126,8 @@ dt { font-weight: 600; } dd { margin: 0 0 .6rem 0; }
 pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; }
 .warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .5rem .8rem; margin: .5rem 0; max-width: 46rem; }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 2rem; align-items: start; }
+.figures figure { min-width: 0; } .across { grid-column: 1 / -1; }
 .maps figure { margin: 0; min-width: 0; }
 #gene-browser input, #gene-browser button { font: inherit; padding: .3rem .5rem; min-height: 2.4rem; }
 #gene-browser input { width: 12rem; max-width: 50%; } #gene-facts { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: .5rem 0; }
@@ -163,11 +169,16 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; }
 {% if table.folded %}</details>{% else %}</figure>{% endif %}
 
 {% endfor %}
+{% if section.figures %}<div class="figures">{% endif %}
+
 {% for caption, png, width in section.figures %}
-<figure><div class="wide"><img alt="{{ caption }}" style="width: {{ width }}px" src="data:image/png;base64,{{ png }}"
+<figure{% if width > 600 %} class="across"{% endif %}>
+<div class="wide"><img alt="{{ caption }}" style="width: {{ width }}px" src="data:image/png;base64,{{ png }}"
 {%- if width > 600 %} class="broad"{% endif %}></div>
 <figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
+{% if section.figures %}</div>{% endif %}
+
 </section>
 {% endfor %}
 <section>

@@ -5,10 +5,8 @@ the noise ceiling. Without one the page says what the model itself expects, and 
 Nothing is fitted here. Predictions are made once, for the genes that are judged or browsed.
 """
 
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import anndata as ad
@@ -16,18 +14,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ppl_st import config as configs
-from ppl_st import metrics, plots
+from ppl_st import metrics, report_sections
 from ppl_st.api import Source, load
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
 from ppl_st.browser import MAX_CELLS, RELATIVE_ERROR, GeneMaps, gene_browser
-from ppl_st.calibration import GRID, LEVELS, coverage, pit_histogram, risk_coverage
-from ppl_st.conformal import KNOTS, Inner, Recalibration
+from ppl_st.calibration import variance_decomposition
+from ppl_st.checks import predictive_checks
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
-from ppl_st.models import METHODS
 from ppl_st.posterior import Run
-from ppl_st.report import Section, Table, evaluation_report, read_json, write_report
+from ppl_st.report import Section, evaluation_report, read_json, write_report
 from ppl_st.warning_signs import LOW_TRUST, UPPER, reference_kind, warning_signs
 
 __all__ = ["BROWSED", "browser_of", "report_folder", "report_run"]
@@ -35,13 +31,6 @@ __all__ = ["BROWSED", "browser_of", "report_folder", "report_run"]
 BROWSED = 50  # genes of the browser unless they are named
 SCREENED = 150  # unmeasured genes whose trust is looked at when there is no truth
 MAX_ENTRIES = 2e7  # cells x judged genes that are predicted at once
-COLUMNS = {
-    "raw_pcc": "PCC", "raw_partial_pcc": "PCC given depth", "raw_scc": "SCC", "log_pcc": "PCC, log scale", "log_score": "log score",
-    "crps": "CRPS", "coverage_90": "coverage 90 %", "recalibrated_coverage": "coverage, recalibrated",
-}  # fmt: skip
-UNITS = {
-    "log score": "nats per entry", "CRPS": "counts", "mean count": "counts per cell", "coverage 90 %": "share", "doubt between fits": "share",
-}  # fmt: skip
 
 
 def report_folder(
@@ -50,6 +39,7 @@ def report_folder(
     *,
     genes: Sequence[str] | None = None,
     truth: Source | None = None,
+    groups: str | None = None,
     draws: int = 100,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
@@ -63,8 +53,8 @@ def report_folder(
     """
     folder = Path(folder)
     if (folder / "summary.csv").is_file() and (folder / "scores.csv").is_file():
-        if genes is not None or truth is not None:
-            raise UserError(f"{folder}: is an evaluation; genes and truth go with the report of a run")
+        if genes is not None or truth is not None or groups is not None:
+            raise UserError(f"{folder}: is an evaluation; genes, truth and groups go with the report of a run")
         evaluation_report(folder, path)
         return
     if not (folder / "manifest.json").is_file():
@@ -72,7 +62,7 @@ def report_folder(
         missing = "" if folder.exists() else " (it does not exist)"
         raise UserError(f"{folder}: neither a run folder nor an evaluation{missing}{inner}")
     read_json(folder / "manifest.json")  # a damaged folder is said to be one
-    report_run(load(folder), path, genes=genes, truth=truth, draws=draws, seed=seed, say=say)
+    report_run(load(folder), path, genes=genes, truth=truth, groups=groups, draws=draws, seed=seed, say=say)
 
 
 def report_run(
@@ -81,6 +71,7 @@ def report_run(
     *,
     genes: Sequence[str] | None = None,
     truth: Source | None = None,
+    groups: str | None = None,
     draws: int = 100,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
@@ -96,12 +87,15 @@ def report_run(
         most among the `SCREENED` unmeasured genes highest in the reference.
     truth
         Counts of the run's cells for genes that the fit did not see.
+    groups
+        Column of the target's ``obs``: with a truth, coverage is shown in each of its groups of cells as well.
     draws, seed
         Of the predictions.
     say
         Receives one line per event.
     """
     talk = say or (lambda line: None)
+    labels = _labels(run, groups)
     noun = "spot" if reference_kind(run) == "image" else "cell"
     counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
     judged, note = _judged(run, counted, seed)
@@ -112,6 +106,10 @@ def report_run(
         talk("baselines on the same split")
         methods = _methods(run, counted, predicted, seed)
         scores = methods[run.method].join(predicted.var.reindex(columns=["trust", "between_fits"]).dropna(axis=1))
+    shares = variance_decomposition(*(predicted.layers[name] for name in ("rate_mean", "rate_sd", "count_sd"))).set_axis(predicted.var_names)
+    scores = scores.join(shares.div(shares.sum(axis=1), axis=0))
+    talk("predictive checks")
+    checks = predictive_checks(run, counted, None if counted is None else judged, seed=seed)
     browsed, why = _browsed(run, judged, scores, genes, counted is not None)
     others = [gene for gene in browsed if gene not in set(judged)]
     if others:
@@ -121,17 +119,27 @@ def report_run(
     talk(f"browser of {len(browsed)} genes")
     browser, about = browser_of(run, predicted, scores, browsed, counted, noun, seed)
     links = {gene: f"#gene={quote(gene, safe='')}" for gene in browsed}
-    sections = [
-        Section("In short", _in_short(run, noun) + note, warnings=warning_signs(run, scores, methods, noun)),
+    short = report_sections.in_short(run, scores, methods, noun) + note
+    page = [
+        Section("In short", short, warnings=warning_signs(run, scores, methods, noun)),
         Section("Gene browser", f"{why} {about}", html=browser),
     ]
     if counted is not None:
-        sections += _accuracy(run, predicted[:, judged], scores, methods)
+        page += [report_sections.accuracy(run, scores, methods), report_sections.calibration(run, predicted[:, judged], scores, labels)]
     elif run.inner is not None and run.recalibration is not None:
-        sections.append(_inner_calibration(run, run.inner, run.recalibration))
-    sections += [_genes(scores, links), _fit(run)]
-    name = f"Run {run.folder.name} ({run.method})" if run.folder else f"Run of {run.method}"
-    write_report(path, name, sections, manifest=run.manifest)
+        page.append(report_sections.inner_calibration(run, run.inner, run.recalibration))
+    page += [report_sections.checked(checks, noun, counted is not None), report_sections.genes(scores, links), report_sections.fit(run)]
+    name = f"{run.method}: {run.folder.name}" if run.folder else f"A run of {run.method}"
+    write_report(path, name, page, manifest=run.manifest)
+
+
+def _labels(run: Run, groups: str | None) -> NDArray[np.str_] | None:
+    """Group of every cell."""
+    if groups is None:
+        return None
+    if groups not in run.target.obs:
+        raise UserError(f"groups: the target has no column {groups!r} in obs; it has {', '.join(map(str, run.target.obs.columns)) or 'none'}")
+    return run.target.obs[groups].astype(str).to_numpy()
 
 
 # ---- which genes ----
@@ -174,36 +182,6 @@ def _browsed(run: Run, judged: list[str], scores: pd.DataFrame, genes: Sequence[
     return order[places].tolist(), f"These are {len(places)} of {n} genes with a truth, from the best predicted to the worst."
 
 
-# ---- sections ----
-
-
-def _in_short(run: Run, noun: str) -> str:
-    summary = METHODS[run.method].summary if run.method in METHODS else "a weighted mixture of runs"
-    shared, record = int(np.isin(run.target.genes, run.genes).sum()), run.record
-    training = ""
-    if "losses" in record:
-        why = "the loss no longer fell" if record["stop_reason"] == "converged" else "the steps were used up"
-        training = (
-            f" The start (first values, settings chosen on the data) took {record.get('start_seconds', float('nan')):.0f} s, "
-            f"the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}. "
-            f"Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
-        )
-    rows = {"spots": "spots", "cells": "reference cells"}.get(reference_kind(run))
-    other = ""
-    if rows:
-        other = (
-            f" and {len(run.reference.names):,} {rows} with {len(run.genes):,} genes ({_source(run, 'reference')}), so "
-            f"{int((~run.measured).sum()):,} genes are predicted that the {noun}s never measured"
-        )
-    seeds = run.record.get("seeds", [])
-    if seeds:
-        training += f" These are {len(seeds)} fits that differ in their seeds ({', '.join(map(str, seeds))}) as one: seconds are those of all."
-    return (
-        f"{run.method}: {summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}){other}.{training} "
-        f"Preset {run.manifest.get('preset')}, seed {run.manifest.get('seed')}, device {run.manifest.get('device')}."
-    )
-
-
 def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[str, pd.DataFrame]:
     """Score table per method, ours first, on the genes of ``predicted``."""
     genes = np.asarray(predicted.var_names, dtype=str)
@@ -218,157 +196,6 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
         tables[f"baseline: {name}"] = metrics.score_table(counts, one.estimate(split), total, genes, scale=one.scale)
     tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts), total, genes, scale="log")
     return tables
-
-
-def _accuracy(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]) -> list[Section]:
-    means = pd.DataFrame({name: table.reindex(columns=list(COLUMNS)).mean() for name, table in methods.items()}).T
-    means = means.dropna(axis=1, how="all")
-    means.loc["noise ceiling", "raw_pcc"] = scores["raw_ceiling"].mean()
-    table = Table(
-        f"Means over {len(scores)} held-out genes. PCC and SCC: 1 is perfect, the noise ceiling is the best that any rate could reach.",
-        means.rename(columns=COLUMNS).rename_axis("method"),
-        UNITS,
-    )
-    best = sorted((name for name in methods if name not in (run.method, UPPER)), key=lambda name: -methods[name]["raw_pcc"].mean())[:3]
-    shown = [name for name in (run.method, *best, UPPER) if name in methods]
-    strip = pd.concat([methods[name].assign(method=name.split(":")[0] if name == UPPER else name) for name in shown])
-    panels = {"raw_pcc": "PCC, raw counts", "raw_partial_pcc": "PCC given depth", "log_pcc": "PCC, log scale"}
-    accuracy = {
-        "Correlation with the held-out counts (no unit, 1 is perfect): one dot per gene, bar and number at the median, beside the three best "
-        "baselines and the upper reference. The further right, the better.": plots.metric_strip(strip, panels),
-        "Correlation over cells (no unit) against the best that counting noise allows, one dot per gene: the distance to the dashed line is what a "
-        "better model could gain.": plots.ceiling_plot(scores["raw_ceiling"], scores["raw_pcc"], "correlation reached"),
-    }
-    risk = 1 - scores["raw_pcc"].to_numpy() ** 2
-    ranks = {"the model's trust": scores["trust"], "mean count": scores["mean_count"], "best possible order": -risk}
-    curves = {name: risk_coverage(risk, rank) for name, rank in ranks.items()}
-    accuracy[
-        "What goes wrong (1 - PCC squared, no unit) on average over the genes that are kept, when genes are dropped from the least trusted on: the "
-        "lower the curve, the better the ranking. Trust is worth something where its curve lies below that of the mean count."
-    ] = plots.risk_curve({name: (curve.retained, curve.risk) for name, curve in curves.items()}, "mean 1 - PCC² of the genes kept")
-    return [Section("Accuracy on held-out genes", tables=[table], figures=accuracy), _calibration(run, predicted, scores)]
-
-
-def _calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame) -> Section:
-    pit = np.asarray(predicted.layers["pit_low"]), np.asarray(predicted.layers["pit_high"])
-    per_gene, density = coverage(*pit, GRID).per_gene, pit_histogram(*pit)
-    curves, densities = {"raw": per_gene.mean(1)}, {"raw": density.mean(1)}
-    text, layer = "", run.recalibration
-    if layer is not None:
-        known = run.reference_mean[pd.Index(run.genes).get_indexer(predicted.var_names)]
-        corrected = layer.corrected(pit[0], known), layer.corrected(pit[1], known)
-        curves["recalibrated"], densities["recalibrated"] = coverage(*corrected, GRID).overall, pit_histogram(*corrected).mean(1)
-        after = scores["recalibrated_coverage"]
-        raw = np.mean([np.interp(layer.level, GRID, curve) for curve in per_gene.T])
-        text = (
-            f"Recalibrated {layer.level:.0%} intervals hold {after.mean():.1%} of the held-out counts (raw: {raw:.1%}), and between 80 and 97 % for "
-            f"{after.between(0.8, 0.97).mean():.0%} of the genes. CRPS of the recalibrated forecast {scores['recalibrated_crps'].mean():.4g} counts, "
-            f"raw {scores['crps'].mean():.4g}."
-        )
-    rows = {f"{level:.0%}": scores[f"coverage_{round(100 * level)}"] for level in LEVELS}
-    table = pd.DataFrame(
-        {
-            "overall": {name: values.mean() for name, values in rows.items()},
-            "worst tenth of genes below": {name: values.quantile(0.1) for name, values in rows.items()},
-            "best tenth of genes above": {name: values.quantile(0.9) for name, values in rows.items()},
-        }
-    ).rename_axis("nominal")
-    tables = [Table("Coverage of the raw intervals: shares of held-out counts inside.", table)]
-    figures = {
-        "Share of held-out counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep their "
-        "word, below it they are too narrow. The band holds the middle 80 % of genes (raw).": plots.calibration_curve(GRID, curves, per_gene),
-        "Randomised PIT of the held-out counts (density, no unit): flat at 1 is right; high at both ends means intervals that are too short, a hill "
-        "that they are too wide, a slope that the level is off. The band holds the middle 80 % of genes (raw).": plots.pit_plot(densities, density),
-    }
-    return Section("Calibration", text, tables, figures)
-
-
-def _inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:
-    """Without a truth: the genes of the panel that were hidden in turn."""
-    ends = np.stack([0.5 - 0.5 * GRID, 0.5 + 0.5 * GRID])  # [2, levels]
-    spots = reference_kind(run) == "image"
-    known = run.reference_mean[:0] if spots else run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(inner.genes))]
-    maps = np.tile(np.mean(layer.maps, 0)[:, None], len(inner.genes)) if spots else layer.maps_of(known)
-    what = "spots were" if spots else "genes of the panel were"
-    raw, after = (
-        np.stack([np.diff(np.interp(np.interp(ends, one, KNOTS), KNOTS, pit), axis=0)[0] for one, pit in zip(by, inner.pit.T, strict=True)], 1)
-        for by in (np.tile(KNOTS, (len(inner.genes), 1)), maps.T)
-    )
-    text = (
-        f"There is no truth for what is predicted, so {len(inner.genes)} {what} hidden in turn and the method fitted "
-        f"again without them: {layer.raw_coverage:.1%} of their counts lay inside the raw {layer.level:.0%} intervals. They also taught the "
-        "correction, so the recalibrated curve flatters itself a little."
-    )
-    caption = (
-        "Share of the hidden counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep "
-        "their word, below it they are too narrow. The band holds the middle 80 % of genes (raw)."
-    )
-    figure = plots.calibration_curve(GRID, {"raw": raw.mean(1), "recalibrated": after.mean(1)}, raw)
-    return Section(f"Calibration on {'spots' if spots else 'genes'} that were hidden in turn", text, figures={caption: figure})
-
-
-def _genes(scores: pd.DataFrame, links: Mapping[str, str]) -> Section:
-    """Genes from reliable to unreliable; all of them, linked to the browser."""
-    names = {
-        "trust": "trust", "raw_pcc": "PCC", "raw_ceiling": "noise ceiling", "coverage_90": "coverage 90 %", "mean_count": "mean count",
-        "between_fits": "doubt between fits",
-    }  # fmt: skip
-    shown = scores.reindex(columns=[name for name in names if name in scores]).rename(columns=names).rename_axis("gene")
-    by = "PCC" if "PCC" in shown else "trust"
-    shown = shown.sort_values(by, ascending=False, kind="stable")
-    what = f"by {'correlation with the held-out counts' if by == 'PCC' else 'the share of variance that the model expects to predict'}"
-    if len(shown) <= 20:
-        return Section("Reliable and unreliable genes", tables=[Table(f"All genes {what}.", shown, UNITS, links)])
-    return Section(
-        "Reliable and unreliable genes",
-        tables=[
-            Table(f"The ten most reliable genes {what}.", shown.head(10), UNITS, links),
-            Table(f"The ten least reliable genes {what}.", shown.tail(10), UNITS, links),
-            Table(f"All {len(shown)} genes {what}.", shown, UNITS, links, folded=True),
-        ],
-    )
-
-
-def _fit(run: Run) -> Section:
-    record = run.record
-    facts = {
-        "method": run.method,
-        "preset": run.manifest.get("preset"),
-        "seed": ", ".join(map(str, record.get("seeds", [run.manifest.get("seed")]))),
-        "independent chains": record.get("chains"),
-        "steps": record.get("steps"),
-        "stopped": record.get("stop_reason"),
-        "seconds of the start": record.get("start_seconds"),
-        "seconds of training": record.get("seconds"),
-        "peak memory (GB)": record.get("peak_memory_bytes", float("nan")) / 1e9,
-        "skipped steps (not finite)": len(record.get("skipped", [])),
-    }
-    settings = _flat(tomllib.loads(configs.dumps(run.config)))
-    aligned = record.get("alignment", {})  # of methods that bring two sides together
-    tables = [
-        Table(caption, pd.DataFrame({"value": list(rows.values())}, index=pd.Index(list(rows), name="name")), folded=folded)
-        for caption, rows, folded in (("The fit.", facts, False), ("Alignment of the two sides.", aligned, False), ("All settings.", settings, True))
-        if rows
-    ]
-    figures = {}
-    if record.get("losses"):
-        caption = (
-            "Loss of the variational fit (nats per entry of the target), on the scale of all but its first tenth: it should have flattened; where it "
-            "still falls, more steps would change the result."
-        )
-        runs = record["losses"] if "seeds" in record else [record["losses"]]
-        longest = max(map(len, runs))
-        losses = [[*run, *[np.nan] * (longest - len(run))] for run in runs]
-        figures[caption] = plots.loss_curve(losses, unit="loss (nats per entry)", name="seed")
-    if record.get("watched"):
-        watched = pd.DataFrame(record["watched"]).set_index("step")
-        tables.append(Table("What was watched while training.", watched, folded=True))
-        caption = (
-            "The game while it was played. Losses are those of the translators' factors and of the critics; alignment: mmd 0, accuracy 0.5 and "
-            "mixing 1 where nobody can tell translated codes from the other side's own."
-        )
-        figures[caption] = plots.traces(watched)
-    return Section("Fit", tables=tables, figures=figures)
 
 
 # ---- the browser ----
@@ -442,16 +269,3 @@ def _facts(scores: pd.DataFrame, gene: str, measured: bool) -> dict[str, str]:
             facts["coverage of the raw 90 % interval"] = f"{row['coverage_90']:.0%}"
             facts["mean observed count"] = f"{row['mean_count']:.3g}"
     return facts
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
-    return flat
-
-
-def _source(run: Run, role: str) -> str:
-    """Name of the file that the counts came from."""
-    path = (run.manifest.get("inputs", {}).get(role) or {}).get("path")
-    return Path(path).name if path else "from memory"

@@ -33,6 +33,7 @@ def test_pairs_see_a_difference_far_below_the_spread_over_genes(tmp_path):
     one, close = table.loc["one"], table.iloc[1]
     assert one.hi < 0 and one.difference == pytest.approx(-0.2, abs=0.06) and one.wins < 0.3
     assert close.lo < 0 < close.hi  # 0.01 cannot be told
+    assert table["gene_rank"].sum() == pytest.approx(6) and one.gene_rank == table["gene_rank"].max() > 2.3
     assert table.iloc[0].difference == 0 and table["coverage_error"].iloc[0] == pytest.approx(0.1)
 
 

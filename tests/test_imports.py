@@ -59,9 +59,11 @@ ROOMS: dict[str, set[str]] = {
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "config", "conformal", "inference"},
     "posterior": {"io", "data", "inference", "metrics", "calibration", "conformal", "export", "stream"},
-    "export": {"data", "inference"},
+    "export": {"io", "data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
+    "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},
     "plots": {"data", "posterior", "metrics", "calibration"},
+    "calibration_plots": {"plots"},
     "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},
 }
 ROOMS["stack"] = {"data", "inference", "posterior"}
@@ -75,6 +77,9 @@ ROOMS["demo_images"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)
 ROOMS["sweep"] = set(ROOMS)
 ROOMS["warning_signs"] = {"models", "posterior"}
+ROOMS["report_sections"] = {
+    "report", "plots", "calibration_plots", "calibration", "conformal", "checks", "config", "models", "posterior", "warning_signs",
+}  # fmt: skip
 ROOMS["report_run"] = set(ROOMS)
 ROOMS["demo"] = set(ROOMS)
 ROOMS["terminal"] = {"api", "inference", "report"}  # what commands share

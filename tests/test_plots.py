@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
 
-from ppl_st import plots
+from ppl_st import calibration_plots, plots
 from ppl_st.errors import UserError
 
 rng = np.random.default_rng(0)
@@ -109,18 +109,18 @@ def test_loss_curve_ignores_the_first_plunge_and_stops_where_a_run_stops():
 def test_calibration_curve_draws_what_it_got():
     levels = np.array([0.5, 0.8, 0.9])
     genes = np.clip(levels[:, None] + rng.normal(0, 0.1, (3, 40)), 0, 1)
-    figure = plots.calibration_curve(levels, {"raw": [0.4, 0.7, 0.8], "conformal": levels}, genes)
+    figure = calibration_plots.calibration_curve(levels, {"raw": [0.4, 0.7, 0.8], "conformal": levels}, genes)
     ax = figure.axes[0]
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
     assert list(drawn["raw"]) == [0.4, 0.7, 0.8] and list(drawn["conformal"]) == list(levels)
     assert "middle 80 % of 40 genes" in [text.get_text() for text in ax.get_legend().get_texts()]
     png(figure)
-    assert plots.calibration_curve(levels, levels).axes[0].lines[-1].get_label() == "all genes"
+    assert calibration_plots.calibration_curve(levels, levels).axes[0].lines[-1].get_label() == "all genes"
 
 
 def test_pit_plot_draws_each_histogram_and_the_band_of_the_first():
     density = np.array([2.0, 1.0, 0.5, 0.5])
-    figure = plots.pit_plot({"raw": density, "recalibrated": np.ones(4)}, density[:, None] + np.linspace(-0.2, 0.2, 11))
+    figure = calibration_plots.pit_plot({"raw": density, "recalibrated": np.ones(4)}, density[:, None] + np.linspace(-0.2, 0.2, 11))
     band, raw, after = figure.axes[0].patches
     np.testing.assert_array_equal(raw.get_data().values, density)
     np.testing.assert_array_equal(after.get_data().values, np.ones(4))
@@ -132,7 +132,7 @@ def test_pit_plot_draws_each_histogram_and_the_band_of_the_first():
 def test_rank_plot_is_flat_for_uniform_ranks(draws):
     """Every rank once: each bar is exactly 1, also where the ranks do not divide into the bins."""
     once = np.arange(draws + 1)[:, None]
-    figure = plots.rank_plot({"a": once, "b": np.zeros((50, 2)), "c": once}, draws, columns=2, bins=5)
+    figure = calibration_plots.rank_plot({"a": once, "b": np.zeros((50, 2)), "c": once}, draws, columns=2, bins=5)
     shown = [ax for ax in figure.axes if ax.get_visible()]
     assert len(shown) == 3 and "50 simulations x 2" in shown[1].get_title()
     np.testing.assert_allclose(shown[0].patches[1].get_data().values, 1.0)
@@ -158,3 +158,15 @@ def test_drawing_needs_no_pyplot_and_leaves_no_state():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_check_plot_colors_what_misses_its_band():
+    names = ["mean", "variance", "zero fraction", "Moran's I"]
+    bands = ((0.5, 0.2, 0.8, 0.5), (0.9, 0.0, 0.3, 0.99), (0.1, 0.0, 0.3, 0.4))
+    rows = [(name, x, low, (low + high) / 2, high, pit) for name in names for x, low, high, pit in bands]
+    table = pd.DataFrame(rows, columns=["statistic", "observed", "q05", "q50", "q95", "pit"])
+    figure = calibration_plots.check_plot(table)
+    assert [ax.get_title() for ax in figure.axes] == [f"{name}: 2 of 3 genes inside" for name in names]
+    for ax in figure.axes:
+        assert [len(bars.lines[0].get_xdata()) for bars in ax.containers] == [2, 1]
+    png(figure)

@@ -278,7 +278,7 @@ DIMS = {
     "posterior_predictive": {"x": ("chain", "draw", "cell", "panel_gene"), "library": ("chain", "draw", "cell")},
     "observed_data": {"x": ("cell", "panel_gene"), "library": ("cell",)},
     "predictions": {"count": ("chain", "draw", "cell", "gene"), "rate": ("chain", "draw", "cell", "gene")},
-    "log_likelihood": {"x": ("chain", "draw", "cell")},
+    "log_likelihood": {"library": ("chain", "draw", "cell")},
     "constant_data": {"spatial": ("cell", "axis"), "measured": ("any_gene",)},
 }
 
@@ -339,13 +339,15 @@ def test_arviz_checks_run_on_the_export(exported, quiet_arviz):
 def test_log_likelihood_of_held_out_genes(run, sim, tmp_path, quiet_arviz):
     run.export(tmp_path / "held.nc", draws=20, truth=sim.truth)
     idata = quiet_arviz.from_netcdf(tmp_path / "held.nc")
-    held = idata["log_likelihood"]["held_out"]
+    held = idata["predictions"]["log_likelihood"]
     assert held.dims == ("chain", "draw", "cell") and held.shape == (2, 20, 250)
     score = run.score(sim.truth, draws=60)["log_score"].sum()  # of the mixture over draws, gene by gene: not less
     assert score - 6 < held.values.mean() < score
-    np.testing.assert_array_equal(idata["observed_data"]["count"].values, sim.truth.X.toarray())
-    assert idata["observed_data"]["count"].dims == idata["predictions"]["count"].dims[2:]
-    np.testing.assert_array_equal(idata["log_likelihood"]["x"].values, run.to_arviz(draws=20)["log_likelihood"]["x"].values)
+    np.testing.assert_array_equal(idata["predictions_constant_data"]["count"].values, sim.truth.X.toarray())
+    assert idata["predictions_constant_data"]["count"].dims == idata["predictions"]["count"].dims[2:]
+    np.testing.assert_array_equal(idata["log_likelihood"]["library"].values, run.to_arviz(draws=20)["log_likelihood"]["library"].values)
+    assert np.asarray(quiet_arviz.loo_pit(idata, y="library")).shape == (250,)  # a truth takes nothing away from the checks of the fit
+    assert np.isfinite(quiet_arviz.loo(idata).elpd_loo)
     with pytest.raises(UserError, match="none of its 30 genes is unmeasured"):
         run.to_arviz(draws=2, truth=sim.target)
 
@@ -369,7 +371,7 @@ def test_predictions_and_predict_agree(run, exported, quiet_arviz):
     assert simulated.sum() == pytest.approx(x.sum(), rel=0.1)
     # log p of a cell given a draw, against the log score of its genes one by one
     score = run.score(run.target, draws=60)["log_score"].sum()
-    assert fitted["log_likelihood"]["x"].values.mean() == pytest.approx(score, rel=0.1)
+    assert fitted["log_likelihood"]["library"].values.mean() == pytest.approx(score, rel=0.1)
 
 
 def test_zarr_export_is_readable_by_xarray(run, tmp_path, quiet_arviz):
@@ -414,3 +416,35 @@ def test_log_normalised_means_use_the_genes_shared_with_the_reference():
     table.obs_names, table.var_names = ["a", "b", "c"], ["g0", "g1", "g2"]
     table.obsm["spatial"] = np.random.default_rng(0).random((3, 2))
     np.testing.assert_allclose(_factor(read_counts(table, role="target"), np.array(["g0", "g1", "other"])), [2, 1, 0.5])
+
+
+def test_streamed_export_holds_the_same_draws(run, sim, tmp_path, monkeypatch, quiet_arviz):
+    """Block by block along the cells: the same numbers as in memory, one block at a time, readable lazily and as InferenceData."""
+    import xarray as xr
+
+    from ppl_st import export
+
+    monkeypatch.setattr(export, "BLOCK_CELLS", 40)
+    whole = run.arviz_groups(draws=5, max_cells=None, truth=sim.truth)
+    held, empty = [], export._Plan.empty
+    monkeypatch.setattr(export._Plan, "empty", lambda self, cells: held.append(cells) or empty(self, cells))
+    monkeypatch.setattr(export, "STREAMED_BYTES", 0)
+    monkeypatch.setattr(export, "MAX_BYTES", 0)
+    said = []
+    run.export(tmp_path / "p.zarr", draws=5, max_cells=None, truth=sim.truth, say=said.append)
+    assert max(held) < 60 and sum(held) == 250 and said[0].startswith("250 cells, 2 x 5 draws")
+    tree = xr.open_datatree(tmp_path / "p.zarr", engine="zarr", consolidated=False, chunks={})
+    assert set(tree.children) == set(whole)
+    for name, frame in whole.items():
+        other = tree[name].to_dataset()
+        if "cell" in frame.dims:
+            other = other.sel(cell=frame["cell"].values)
+        for variable in frame.data_vars:
+            np.testing.assert_array_equal(other[variable].values, frame[variable].values)
+            assert other[variable].chunks is not None or not other[variable].dims
+    assert json.loads(tree["predictions"].attrs["manifest"])["seed"] == 3
+    idata = quiet_arviz.InferenceData.from_datatree(tree) if quiet_arviz.__version__.startswith("0.") else tree
+    assert np.asarray(quiet_arviz.loo_pit(idata.load() or idata, y="library")).shape == (250,)
+    tree.close()
+    with pytest.raises(UserError, match=r"too many to hold.*\.zarr"):
+        run.export(tmp_path / "p.nc", draws=5, max_cells=None)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from html import unescape
 
 import anndata as ad
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import tomli_w
 import torch
 
-from ppl_st import api, plots, refit, report_run
+from ppl_st import api, calibration_plots, refit, report_run
 from ppl_st.browser import decode
 from ppl_st.calibration import GRID
 from ppl_st.conformal import KNOTS, Recalibration
@@ -62,7 +63,7 @@ def test_report_with_a_truth(run, sim, tmp_path):
     pcc = [float(dict(gene["facts"])["PCC (ceiling)"].split()[0]) for gene in stored["genes"]]
     assert pcc == sorted(pcc, reverse=True)  # from the best predicted to the worst
     assert "Few shared genes: target and reference have 30" in words and "Small reference: 36 rows" in words and "intervals are raw" in words
-    assert len(said) == 3 and page.count("data:image/png") >= 5
+    assert len(said) == 4 and page.count("data:image/png") >= 5
     links = re.findall(r'<a href="#gene=([^"]+)">', page)
     assert set(links) == set(sim.truth.var_names)
 
@@ -111,8 +112,8 @@ def test_recalibrated_intervals_are_the_ones_shown(run, sim, tmp_path):
 
 
 def test_calibration_on_hidden_genes_stands_in_for_a_truth(run, tmp_path, monkeypatch):
-    drawn, draw = {}, plots.calibration_curve
-    monkeypatch.setattr(plots, "calibration_curve", lambda *given: drawn.update(given[1]) or draw(*given))
+    drawn, draw = {}, calibration_plots.calibration_curve
+    monkeypatch.setattr(calibration_plots, "calibration_curve", lambda *given: drawn.update(given[1]) or draw(*given))
     better = refit.recalibrate(replace(run, folder=None), folds=2, draws=10)
     report_run.report_run(better, tmp_path / "r.html", draws=5)
     words = text((tmp_path / "r.html").read_text(encoding="utf-8"))
@@ -187,3 +188,18 @@ def test_method_of_images(tmp_path):
     np.testing.assert_array_equal(
         decode(stored["genes"][0]["maps"]["truth"]), run.target.take_genes([stored["genes"][0]["name"]]).matrix.toarray().ravel()
     )
+
+
+def test_groups_checks_and_variance_are_shown(run, sim, tmp_path):
+    halves = np.where(run.target.xy[:, 0] > np.median(run.target.xy[:, 0]), "east", "west")
+    labelled = replace(run, target=replace(run.target, obs=run.target.obs.assign(half=halves)))
+    report_run.report_run(labelled, tmp_path / "r.html", truth=sim.truth, groups="half", draws=10)
+    words = unescape(text((tmp_path / "r.html").read_text(encoding="utf-8")))
+    table = words.split("The same in each group of cells")[1]
+    assert [name for name in ("all", "east", "west") if f" {name} " in table[:400]] == ["all", "east", "west"]
+    assert "On 10 genes that were hidden from the fit the mean correlation" in words and "variance: pattern" in words
+    checked = words.split("Would the model's own data look like yours?")[1][:1500]
+    assert "of 10 genes" in checked and "Moran's I" in checked and "hidden from the fit" in checked
+    with pytest.raises(UserError, match="no column 'half' in obs"):
+        report_run.report_run(run, tmp_path / "n.html", truth=sim.truth, groups="half", draws=4)
+    assert not (tmp_path / "n.html").exists()

@@ -12,7 +12,7 @@ import numpy as np
 import sbc_methods
 import torch
 
-from ppl_st.plots import rank_plot
+from ppl_st.calibration_plots import rank_plot
 from ppl_st.testing.simulation import Ranks, uniformity
 
 torch.set_num_threads(1)

@@ -1,14 +1,16 @@
 """Calibration of unmeasured genes on real data: raw, recalibrated, TISSUE-style; trust; stacking. Numbers in BENCHMARKS.md.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py collect DATA METHOD FOLD DIR      # osmfish, starmap: folds 0 to 4; xenium: 0
+    OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py collect DATA METHOD FOLD DIR      # osmfish, starmap, spots: folds 0 to 4; xenium: 0
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py table DIR
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py downstream DATA METHOD FOLD  # Rubin's rules on fold changes and Moran's I
     OMP_NUM_THREADS=1 python tests/benchmarks/uncertainty.py places DATA STEPS FOLDS      # mob, her2: XFuse's intervals at hidden spots
 
 "collect" hides one fifth of the shared genes (xenium: nothing; its truth is another file), fits, and scores the hidden genes; then does the same with
-each fifth of the *remaining* genes hidden as well, as `ppl_st.recalibrate` does. "table" learns corrections and weights on the inner genes and
-judges them on the hidden ones. "places" hides half of the spots of both sections, fits, recalibrates on parts of the other half and
-judges the 100 genes with the largest totals at the hidden spots. Data: $PPL_ST_DATA or ../shared/data.
+each fifth of the *remaining* genes hidden as well, as `ppl_st.recalibrate` does; what is there already is not done again, and a last argument
+such as "-" or "01" asks for some of these six parts only. In "spots" the pseudo-spots of the xenium pair are the target, its cells the reference.
+"table" learns corrections and weights on the inner genes and judges them on the hidden ones. "places" hides half of the spots of both
+sections, fits, recalibrates on parts of the other half and judges the 100 genes with the largest totals at the hidden spots.
+Data: $PPL_ST_DATA or ../shared/data.
 """
 
 import sys
@@ -34,23 +36,21 @@ from ppl_st.refit import held_out_fits
 from ppl_st.spatial import neighbors
 from ppl_st.stack import stacked, stacking_weights
 
-FILES = {
+XENIUM = [f"derived_pair_xenium_brain/{name}.h5ad" for name in ("xenium_like_panel", "visium_like_spots", "heldout_truth_cells")]
+FILES = {  # target, reference (a list: genes of the same cells), truth where it is another file
     "osmfish": ("osmfish_cortex/spatial.h5ad", "osmfish_cortex/scrna.h5ad", None),
     "starmap": ("starmap_visual_cortex/spatial.h5ad", "starmap_visual_cortex/scrna_zeisel500.h5ad", None),
-    "xenium": (
-        "derived_pair_xenium_brain/xenium_like_panel.h5ad", "derived_pair_xenium_brain/visium_like_spots.h5ad",
-        "derived_pair_xenium_brain/heldout_truth_cells.h5ad",
-    ),
-}  # fmt: skip
-METHODS = {
-    "osmfish": ["vista", "spaim", "spagene"], "starmap": ["vista", "spaim", "spagene"], "xenium": ["siid", "vista", "spaim", "spagene"],
-}  # fmt: skip
+    "xenium": tuple(XENIUM),
+    "spots": (XENIUM[1], [XENIUM[0], XENIUM[2]], None),
+}
+DISSOCIATED = ["vista", "spaim", "spagene"]
+METHODS = {"osmfish": DISSOCIATED, "starmap": DISSOCIATED, "xenium": ["siid", *DISSOCIATED], "spots": DISSOCIATED}
 FOLDS, MOST_CELLS, CELLS, DRAWN_CELLS, DRAWS = 5, 6000, 4000, 400, 100  # of more than MOST_CELLS cells CELLS are judged
 
 
 def problem(name):
     """Cells with every gene, reference, hidden genes of every fold, truth (Counts) of the hidden genes."""
-    target, reference, other = (None if one is None else ad.read_h5ad(realdata.path(one)) for one in FILES[name])
+    target, reference, other = (None if one is None else table_of(one) for one in FILES[name])
     if "duplicate_row" in target.obs:
         target = target[~target.obs["duplicate_row"].astype(bool)].copy()
     cells = read_counts(target, role="target")
@@ -66,14 +66,22 @@ def problem(name):
     return cells, known, folds, cells
 
 
-def collect(name, method, fold, folder):
+def table_of(files):
+    """The AnnData of a file, or of several with the genes of the same cells."""
+    if isinstance(files, str):
+        return ad.read_h5ad(realdata.path(files))
+    tables = [ad.read_h5ad(realdata.path(one)) for one in files]
+    return ad.concat([one[tables[0].obs_names] for one in tables], axis=1, merge="first")
+
+
+def collect(name, method, fold, folder, wanted="-01234"):
     """Write NAME.METHOD.FOLD.-.npz (hidden genes) and .0 to .4.npz (inner genes)."""
     cells, reference, folds, truth = problem(name)
     seen = cells.take_genes(cells.genes[~np.isin(cells.genes, folds[fold])])
     inner = gene_folds(np.sort(np.intersect1d(seen.genes, reference.genes)), FOLDS, 0)
     for part, held in [("-", folds[fold]), *((str(k), genes) for k, genes in enumerate(inner))]:
         path = Path(folder) / f"{name}.{method}.{fold}.{part}.npz"
-        if path.exists():
+        if path.exists() or part not in wanted:
             continue
         began = time.process_time()
         target = seen.take_genes(seen.genes[~np.isin(seen.genes, held)])
@@ -150,38 +158,52 @@ def judged(hidden, inner, name, level=0.9):
 
 
 def table(folder):
-    """Print the tables of BENCHMARKS.md."""
+    """Print the rows of BENCHMARKS.md: calibration, which genes to believe, stacking; after them what the text quotes."""
+    calibration, ranking, stacking, spread = [], [], [], []
     for name, methods in METHODS.items():
         for method in methods:
             found = [parts(folder, name, method, fold) for fold in range(FOLDS)]
             rows = [judged(*one, name) for one in found if one is not None]
             if rows:
-                show(name, method, len(rows), pd.concat(rows))
-        stack(folder, name, methods)
+                show(name, method, len(rows), pd.concat(rows), calibration, ranking, spread)
+        stacking += stack(folder, name, methods)
+    print("| data | method, folds, genes | raw | recalibrated | with `--guarantee` | TISSUE-style | CRPS raw -> recalibrated | change [95%] |")
+    print("|---|---|---|---|---|---|---|---|", *calibration, sep="\n")
+    print("\n| | trust | all variances | mean expression | reference mean | no ranking | perfect | trust - expression, 95% bootstrap |")
+    print("|---|---|---|---|---|---|---|---|", *ranking, sep="\n")
+    print("\n| data | genes | VISTA, SpaIM, SpaGene (xenium: SIID first) | stack | stack - best [95% bootstrap] | weights by fold, in this order |")
+    print("|---|---|---|---|---|---|", *stacking, "", *spread, sep="\n")
 
 
-def show(name, method, folds, rows):
-    print(f"\n{name} {method}: {folds} folds, {len(rows)} genes; corrections move probabilities by up to {rows['touched'].max():.3f}")
+def short(value, digits=3):
+    """A number below 1 without its leading 0."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+
+
+def show(name, method, folds, rows, calibration, ranking, spread):
+    cells = []
     for label in ("raw", "recalibrated", "guaranteed", "TISSUE"):
         values = rows[label]
         mean, (low, high) = bootstrap_mean(values, np.random.default_rng(0)), values.quantile([0.05, 0.95])
-        print(
-            f"  {label:13s} {mean.mean:.3f} [{mean.lo:.3f}, {mean.hi:.3f}]  5% to 95% of genes {low:.2f} to {high:.2f}, lowest {values.min():.2f}, "
-            f"in 80-97% {values.between(0.8, 0.97).mean():.2f}"
-        )
+        interval = f" [{short(mean.lo)}, {short(mean.hi)}]" if label == "raw" else ""
+        cells.append(f"{short(mean.mean)}{interval} ({values.between(0.8, 0.97).mean():.2f})")
+        spread.append(f"{name} {method} {label}: 5% to 95% of genes {short(low, 2)} to {short(high, 2)}, lowest {short(values.min(), 2)}")
     change = bootstrap_mean(rows["crps recalibrated"] - rows["crps raw"], np.random.default_rng(0))
-    means = rows[["crps raw", "crps recalibrated"]].mean()
-    print(f"  CRPS {means.iloc[0]:.4f} -> {means.iloc[1]:.4f}, change {change.mean:+.4f} [{change.lo:+.4f}, {change.hi:+.4f}]")
+    crps = " -> ".join(f"{rows[label].mean():.4g}" for label in ("crps raw", "crps recalibrated"))
+    cells += [crps, f"{change.mean:+.4f} [{change.lo:+.4f}, {change.hi:+.4f}]"]
+    calibration.append(f"| {name} | {method}, {folds}, {len(rows)} | {' | '.join(cells)} |")
+    spread.append(f"{name} {method}: corrections move probabilities by up to {rows['touched'].max():.3f}")
     risk = rows["risk"].to_numpy()
     scores = {score: rows[score].to_numpy() for score in ("trust", "all variances", "expression", "reference")} | {"none": 0 * risk, "best": -risk}
-    print("  area under risk-coverage:", ", ".join(f"{score} {risk_coverage(risk, values).area:.3f}" for score, values in scores.items()))
+    areas = " | ".join(short(risk_coverage(risk, values).area) for values in scores.values())
     picks = np.random.default_rng(1).integers(0, len(rows), (1000, len(rows)))
     gap = [risk_coverage(risk[i], scores["trust"][i]).area - risk_coverage(risk[i], scores["expression"][i]).area for i in picks]
     low, high = np.quantile(gap, [0.025, 0.975])
-    print(f"  trust - expression: 95% bootstrap [{low:+.3f}, {high:+.3f}]")
+    ranking.append(f"| {name}, {method}, {len(rows)} genes | {areas} | {low:+.3f} to {high:+.3f} |")
 
 
 def stack(folder, name, methods):
+    """Row of the stack of all methods, on the folds that all of them have."""
     scores, weights = [], []
     for fold in range(FOLDS):
         found = [one for one in (parts(folder, name, method, fold) for method in methods) if one is not None]
@@ -190,15 +212,15 @@ def stack(folder, name, methods):
         learned = stacking_weights(np.stack([inner["log_prob"] for _, inner in found]))
         log_prob = np.stack([hidden["log_prob"] for hidden, _ in found])
         scores.append(np.vstack([log_prob.mean(1, dtype=np.float64), stacked(log_prob, learned).mean(0)]))
-        weights.append(" ".join(f"{w:.2f}" for w in learned))
+        weights.append(" ".join(short(w, 2) for w in learned))
     if not scores:
-        return
+        return []
     every = np.hstack(scores)
     best = int(every[:-1].mean(1).argmax())
     gain = bootstrap_mean(every[-1] - every[best], np.random.default_rng(0))
-    named = zip([*methods, "stack"], every.mean(1), strict=True)
-    print(f"\n{name} stack, {every.shape[1]} genes: " + ", ".join(f"{method} {score:.4f}" for method, score in named))
-    print(f"  stack - {methods[best]} {gain.mean:+.4f} [{gain.lo:+.4f}, {gain.hi:+.4f}]; weights {'; '.join(weights)}")
+    single = ", ".join(f"{score:.4f}" for score in every[:-1].mean(1))
+    ties = f"{gain.mean:+.4f} over {methods[best]} [{gain.lo:+.4f}, {gain.hi:+.4f}]"
+    return [f"| {name} | {every.shape[1]} | {single} | {every[-1].mean():.4f} | {ties} | {'; '.join(weights)} |"]
 
 
 def downstream(name, method, fold):
@@ -264,7 +286,7 @@ def places(name, steps, folds):
 
 if __name__ == "__main__":
     if sys.argv[1] == "collect":
-        collect(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+        collect(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
     elif sys.argv[1] == "downstream":
         downstream(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     elif sys.argv[1] == "places":

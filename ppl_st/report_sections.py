@@ -1,0 +1,285 @@
+"""The sections of the report of a run: text, tables and figures of what `ppl_st.report_run` has computed. Nothing is fitted or predicted here."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ppl_st import calibration_plots, plots
+from ppl_st import config as configs
+from ppl_st.calibration import GRID, LEVELS, coverage, coverage_table, pit_histogram, risk_coverage
+from ppl_st.checks import Checks
+from ppl_st.conformal import KNOTS, Inner, Recalibration
+from ppl_st.models import METHODS
+from ppl_st.posterior import Run
+from ppl_st.report import Section, Table
+from ppl_st.warning_signs import UPPER, reference_kind
+
+COLUMNS = {
+    "raw_pcc": "PCC", "raw_partial_pcc": "PCC given depth", "raw_scc": "SCC", "log_pcc": "PCC, log scale", "log_score": "log score",
+    "crps": "CRPS", "coverage_90": "coverage 90 %", "recalibrated_coverage": "coverage, recalibrated",
+}  # fmt: skip
+UNITS = {
+    "log score": "nats per entry", "CRPS": "counts", "mean count": "counts per cell", "coverage 90 %": "share", "doubt between fits": "share",
+    "variance: pattern": "share", "variance: doubt": "share", "variance: noise": "share",
+}  # fmt: skip
+
+
+
+__all__ = ["accuracy", "calibration", "checked", "fit", "genes", "in_short", "inner_calibration"]
+
+
+def in_short(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> str:
+    """What was fitted, on what, how long, and (with a truth) how well it did."""
+    summary = METHODS[run.method].summary if run.method in METHODS else "a weighted mixture of runs"
+    shared, record = int(np.isin(run.target.genes, run.genes).sum()), run.record
+    training = ""
+    if "losses" in record:
+        why = "the loss no longer fell" if record["stop_reason"] == "converged" else "the steps were used up"
+        training = (
+            f" The start (first values, settings chosen on the data) took {record.get('start_seconds', float('nan')):.0f} s, "
+            f"the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}. "
+            f"Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
+        )
+    rows = {"spots": "spots", "cells": "reference cells"}.get(reference_kind(run))
+    other = ""
+    if rows:
+        other = (
+            f" and {len(run.reference.names):,} {rows} with {len(run.genes):,} genes ({_source(run, 'reference')}), so "
+            f"{int((~run.measured).sum()):,} genes are predicted that the {noun}s never measured"
+        )
+    seeds = run.record.get("seeds", [])
+    if seeds:
+        training += f" These are {len(seeds)} fits that differ in their seeds ({', '.join(map(str, seeds))}) as one: seconds are those of all."
+    return (
+        f"{run.method}: {summary}. Fitted on {len(run.target.names):,} {noun}s with {shared} genes ({_source(run, 'target')}){other}.{training} "
+        f"Preset {run.manifest.get('preset')}, seed {run.manifest.get('seed')}, device {run.manifest.get('device')}."
+    ) + _verdict(run, scores, methods)
+
+
+def _verdict(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]) -> str:
+    """The numbers that a reader asks for first."""
+    if not methods:
+        return ""
+    found = f"On {len(scores)} genes that were hidden from the fit the mean correlation with the counts is {scores['raw_pcc'].mean():.2f}"
+    others = {name: float(table["raw_pcc"].mean()) for name, table in methods.items() if name not in (run.method, UPPER)}
+    if others:
+        best = max(others, key=lambda name: others[name])
+        found += f" (best cheap baseline: {others[best]:.2f}; most that counting noise allows: {scores['raw_ceiling'].mean():.2f})"
+    column = "recalibrated_coverage" if "recalibrated_coverage" in scores else "coverage_90"
+    level, kind = (run.recalibration.level, "recalibrated ") if run.recalibration is not None else (0.9, "")
+    inside = scores[column]
+    return (
+        f"\n\n{found}. The {kind}{level:.0%} intervals hold {inside.mean():.1%} of the counts, and between 80 and 97 % for "
+        f"{int(inside.between(0.8, 0.97).sum())} of the {len(scores)} genes."
+    )
+
+
+def accuracy(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]) -> Section:
+    """Scores beside baselines and ceiling."""
+    means = pd.DataFrame({name: table.reindex(columns=list(COLUMNS)).mean() for name, table in methods.items()}).T
+    means = means.dropna(axis=1, how="all")
+    means.loc["noise ceiling", "raw_pcc"] = scores["raw_ceiling"].mean()
+    table = Table(
+        f"Means over {len(scores)} held-out genes. PCC and SCC: 1 is perfect, the noise ceiling is the best that any rate could reach.",
+        means.rename(columns=COLUMNS).rename_axis("method"),
+        UNITS,
+    )
+    best = sorted((name for name in methods if name not in (run.method, UPPER)), key=lambda name: -methods[name]["raw_pcc"].mean())[:3]
+    shown = [name for name in (run.method, *best, UPPER) if name in methods]
+    strip = pd.concat([methods[name].assign(method=name.split(":")[0] if name == UPPER else name) for name in shown])
+    panels = {"raw_pcc": "PCC, raw counts", "raw_partial_pcc": "PCC given depth", "log_pcc": "PCC, log scale"}
+    figures = {
+        "Correlation with the held-out counts (no unit, 1 is perfect): one dot per gene, bar and number at the median, beside the three best "
+        "baselines and the upper reference. The further right, the better.": plots.metric_strip(strip, panels),
+        "Correlation over cells (no unit) against the best that counting noise allows, one dot per gene: the distance to the dashed line is what a "
+        "better model could gain.": calibration_plots.ceiling_plot(scores["raw_ceiling"], scores["raw_pcc"], "correlation reached"),
+    }
+    risk = 1 - scores["raw_pcc"].to_numpy() ** 2
+    ranks = {"the model's trust": scores["trust"], "mean count": scores["mean_count"], "best possible order": -risk}
+    curves = {name: risk_coverage(risk, rank) for name, rank in ranks.items()}
+    figures[
+        "What goes wrong (1 - PCC squared, no unit) on average over the genes that are kept, when genes are dropped from the least trusted on: the "
+        "lower the curve, the better the ranking. Trust is worth something where its curve lies below that of the mean count."
+    ] = calibration_plots.risk_curve({name: (curve.retained, curve.risk) for name, curve in curves.items()}, "mean 1 - PCC² of the genes kept")
+    return Section("Accuracy on held-out genes", tables=[table], figures=figures)
+
+
+def calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, labels: NDArray[np.str_] | None = None) -> Section:
+    """Coverage and PIT on held-out genes; ``labels``: group of every cell."""
+    pit = np.asarray(predicted.layers["pit_low"]), np.asarray(predicted.layers["pit_high"])
+    per_gene, density = coverage(*pit, GRID).per_gene, pit_histogram(*pit)
+    curves, densities = {"raw": per_gene.mean(1)}, {"raw": density.mean(1)}
+    text, layer = "", run.recalibration
+    if layer is not None:
+        known = run.reference_mean[pd.Index(run.genes).get_indexer(predicted.var_names)]
+        corrected = layer.corrected(pit[0], known), layer.corrected(pit[1], known)
+        curves["recalibrated"], densities["recalibrated"] = coverage(*corrected, GRID).overall, pit_histogram(*corrected).mean(1)
+        after = scores["recalibrated_coverage"]
+        raw = np.mean([np.interp(layer.level, GRID, curve) for curve in per_gene.T])
+        text = (
+            f"Recalibrated {layer.level:.0%} intervals hold {after.mean():.1%} of the held-out counts (raw: {raw:.1%}), and between 80 and 97 % for "
+            f"{after.between(0.8, 0.97).mean():.0%} of the genes. CRPS of the recalibrated forecast {scores['recalibrated_crps'].mean():.4g} counts, "
+            f"raw {scores['crps'].mean():.4g}."
+        )
+    rows = {f"{level:.0%}": scores[f"coverage_{round(100 * level)}"] for level in LEVELS}
+    table = pd.DataFrame(
+        {
+            "overall": _with_intervals(coverage_table(*pit)),
+            "worst tenth of genes below": {name: values.quantile(0.1) for name, values in rows.items()},
+            "best tenth of genes above": {name: values.quantile(0.9) for name, values in rows.items()},
+        }
+    ).rename_axis("nominal")
+    tables = [Table("Coverage of the raw intervals: share of held-out counts inside, with a 95 % bootstrap interval over genes.", table)]
+    if labels is not None:
+        groups = coverage_table(*pit, labels)
+        wide = pd.DataFrame({str(name): _with_intervals(part) for name, part in groups.groupby("group", sort=False)}).T
+        wide.insert(0, "cells", groups.drop_duplicates("group").set_index("group")["cells"])
+        tables.append(Table("The same in each group of cells.", wide.rename_axis("group")))
+    figures = {
+        "Share of held-out counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep "
+        "their word, below it they are too narrow. The band holds the middle 80 % of genes (raw).": calibration_plots.calibration_curve(
+            GRID, curves, per_gene
+        ),
+        "Randomised PIT of the held-out counts (density, no unit): flat at 1 is right; high at both ends means intervals that are too short, a "
+        "hill that they are too wide, a slope that the level is off. The band holds the middle 80 % of genes (raw).": calibration_plots.pit_plot(
+            densities, density
+        ),
+    }
+    return Section("Calibration", text, tables, figures)
+
+
+def _with_intervals(table: pd.DataFrame) -> dict[str, str]:
+    """Level -> coverage and its interval, of one group of `coverage_table`."""
+    return {f"{row.level:.0%}": f"{row.coverage:.3f} [{row.lo:.3f},\u00a0{row.hi:.3f}]" for row in table.itertuples()}
+
+
+def inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:
+    """Without a truth: the genes of the panel that were hidden in turn."""
+    ends = np.stack([0.5 - 0.5 * GRID, 0.5 + 0.5 * GRID])  # [2, levels]
+    spots = reference_kind(run) == "image"
+    known = run.reference_mean[:0] if spots else run.reference_mean[pd.Index(run.genes).get_indexer(pd.Index(inner.genes))]
+    maps = np.tile(np.mean(layer.maps, 0)[:, None], len(inner.genes)) if spots else layer.maps_of(known)
+    what = "spots were" if spots else "genes of the panel were"
+    raw, after = (
+        np.stack([np.diff(np.interp(np.interp(ends, one, KNOTS), KNOTS, pit), axis=0)[0] for one, pit in zip(by, inner.pit.T, strict=True)], 1)
+        for by in (np.tile(KNOTS, (len(inner.genes), 1)), maps.T)
+    )
+    text = (
+        f"There is no truth for what is predicted, so {len(inner.genes)} {what} hidden in turn and the method fitted "
+        f"again without them: {layer.raw_coverage:.1%} of their counts lay inside the raw {layer.level:.0%} intervals. They also taught the "
+        "correction, so the recalibrated curve flatters itself a little."
+    )
+    caption = (
+        "Share of the hidden counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep "
+        "their word, below it they are too narrow. The band holds the middle 80 % of genes (raw)."
+    )
+    figure = calibration_plots.calibration_curve(GRID, {"raw": raw.mean(1), "recalibrated": after.mean(1)}, raw)
+    return Section(f"Calibration on {'spots' if spots else 'genes'} that were hidden in turn", text, figures={caption: figure})
+
+
+def checked(checks: Checks, noun: str, true: bool) -> Section:
+    """Posterior predictive checks."""
+    inside = checks.genes.assign(inside=checks.genes["pit"].between(0.05, 0.95)).groupby("statistic", sort=False)["inside"]
+    shares = inside.agg(["sum", "count"])
+    rows = {name: f"{int(row['sum'])} of {int(row['count'])} genes" for name, row in shares.iterrows()}
+    library = float(checks.library["pit"].between(0.05, 0.95).mean())
+    rows[f"library of a {noun} (sum over the genes looked at)"] = f"{library:.0%} of the {noun}s"
+    table = pd.DataFrame({"inside the middle 90 %": list(rows.values())}, index=pd.Index(list(rows), name="of the measured counts"))
+    seen = "hidden from the fit: about nine in ten should lie inside" if true else "that the fit saw: levels are known to it, so bands are narrow"
+    text = (
+        "The model made up counts for all cells several times, with everything that it does not know drawn anew each time. Where the measured "
+        f"counts differ from all of these, the model misses that side of the data. These are genes {seen}. Moran's I says how alike neighboring "
+        f"{noun}s are (0: not at all, 1: perfectly); the zero fraction is the share of {noun}s without a count."
+    )
+    caption = (
+        f"Properties of each gene's counts over the tissue, measured (across) and in the model's own data (up; bars hold 90 % of the draws): "
+        f"mean (counts per {noun}), variance (counts squared), zero fraction (share) and Moran's I (no unit). Bars should cross the dashed line."
+    )
+    return Section(
+        "Would the model's own data look like yours?", text, tables=[Table("Predictive checks.", table)],
+        figures={caption: calibration_plots.check_plot(checks.genes)},
+    )  # fmt: skip
+
+
+def genes(scores: pd.DataFrame, links: Mapping[str, str]) -> Section:
+    """Genes from reliable to unreliable; all of them, linked to the browser."""
+    names = {
+        "trust": "trust", "raw_pcc": "PCC", "raw_ceiling": "noise ceiling", "coverage_90": "coverage 90 %", "mean_count": "mean count",
+        "between_fits": "doubt between fits", "between": "variance: pattern", "epistemic": "variance: doubt", "noise": "variance: noise",
+    }  # fmt: skip
+    shown = scores.reindex(columns=[name for name in names if name in scores]).rename(columns=names).rename_axis("gene")
+    by = "PCC" if "PCC" in shown else "trust"
+    shown = shown.sort_values(by, ascending=False, kind="stable")
+    what = f"by {'correlation with the held-out counts' if by == 'PCC' else 'the share of variance that the model expects to predict'}"
+    if len(shown) <= 20:
+        return Section("Reliable and unreliable genes", tables=[Table(f"All genes {what}.", shown, UNITS, links)])
+    return Section(
+        "Reliable and unreliable genes",
+        tables=[
+            Table(f"The ten most reliable genes {what}.", shown.head(10), UNITS, links),
+            Table(f"The ten least reliable genes {what}.", shown.tail(10), UNITS, links),
+            Table(f"All {len(shown)} genes {what}.", shown, UNITS, links, folded=True),
+        ],
+    )
+
+
+def fit(run: Run) -> Section:
+    """How it was fitted: record, settings, loss."""
+    record = run.record
+    facts = {
+        "method": run.method,
+        "preset": run.manifest.get("preset"),
+        "seed": ", ".join(map(str, record.get("seeds", [run.manifest.get("seed")]))),
+        "independent chains": record.get("chains"),
+        "steps": record.get("steps"),
+        "stopped": record.get("stop_reason"),
+        "seconds of the start": record.get("start_seconds"),
+        "seconds of training": record.get("seconds"),
+        "peak memory (GB)": record.get("peak_memory_bytes", float("nan")) / 1e9,
+        "skipped steps (not finite)": len(record.get("skipped", [])),
+    }
+    settings = _flat(tomllib.loads(configs.dumps(run.config)))
+    aligned = record.get("alignment", {})  # of methods that bring two sides together
+    tables = [
+        Table(caption, pd.DataFrame({"value": list(rows.values())}, index=pd.Index(list(rows), name="name")), folded=folded)
+        for caption, rows, folded in (("The fit.", facts, False), ("Alignment of the two sides.", aligned, False), ("All settings.", settings, True))
+        if rows
+    ]
+    figures = {}
+    if record.get("losses"):
+        caption = (
+            "Loss of the variational fit (nats per entry of the target), on the scale of all but its first tenth: it should have flattened; where it "
+            "still falls, more steps would change the result."
+        )
+        runs = record["losses"] if "seeds" in record else [record["losses"]]
+        longest = max(map(len, runs))
+        losses = [[*run, *[np.nan] * (longest - len(run))] for run in runs]
+        figures[caption] = plots.loss_curve(losses, unit="loss (nats per entry)", name="seed")
+    if record.get("watched"):
+        watched = pd.DataFrame(record["watched"]).set_index("step")
+        tables.append(Table("What was watched while training.", watched, folded=True))
+        caption = (
+            "The game while it was played. Losses are those of the translators' factors and of the critics; alignment: mmd 0, accuracy 0.5 and "
+            "mixing 1 where nobody can tell translated codes from the other side's own."
+        )
+        figures[caption] = plots.traces(watched)
+    return Section("Fit", tables=tables, figures=figures)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
+    return flat
+
+
+def _source(run: Run, role: str) -> str:
+    """Name of the file that the counts came from."""
+    path = (run.manifest.get("inputs", {}).get(role) or {}).get("path")
+    return Path(path).name if path else "from memory"

@@ -1,0 +1,88 @@
+"""Predictive checks: flat where data are the model's own, a failure where one side of the data is another."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+import ppl_st.api as api
+from ppl_st import checks
+from ppl_st.checks import STATISTICS, predictive_checks
+from ppl_st.data import Counts
+from ppl_st.errors import UserError
+from ppl_st.inference.predict import count_draws
+from ppl_st.pooling import morans_i
+from ppl_st.simulate import spatial_field
+from ppl_st.spatial import neighbors
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def run():
+    world = spatial_field(seed=4, n_cells=200)
+    return api.fit("spaim", target=world.target, reference=world.reference, seed=0)
+
+
+@pytest.fixture(scope="module")
+def own(run):
+    """Counts of all unmeasured genes that the model makes up itself, [draws, cells, genes], with another seed than the checks'."""
+    predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
+    index = np.flatnonzero(~run.measured)
+    drawn = np.zeros((6, len(run.target.names), len(index)))
+    for rows, counts in count_draws(predictor, predictor.chains, index, draws=6, seed=5):
+        drawn[:, rows] = counts
+    return drawn
+
+
+def counted(run, x) -> Counts:
+    return replace(run.target, matrix=sp.csr_matrix(x, dtype=np.float32), genes=run.genes[~run.measured])
+
+
+def test_the_models_own_data_pass(run, own):
+    shares = []
+    for one in own:
+        found = predictive_checks(run, counted(run, one), draws=39)
+        assert list(dict.fromkeys(found.genes["statistic"])) == list(STATISTICS)
+        shares.append(found.genes.assign(inside=found.genes["pit"].between(0.05, 0.95)).groupby("statistic")["inside"].mean())
+    assert (pd.DataFrame(shares).mean() > 0.8).all() and (pd.DataFrame(shares).mean() < 0.97).all()  # 0.9 expected
+    assert found.library["pit"].between(0.05, 0.95).mean() == pytest.approx(0.9, abs=0.08)
+
+
+def test_statistics_are_those_of_the_counts(run, own):
+    truth = counted(run, own[0])
+    table = predictive_checks(run, truth, draws=5).genes.pivot(index="gene", columns="statistic", values="observed").loc[truth.genes]
+    np.testing.assert_allclose(table["mean"], own[0].mean(0))
+    np.testing.assert_allclose(table["variance"], own[0].var(0))
+    np.testing.assert_allclose(table["zero fraction"], (own[0] == 0).mean(0))
+    np.testing.assert_allclose(table["Moran's I"], morans_i(own[0], neighbors(run.target.xy, 8)).estimate)
+
+
+def test_each_statistic_sees_its_own_fault(run, own):
+    """Counts in order from left to right: a pattern, all else equal. Counts cut at one: fewer, and less varied."""
+
+    def place(x):
+        return predictive_checks(run, counted(run, x), draws=19).genes.groupby("statistic")["pit"].mean()
+
+    whole = place(own[1])
+    ordered = np.zeros_like(own[1])
+    ordered[np.argsort(run.target.xy[:, 0])] = np.sort(own[1], axis=0)
+    graded = place(ordered)
+    assert graded["Moran's I"] > 0.9 > whole["Moran's I"]
+    assert graded[["mean", "variance", "zero fraction"]].tolist() == whole[["mean", "variance", "zero fraction"]].tolist()
+    cut = place(np.minimum(own[1], 1))
+    assert cut["variance"] < whole["variance"] - 0.2 and cut["zero fraction"] == whole["zero fraction"]
+
+
+def test_what_is_looked_at(run, monkeypatch):
+    table = predictive_checks(run, draws=4).genes
+    assert set(table["gene"]) == set(run.genes[run.measured])  # without a truth what the fit saw
+    monkeypatch.setattr(checks, "MAX_BYTES", 4 * 4 * len(run.target.names) * 3)
+    assert predictive_checks(run, draws=4).genes["gene"].nunique() == 3
+    blind = replace(run, target=replace(run.target, xy=None))
+    assert "Moran's I" not in set(predictive_checks(blind, draws=4).genes["statistic"])
+    with pytest.raises(UserError, match="0 genes with counts"):
+        predictive_checks(run, run.target, ["nonsense"])
