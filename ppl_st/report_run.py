@@ -139,7 +139,7 @@ def _labels(run: Run, groups: str | None) -> NDArray[np.str_] | None:
         return None
     if groups not in run.target.obs:
         raise UserError(f"groups: the target has no column {groups!r} in obs; it has {', '.join(map(str, run.target.obs.columns)) or 'none'}")
-    return run.target.obs[groups].astype(str).to_numpy()
+    return np.asarray(run.target.obs[groups].astype(str), dtype=str)
 
 
 # ---- which genes ----
