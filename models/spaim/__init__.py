@@ -45,13 +45,15 @@ from ppl_st.inference.svi import fit as run_svi
 from ppl_st.models.common.counts import Codes, Hyper, default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spaim.data import Batches, Data
-from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build, choose_lengthscale
+from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build, choose
 from ppl_st.models.spaim.network import NetworkGuide, gene_draws, observations
 
 __all__ = [
     "PRESETS", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
     "batches", "build", "empty", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
+
+LATENT = 50  # directions of which the places are stored
 
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
@@ -61,13 +63,14 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         hyper = learn_hyper(data._replace(neighbors=None), config, seed, say, fit_inner, folds=1)  # each fold costs a training
         spec = Spec([], hyper)
         return ensemble([build(config, spec, data)]), spec
-    length = choose_lengthscale(data, config, seed) if config.lengthscale == "auto" else config.lengthscale
-    config = replace(config, lengthscale=length)
+    length, weight = choose(data, config, seed)
+    config = replace(config, lengthscale=length, regression=weight)
     hyper = learn_hyper(data, config, seed, say, lambda problem, genes: Layer(problem, config, seed, genes=genes))
     layer = Layer(data, config, seed)
-    spec = Spec([int(g) for g in layer.marks], hyper, length)
+    spec = Spec([int(g) for g in layer.marks], hyper, length, weight)
     pair = build(config, spec, data, layer)
-    say(f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features, lengthscale {length:g}")
+    found = f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features"
+    say(f"{found}, lengthscale {length:g}, weight of the regression inside the reference {weight:g}")
     guide = guide_of(pair)
     assert isinstance(guide, Guide)
     guide.counts.learn_own(data, partial(smoothed_place, guide, data, hyper.smoothing), guide.known_codes)
@@ -145,8 +148,9 @@ class Predictor(MapPredictor):
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``obsm`` latent: places of the cells on the target's leading directions [n, q]."""
+    """``obsm`` latent: places of the cells on the target's first 50 directions [n, q]."""
     chain = chains_of(pair)[0]
     n = data.counts.shape[0]
-    place = [smoothed_place(guide_of(chain), data, spec.hyper.smoothing, np.arange(first, min(first + 4096, n))) for first in range(0, n, 4096)]
+    rows = (np.arange(first, min(first + 4096, n)) for first in range(0, n, 4096))
+    place = [smoothed_place(guide_of(chain), data, spec.hyper.smoothing, block)[:, :LATENT].copy() for block in rows]
     return {"latent": np.concatenate(place)}, {}
