@@ -173,11 +173,11 @@ def test_the_regression_is_that_of_the_reference_and_leaves_a_panel_gene_out(dat
 @pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.75, 1.0), (True, 0.0, 0.25)])
 def test_the_regression_counts_where_reference_and_target_are_alike(shuffled, low, high):
     """The reference is the other half of the same cells; or their genes carry each other's names."""
-    world = spatial_field(seed=5, n_cells=2000, n_reference=50, n_genes=60, n_panel=59, spatial=0.0)
-    other = world.target[1000:].copy()
+    world = spatial_field(seed=5, n_cells=3000, n_reference=50, n_genes=60, n_panel=59, spatial=0.0, theta=50, rho=20)
+    other = world.target[1500:].copy()
     if shuffled:
         other.var_names = np.random.default_rng(0).permutation(other.var_names)
-    posed = problem(read_counts(world.target[:1000].copy(), role="target"), read_counts(other, role="reference"), SMALL, lambda line: None)[0]
+    posed = problem(read_counts(world.target[:1500].copy(), role="target"), read_counts(other, role="reference"), SMALL, lambda line: None)[0]
     assert low <= choose(posed, SMALL, 0)[1] <= high
 
 

@@ -38,8 +38,8 @@ from ppl_st.models.common.cells import Problem, log_shares, take_cells, without
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
 EXPONENTS = (1.0, 0.85, 0.7)  # h that are tried
-SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3])
-SLOPE_LOC = (0.6, 1.6)  # a map that was shrunk by its posterior already has a slope near 1
+SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3, 3.0, 4.0])
+SLOPE_LOC = (0.3, 3.5)  # within the grid; the belief, a slope near 1, is `parameter_prior`'s and yields to evidence
 SLOPE_SCALE = 0.5
 AGREEMENT_SD = 0.5  # of b around 1
 LOG_THETA = np.linspace(-3.0, 5.0, 9)

@@ -7,12 +7,13 @@ GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
     u_i     place of cell i on the leading directions of z, unit variance, mixed with its spatial neighbors' mean place (`ppl_st.models.common.cells`)
     t_kg    loading of gene g on direction k: mean_i u_ik z_ig, known for measured genes
     w_k     ~ Normal(0, d_k I)                              "weights", one row per direction
-    t_kg    ~ Normal(phi_g . w_k, s_k)                      "scores"; phi_g . phi_h = k(g, h), what the reference knows of two genes (`kernel.py`)
+    t_kg    ~ Normal(c m_kg + phi_g . w_k, s_k)             "scores", seen less the gene's own share; phi_g . phi_h = k(g, h) (`kernel.py`)
+    m_kg    what a regression inside the reference predicts from loadings of the other panel genes (`regression.py`); c is 0 where platforms differ
     f_ig    = u_i . t_g                                     the gene's map: every cell is a linear read-out of the gene's features, as in SpaIM
     x_ig    ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      level, slope, dispersion: `ppl_st.models.common.counts`
 
 GUIDE
-    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k and the
+    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k, c and the
     lengthscale of k maximise the marginal likelihood (grid; d_k and s_k then by SVI: with the exact posterior as guide the ELBO *is* the log
     marginal likelihood, for every draw). An unmeasured gene has three more sources of doubt, all drawn: what the training genes leave of its
     features, s_k, and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on inner held-out genes. The
