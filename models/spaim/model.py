@@ -165,10 +165,11 @@ def choose(data: Data, config: Config, seed: int) -> tuple[float, float]:
     lengths = LENGTHSCALES if config.lengthscale == "auto" else (float(config.lengthscale),)
     kernel = GeneKernel(data, USUAL, errors=config.reference_errors)
     regressed = Regression(kernel, genes, genes).of(known, genes) if max(weights) > 0 else 0.0
+    correlation = kernel.correlation(genes, genes)
     found = {}
     for length in lengths:
         kernel.lengthscale = length
-        values, vectors = np.linalg.eigh(kernel(genes, genes))
+        values, vectors = np.linalg.eigh(kernel.mix(correlation, genes, genes))
         values = values.clip(1e-9)
         log_prior = -0.5 * (np.log(length / USUAL) / USUAL_SD) ** 2
         for weight in weights:
