@@ -20,8 +20,9 @@ from ppl_st.models import spaim
 from ppl_st.models.common.cells import Directions, find_directions, log_shares, place_cells, without
 from ppl_st.models.common.counts import level_prior
 from ppl_st.models.spaim import Config, kernel
-from ppl_st.models.spaim.model import Layer, choose_lengthscale
+from ppl_st.models.spaim.model import Layer, choose
 from ppl_st.models.spaim.network import build_network, observations
+from ppl_st.models.spaim.regression import Regression, own_share
 from ppl_st.prepare.spaim import cluster_profiles, leiden, problem
 from ppl_st.simulate import spatial_field
 
@@ -57,14 +58,14 @@ def dense_kernel(data, genes):
 
 def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
     held = np.setdiff1d(np.arange(60), data.panel)[:7]
-    layer = Layer(data, SMALL, 0, genes=held)
+    layer = Layer(data, replace(SMALL, regression=0.5), 0, genes=held)
     mean, variance, draws, _ = layer.codes(4000, [0])
     k = dense_kernel(data, np.concatenate([data.panel, held]))
     p = len(data.panel)
     for direction in range(min(3, len(layer.ratio))):
         signal, noise = layer.ratio[direction] * layer.noise[direction], layer.noise[direction]
         gain = signal * k[p:, :p] @ np.linalg.inv(signal * k[:p, :p] + noise * np.eye(p))
-        np.testing.assert_allclose(mean[direction], gain @ layer.scores[direction], atol=2e-3)
+        np.testing.assert_allclose(mean[direction], layer.regressed[direction] + gain @ layer.scores[direction], atol=2e-3)
         expected = signal * np.diag(k)[p:] + noise - signal * np.einsum("gp,gp->g", gain, k[p:, :p])
         np.testing.assert_allclose(variance[direction], expected, rtol=0.02)
     np.testing.assert_allclose(draws.mean(0), mean, atol=5 * np.sqrt(variance.max() / 4000))
@@ -114,7 +115,70 @@ def test_the_lengthscale_is_the_most_probable_one(data):
         found = Directions(*[np.zeros(0, np.float32)] * 3, scores, 1.0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ppl_st.models.spaim.model.find_directions", lambda *_, found=found: found)
-            assert choose_lengthscale(full, SMALL, 0) in expected
+            patch.setattr("ppl_st.models.spaim.model.own_share", lambda scores, n: np.zeros(scores.shape[1]))
+            assert choose(full, replace(SMALL, regression=0.0), 0)[0] in expected
+
+
+def factors(n, genes, seed=0, sd=1.0):
+    """Standardised cells [n, genes] with five factors and noise of very different size by gene."""
+    rng = np.random.default_rng(7)
+    loadings, noise = rng.standard_normal((5, genes)), rng.uniform(0.3, 3.0, genes)
+    draw = np.random.default_rng(seed)
+    z = draw.standard_normal((n, 5)) @ loadings + sd * noise * draw.standard_normal((n, genes))
+    scale = np.sqrt(np.square(loadings).sum(0) + np.square(sd * noise))
+    return (z - z.mean(0)) / z.std(0), loadings / scale, np.square(sd * noise / scale)
+
+
+@pytest.mark.parametrize(("n", "q"), [(4000, 60), (4000, 20), (50, 40)])
+def test_own_share_is_what_the_other_genes_do_not_know(n, q):
+    """Also from some of the directions only, and with fewer cells than genes."""
+    z, loadings, noise = factors(n, 60)
+    values, vectors = np.linalg.eigh(z.T @ z / n)
+    own = own_share((vectors * np.sqrt(values.clip(0))).T[::-1][:q], n)
+    cov = loadings.T @ loadings + np.diag(noise)
+    truth = 1 / np.diag(np.linalg.inv(cov))
+    exact = n > 60 and q == 60
+    assert np.corrcoef(own, truth)[0, 1] > (0.95 if exact else 0.7)
+    assert np.abs(own - truth).mean() < (0.06 if exact else 0.2)
+
+
+def test_loadings_without_their_own_share_are_those_of_a_gene_that_was_not_measured():
+    """The regression of one half of the cells predicts loadings in the other: signs of weak directions included."""
+    z, _, _ = factors(6000, 60)
+    other, _, _ = factors(6000, 60, seed=1)
+    values, vectors = np.linalg.eigh(z.T @ z / len(z))
+    raw = (vectors * np.sqrt(values)).T[::-1]
+    strength = np.square(raw).sum(1)[:, None]
+    weak = strength[:, 0] < np.median(strength)
+    q = np.linalg.inv(other.T @ other / len(other))
+    predicted = raw - raw @ q / np.diag(q)
+    found = raw * (1 - own_share(raw, len(z)) / strength)
+    assert np.corrcoef(predicted[weak].ravel(), found[weak].ravel())[0, 1] > 0.8
+    assert np.corrcoef(predicted[weak].ravel(), raw[weak].ravel())[0, 1] < 0
+
+
+def test_the_regression_is_that_of_the_reference_and_leaves_a_panel_gene_out(data):
+    panel, genes = data.panel[::-1].copy(), np.concatenate([data.panel[:3], np.setdiff1d(np.arange(60), data.panel)[:2]])
+    teacher = Regression(kernel.GeneKernel(data, 0.5), np.sort(panel), panel)
+    c = kernel.GeneKernel(data, 0.5).correlation(np.arange(60), np.arange(60))
+    penalty = np.linalg.eigvalsh(np.linalg.inv(teacher.inverse))[0] - np.linalg.eigvalsh(c[np.ix_(data.panel, data.panel)])[0]
+    scores = np.random.default_rng(0).standard_normal((4, len(panel)))
+    found = teacher.of(scores, genes)
+    for j, gene in enumerate(genes):
+        others = panel[panel != gene]
+        slopes = np.linalg.solve(c[np.ix_(others, others)] + penalty * np.eye(len(others)), c[others, gene])
+        np.testing.assert_allclose(found[:, j], scores[:, panel != gene] @ slopes, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.75, 1.0), (True, 0.0, 0.25)])
+def test_the_regression_counts_where_reference_and_target_are_alike(shuffled, low, high):
+    """The reference is the other half of the same cells; or their genes carry each other's names."""
+    world = spatial_field(seed=5, n_cells=3000, n_reference=50, n_genes=60, n_panel=59, spatial=0.0, theta=50, rho=20)
+    other = world.target[1500:].copy()
+    if shuffled:
+        other.var_names = np.random.default_rng(0).permutation(other.var_names)
+    posed = problem(read_counts(world.target[:1500].copy(), role="target"), read_counts(other, role="reference"), SMALL, lambda line: None)[0]
+    assert low <= choose(posed, SMALL, 0)[1] <= high
 
 
 def test_kernel_is_a_covariance_and_badly_known_profiles_resemble_nobody(data):

@@ -7,12 +7,13 @@ GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
     u_i     place of cell i on the leading directions of z, unit variance, mixed with its spatial neighbors' mean place (`ppl_st.models.common.cells`)
     t_kg    loading of gene g on direction k: mean_i u_ik z_ig, known for measured genes
     w_k     ~ Normal(0, d_k I)                              "weights", one row per direction
-    t_kg    ~ Normal(phi_g . w_k, s_k)                      "scores"; phi_g . phi_h = k(g, h), what the reference knows of two genes (`kernel.py`)
+    t_kg    ~ Normal(c m_kg + phi_g . w_k, s_k)             "scores", seen less the gene's own share; phi_g . phi_h = k(g, h) (`kernel.py`)
+    m_kg    what a regression inside the reference predicts from loadings of the other panel genes (`regression.py`); c is 0 where platforms differ
     f_ig    = u_i . t_g                                     the gene's map: every cell is a linear read-out of the gene's features, as in SpaIM
     x_ig    ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      level, slope, dispersion: `ppl_st.models.common.counts`
 
 GUIDE
-    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k and the
+    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k, c and the
     lengthscale of k maximise the marginal likelihood (grid; d_k and s_k then by SVI: with the exact posterior as guide the ELBO *is* the log
     marginal likelihood, for every draw). An unmeasured gene has three more sources of doubt, all drawn: what the training genes leave of its
     features, s_k, and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on inner held-out genes. The
@@ -45,13 +46,15 @@ from ppl_st.inference.svi import fit as run_svi
 from ppl_st.models.common.counts import Codes, Hyper, default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spaim.data import Batches, Data
-from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build, choose_lengthscale
+from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build, choose
 from ppl_st.models.spaim.network import NetworkGuide, gene_draws, observations
 
 __all__ = [
     "PRESETS", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
     "batches", "build", "empty", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
+
+LATENT = 50  # directions of which the places are stored
 
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
@@ -61,13 +64,14 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         hyper = learn_hyper(data._replace(neighbors=None), config, seed, say, fit_inner, folds=1)  # each fold costs a training
         spec = Spec([], hyper)
         return ensemble([build(config, spec, data)]), spec
-    length = choose_lengthscale(data, config, seed) if config.lengthscale == "auto" else config.lengthscale
-    config = replace(config, lengthscale=length)
+    length, weight = choose(data, config, seed)
+    config = replace(config, lengthscale=length, regression=weight)
     hyper = learn_hyper(data, config, seed, say, lambda problem, genes: Layer(problem, config, seed, genes=genes))
     layer = Layer(data, config, seed)
-    spec = Spec([int(g) for g in layer.marks], hyper, length)
+    spec = Spec([int(g) for g in layer.marks], hyper, length, weight)
     pair = build(config, spec, data, layer)
-    say(f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features, lengthscale {length:g}")
+    found = f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features"
+    say(f"{found}, lengthscale {length:g}, weight of the regression inside the reference {weight:g}")
     guide = guide_of(pair)
     assert isinstance(guide, Guide)
     guide.counts.learn_own(data, partial(smoothed_place, guide, data, hyper.smoothing), guide.known_codes)
@@ -145,8 +149,9 @@ class Predictor(MapPredictor):
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``obsm`` latent: places of the cells on the target's leading directions [n, q]."""
+    """``obsm`` latent: places of the cells on the target's first 50 directions [n, q]."""
     chain = chains_of(pair)[0]
     n = data.counts.shape[0]
-    place = [smoothed_place(guide_of(chain), data, spec.hyper.smoothing, np.arange(first, min(first + 4096, n))) for first in range(0, n, 4096)]
+    rows = (np.arange(first, min(first + 4096, n)) for first in range(0, n, 4096))
+    place = [smoothed_place(guide_of(chain), data, spec.hyper.smoothing, block)[:, :LATENT].copy() for block in rows]
     return {"latent": np.concatenate(place)}, {}

@@ -52,8 +52,11 @@ class GeneKernel:
 
     def __call__(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
         """k [a, b]."""
+        return self.mix(self.correlation(a, b), a, b)
+
+    def mix(self, c: NDArray[np.float64], a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+        """k [a, b] where the correlations c [a, b] are at hand."""
         length, clusters = self.lengthscale, self.profiles.shape[1]
-        c = self.correlation(a, b)
         noise = (self.noise[a][:, None] + self.noise[b]) / clusters
         near = np.exp(-(1 - self.profiles[a] @ self.profiles[b].T) / (length + noise))
         near *= (1 + noise / length) ** (-clusters / 2)

@@ -17,9 +17,11 @@ from ppl_st.models.common.counts import Codes, CountLayer, Hyper, gene_noise
 from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
 from ppl_st.models.spaim.network import build_network
+from ppl_st.models.spaim.regression import Regression, own_share, positions
 
 RATIOS = np.geomspace(1e-4, 1e3, 50)  # signal over noise of a direction: grid of the start
 LENGTHSCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+REGRESSIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 USUAL, USUAL_SD = 0.5, 0.35  # log lengthscale ~ Normal(log 0.5, 0.35^2): others need some nats of evidence
 SILENT = 3e-3  # directions below this ratio say nothing of an unmeasured gene: left to the counts' dispersion
 
@@ -29,9 +31,10 @@ class Config:
     """Settings of SpaIM. `PRESETS` has the default, the neural pair and the published values."""
 
     features: Literal["kernel", "network"] = "kernel"  # closed-form Bayesian layer, or the style-transfer networks
-    directions: int = field(default=50, metadata={"ge": 1})  # of the cells, at most
+    directions: int = field(default=200, metadata={"ge": 1})  # of the cells, at most
     landmarks: int = field(default=512, metadata={"ge": 2})  # genes that carry the features; no approximation below this panel size
     lengthscale: float | Literal["auto"] = "auto"  # of the radial kernels, in units of 1 - correlation; auto: marginal likelihood
+    regression: float | Literal["auto"] = "auto"  # weight of the regression inside the reference, 0 to 1; auto: marginal likelihood
     reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
     neighbors: int = field(default=10, metadata={"ge": 1})
@@ -77,13 +80,14 @@ class Spec(NamedTuple):
     landmarks: list[int]  # positions among the reference's genes
     hyper: Hyper
     lengthscale: float = USUAL
+    regression: float = 0.0
 
 
 class Layer:
     """The closed-form layer on one problem: directions over cells, features of genes, signal and noise of every direction by marginal likelihood.
 
-    For the loadings t_k = (t_kg) of direction k on the P training genes:  w_k ~ N(0, d_k I_F),  t_k ~ N(Phi w_k, s_k I_P);  Phi' Phi = diag(lambda),
-    so with r = d / s everything is elementwise in F:
+    For the loadings t_k = (t_kg) of direction k on the P training genes, less their own share and a constant times the reference's regression m_k
+    (`regression.py`):  w_k ~ N(0, d_k I_F),  t_k ~ N(Phi w_k, s_k I_P);  Phi' Phi = diag(lambda), so with r = d / s everything is elementwise in F:
 
         -2 log p(t_k) = P log s + sum_f log(1 + r lambda_f) + (|t_k|^2 - sum_f r a_f^2 / (1 + r lambda_f)) / s,     a = Phi' t_k
         w_kf | t_k    ~ N( r a_f / (1 + r lambda_f),  d / (1 + r lambda_f) )
@@ -100,12 +104,20 @@ class Layer:
         both, at = np.unique(np.concatenate([data.panel, everything]), return_inverse=True)
         found, self.eigenvalues = features(kernel, self.marks, data.panel, both)
         self.phi, self.features = found[at[: len(data.panel)]], found[at[len(data.panel) :]]  # [P, F], [genes asked for, F]
-        self.scores = self.directions.scores[:, data.columns]  # t [q, P]
+        self.known = self.directions.scores[:, data.columns]  # loadings of measured genes [q, P]
+        self.scores = comparable(self.directions, data)
+        weight = 0.0 if config.regression == "auto" else config.regression
+        self.regressed = np.zeros((len(self.scores), len(everything)))  # [q, genes asked for]
+        if weight > 0:
+            regression = Regression(kernel, self.marks, data.panel)
+            self.scores -= weight * regression.of(self.known, data.panel)  # t [q, P]
+            self.regressed = weight * regression.of(self.known, everything)
         loss, noise = misfit(self.scores, self.phi, self.eigenvalues)
         best = loss.argmin(1)
-        kept = best >= min(int(np.searchsorted(RATIOS, SILENT)), best.max())
+        # The regression speaks in every direction; the kernel is silent in those without signal.
+        kept = best >= (0 if weight > 0 else min(int(np.searchsorted(RATIOS, SILENT)), best.max()))
         self.ratio, self.noise = RATIOS[best][kept], noise[np.arange(len(best)), best][kept]
-        self.scores = self.scores[kept]
+        self.scores, self.known, self.regressed = self.scores[kept], self.known[kept], self.regressed[kept]
         self.directions = self.directions._replace(loadings=self.directions.loadings[:, kept], scores=self.directions.scores[kept])
 
     def codes(self, draws: int, seed: list[int]) -> Codes:
@@ -116,7 +128,7 @@ class Layer:
         weights = self.ratio[:, None] * (self.scores @ self.phi) / precision
         square = np.square(self.features, dtype=np.float64)
         rest = signal * np.clip(SELF - square.sum(1), 0, None) + self.noise[:, None]  # [q, genes]
-        mean, variance = weights @ self.features.T, (signal / precision) @ square.T + rest
+        mean, variance = self.regressed + weights @ self.features.T, (signal / precision) @ square.T + rest
         noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
         drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
         return Codes(mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32))
@@ -136,18 +148,34 @@ def misfit(
     return p * np.log(noise) + np.log1p(RATIOS[:, None] * eigenvalues).sum(1), noise
 
 
-def choose_lengthscale(data: Data, config: Config, seed: int) -> float:
-    """The most probable lengthscale given all loadings of the training genes (of some, where they are many)."""
+def comparable(directions: Directions, data: Data) -> NDArray[np.float64]:
+    """Loadings [q, P] of the measured genes less their own share in the directions."""
+    scores = directions.scores[:, data.columns]
+    own = own_share(directions.scores, data.counts.shape[0])[data.columns]
+    return np.asarray(scores * (1 - own / np.square(directions.scores).sum(1)[:, None]))
+
+
+def choose(data: Data, config: Config, seed: int) -> tuple[float, float]:
+    """The most probable lengthscale and weight of the regression given all loadings of the training genes (of some, where they are many)."""
     directions = find_directions(data, config.directions)
     genes = landmarks(data.panel, config.landmarks, seed)
-    scores = directions.scores[:, data.columns[np.isin(data.panel, genes)]]
-    found = []
-    for length in LENGTHSCALES:
-        values, vectors = np.linalg.eigh(GeneKernel(data, length, errors=config.reference_errors)(genes, genes))
+    at = positions(data.panel, genes)
+    known, scores = directions.scores[:, data.columns[at]], comparable(directions, data)[:, at]
+    weights = REGRESSIONS if config.regression == "auto" else (float(config.regression),)
+    lengths = LENGTHSCALES if config.lengthscale == "auto" else (float(config.lengthscale),)
+    kernel = GeneKernel(data, USUAL, errors=config.reference_errors)
+    regressed = Regression(kernel, genes, genes).of(known, genes) if max(weights) > 0 else 0.0
+    correlation = kernel.correlation(genes, genes)
+    found = {}
+    for length in lengths:
+        kernel.lengthscale = length
+        values, vectors = np.linalg.eigh(kernel.mix(correlation, genes, genes))
         values = values.clip(1e-9)
         log_prior = -0.5 * (np.log(length / USUAL) / USUAL_SD) ** 2
-        found.append(log_prior - 0.5 * misfit(scores, vectors * np.sqrt(values), values)[0].min(1).sum())
-    return LENGTHSCALES[int(np.argmax(found))]
+        for weight in weights:
+            loss, _ = misfit(scores - weight * regressed, vectors * np.sqrt(values), values)
+            found[length, weight] = log_prior - 0.5 * loss.min(1).sum()
+    return max(found, key=lambda one: found[one])
 
 
 class Model(PyroModule):
@@ -159,7 +187,7 @@ class Model(PyroModule):
     }  # fmt: skip
     phi: Tensor  # [P, F] buffers
     features: Tensor  # [G, F]
-    scores: Tensor  # [q, P]
+    scores: Tensor  # [q, P] what the regression leaves
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -190,14 +218,18 @@ class Guide(PyroModule):
     phi: Tensor  # [P, F] buffers, as in the model
     features: Tensor  # [G, F]
     scores: Tensor  # [q, P]
+    known: Tensor  # [q, P] loadings of the measured genes
+    regressed: Tensor  # [q, G] what the regression says of a gene's loadings
     measured: Tensor  # [G] position among the P, -1
 
-    def __init__(self, model: Model, data: Data, hyper: Hyper) -> None:
+    def __init__(self, model: Model, layer: Layer, data: Data, hyper: Hyper) -> None:
         super().__init__()
         self.log_ratio, self.log_noise = model.log_ratio, model.log_noise
         self.register_buffer("phi", model.phi, persistent=False)
         self.register_buffer("features", model.features, persistent=False)
         self.register_buffer("scores", model.scores, persistent=False)
+        self.register_buffer("known", torch.from_numpy(layer.known).float(), persistent=False)
+        self.register_buffer("regressed", torch.from_numpy(layer.regressed).float(), persistent=False)
         measured = torch.full((model.features.shape[0],), -1)
         measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
         self.register_buffer("measured", measured, persistent=False)
@@ -226,7 +258,7 @@ class Guide(PyroModule):
         phi, at = self.features[genes], self.measured[genes]
         weights = self.weights_dist()
         known = at >= 0
-        mean = torch.where(known, self.scores[:, at.clamp_min(0)], weights.mean @ phi.T)
+        mean = torch.where(known, self.known[:, at.clamp_min(0)], self.regressed[:, genes] + weights.mean @ phi.T)
         variance = weights.variance @ phi.square().T + self._rest(phi)
         return mean, variance.masked_fill(known, 0.0)
 
@@ -234,7 +266,8 @@ class Guide(PyroModule):
         """Loadings [q, g] of genes in one draw, with the part that no feature explains, the same for all cells."""
         phi, at = self.features[genes], self.measured[genes]
         noise = self._rest(phi).sqrt() * gene_noise(drawn["gene_key"], genes, len(self.scores))
-        return torch.where(at >= 0, self.scores[:, at.clamp_min(0)], drawn["weights"] @ phi.T + noise)
+        unmeasured = self.regressed[:, genes] + drawn["weights"] @ phi.T + noise
+        return torch.where(at >= 0, self.known[:, at.clamp_min(0)], unmeasured)
 
     def _rest(self, phi: Tensor) -> Tensor:
         """Variance [q, g] of loadings given the weights: what the training genes leave to a gene, and its noise."""
@@ -243,7 +276,7 @@ class Guide(PyroModule):
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings [q, g] of measured genes."""
-        return self.scores[:, self.measured[torch.from_numpy(genes)]].numpy()
+        return self.known[:, self.measured[torch.from_numpy(genes)]].numpy()
 
     def cell_noise(self, genes: Tensor) -> None:
         """Nothing differs from cell to cell: the places are data."""
@@ -258,6 +291,6 @@ def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) ->
     """The pair with every parameter in place."""
     if config.features == "network":
         return build_network(config, spec.hyper, data, config.fit.seed)
-    layer = layer or Layer(data, replace(config, lengthscale=spec.lengthscale), config.fit.seed, np.array(spec.landmarks))
+    layer = layer or Layer(data, replace(config, lengthscale=spec.lengthscale, regression=spec.regression), config.fit.seed, np.array(spec.landmarks))
     model = Model(layer)
-    return Pair(model, Guide(model, data, spec.hyper))
+    return Pair(model, Guide(model, layer, data, spec.hyper))
