@@ -23,6 +23,7 @@ RATIOS = np.geomspace(1e-4, 1e3, 50)  # signal over noise of a direction: grid o
 LENGTHSCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 REGRESSIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 USUAL, USUAL_SD = 0.5, 0.35  # log lengthscale ~ Normal(log 0.5, 0.35^2): others need some nats of evidence
+LEADING = 50  # directions that the kernel sees where the regression has no weight
 SILENT = 3e-3  # directions below this ratio say nothing of an unmeasured gene: left to the counts' dispersion
 
 
@@ -31,7 +32,7 @@ class Config:
     """Settings of SpaIM. `PRESETS` has the default, the neural pair and the published values."""
 
     features: Literal["kernel", "network"] = "kernel"  # closed-form Bayesian layer, or the style-transfer networks
-    directions: int = field(default=200, metadata={"ge": 1})  # of the cells, at most
+    directions: int = field(default=200, metadata={"ge": 1})  # of the cells, at most; without weight of the regression 50
     landmarks: int = field(default=512, metadata={"ge": 2})  # genes that carry the features; no approximation below this panel size
     lengthscale: float | Literal["auto"] = "auto"  # of the radial kernels, in units of 1 - correlation; auto: marginal likelihood
     regression: float | Literal["auto"] = "auto"  # weight of the regression inside the reference, 0 to 1; auto: marginal likelihood
@@ -114,8 +115,10 @@ class Layer:
             self.regressed = weight * regression.of(self.known, everything)
         loss, noise = misfit(self.scores, self.phi, self.eigenvalues)
         best = loss.argmin(1)
-        # The regression speaks in every direction; the kernel is silent in those without signal.
-        kept = best >= (0 if weight > 0 else min(int(np.searchsorted(RATIOS, SILENT)), best.max()))
+        kept = np.ones(len(best), bool)
+        if weight == 0:  # the regression speaks in every direction, the kernel in the first ones and not where there is no signal
+            kept[LEADING:] = False
+            kept &= best >= min(int(np.searchsorted(RATIOS, SILENT)), best[:LEADING].max())
         self.ratio, self.noise = RATIOS[best][kept], noise[np.arange(len(best)), best][kept]
         self.scores, self.known, self.regressed = self.scores[kept], self.known[kept], self.regressed[kept]
         self.directions = self.directions._replace(loadings=self.directions.loadings[:, kept], scores=self.directions.scores[kept])
