@@ -2,7 +2,7 @@ r"""The second player: a critic that tells two sets of codes apart, with its own
 
 A model holds its critic outside its own parameters (`Critic` in a tuple) and adds a named factor to its objective,
 ``pyro.factor("adversary", -weight * generator_loss(...))``; `ppl_st.inference.svi.fit` alternates: one step of the pair with the critic as it
-is, one step of the critic on detached codes of the same minibatch. T(c) is the critic's logit, real and fake the two sides:
+is, one step of the critic on the codes that the pair drew in its own, detached. T(c) is the critic's logit, real and fake the two sides:
 
     kind             critic minimises                               pair minimises                              source
     cross_entropy    E softplus(-T(real)) + E softplus(T(fake))     E softplus(T(real)) + E softplus(-T(fake))   gimVI, VISTA (flipped labels)

@@ -19,7 +19,7 @@ buffers), halves the learning rate and is counted; `max_bad_steps` of them in a 
 names the sites.
 
 An adversary (`ppl_st.inference.adversary`) is a second player with its own parameters and optimiser: after each step of the pair it makes one
-of its own on the same minibatch, and its state travels with the checkpoint.
+of its own on what the pair drew in that step, and its state travels with the checkpoint.
 
 Not here: several processes, prediction, mixed precision, the run folder beyond ``state.pt`` and
 ``log.jsonl``.
