@@ -2,7 +2,7 @@ r"""The second player: a critic that tells two sets of codes apart, with its own
 
 A model holds its critic outside its own parameters (`Critic` in a tuple) and adds a named factor to its objective,
 ``pyro.factor("adversary", -weight * generator_loss(...))``; `ppl_st.inference.svi.fit` alternates: one step of the pair with the critic as it
-is, one step of the critic on detached codes of the same minibatch. T(c) is the critic's logit, real and fake the two sides:
+is, one step of the critic on the codes that the pair drew in its own, detached. T(c) is the critic's logit, real and fake the two sides:
 
     kind             critic minimises                               pair minimises                              source
     cross_entropy    E softplus(-T(real)) + E softplus(T(fake))     E softplus(T(real)) + E softplus(-T(fake))   gimVI, VISTA (flipped labels)
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
 
+from ppl_st.inference.objective import Drawn, total_norm
 from ppl_st.inference.randomness import rng_scope
 
-__all__ = ["Adversary", "Kind", "Player", "critic_loss", "generator_loss", "gradient_penalty"]
+__all__ = ["Adversary", "Kind", "Player", "critic_loss", "generator_loss", "gradient_penalty", "logits"]
 
 Kind = Literal["cross_entropy", "density_ratio", "hinge", "hinge_published"]
 
@@ -46,6 +47,12 @@ def generator_loss(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
+def logits(critic: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """T of real [n, d] and fake [m, d] codes, [n] and [m], in one pass (critics treat every code by itself)."""
+    both = critic(torch.cat([real, fake])).reshape(-1)
+    return both[: len(real)], both[len(real) :]
+
+
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, center: float) -> Tensor:
     """E (|grad T(c)| - center)^2 over random mixtures c of pairs of real [n, d] and fake [m, d] codes."""
     pairs = max(len(real), len(fake))
@@ -57,10 +64,10 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, center: floa
 
 
 class Player(NamedTuple):
-    """One critic and the function that makes its (real, fake) codes of a minibatch; called without gradients."""
+    """One critic, and which of the values that the pair drew in its step (latent site -> detached value) are its real and fake codes."""
 
     critic: nn.Module
-    codes: Callable[[Any], tuple[Tensor, Tensor]]
+    codes: Callable[[Drawn], tuple[Tensor, Tensor]]
 
 
 class Adversary:
@@ -83,25 +90,36 @@ class Adversary:
     ) -> None:
         self.players, self.kind, self.penalty, self.center = list(players), kind, penalty, center
         self.module = nn.ModuleList([player.critic for player in players])
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, eps=0.01, weight_decay=weight_decay)
+        self.parameters = list(self.module.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=0.01, weight_decay=weight_decay, fused=True)
+        self._learn(False)  # for the pair the critic is a constant: no gradients of it are computed in the pair's step
 
-    def step(self, batch: Any, seed: int, step: int) -> str:
+    def step(self, drawn: Drawn, seed: int, step: int) -> str:
         """One update of every critic; what was not finite, or an empty text. A faulty step changes nothing."""
+        self._learn(True)
+        try:
+            return self._step(drawn, seed, step)
+        finally:
+            self._learn(False)
+
+    def _learn(self, whether: bool) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad = whether
+
+    def _step(self, drawn: Drawn, seed: int, step: int) -> str:
         self.optimizer.zero_grad(set_to_none=True)
         with rng_scope(seed, "critic", step):
             total = torch.zeros(())
             for player in self.players:
-                with torch.no_grad():
-                    real, fake = player.codes(batch)
-                logits = [player.critic(codes.detach()).reshape(-1) for codes in (real, fake)]
-                total = total.to(logits[0].device) + critic_loss(self.kind, *logits)
+                real, fake = (codes.detach() for codes in player.codes(drawn))
+                total = total.to(real.device) + critic_loss(self.kind, *logits(player.critic, real, fake))
                 if self.penalty:
                     total = total + self.penalty * gradient_penalty(player.critic, real, fake, self.center)
             if not math.isfinite(total.item()):
                 return "the loss of the critic"
             total.backward()
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        if not math.isfinite(nn.utils.get_total_norm(gradients).item()):
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not math.isfinite(total_norm(gradients)):
             return "the gradient of the critic"
         self.optimizer.step()
         return ""

@@ -20,16 +20,14 @@ from ppl_st.inference.settings import FitConfig
 __all__ = [
     "Pair",
     "Parameters",
-    "Weights",
+    "Undo",
     "capture",
-    "load",
     "make_optimizer",
     "parameters_of",
     "pick_device",
     "restore",
     "some",
     "to_device",
-    "weights",
 ]
 
 # Two models in one process must not meet in Pyro's global store. Needed where modules are built and where
@@ -37,7 +35,6 @@ __all__ = [
 pyro.settings.set(module_local_params=True)
 
 Parameters = dict[str, nn.Parameter]
-Weights = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class Pair(NamedTuple):
@@ -92,21 +89,28 @@ def make_optimizer(parameters: Parameters, config: FitConfig) -> torch.optim.Ada
         eps=config.eps,
         weight_decay=config.weight_decay,
         amsgrad=config.optimizer == "amsgrad",
+        fused=True,  # one call for all parameters, however small
     )
 
 
-def weights(pair: Pair) -> Weights:
-    """Copies of parameters and persistent buffers of both sides, on their device."""
-    model, guide = (
-        {name: tensor.detach().clone() for name, tensor in module.state_dict().items()} for module in pair
-    )
-    return model, guide
+class Undo:
+    """A copy of what a step may change: trainable parameters and persistent buffers of both sides, which models change in place."""
 
+    def __init__(self, pair: Pair) -> None:
+        state = [tensor for module in pair for tensor in module.state_dict(keep_vars=True).values()]
+        changing = {id(tensor): tensor for tensor in state if tensor.requires_grad or not isinstance(tensor, nn.Parameter)}
+        self.live = [tensor.detach() for tensor in changing.values()]
+        self.kept = [tensor.clone() for tensor in self.live]
 
-def load(pair: Pair, values: Weights) -> None:
-    """Write `values` into the modules in place."""
-    for module, tensors in zip(pair, values, strict=True):
-        module.load_state_dict(tensors)
+    def keep(self) -> None:
+        """Take the copy."""
+        if self.live:
+            torch._foreach_copy_(self.kept, self.live)
+
+    def back(self) -> None:
+        """Write the copy into the live tensors."""
+        if self.live:
+            torch._foreach_copy_(self.live, self.kept)
 
 
 def capture(
@@ -117,7 +121,7 @@ def capture(
     adversary: Adversary | None = None,
 ) -> FitState:
     """A copy, on the CPU, of everything that the fit needs to go on."""
-    model, guide = ({name: tensor.cpu() for name, tensor in side.items()} for side in weights(pair))
+    model, guide = ({name: tensor.detach().clone().cpu() for name, tensor in module.state_dict().items()} for module in pair)
     moments = {
         name: {key: value.detach().clone().cpu() for key, value in optimizer.state[parameter].items()}
         for name, parameter in parameters.items()
@@ -144,7 +148,8 @@ def restore(
     if bool(state.adversary) != bool(adversary):
         raise UserError("the saved fit state belongs to another configuration: one of the two has an adversary")
     try:
-        load(pair, (state.model, state.guide))
+        for module, tensors in zip(pair, (state.model, state.guide), strict=True):
+            module.load_state_dict(tensors)
         if adversary:
             adversary.restore(state.adversary)
     except RuntimeError as error:

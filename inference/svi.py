@@ -19,7 +19,7 @@ buffers), halves the learning rate and is counted; `max_bad_steps` of them in a 
 names the sites.
 
 An adversary (`ppl_st.inference.adversary`) is a second player with its own parameters and optimiser: after each step of the pair it makes one
-of its own on the same minibatch, and its state travels with the checkpoint.
+of its own on what the pair drew in that step, and its state travels with the checkpoint.
 
 Not here: several processes, prediction, mixed precision, the run folder beyond ``state.pt`` and
 ``log.jsonl``.
@@ -38,27 +38,25 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import nn
 
 from ppl_st.inference.adversary import Adversary
 from ppl_st.inference.checkpoint import FitState, Tally, load_state, save_state
 from ppl_st.inference.faults import FitError, despair, guilty_sites, guilty_tensors
 from ppl_st.inference.monitor import Progress, json_log, progress_report, stop_signals
+from ppl_st.inference.objective import Estimator, estimator, total_norm
 from ppl_st.inference.pair import (
     Pair,
     Parameters,
+    Undo,
     capture,
-    load,
     make_optimizer,
     parameters_of,
     pick_device,
     restore,
     some,
     to_device,
-    weights,
 )
 from ppl_st.inference.randomness import epoch_order, rng_scope
 from ppl_st.inference.settings import FitConfig, kl_weight, learning_rate
@@ -191,9 +189,10 @@ def fit(
         module.to(device).train()
     parameters = parameters_of(pair)
     optimizer = make_optimizer(parameters, config)
+    bound = estimator(config.elbo, config.particles)
     tally = Tally() if state is None else restore(state, pair, parameters, optimizer, adversary)
     first, last = tally.step, config.steps if until is None else min(until, config.steps)
-    store = set(pyro.get_param_store())
+    undo, store = Undo(pair), set(pyro.get_param_store())
     history: list[_Done] = []
     watched: list[dict[str, float]] = []
     folder = None if folder is None else Path(folder)
@@ -213,15 +212,15 @@ def fit(
             step = tally.step
             batch = to_device(batches.at(step), device)
             lr = learning_rate(config, step) * tally.lr_scale
-            before = weights(pair)
+            undo.keep()
             with pyro.validation_enabled(step == 0):  # silent broadcasting shows at once; later it only costs
-                done = _step(pair, batch, parameters, optimizer, config, step, lr, scale)
+                done = _step(pair, batch, parameters, optimizer, bound, config, step, lr, scale)
             if step == first:
                 _refuse_new_parameters(pair, parameters, store)
             if adversary and not done.fault:
-                done = done._replace(fault=adversary.step(batch, config.seed, step))
+                done = done._replace(fault=adversary.step(bound.drawn, config.seed, step))
             if done.fault:
-                load(pair, before)
+                undo.back()
             _count(tally, config, done)
             history.append(done)
             if edit:
@@ -263,19 +262,19 @@ def _step(
     batch: Any,
     parameters: Parameters,
     optimizer: torch.optim.Optimizer,
+    bound: Estimator,
     config: FitConfig,
     step: int,
     lr: float,
     scale: float,
 ) -> _Done:
     """One update of the parameters, complete or faulty."""
-    elbo = (TraceMeanField_ELBO if config.elbo == "meanfield" else Trace_ELBO)(num_particles=config.particles)
     weight = kl_weight(config, step)
     model, guide = pair if weight == 1.0 else (scale_latents(weight)(module) for module in pair)
 
     optimizer.zero_grad(set_to_none=True)
     with rng_scope(config.seed, "noise", step):
-        loss = elbo.differentiable_loss(model, guide, batch) * scale
+        loss = bound.differentiable_loss(model, guide, batch) * scale
     value = loss.item()
     if not math.isfinite(value):
         with rng_scope(config.seed, "noise", step):
@@ -283,19 +282,20 @@ def _step(
         return _Done(value, lr, math.nan, sites or f"the loss ({value})")
 
     loss.backward()
-    total = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-    norm = total.item()
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = total_norm(gradients)
     if not math.isfinite(norm):
-        gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        return _Done(value, lr, norm, f"the gradient of {guilty_tensors(gradients)}")
+        named = {name: parameter.grad for name, parameter in parameters.items()}
+        return _Done(value, lr, norm, f"the gradient of {guilty_tensors(named)}")
 
-    nn.utils.clip_grads_with_norm_(parameters.values(), config.clip_norm, total)
+    if norm > config.clip_norm:
+        torch._foreach_mul_(gradients, config.clip_norm / norm)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["multiplier"]
     optimizer.step()
     # The norm is ten times cheaper than an exact test, but it overflows for large finite numbers too.
     values = [parameter.detach() for parameter in parameters.values()]
-    suspect = not math.isfinite(nn.utils.get_total_norm(values).item())
+    suspect = not math.isfinite(total_norm(values))
     if suspect and not all(bool(torch.isfinite(tensor).all()) for tensor in values):
         return _Done(value, lr, norm, f"the update of {guilty_tensors(parameters)}")
     return _Done(value, lr, norm, "")

@@ -30,6 +30,7 @@ from ppl_st.likelihood_math import (
     THETA_RANGE,
     Elementwise,
     Terms,
+    common_shape,
     nb_hits,
     nb_hits_slope,
     nb_terms,
@@ -59,7 +60,7 @@ def zero_inflated_terms(log_mean: bool, log_theta: bool) -> Terms:
     ) -> tuple[Tensor, list[Tensor | None]]:
         x, gate = x.double(), gate.double()
         base, by_base = negative_binomial(wants[:2], x, m, t)
-        shape = torch.broadcast_shapes(base.shape, gate.shape)
+        shape = common_shape(base.shape, gate.shape)
         hit = positions(x.expand(shape).reshape(-1))
         gate_hits = _at(gate, shape, hit)
         zero = base.expand(shape).contiguous()  # log NB where x = 0; at the hits 0 stands in
@@ -91,7 +92,7 @@ def zero_inflated_terms(log_mean: bool, log_theta: bool) -> Terms:
 def shared_odds_terms(wants: Sequence[bool], x: Tensor, r: Tensor, u: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """Blocks of log p by (shape, logits) and of its derivatives by both."""
     x, r, u = x.double(), r.double(), u.double()
-    shape = torch.broadcast_shapes(x.shape, r.shape, u.shape)
+    shape = common_shape(x.shape, r.shape, u.shape)
     odds, chance = u.exp(), torch.sigmoid(u)
     log1p = torch.log1p(odds)
     out = (-r * log1p).expand(shape).contiguous()

@@ -36,6 +36,7 @@ MEAN_FLOOR = 1e-13
 THETA_RANGE = (1e-12, 1e15)
 
 SHIFT = 7  # eight terms of Stirling's series are good to 1e-15 from here on, and far better for larger arguments
+SHORT = 4  # terms where the result is float32: good to 2e-11
 BLOCK = 1 << 17  # entries per block: float64 temporaries then stay in the caches
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156, -3617 / 122400)
 _LOG_FACTORIAL = torch.lgamma(torch.arange(1, 513, dtype=torch.float64))
@@ -86,62 +87,67 @@ def zero_slope(ratio: Tensor, log1p_ratio: Tensor) -> Tensor:
     return out
 
 
-def _stirling(z: Tensor) -> Tensor:
-    """lgamma(z) - [(z - 1/2) log z - z + log(2 pi) / 2] for z >= SHIFT."""
-    w = 1 / z
-    w2 = w * w
-    out = torch.full_like(w, _STIRLING[-1])
-    for c in _STIRLING[-2::-1]:
+def _stirling(w: Tensor, w2: Tensor, terms: int = len(_STIRLING)) -> Tensor:
+    """lgamma(z) - [(z - 1/2) log z - z + log(2 pi) / 2] for z >= SHIFT, from w = 1 / z and w^2."""
+    out = torch.full_like(w, _STIRLING[terms - 1])
+    for c in _STIRLING[: terms - 1][::-1]:
         out.mul_(w2).add_(c)
     return out.mul_(w)
 
 
-def _stirling_slope(z: Tensor) -> Tensor:
-    """Derivative of `_stirling`."""
-    w2 = 1 / (z * z)
-    powers = range(2 * len(_STIRLING) - 1, 0, -2)
-    out = torch.zeros_like(w2)
-    for k, c in zip(powers, _STIRLING[::-1], strict=True):
-        out.mul_(w2).add_(-k * c)
+def _stirling_slope(w2: Tensor, terms: int = len(_STIRLING)) -> Tensor:
+    """Derivative of `_stirling` by z."""
+    out = torch.full_like(w2, -(2 * terms - 1) * _STIRLING[terms - 1])
+    for k in range(terms - 1, 0, -1):
+        out.mul_(w2).add_(-(2 * k - 1) * _STIRLING[k - 1])
     return out.mul_(w2)
 
 
-def _rising(z: Tensor) -> Tensor:
-    """z (z + 1) ... (z + SHIFT - 1)."""
-    out = z.clone()
-    for k in range(1, SHIFT):
-        out.mul_(z + k)
-    return out
+class _Shifted:
+    """What the formulas need of G(a + x) / G(a): both arguments side by side, [2, n], so that small blocks cost few calls.
+
+    P(z) = z (z + 1) ... (z + 6) is taken in pairs, p_c = (z + k) (z + 6 - k) = z (z + 6) + c with c = 0, 5, 8, and m = z + 3.
+    """
+
+    def __init__(self, x: Tensor, a: Tensor, terms: int = len(_STIRLING)) -> None:
+        self.terms = terms
+        z = torch.stack([a + x, a])
+        self.x, self.top, self.t = x, z[0], a + SHIFT
+        self.w = 1 / (z + SHIFT)
+        self.w2 = self.w * self.w
+        pair = z * (z + 6)
+        self.pairs, self.middle = (pair, pair + 5, pair + 8), z + 3
+
+    def value(self) -> Tensor:
+        """(x + t - 1/2) log1p(x / t) + S(x + t) - S(t) - log [P(x + a) / P(a)], t = a + SHIFT."""
+        rising = self.pairs[0] * self.pairs[1]
+        rising.mul_(self.pairs[2]).mul_(self.middle)
+        series = _stirling(self.w, self.w2, self.terms)
+        out = (self.top + (SHIFT - 0.5)).mul_(torch.log1p(self.x / self.t))
+        return out.add_(series[0]).sub_(series[1]).sub_(torch.log(rising[0] / rising[1]))
+
+    def slope(self) -> Tensor:
+        """x / (2 t (x + t)) + S'(x + t) - S'(t) + sum_k x / ((a + k) (a + x + k)), free of cancellation: with C = m(a) m(a + x) two terms of the
+        sum are 2 x (C + 9 - c) / (p_c(a) p_c(a + x)) together, the middle one is x / C."""
+        series = _stirling_slope(self.w2, self.terms)
+        c = self.middle[0] * self.middle[1]
+        out = 0.5 * self.w[0] * self.w[1] + 1 / c
+        for offset, pair in zip((9, 4, 1), self.pairs, strict=True):
+            out.add_((c + offset).div_(pair[0] * pair[1]), alpha=2)
+        return out.mul_(self.x).add_(series[0]).sub_(series[1])
 
 
 def log_gamma_ratio(wants: Sequence[bool], b: Tensor, a: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """log G(a + b) - log G(a), a, b > 0, and its derivative by a; `Terms` for `Elementwise`, b in the place of the value."""
     b, a = b.double(), a.double()
-    t = a + SHIFT
-    out = b * (torch.log(t) - 1) + (b + t - 0.5) * torch.log1p(b / t)
-    out += _stirling(b + t) - _stirling(t) - torch.log(_rising(a + b) / _rising(a))
-    slope = None
-    if wants[0]:
-        slope = torch.log1p(b / t) + b / (2 * t * (b + t)) + _stirling_slope(b + t) - _stirling_slope(t)
-        for k in range(SHIFT):
-            slope += b / ((a + k) * (a + b + k))
-    return out, [slope]
+    shifted = _Shifted(*torch.broadcast_tensors(b, a))
+    out = b * (torch.log(shifted.t) - 1) + shifted.value()
+    return out, [torch.log1p(b / shifted.t) + shifted.slope() if wants[0] else None]
 
 
 def nb_hits(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """What a count x >= 0 adds to -theta log1p(mu / theta); flat float64 tensors of one shape, mu floored."""
-    value = torch.log(mu * (theta / (theta + mu)))  # all of it at x = 1, the most frequent of them
-    many = positions(x - 1)
-    if len(many) == 0:
-        return value
-    x, mu, theta = (a.index_select(0, many) for a in (x, mu, theta))
-    t = theta + SHIFT
-    more = torch.log(mu * (t / (theta + mu))).sub_(1).mul_(x)
-    more += (x + t - 0.5) * torch.log1p(x / t)
-    more += _stirling(x + t) - _stirling(t)
-    more -= torch.log(_rising(x + theta) / _rising(theta))
-    more -= log_factorial(x)
-    return value.scatter_(0, many, more)
+    return _nb_hits(x, mu, theta, True, False, True)[0]
 
 
 def nb_hits_slope(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
@@ -151,38 +157,51 @@ def nb_hits_slope(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     mu, which only the short form resolves; above, with u = (x - mu) / (theta + mu), it is [log(1 + u) - u] +
     [terms of order x / theta^2], so that nothing cancels at large theta.
     """
-    ratio = mu / theta
-    slope = zero_slope(ratio, torch.log1p(ratio)).add_(ratio / (theta + mu))
+    return _nb_hits(x, mu, theta, False, True, True)[1]
+
+
+def _nb_hits(x: Tensor, mu: Tensor, theta: Tensor, want_value: bool, want_slope: bool, double: bool) -> tuple[Tensor, Tensor]:
+    """`nb_hits` and `nb_hits_slope`, the work that they share done once; ``double``: to float64's precision, else to float32's."""
+    total = theta + mu
+    value = torch.log(mu * (theta / total)) if want_value else mu  # all of it at x = 1, the most frequent count
+    slope = mu
+    if want_slope:
+        ratio = mu / theta
+        slope = zero_slope(ratio, torch.log1p(ratio)).add_(ratio / total)
     many = positions(x - 1)
     if len(many) == 0:
-        return slope
-    x, mu, theta = (a.index_select(0, many) for a in (x, mu, theta))
-    t, total, top = theta + SHIFT, theta + mu, theta + x
-    u = (x - mu) / total
-    more = (top / total).log_().sub_(u)
-    near = positions(u.abs() < 1e-2)
-    if len(near):
-        small = u.index_select(0, near)
-        series = torch.full_like(small, 1 / 9)
-        for k in range(8, 1, -1):
-            series.mul_(small).add_((-1) ** (k - 1) / k)
-        more.scatter_(0, near, series.mul_(small).mul_(small))
-    more += torch.log1p(-SHIFT * x / (t * top))
-    more += x / (2 * t * (x + t)) + _stirling_slope(x + t) - _stirling_slope(t)
-    for k in range(SHIFT):
-        more += x / ((theta + k) * (top + k))
-    return slope.scatter_(0, many, more)
+        return value, slope
+    x, mu, theta, total = (a.index_select(0, many) for a in (x, mu, theta, total))
+    shifted = _Shifted(x, theta, len(_STIRLING) if double else SHORT)
+    if want_value:
+        more = torch.log(mu * (shifted.t / total)).sub_(1).mul_(x)
+        more.add_(shifted.value()).sub_(log_factorial(x))
+        value.scatter_(0, many, more)
+    if want_slope:
+        u = (x - mu) / total
+        more = (shifted.top / total).log_().sub_(u)
+        near = positions(u.abs() < (1e-2 if double else 1e-4))
+        if len(near):
+            small = u.index_select(0, near)
+            series = torch.full_like(small, 1 / 9)
+            for k in range(8, 1, -1):
+                series.mul_(small).add_((-1) ** (k - 1) / k)
+            more.scatter_(0, near, series.mul_(small).mul_(small))
+        more.add_(torch.log1p(-SHIFT * x / (shifted.t * shifted.top))).add_(shifted.slope())
+        slope.scatter_(0, many, more)
+    return value, slope
 
 
 def nb_terms(log_mean: bool, log_theta: bool) -> Terms:
     """Blocks of NB log p and of its derivatives by the two parameters as given (log or not)."""
 
     def terms(wants: Sequence[bool], x: Tensor, m: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        double = torch.float64 in (m.dtype, t.dtype)
         x, m, t = x.double(), m.double(), t.double()
         m, outside = _inside(m) if log_mean else (m, None)
         mu = m.exp() if log_mean else m
         theta = t.exp() if log_theta else t.clamp(*THETA_RANGE)
-        shape = torch.broadcast_shapes(x.shape, mu.shape, theta.shape)
+        shape = common_shape(x.shape, mu.shape, theta.shape)
         ratio = (mu / theta).expand(shape)
         log1p = torch.log1p(ratio)
         out = -theta * log1p
@@ -192,9 +211,10 @@ def nb_terms(log_mean: bool, log_theta: bool) -> Terms:
         if len(hit):
             xs, raw, theta_s = (_flat(a, shape).index_select(0, hit) for a in (x, mu, theta))
             mus = raw.clamp(min=MEAN_FLOOR)
-            out.view(-1).scatter_add_(0, hit, nb_hits(xs, mus, theta_s))
+            value, slope = _nb_hits(xs, mus, theta_s, True, by_theta is not None, double)
             if by_theta is not None:
-                by_theta.view(-1).scatter_(0, hit, nb_hits_slope(xs, mus, theta_s))
+                by_theta.view(-1).scatter_(0, hit, slope)
+            out.view(-1).scatter_add_(0, hit, value)
             if by_mean is not None:
                 by_log_mean = (xs - raw) * (theta_s / (theta_s + raw))
                 if not log_mean:
@@ -216,7 +236,7 @@ def poisson_terms(log_mean: bool) -> Terms:
     """Blocks of Poisson log p and of its derivative by the mean, or by its logarithm."""
 
     def terms(wants: Sequence[bool], x: Tensor, m: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        shape = torch.broadcast_shapes(x.shape, m.shape)
+        shape = common_shape(x.shape, m.shape)
         m, outside = _inside(m) if log_mean else (m, None)
         # At zero nothing cancels: the parameter's own dtype is exact enough, and twice as fast.
         out = (-m.exp() if log_mean else -m).expand(shape).contiguous()
@@ -248,6 +268,12 @@ def _inside(log_mean: Tensor) -> tuple[Tensor, Tensor | None]:
     return log_mean.clamp(low, high), (log_mean < low) | (log_mean > high)
 
 
+def common_shape(*shapes: torch.Size) -> torch.Size:
+    """`torch.broadcast_shapes`, at once where all are the trailing dimensions of the longest."""
+    wide = max(shapes, key=len)
+    return wide if all(shape == wide[len(wide) - len(shape) :] for shape in shapes) else torch.broadcast_shapes(*shapes)
+
+
 def _flat(a: Tensor, shape: torch.Size) -> Tensor:
     return a.expand(shape).reshape(-1)
 
@@ -269,18 +295,23 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, terms: Terms, record: bool, value: Tensor, *params: Tensor) -> Tensor:
-        shape = torch.broadcast_shapes(value.shape, *(p.shape for p in params))
-        like = params[0].new_empty((), dtype=result_dtype(*params))
+        shape = common_shape(value.shape, *(p.shape for p in params))
+        dtype = result_dtype(*params)
         wants = [record and need for need in ctx.needs_input_grad[3:]]
-        out = like.new_empty(shape)
-        slopes = [like.new_empty(shape) if want else None for want in wants]
-        views = [a.reshape((1,) * (len(shape) - a.dim()) + a.shape) for a in (value, *params)]
-        for index in _blocks(shape):
-            result, derivatives = terms(wants, *(_piece(view, index) for view in views))
-            out[index] = result
-            for slope, derivative in zip(slopes, derivatives, strict=True):
-                if slope is not None and derivative is not None:
-                    slope[index] = derivative
+        if math.prod(shape) <= BLOCK:
+            result, derivatives = terms(wants, *(a.contiguous() for a in (value, *params)))
+            out = result.to(dtype).expand(shape)
+            slopes = [d.to(dtype) if want and d is not None else None for want, d in zip(wants, derivatives, strict=True)]
+        else:
+            out = params[0].new_empty(shape, dtype=dtype)
+            slopes = [out.new_empty(shape) if want else None for want in wants]
+            views = [a.reshape((1,) * (len(shape) - a.dim()) + a.shape) for a in (value, *params)]
+            for index in _blocks(shape):
+                result, derivatives = terms(wants, *(_piece(view, index) for view in views))
+                out[index] = result
+                for slope, derivative in zip(slopes, derivatives, strict=True):
+                    if slope is not None and derivative is not None:
+                        slope[index] = derivative
         ctx.save_for_backward(*slopes)
         ctx.like = [(p.shape, p.dtype) for p in params]
         return out

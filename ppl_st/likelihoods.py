@@ -39,6 +39,7 @@ from ppl_st.likelihood_math import (
     MEAN_FLOOR,
     THETA_RANGE,
     Elementwise,
+    common_shape,
     nb_terms,
     poisson_terms,
     result_dtype,
@@ -111,7 +112,7 @@ class _Observation(TorchDistribution):
 
     def _start(self, given: dict[str, Tensor], validate_args: bool | None) -> None:
         self._given = given
-        shape = torch.broadcast_shapes(*(p.shape for p in given.values()))
+        shape = common_shape(*(p.shape for p in given.values()))
         super().__init__(shape, torch.Size(), validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
         if self._validate_args:  # what was given, as it was given: torch would check the clamped properties
@@ -140,13 +141,13 @@ class _Observation(TorchDistribution):
             self._validate_sample(value)
 
     def _whole(self, result: Tensor, value: Tensor) -> Tensor:
-        return result.expand(torch.broadcast_shapes(result.shape, value.shape, self.batch_shape))
+        return result.expand(common_shape(result.shape, value.shape, self.batch_shape))
 
 
 def count_quantile(d: Any, q: Tensor) -> Tensor:
     """The smallest count k with P(X <= k) >= q, by doubling and bisection of `d.cdf`; q in [0, 1), fits the batch shape."""
     check_shape(q, d.batch_shape, f"{type(d).__name__}.icdf")
-    shape = torch.broadcast_shapes(q.shape, d.batch_shape)
+    shape = common_shape(q.shape, d.batch_shape)
     low, high = torch.full(shape, -1.0, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     share = q.detach().cpu().expand(shape)
     while bool((short := (d.cdf(high).cpu() < share) & (high < LARGEST_COUNT)).any()):

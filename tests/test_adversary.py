@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppl_st.inference.adversary import Adversary, Player, critic_loss, generator_loss
+from ppl_st.inference.adversary import Adversary, Player, critic_loss, generator_loss, logits
 from ppl_st.networks import MLP
 
 KINDS = ("cross_entropy", "density_ratio", "hinge", "hinge_published")
@@ -80,3 +80,12 @@ def test_state_goes_out_and_in_bitwise():
         game.step(step, 0, step)
         other.step(step, 0, step)
     assert all(torch.equal(a, b) for a, b in zip(critic.parameters(), copy.parameters(), strict=True))
+
+
+def test_the_pair_computes_no_gradients_of_the_critic():
+    _, critic = trained("cross_entropy", 2)
+    for parameter in critic.parameters():
+        parameter.grad = None
+    codes = torch.randn(8, 2, requires_grad=True)
+    generator_loss("cross_entropy", *logits(critic, codes, codes + 1)).backward()
+    assert codes.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in critic.parameters())

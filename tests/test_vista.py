@@ -18,7 +18,7 @@ from ppl_st.inference.svi import rng_scope
 from ppl_st.metrics import score_table
 from ppl_st.models.vista import PRESETS, batches, build, initialise, start
 from ppl_st.models.vista.closed import fit_map, second_moments
-from ppl_st.models.vista.model import Config
+from ppl_st.models.vista.config import Config
 from ppl_st.pooling import draws_of, log_fold_change, pooled
 from ppl_st.prepare.vista import anchors, new_cells, problem
 from ppl_st.simulate import spatial_field

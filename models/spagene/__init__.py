@@ -49,8 +49,9 @@ import torch
 from numpy.typing import NDArray
 from pyro import poutine
 
-from ppl_st.inference.adversary import Adversary, Player, critic_loss
+from ppl_st.inference.adversary import Adversary, Player, critic_loss, logits
 from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.objective import drawn_by
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.inference.svi import fit as run_svi
@@ -155,9 +156,9 @@ def _inner_network(config: Config, reference: Autoencoder, steps: int, seed: int
 
 def _train(pair: Pair, data: Data, config: Config, seed: int, settings: Any, state: Any = None, until: int | None = None) -> Any:
     scale = 1.0 / (data.counts.shape[0] * data.counts.shape[1])
-    game = adversary(ensemble([pair]), config)
+    critics = game({"": model_of(pair)}, config)
     device = replace(settings, device="cpu")
-    return run_svi(pair, batches(data, config, seed), device, state, scale=scale, until=until, adversary=game)[0]
+    return run_svi(pair, batches(data, config, seed), device, state, scale=scale, until=until, adversary=critics)[0]
 
 
 def choose_steps(data: Data, config: Config, reference: Autoencoder, seed: int, say: Callable[[str], None]) -> tuple[int, list[dict[str, float]]]:
@@ -205,19 +206,19 @@ def batches(data: Data, config: Config, seed: int) -> Batches:
 
 def adversary(pair: Pair, config: Config) -> Adversary | None:
     """Two critics per chain: is a code of the reference real or translated, and of the target."""
+    return game({f"chain{c}/": model_of(chain) for c, chain in enumerate(chains_of(pair))}, config)
+
+
+def game(models: dict[str, Model], config: Config) -> Adversary | None:
+    """The critics of these models, whose sites have these prefixes."""
     if config.adversary == "off":
         return None
 
-    def player(model: Model, k: int) -> Player:
-        def codes(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = (batch.rows, batch.reference_rows)
-            drawn = [loc + scale * torch.randn_like(loc) for loc, scale in (model.codes(side, rows[side]) for side in (0, 1))]
-            mean = model.way(k).translate(drawn[k])
-            return drawn[1 - k], mean + model.way(k).noise() * torch.randn_like(mean)
+    def player(prefix: str, model: Model, k: int) -> Player:
+        real, fake = f"{prefix}{NAMES[1 - k]}_z", f"{prefix}{NAMES[k]}_translated"
+        return Player(model.opponents[k], lambda drawn: (drawn[real], drawn[fake]))
 
-        return Player(model.opponents[k], codes)
-
-    players = [player(model_of(chain), k) for chain in chains_of(pair) for k in range(2)]
+    players = [player(prefix, model, k) for prefix, model in models.items() for k in range(2)]
     decay = 1e-3 if config.identity == "pearson" else 1e-6
     penalty = {"penalty": config.gradient_penalty, "center": config.gradient_center}
     return Adversary(players, config.adversary, lr=config.critic_lr, weight_decay=decay, **penalty)
@@ -315,7 +316,8 @@ def watch(pair: Pair, config: Config, seed: int) -> Callable[[Batch], dict[str, 
     if not (config.cycle_weight or config.coral_weight or config.mmd_weight or config.adversary != "off" or config.identity == "pearson"):
         return None
     first = chains_of(pair)[0]
-    model, game = model_of(first), adversary(ensemble([first]), config)
+    model = model_of(first)
+    critics = game({"": model}, config)
 
     def look(batch: Batch) -> dict[str, float]:
         model.eval()
@@ -325,10 +327,9 @@ def watch(pair: Pair, config: Config, seed: int) -> Callable[[Batch], dict[str, 
             nodes = poutine.trace(poutine.replay(first.model, drawn)).get_trace(batch).nodes
             factors = {name: getattr(site.get("fn"), "log_factor", None) for name, site in nodes.items()}
             found = {f"{name.replace('_', ' ')} loss": -float(value) / size for name, value in factors.items() if value is not None}
-            if game:
-                for name, player in zip(NAMES, game.players, strict=True):
-                    real, fake = (player.critic(side).reshape(-1) for side in player.codes(batch))
-                    found[f"{name} critic loss"] = float(critic_loss(game.kind, real, fake))
+            if critics:
+                for name, player in zip(NAMES, critics.players, strict=True):
+                    found[f"{name} critic loss"] = float(critic_loss(critics.kind, *logits(player.critic, *player.codes(drawn_by(drawn)))))
         model.train()
         return found | alignment_of(model, seed, WATCHED_CELLS)
 

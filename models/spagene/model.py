@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_st.factors import coral_loss, mmd_loss, pearson_loss
-from ppl_st.inference.adversary import Kind, generator_loss
+from ppl_st.inference.adversary import Kind, generator_loss, logits
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.common.counts import Hyper
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape
@@ -196,8 +196,8 @@ class Model(PyroModule):
                 factors[f"{name}_mmd"] = c.mmd_weight * mmd_loss(translated[k], z[1 - k], c.mmd_kernel)
             if self.opponents:
                 kind: Kind = c.adversary  # type: ignore[assignment]
-                logits = [self.opponents[k](side).reshape(-1) for side in (z[1 - k], translated[k])]
-                factors[f"{name}_adversary"] = c.adversary_weight * generator_loss(kind, *logits)
+                real, fake = logits(self.opponents[k], z[1 - k], translated[k])
+                factors[f"{name}_adversary"] = c.adversary_weight * generator_loss(kind, real, fake)
         for name, value in factors.items():
             pyro.factor(name, -size * value)
 

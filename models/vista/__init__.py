@@ -68,8 +68,9 @@ from ppl_st.models.vista.closed import (
     totals_of,
     weights,
 )
+from ppl_st.models.vista.config import PRESETS, Config
 from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
-from ppl_st.models.vista.model import PRESETS, RESERVED, Config, Guide, Model, Spec, build, sides
+from ppl_st.models.vista.model import RESERVED, Guide, Model, Spec, build, sides
 from ppl_st.observation import find
 
 __all__ = [
@@ -192,18 +193,12 @@ def adversary(pair: Pair, config: Config) -> Adversary | None:
     if config.adversary == "off":
         return None
 
-    def player(chain: Pair) -> Player:
-        model, guide = sides(chain)
+    def player(c: int, chain: Pair) -> Player:
+        critic = sides(chain)[0].opponent[0]
+        assert critic is not None
+        return Player(critic, lambda drawn: (drawn[f"chain{c}/z_reference"], drawn[f"chain{c}/z"]))
 
-        def codes(batch: Batch) -> tuple[Tensor, Tensor]:
-            both = guide.encode_reference(batch), guide.states(batch)
-            reference, cells = (loc + scale * torch.randn_like(loc) for loc, scale in both)
-            return reference, cells
-
-        assert model.opponent[0] is not None
-        return Player(model.opponent[0], codes)
-
-    return Adversary([player(chain) for chain in chains_of(pair)], config.adversary)
+    return Adversary([player(c, chain) for c, chain in enumerate(chains_of(pair))], config.adversary)
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:

@@ -92,14 +92,8 @@ class Batches:
 
     def _batch(self, seeds: NDArray[np.int64], reference: NDArray[np.int64], shown: NDArray[np.bool_]) -> Batch:
         data = self.data
-        rows = data.graph[seeds]
-        degree = np.diff(rows.indptr)
-        context = np.concatenate([seeds, np.setdiff1d(rows.indices, seeds)])
-        order = np.argsort(context, kind="stable")
-        present = np.arange(max(1, int(degree.max(initial=0))))[None] < degree[:, None]  # [B, k]
-        neighbors = np.zeros(present.shape, dtype=np.int64)
-        neighbors[present] = order[np.searchsorted(context[order], rows.indices)]
-        counts, own, other = data.counts[context].toarray(), data.others[context].toarray(), data.reference[reference].toarray()
+        context, neighbors, present = surroundings(data.graph, seeds)
+        counts, own, other = dense_rows(data.counts, context), dense_rows(data.others, context), dense_rows(data.reference, reference)
         hidden = float(self.share[: len(shown)][~shown].sum())
         total = (counts[:, shown].sum(1) + own.sum(1)) / (1 - hidden)
         other_total = other[:, data.panel[shown]].sum(1) / self.reference_share[shown].sum()
@@ -119,6 +113,28 @@ class Batches:
             n_cells=self.n,
             n_reference=self.m,
         )
+
+
+def surroundings(graph: sp.csr_matrix, seeds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Rows of the seeds and then of their other neighbors [c], positions of the seeds' neighbors among these [B, k], and whether each exists."""
+    if not graph.nnz:
+        return seeds, np.zeros((len(seeds), 1), dtype=np.int64), np.zeros((len(seeds), 1), dtype=bool)
+    rows = graph[seeds]
+    degree = np.diff(rows.indptr)
+    context = np.concatenate([seeds, np.setdiff1d(rows.indices, seeds)])
+    order = np.argsort(context, kind="stable")
+    present = np.arange(max(1, int(degree.max(initial=0))))[None] < degree[:, None]
+    neighbors = np.zeros(present.shape, dtype=np.int64)
+    neighbors[present] = order[np.searchsorted(context[order], rows.indices)]
+    return context, neighbors, present
+
+
+def dense_rows(counts: sp.csr_matrix, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """counts[rows], dense."""
+    if not counts.nnz or not len(rows):
+        return np.zeros((len(rows), counts.shape[1]), dtype=counts.dtype)
+    dense: NDArray[np.float32] = counts[rows].toarray()
+    return dense
 
 
 def shares(counts: sp.csr_matrix) -> NDArray[np.float64]:

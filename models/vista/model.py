@@ -1,7 +1,6 @@
-"""The VISTA pair: Config and presets, Model p(x, x', z, ...), Guide q(z | x, graph), and the predictive of any gene in any spatial cell."""
+"""The VISTA pair: Model p(x, x', z, ...), Guide q(z | x, graph), and the predictive of any gene in any spatial cell."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -10,14 +9,15 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ppl_st.inference.adversary import Kind, generator_loss
-from ppl_st.inference.svi import FitConfig, Pair
+from ppl_st.inference.adversary import Kind, generator_loss, logits
+from ppl_st.inference.svi import Pair
 from ppl_st.models.common.counts import bend
 from ppl_st.models.vista.batches import Batch
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
+from ppl_st.models.vista.config import Config
 from ppl_st.models.vista.inner import Hyper
 from ppl_st.networks import MLP, GraphAttention
-from ppl_st.observation import check_name, find
+from ppl_st.observation import find
 
 RESERVED = (
     "log_gain", "slope", "reference_log_theta", "z", "z_reference", "z_context", "z_graph", "log_library", "x", "x_reference", "cells",
@@ -25,65 +25,6 @@ RESERVED = (
 )  # fmt: skip
 LOG_RATE = (-18.0, 12.0)  # clamp of the logarithm of a rate
 LOG_SCALE = (-5.0, 2.0)  # and of a posterior's standard deviation
-
-
-@dataclass(frozen=True)
-class Config:
-    """Settings of VISTA. `PRESETS` has the default, the paper's, the released code's and gimVI's values."""
-
-    # none = gimVI; kl_only = the released code; posterior = the paper; prior = neighbors inform p(z)
-    graph: Literal["none", "kl_only", "posterior", "prior"] = "prior"
-    neighbors: int = field(default=20, metadata={"ge": 1})  # of a cell, within its section
-    heads: int = field(default=1, metadata={"ge": 1})  # of the attention
-    # closed: map in closed form from standardised genes; learned: the published networks, by gradient
-    map: Literal["closed", "learned"] = "closed"
-    latent: int = field(default=48, metadata={"ge": 1})  # d
-    hidden: int = field(default=64, metadata={"ge": 1})  # units of the learned networks
-    dropout: float = field(default=0.2, metadata={"ge": 0, "lt": 1})  # in the learned networks
-    # several: Bayesian bootstraps of the reference (closed), which cost a little accuracy each, or starts (learned)
-    chains: int = field(default=1, metadata={"ge": 1})
-    # of the spatial counts: "nb", "poisson", "zinb" or "module:function" (`ppl_st.observation`)
-    likelihood: str = "nb"
-    reference_likelihood: Literal["nb", "zinb"] = "nb"
-    platform: Literal["hierarchical", "none"] = "hierarchical"  # gain and slope of a gene; none fixes them
-    adversary: Literal["off", "cross_entropy", "density_ratio", "hinge"] = "off"
-    adversary_weight: float = field(default=5.0, metadata={"ge": 0})  # kappa
-    visible: float = field(default=0.75, metadata={"gt": 0, "le": 1})  # share of panel genes the encoder sees in training
-    penalty: float | Literal["auto"] = "auto"  # ridge penalty of the closed map
-    others: bool = True  # genes that only the target has help to place its cells and give their depth (closed map)
-    reweight: bool | Literal["auto"] = "auto"  # weight the reference towards the target's composition
-    denoise: float | Literal["auto"] = "auto"  # share of the panel read off the directions of all genes of the target (closed map)
-    common: float | Literal["auto"] = "auto"  # weight of what all genes of a spatial cell have in common (closed map)
-    target_weight: float = field(default=1.0, metadata={"gt": 0})  # of the spatial log-likelihood
-    reference_weight: float = field(default=1.0, metadata={"gt": 0})
-    batch_cells: int = field(default=256, metadata={"ge": 0})  # spatial cells per minibatch; 0 = all
-    # reference cells per minibatch; the closed map leaves little to learn from them by gradient
-    batch_reference: int = field(default=32, metadata={"ge": 0})
-    library_key: str | None = None  # obs column of the section: no neighbors across sections
-    batch_key: str | None = None  # obs column of the batch, on both sides
-    anchor_key: str | None = None  # obs column of the cell type, on both sides: train on the paper's anchor genes only
-    layer: str | None = None  # layer with the counts
-    reference_layers: tuple[str, ...] = ()  # further layers of the reference to impute, as genes GENE:layer (`ppl_st.layers`)
-    gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
-    fit: FitConfig = FitConfig(
-        steps=100, lr=0.03, schedule="cosine", final_lr_factor=0.05, clip_norm=1e3, kl_warmup_steps=20, elbo="meanfield", checkpoint_every=100,
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_name(self.likelihood)
-
-
-_GIMVI = Config(
-    graph="none", map="learned", latent=10, hidden=64, chains=1, reference_likelihood="zinb", platform="none", adversary="cross_entropy",
-    visible=1.0, batch_cells=128, batch_reference=128, reweight=False, penalty=3.0, others=False,
-    fit=FitConfig(steps=4000, lr=1e-3, eps=0.01, weight_decay=1e-6, clip_norm=1e3, kl_warmup_steps=8000, elbo="meanfield"),
-)  # fmt: skip
-PRESETS = {
-    "default": Config(),
-    "paper": replace(_GIMVI, graph="posterior", latent=32, neighbors=20),
-    "released": replace(_GIMVI, graph="kl_only", latent=32, neighbors=20),
-    "gimvi": _GIMVI,
-}
 
 
 class Spec(NamedTuple):
@@ -167,14 +108,14 @@ class Model(PyroModule):
 
     def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor) -> Tensor:
         """Log rate of ``genes`` [g] in spatial cells with states z [n, d] and log totals [n]: [n, g]."""
-        score = z @ self.decoder[:, genes]
-        level = (self.level if self.closed else self.level + self.bias)[genes]
+        if not self.closed:  # shares are relative to the panel, as in gimVI
+            level = self.level + self.bias + (drawn["log_gain"] if "log_gain" in drawn else 0.0)
+            panel = z @ self.decoder.index_select(1, self.panel) + level.index_select(0, self.panel)
+            own = panel if genes is self.panel else z @ self.decoder[:, genes] + level[genes]
+            return (own + (log_total[:, None] - torch.logsumexp(panel, -1, keepdim=True))).clamp(*LOG_RATE)
+        score, level = z @ self.decoder[:, genes], self.level[genes]
         if "log_gain" in drawn:
             level = level + drawn["log_gain"][self.parent[genes]]
-        if not self.closed:  # shares are relative to the panel, as in gimVI
-            panel = self.level + self.bias + (drawn["log_gain"] if "log_gain" in drawn else 0.0)
-            whole = torch.logsumexp(z @ self.decoder[:, self.panel] + panel[self.panel], -1, keepdim=True)
-            return (log_total[:, None] + level + score - whole).clamp(*LOG_RATE)
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
         log_depth = torch.tensor(self.spec.depth).log()
         depth = log_depth + self.spec.hyper.depth * (log_total - log_depth)
@@ -196,18 +137,19 @@ class Model(PyroModule):
         drawn = self.globals()
         out, codes = {}, {}
         if len(batch.reference_rows):
-            scored = torch.ones(self.spec.n_genes, dtype=torch.bool)
-            if c.visible < 1:  # what the encoder saw is not scored: the map is judged as it will be used
-                scored[self.panel[batch.visible]] = False
             with pyro.plate("reference", batch.n_reference, subsample=batch.reference_rows):
                 with poutine.mask(mask=self.scores_states):
                     z = pyro.sample("z_reference", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))  # [R, d]
                 mean, sd = self.library[batch.reference_batch].unbind(1)
                 log_library = pyro.sample("log_library", dist.Normal(mean, sd))  # [R]
                 law = self._reference_law(z, self.reference_log_rate(z, log_library))
+                if c.visible < 1:  # what the encoder saw is not scored: the map is judged as it will be used
+                    scored = torch.ones(self.spec.n_genes, dtype=torch.bool)
+                    scored[self.panel[batch.visible]] = False
+                    law = law.mask(scored)
                 with poutine.scale(scale=c.reference_weight):
                     out["x_reference"] = pyro.sample(
-                        "x_reference", law.mask(scored).to_event(1), obs=batch.reference if observe else None
+                        "x_reference", law.to_event(1), obs=batch.reference if observe else None
                     )  # [R, G]
             codes["reference"] = z
         if len(batch.rows):
@@ -215,16 +157,16 @@ class Model(PyroModule):
             z = self._states(batch, cells)  # [B, d]
             own = batch.counts[: len(batch.rows)]
             rate = self.log_rate(drawn, z, batch.total[: len(own)].log(), self.panel).exp()
-            scored = ~batch.visible if c.visible < 1 and not bool(batch.visible.all()) else torch.ones_like(batch.visible)
             law = self.likelihood(rate, {name: value[self.panel] for name, value in drawn.items()})
+            if c.visible < 1 and not bool(batch.visible.all()):
+                law = law.mask(~batch.visible)
             with cells, poutine.scale(scale=c.target_weight):
-                out["x"] = pyro.sample("x", law.mask(scored).to_event(1), obs=own if observe else None)  # [B, P]
+                out["x"] = pyro.sample("x", law.to_event(1), obs=own if observe else None)  # [B, P]
             codes["cells"] = z
         if self.opponent[0] is not None and len(codes) == 2:
-            logits = [self.opponent[0](codes[side]).squeeze(-1) for side in ("reference", "cells")]
             kind: Kind = c.adversary  # type: ignore[assignment]
             size = batch.n_cells + batch.n_reference
-            pyro.factor("adversary", -c.adversary_weight * size * generator_loss(kind, *logits))
+            pyro.factor("adversary", -c.adversary_weight * size * generator_loss(kind, *logits(self.opponent[0], codes["reference"], codes["cells"])))
         return out
 
     def _states(self, batch: Batch, cells: Any) -> Tensor:
@@ -332,16 +274,15 @@ class Guide(PyroModule):
     def forward(self, batch: Batch, *, observe: bool = True) -> None:
         """Sample all latent sites of one minibatch."""
         self.gene_sites()
+        (reference_loc, reference_scale), (base, spread) = self.encode_both(batch)
         if len(batch.reference_rows):
-            loc, scale = self.encode_reference(batch)
             with pyro.plate("reference", batch.n_reference, subsample=batch.reference_rows):
                 with poutine.mask(mask=self.model[0].scores_states):
-                    pyro.sample("z_reference", dist.Normal(loc, scale).to_event(1))  # [R, d]
+                    pyro.sample("z_reference", dist.Normal(reference_loc, reference_scale).to_event(1))  # [R, d]
                 total = batch.reference.sum(1).clamp_min(1.0).log()
                 pyro.sample("log_library", dist.Normal(total + self.library[0], self.library[1].exp()))  # [R]
         if not len(batch.rows):
             return
-        base, spread = self.encode(batch)  # [c, d]
         loc, scale = self.with_graph(base, spread, batch)
         if self.config.graph == "prior":
             with pyro.plate("context", len(base)), poutine.mask(mask=False):
@@ -393,7 +334,7 @@ class Guide(PyroModule):
             genes = torch.cat([batch.counts, batch.others], 1)
             loc = _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch]) @ self._encoders(batch.visible)[0]
             return loc, self.log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
-        return self._heads(self.shared(torch.relu(self.target_input(torch.log1p(batch.counts * batch.visible)))))
+        return self._heads(self.shared(self._target_features(batch)))
 
     def encode_reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same of reference cells; closed: from the visible panel genes, as the target's."""
@@ -402,7 +343,21 @@ class Guide(PyroModule):
             x = _standardise(panel, batch.reference_total, self.depths[1], self.reference_mean[code], self.reference_sd[code])
             loc = x @ self._encoders(batch.visible)[1]
             return loc, self.reference_log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
-        return self._heads(self.shared(torch.relu(self.reference_input(torch.log1p(batch.reference)))))
+        return self._heads(self.shared(self._reference_features(batch)))
+
+    def encode_both(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`encode_reference` and `encode`; of the published networks the shared layers run once, over the cells of both sides."""
+        if self.closed:
+            return self.encode_reference(batch), self.encode(batch)
+        loc, scale = self._heads(self.shared(torch.cat([self._reference_features(batch), self._target_features(batch)])))
+        n = len(batch.reference_rows)
+        return (loc[:n], scale[:n]), (loc[n:], scale[n:])
+
+    def _target_features(self, batch: Batch) -> Tensor:
+        return torch.relu(self.target_input(torch.log1p(batch.counts * batch.visible)))
+
+    def _reference_features(self, batch: Batch) -> Tensor:
+        return torch.relu(self.reference_input(torch.log1p(batch.reference)))
 
     @staticmethod
     def _heads(out: Tensor) -> tuple[Tensor, Tensor]:
