@@ -187,14 +187,26 @@ def test_published_presets_equal_the_formulas_term_by_term(some, preset):
     batch = spagene.batches(some, config, 0).at(1)
     torch.manual_seed(0)
     guide = poutine.trace(pair.guide).get_trace(batch)
-    drawn = {name: site["value"] for name, site in guide.nodes.items() if site["type"] == "sample"}
     model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch)
+    drawn = {name: site["value"] for name, site in model.nodes.items() if site["type"] == "sample"}
     size = some.counts.shape[0] * some.counts.shape[1]
     for name, value in direct_terms(pair, batch, drawn, config).items():
         assert -model.nodes[name]["fn"].log_factor.item() / size == pytest.approx(value, rel=2e-4, abs=1e-7), name
     # Nothing else is in the objective: the codes and their translations have the same law on both sides.
     everything = sum(direct_terms(pair, batch, drawn, config).values())
     assert (guide.log_prob_sum() - model.log_prob_sum()).item() / size == pytest.approx(everything, rel=2e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "network"])
+def test_dropout_of_the_translators_adds_nothing_to_the_objective_but_the_noise_of_its_factors(some, preset):
+    config = settings(preset, "dropout=.5", "translator_dropout=.5", "identity=off", "cycle_weight=0", "coral_weight=0", "mmd_weight=0", "adversary=off")
+    pair = untrained(config, some)
+    pair.model.train()
+    batch = spagene.batches(some, config, 0).at(1)
+    guide = poutine.trace(pair.guide).get_trace(batch)
+    model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch)
+    assert model.log_prob_sum().item() == guide.log_prob_sum().item()
+    assert not torch.equal(*(model_of(pair).way(0).translate(guide.nodes["forward_z"]["value"]) for _ in range(2)))
 
 
 def test_weights_are_those_of_the_publication():

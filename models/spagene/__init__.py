@@ -35,7 +35,8 @@ DIFFERENCES from paper and released code
     * LayerNorm and ReLU, no activation on codes. Released: BatchNorm and LeakyReLU, on codes too;
     * hinge with the right sign in "paper"; ``preset="released"`` has the fault (both terms push up) and the dominating gradient penalty;
     * MMD: multi-scale and unbiased; "released" kernel (fixed 0.3) in the published presets, where it is the constant 1/n + 1/m;
-    * published epochs are steps here (2000), and the best one is not chosen on the training genes.
+    * published epochs are steps here (2000); the learning rate of stage 2, halved every tenth of 50 epochs, falls along a cosine to a twentieth; and
+      the best epoch is not chosen on the training genes.
 """
 
 from collections.abc import Callable

@@ -89,7 +89,7 @@ _paper = Config(
     mmd_weight=0.3, mmd_kernel="released", adversary="hinge", adversary_weight=1e-3, critic_lr=5e-4, critic_hidden=(256, 128, 128, 64),
     gradient_penalty=0.0, smoothing=0.0, batch_cells=128, batch_reference=128, observation="gaussian", codes="point", hidden=(2048, 1024, 512),
     dropout=0.2, translator_hidden=(512, 512, 512, 1024, 1024), backward_hidden=(512, 256, 256, 128, 128), translator_dropout=0.1,
-    checkpoints=0, stage1=_stage1, fit=replace(_stage1, weight_decay=1e-3),
+    checkpoints=0, stage1=_stage1, fit=replace(_stage1, weight_decay=1e-3, schedule="cosine", final_lr_factor=0.05),
 )  # fmt: skip
 PRESETS = {
     "default": Config(),
@@ -172,9 +172,10 @@ class Model(PyroModule):
         for k in range(2):
             direction = self.way(k)
             weights = direction.story(observe) if direction.linear else None
-            codes, there = story_codes(self, k, rows[k], plates[k], weights)
+            codes, noise = story_codes(self, k, rows[k], plates[k])
             z.append(codes)
-            translated.append(there)
+            mean = direction.translate(codes, weights)
+            translated.append(pyro.deterministic(f"{NAMES[k]}_translated", mean + direction.noise() * noise, event_dim=2))  # [B, L]
         needed = c.identity in ("gain_offset", "pearson") or c.cycle_weight > 0
         x = [self.side(k).read(self.problems[k], rows[k].cpu().numpy()) for k in range(2)] if needed else []
         if c.identity == "gain_offset":
@@ -238,15 +239,16 @@ def cell_plates(batch: Batch) -> list[Any]:
     return [pyro.plate(name, n, subsample=rows) for name, n, rows in sizes]
 
 
-def story_codes(model: Model, k: int, rows: Tensor, plate: Any, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sample codes of one side from the frozen posterior, and their translation; model and guide alike: both are what stage 1 and T say."""
+def story_codes(model: Model, k: int, rows: Tensor, plate: Any) -> tuple[Tensor, Tensor]:
+    """Sample codes of one side from the frozen posterior, and the standard noise of their translation; model and guide alike.
+
+    The translator itself runs in the model alone: two passes would hold the dropout of one against the other's.
+    """
     loc, scale = model.codes(k, rows)
-    direction = model.way(k)
     with plate:
         z = pyro.sample(f"{NAMES[k]}_z", dist.Normal(loc, scale.clamp_min(1e-3)).to_event(1))  # [B, q]
-        mean = direction.translate(z, weights)
-        there = pyro.sample(f"{NAMES[k]}_translated", dist.Normal(mean, direction.noise()).to_event(1))  # [B, L]
-    return z, there
+        noise = pyro.sample(f"{NAMES[k]}_noise", dist.Normal(torch.zeros(model.side(1 - k).latent, device=z.device), 1.0).to_event(1))  # [B, L]
+    return z, noise
 
 
 class Guide(PyroModule):
@@ -265,13 +267,13 @@ class Guide(PyroModule):
         model: Model = self.model
         plates = cell_plates(batch)
         for k, name in enumerate(NAMES):
-            direction = model.way(k)
-            weights = direction.posterior() if direction.linear else None
+            if model.way(k).linear:
+                model.way(k).posterior()
             if model.config.identity == "gain_offset":
                 with pyro.plate(f"{name}_genes", self.effect_loc.shape[1]):
                     law: Any = dist.Normal(self.effect_loc[k], self.effect_log_scale[k].exp())
                     pyro.sample(f"{name}_effect", law.to_event(1))  # [P, 3]
-            story_codes(model, k, (batch.rows, batch.reference_rows)[k], plates[k], weights)
+            story_codes(model, k, (batch.rows, batch.reference_rows)[k], plates[k])
 
     def globals(self) -> None:
         """One joint draw for prediction in the target's cells."""
