@@ -29,7 +29,7 @@ class Config:
 
     # linear: closed form; network: neural autoencoders and translators, trained
     translator: Literal["linear", "network"] = "linear"
-    latent: tuple[int, int] = (50, 50)  # at most, of target and reference
+    latent: tuple[int, int] = (100, 50)  # at most, of target and reference
     preprocess: Literal["lognorm", "sqrt"] = "lognorm"  # what encoders read; sqrt: clipped square roots, as published
     # loadings: closed likelihood of the shared genes' loadings (linear); gain_offset: per cell and gene, Normal(a_g + b_g decoded, sigma_g)
     identity: Literal["loadings", "gain_offset", "pearson", "off"] = "loadings"
@@ -45,6 +45,7 @@ class Config:
     gradient_penalty: float = field(default=1.0, metadata={"ge": 0})  # of the critics
     gradient_center: float = field(default=0.0, metadata={"ge": 0})  # norm of the gradient that is not penalised; WGAN-GP: 1
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's code; auto: chosen on inner held-out genes
+    reference_share: float | Literal["auto"] = "auto"  # of the reference's own regression in an unmeasured gene's loadings (linear); auto: likewise
     neighbors: int = field(default=20, metadata={"ge": 1})
     depth_exponent: float | Literal["auto"] = "auto"  # of a cell's total in its depth; auto: chosen on inner held-out genes
     library_key: str | None = None  # obs column of the section; neighbors stay within it
@@ -112,6 +113,7 @@ class Spec(NamedTuple):
     steps: int  # of the fit
     latent: tuple[int, int]  # of the autoencoders as they are
     candidates: list[dict[str, float]]
+    shares: tuple[float, float] = (0.0, 0.0)  # of the reference's own regression
 
 
 class Model(PyroModule):
@@ -133,7 +135,7 @@ class Model(PyroModule):
         self.directions = nn.ModuleList(
             Direction(
                 name, problems[k], sides[k], sides[1 - k], features(sides[1 - k], problems[k].panel) if linear else None, spec.hypers[k],
-                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout,
+                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, spec.shares[k],
             )
             for k, name in enumerate(NAMES)
         )  # fmt: skip
@@ -175,7 +177,7 @@ class Model(PyroModule):
             codes, noise = story_codes(self, k, rows[k], plates[k])
             z.append(codes)
             mean = direction.translate(codes, weights)
-            translated.append(pyro.deterministic(f"{NAMES[k]}_translated", mean + direction.noise() * noise, event_dim=2))  # [B, L]
+            translated.append(mean + direction.noise() * noise)  # [B, L]
         needed = c.identity in ("gain_offset", "pearson") or c.cycle_weight > 0
         x = [self.side(k).read(self.problems[k], rows[k].cpu().numpy()) for k in range(2)] if needed else []
         if c.identity == "gain_offset":

@@ -1,6 +1,6 @@
 """SpaGene's published protocol: shared genes in alphabetical order, fold = index mod 5, and the paper's own scores of its own scale.
 
-OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/benchmarks/spagene_published.py run PRESET DIR [SETTING=VALUE ...]     (a file per fold; goes on where it was)
+OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/benchmarks/spagene_published.py run PRESET DIR [SETTING=VALUE ...]     (one file per fold)
 python tests/benchmarks/spagene_published.py show DIR
 
 Cells are those with a count in every fold's training genes. Truth: square root of counts clipped at mean + 2 sd of the gene's positive ones. Networks
@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from realdata import path
 
 import ppl_st
 from ppl_st.config import with_overrides
@@ -29,6 +28,7 @@ from ppl_st.models.common.counts import default_hyper
 from ppl_st.models.spagene.autoencoder import Autoencoder, clip_limits, train
 from ppl_st.models.spagene.model import PRESETS, Config, Spec, build, model_of
 from ppl_st.prepare.spagene import problem
+from realdata import path
 
 FOLDS, SEED = 5, 0
 SCORES = {"pcc": pcc, "scc": scc, "rmse_z": rmse_z, "ssim_spagene": ssim_spagene, "ssim_li": ssim_li}
