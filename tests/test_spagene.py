@@ -15,7 +15,7 @@ from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit, load_state
-from ppl_st.metrics import score_table
+from ppl_st.metrics import pcc, score_table
 from ppl_st.models import spagene
 from ppl_st.models.common.cells import without
 from ppl_st.models.common.counts import default_hyper
@@ -23,6 +23,7 @@ from ppl_st.models.spagene.alignment import linear_accuracy, mixing
 from ppl_st.models.spagene.autoencoder import autoencoder_pair, clip_limits, linear, train
 from ppl_st.models.spagene.closed import Closed, features
 from ppl_st.models.spagene.model import NAMES, PRESETS, build, direction_of, model_of
+from ppl_st.models.spagene.regression import loadings_of_all, regress
 from ppl_st.prepare.spagene import problem
 from ppl_st.report_run import _fit
 from ppl_st.simulate import spatial_field
@@ -123,6 +124,58 @@ def test_the_translator_is_the_bayesian_regression_of_the_textbook(some):
     np.testing.assert_allclose(draws.var(0), variance, rtol=0.2)
 
 
+def test_the_references_own_regression_is_ridge_on_its_standardised_cells(some):
+    shape = PRESETS["default"].shape(0)._replace(latent=4)
+    own, other = linear(some, shape), linear(some.turned(), shape._replace(latent=6))
+    kept, inner = np.arange(5, 20), np.arange(5)
+    found = regress(some, other, [inner])
+    z = other.read(some.turned(), np.arange(some.reference.shape[0])).numpy().astype(np.float64)
+    m, t = len(z), own.loadings.numpy()[some.columns].T.astype(np.float64)
+
+    def ridge(on, to):
+        return np.linalg.solve(z[:, on].T @ z[:, on] + m * found.penalty * np.eye(len(on)), z[:, on].T @ z[:, to])
+
+    part = found.inner(t[:, kept], some.panel[kept], some.panel[inner])
+    np.testing.assert_allclose(part, t[:, kept] @ ridge(some.panel[kept], some.panel[inner]), atol=1e-4)
+    everything = loadings_of_all(some, other, found.weights(t, some.panel))
+    np.testing.assert_allclose(everything, t @ ridge(some.panel, np.arange(z.shape[1])), atol=1e-4)
+    # The penalty is better on the inner genes, by generalised cross-validation, than a tenth and ten times of it.
+    score = {}
+    for a in (found.penalty / 10, found.penalty, found.penalty * 10):
+        left, right = z[:, some.panel[kept]], z[:, some.panel[inner]]
+        hat = left @ np.linalg.solve(left.T @ left + m * a * np.eye(15), left.T)
+        score[a] = np.mean(np.square(right - hat @ right).mean(0) / right.var(0)) / (1 - (1 + np.trace(hat)) / m) ** 2
+    assert min(score, key=lambda a: score[a]) == found.penalty, score
+
+
+def test_where_the_reference_is_the_same_platform_its_regression_is_chosen_and_used(world, tmp_path):
+    """Halves of one experiment: what the reference's cells say of a gene holds in the target. It enters means and draws, and is stored."""
+    whole = spatial_field(seed=3, n_cells=400, n_reference=1600, n_genes=30, n_panel=24, n_types=6, rho=3.0).reference
+    target = whole[:800, :24].copy()
+    target.obsm["spatial"] = np.random.default_rng(0).uniform(0, 1000, (800, 2))
+    both = {}
+    for share in ("auto", 0.0):
+        overrides = [f"reference_share={share}", "latent=[24, 24]", "smoothing=0", "fit.steps=2"]
+        both[share] = ppl_st.fit("spagene", target=target, reference=whole[800:].copy(), overrides=overrides, seed=0, out=tmp_path / str(share))
+    first = direction_of(chains_of(both["auto"].pair)[0], 0)
+    assert first.share >= 0.5 and direction_of(chains_of(both[0.0].pair)[0], 0).share == 0
+    genes = torch.from_numpy(np.flatnonzero((first.measured < 0).numpy()))
+    mean, variance = first.mean_codes(genes)
+    expected = (1 - first.share) * first.loc @ first.phi[genes].T + first.share * first.regressed[:, genes]
+    torch.testing.assert_close(mean, expected)
+    drawn, mean, variance = [], mean.detach(), variance.detach()
+    for key in range(400):
+        weights = first.loc.detach() + first.posterior_scale().detach() * torch.randn(first.loc.shape, generator=torch.Generator().manual_seed(key))
+        drawn.append(first.codes({"translator": weights, "gene_key": torch.tensor(key)}, genes))
+    torch.testing.assert_close(torch.stack(drawn).mean(0), mean, atol=6 * float((variance.max() / 400).sqrt()), rtol=0)
+    torch.testing.assert_close(torch.stack(drawn).var(0).mean(1), variance.mean(1), rtol=0.25, atol=0)
+    truth = whole[:800].to_df()[list(whole.var_names[24:])].to_numpy()
+    score = {share: pcc(truth, run.predict(genes=list(whole.var_names[24:]), draws=20).to_df().to_numpy()).mean() for share, run in both.items()}
+    assert score["auto"] > score[0.0] + 0.01, score
+    again = direction_of(chains_of(ppl_st.load(tmp_path / "auto").pair)[0], 0)
+    assert torch.equal(again.regressed, first.regressed) and again.share == first.share
+
+
 def test_the_pair_of_the_linear_translator_is_a_law_abiding_pair_with_its_posterior(data):
     config = settings("default", "batch_cells=50", "batch_reference=55")
     pair = untrained(config, data)
@@ -187,14 +240,30 @@ def test_published_presets_equal_the_formulas_term_by_term(some, preset):
     batch = spagene.batches(some, config, 0).at(1)
     torch.manual_seed(0)
     guide = poutine.trace(pair.guide).get_trace(batch)
-    drawn = {name: site["value"] for name, site in guide.nodes.items() if site["type"] == "sample"}
     model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch)
+    drawn = {name: site["value"] for name, site in model.nodes.items() if site["type"] == "sample"}
+    for k, name in enumerate(NAMES):
+        way = model_of(pair).way(k)
+        drawn[f"{name}_translated"] = way.translate(drawn[f"{name}_z"]) + way.noise() * drawn[f"{name}_noise"]
     size = some.counts.shape[0] * some.counts.shape[1]
     for name, value in direct_terms(pair, batch, drawn, config).items():
         assert -model.nodes[name]["fn"].log_factor.item() / size == pytest.approx(value, rel=2e-4, abs=1e-7), name
     # Nothing else is in the objective: the codes and their translations have the same law on both sides.
     everything = sum(direct_terms(pair, batch, drawn, config).values())
     assert (guide.log_prob_sum() - model.log_prob_sum()).item() / size == pytest.approx(everything, rel=2e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "network"])
+def test_dropout_of_the_translators_adds_nothing_to_the_objective_but_the_noise_of_its_factors(some, preset):
+    off = ["identity=off", "cycle_weight=0", "coral_weight=0", "mmd_weight=0", "adversary=off"]
+    config = settings(preset, "dropout=0.5", "translator_dropout=0.5", *off)
+    pair = untrained(config, some)
+    pair.model.train()
+    batch = spagene.batches(some, config, 0).at(1)
+    guide = poutine.trace(pair.guide).get_trace(batch)
+    model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch)
+    assert model.log_prob_sum().item() == guide.log_prob_sum().item()
+    assert not torch.equal(*(model_of(pair).way(0).translate(guide.nodes["forward_z"]["value"]) for _ in range(2)))
 
 
 def test_weights_are_those_of_the_publication():

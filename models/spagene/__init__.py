@@ -8,7 +8,7 @@ GENERATIVE STORY
     stage 2 (`model.py`, `direction.py`), forward: spatial cells to reference codes; backward alike with the sides exchanged
         z_i   ~ q(z | x_i)                                                     "forward_z"           [B, q]
         W     ~ Normal(0, r_k s_k)                                             "forward_translator"  [q, F]
-        y_i   ~ Normal(z_i W R, e^2a)                                          "forward_translated"  [B, L] code in the reference's latent
+        y_i   = z_i W R + e^a noise_i,  noise_i ~ Normal(0, I)                 "forward_noise"       [B, L] code in the reference's latent
         t_g   ~ Normal(W d_g, s)                                               "forward_identity"    [q, P] shared genes, see `closed.py`
     factors, all optional and by name
         forward_cycle      -w N mean (D_own(T_back(y)) - x)^2
@@ -16,12 +16,13 @@ GENERATIVE STORY
         forward_mmd        -w N MMD^2(y, z_reference)
         forward_adversary  -w N loss of a critic (`ppl_st.inference.adversary`), one per direction
     counts of gene g in cell i (`ppl_st.models.common.counts`)
-        f_ig = z_i . (W d_g + deviation_g);   x_ig ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
+        f_ig = z_i . ((1 - c) W d_g + c b_g + deviation_g),   b_g by the reference's own regression (`regression.py`), c chosen on inner genes
+        x_ig ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
 
 GUIDE
     default: W | t is Gaussian and exact at the start, for either direction; SVI then lets the factors move its mean. An unmeasured gene integrates
     over W, its own deviation (every gene differs between platforms by more than a gain), the code's doubt, and level, slope, theta from hyper-priors
-    learned on inner held-out genes. ``z`` and ``y`` have the same law in model and guide: what is known of them is what stage 1 and T say.
+    learned on inner held-out genes. ``z`` and ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
     Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has point maps: doubt comes from the hyper-priors alone.
 
@@ -35,7 +36,8 @@ DIFFERENCES from paper and released code
     * LayerNorm and ReLU, no activation on codes. Released: BatchNorm and LeakyReLU, on codes too;
     * hinge with the right sign in "paper"; ``preset="released"`` has the fault (both terms push up) and the dominating gradient penalty;
     * MMD: multi-scale and unbiased; "released" kernel (fixed 0.3) in the published presets, where it is the constant 1/n + 1/m;
-    * published epochs are steps here (2000), and the best one is not chosen on the training genes.
+    * published epochs are steps here (2000); the learning rate of stage 2, halved every tenth of 50 epochs, falls along a cosine to a twentieth; and
+      the best epoch is not chosen on the training genes.
 """
 
 from collections.abc import Callable
@@ -75,6 +77,7 @@ from ppl_st.models.spagene.model import (
     empty_sides,
     model_of,
 )
+from ppl_st.models.spagene.regression import Regression, loadings_of_all
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary", "alignment",
@@ -96,14 +99,16 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     say(f"stage 1: codes of {sides[0].latent} and {sides[1].latent} dimensions")
     hypers, candidates, steps = [], [], config.fit.steps
     ratios, deviations = [1.0, 1.0], [[], []]  # type: tuple[list[float], list[list[float]]]
+    regressions: list[Regression | None] = [None, None]
+    shares = [0.0, 0.0]
     for k in range(2):
         problem = problems[k]
         if make_linear:
             other = features(both[1 - k], problem.panel)
-            chosen = choose(problem, config.shape(k), other, config.smoothing, seed, say)
-            fit_inner: Callable[[Data, NDArray[np.int64]], Any] = partial(_closed, config.shape(k), other, chosen)
+            chosen, regressions[k] = choose(problem, config.shape(k), both[1 - k], other, config.smoothing, config.reference_share, seed, say)
+            fit_inner: Callable[[Data, NDArray[np.int64]], Any] = partial(_closed, config.shape(k), other, chosen, regressions[k])
             hypers.append(learn_hyper(problem, replace(config, smoothing=chosen.smoothing), seed, say, fit_inner))
-            ratios[k], deviations[k] = chosen.ratio, chosen.deviations
+            ratios[k], deviations[k], shares[k] = chosen.ratio, chosen.deviations, chosen.share
             candidates += [{"direction": float(k), **one} for one in chosen.candidates]
         elif k == 0:
             steps, candidates = choose_steps(data, config, both[1], seed, say)
@@ -111,8 +116,14 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         else:
             hypers.append(default_hyper(problem, config))
     sizes = (both[0].latent, both[1].latent)
-    spec = Spec((ratios[0], ratios[1]), (deviations[0], deviations[1]), (hypers[0], hypers[1]), steps, sizes, candidates)
-    return ensemble([_build(config, spec, data, both, seed)]), spec
+    spec = Spec((ratios[0], ratios[1]), (deviations[0], deviations[1]), (hypers[0], hypers[1]), steps, sizes, candidates, (shares[0], shares[1]))
+    pair = _build(config, spec, data, both, seed)
+    for k, regression in enumerate(regressions):
+        if regression and shares[k]:
+            scores = direction_of(pair, k).scores.numpy().astype(np.float64)
+            found = loadings_of_all(problems[k], both[1 - k], regression.weights(scores, problems[k].panel))
+            direction_of(pair, k).regressed.copy_(torch.from_numpy(found))
+    return ensemble([pair]), spec
 
 
 def _build(config: Config, spec: Spec, data: Data, sides: tuple[Autoencoder, Autoencoder], seed: int) -> Pair:
@@ -120,8 +131,8 @@ def _build(config: Config, spec: Spec, data: Data, sides: tuple[Autoencoder, Aut
         return build(config, spec, data, sides)
 
 
-def _closed(shape: Any, other: Any, chosen: Choice, data: Data, genes: NDArray[np.int64]) -> Closed:
-    return Closed(data, linear(data, shape), other, chosen.ratio, genes, chosen.deviations)
+def _closed(shape: Any, other: Any, chosen: Choice, regression: Regression | None, data: Data, genes: NDArray[np.int64]) -> Closed:
+    return Closed(data, linear(data, shape), other, chosen.ratio, genes, chosen.deviations, regression, chosen.share)
 
 
 class _Inner(NamedTuple):

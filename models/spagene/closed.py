@@ -17,7 +17,8 @@ r_k maximises the marginal likelihood times its prior: many shared genes tell ap
 leave all of them near r. A gene that this side never measured has loadings W d_g + Normal(0, v): the evidence behind W is the number of shared genes,
 not of cells. A measured gene takes part in the directions, the weak ones above all, so its deviations s are larger than those of other genes: v is
 what is left of inner held-out genes, direction by direction, beyond the sampling error of their loadings. One column of d is a constant: what all
-genes have in common, depth mostly. r, and the share of the spatial neighbors in a code, are chosen on inner held-out genes, too.
+genes have in common, depth mostly. r, the share c of the reference's own regression (`regression.py`) in an unmeasured gene's loadings, and the share
+of the spatial neighbors in a code are chosen on inner held-out genes, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +31,15 @@ from ppl_st.models.common.cells import without
 from ppl_st.models.common.counts import MIN_PANEL, Codes, smooth
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape, blocks, linear
 from ppl_st.models.spagene.data import Data
+from ppl_st.models.spagene.regression import Regression, regress
 
 CONSTANT = 0.2  # square of the constant column
 RATIOS = (0.1, 0.3, 1.0, 3.0)
 RATIO_SD = 1.5  # of log r_k around log r
 GRID = np.geomspace(1e-4, 1e3, 60)  # of r_k
 MIXES = (0.0, 0.15, 0.3, 0.5)  # shares of the neighbors in a code
-USUAL = (1.0, 0.3)  # r and share that others must beat by a standard error
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # c
+USUAL = (1.0, 0.0, 0.3)  # r, c and share of the neighbors that others must beat by a standard error
 FOLDS = 4
 START_NOISE = float(np.exp(-3.0))  # of a translated code, before it is learned
 CELLS = 2000  # on which inner genes are judged
@@ -66,8 +69,9 @@ class Closed:
 
     def __init__(
         self, data: Data, own: Autoencoder, other: Features, ratio: float, genes: NDArray[np.int64] | None = None,
-        deviations: Sequence[float] = (),
+        deviations: Sequence[float] = (), regression: Regression | None = None, share: float = 0.0,
     ) -> None:  # fmt: skip
+        self.share = share  # c
         self.own, self.rotation = own, other.rotation
         self.scores = own.loadings.detach().numpy().astype(np.float64)[data.columns].T  # t [q, P]
         self.shared = other.phi[data.panel]  # [P, F]
@@ -86,12 +90,15 @@ class Closed:
         self.precision = 1 / self.ratios[:, None] + values  # [q, F]
         self.weights = (projected / self.precision) @ vectors.T  # [q, F]
         self.deviation = of_rank(deviations, self.noise)  # v [q]
+        self.regressed: NDArray[np.float64] | float = 0.0  # b [q, genes]
+        if regression is not None and genes is not None and share:
+            self.regressed = regression.inner(self.scores, data.panel, genes)
 
     def codes(self, draws: int, seed: Sequence[int]) -> Codes:
         """Loadings of the genes asked for, [q, genes]; the encoder's doubt as noise of the cells."""
         rng = np.random.default_rng(list(seed))
-        g = self.genes
-        mean = self.weights @ g.T
+        g = (1 - self.share) * self.genes
+        mean = self.weights @ g.T + self.share * self.regressed
         rest = np.broadcast_to(self.deviation[:, None], mean.shape)
         sd = np.sqrt(self.noise[:, None] / self.precision)  # [q, F] in the eigenbasis
         variance = np.square(sd) @ np.square(g @ self.vectors).T + rest
@@ -116,46 +123,64 @@ class Choice(NamedTuple):
     """What inner held-out genes say of one direction's translator."""
 
     ratio: float  # r
+    share: float  # c
     smoothing: float  # share of the neighbors
     deviations: list[float]  # v
     candidates: list[dict[str, float]]
 
 
-def choose(data: Data, shape: Shape, other: Features, smoothing: float | str, seed: int, say: Say) -> Choice:
-    """r and the share of the neighbors, by the mean correlation of the translated map with what was measured of inner held-out genes; v at them."""
-    options = (0.0,) if data.neighbors is None else MIXES if smoothing == "auto" else (float(smoothing),)
-    if len(data.panel) < MIN_PANEL:
-        return Choice(1.0, options[0], [], [])
+def choose(
+    data: Data, shape: Shape, other: Autoencoder, found: Features, smoothing: float | str, share: float | str, seed: int, say: Say
+) -> tuple[Choice, Regression | None]:
+    """r, c and the share of the neighbors, by the mean correlation of the translated map with what was measured of inner held-out genes; v at them.
+
+    ``other``: the autoencoder of the other side; ``found``: its `features`.
+    """
+    mixes = (0.0,) if data.neighbors is None else MIXES if smoothing == "auto" else (float(smoothing),)
+    small = len(data.panel) < MIN_PANEL
+    shares = ((0.0,) if small else SHARES) if share == "auto" else (float(share),)
     rng = np.random.default_rng([seed, 5])
     n = data.counts.shape[0]
     rows = np.sort(rng.permutation(n)[:CELLS])
     order = rng.permutation(len(data.panel))
-    found: dict[tuple[float, float], list[NDArray[np.float64]]] = {}
-    rest: dict[float, list[NDArray[np.float64]]] = {ratio: [] for ratio in RATIOS}
+    parts = [np.sort(order[fold::FOLDS]) for fold in range(FOLDS)]
+    regression = regress(data, other, parts) if shares != (0.0,) else None
+    shares = shares if regression else (0.0,)
+    if small:
+        return Choice(1.0, shares[0], mixes[0], [], []), regression
+    values: dict[tuple[float, float, float], list[NDArray[np.float64]]] = {}
+    rest: dict[tuple[float, float], list[NDArray[np.float64]]] = {}
     whole = linear(data, shape)
-    for fold in range(FOLDS):
-        inner = np.sort(order[fold::FOLDS])
-        split = without(data, inner)
+    for inner in parts:
+        split, genes = without(data, inner), data.panel[inner]
         own = linear(split, shape)
         codes = own.codes(split)[0].numpy()
         truth = np.concatenate([whole.read(data, rows[part])[:, data.columns[inner]].numpy() for part in blocks(len(rows), data.counts.shape[1])])
+        measured = codes[rows].T @ truth / len(rows)
+        places = {mix: smooth(codes, data.neighbors, mix)[rows] for mix in mixes}
+        regressed: NDArray[np.float64] | float = 0.0
         for ratio in RATIOS:
-            closed = Closed(split, own, other, ratio, data.panel[inner])
-            loadings = closed.weights @ closed.genes.T
-            rest[ratio].append(np.square(codes[rows].T @ truth / len(rows) - loadings).mean(1) - 1 / len(rows))
-            for share in options:
-                found.setdefault((ratio, share), []).append(correlation(smooth(codes, data.neighbors, share)[rows] @ loadings, truth))
-    means = {key: float(np.mean(np.concatenate(values))) for key, values in found.items()}
+            closed = Closed(split, own, found, ratio, genes)
+            translated = closed.weights @ closed.genes.T
+            if regression and ratio == RATIOS[0]:
+                regressed = regression.inner(closed.scores, split.panel, genes)
+            for c in shares:
+                loadings = (1 - c) * translated + c * regressed
+                rest.setdefault((ratio, c), []).append(np.square(measured - loadings).mean(1) - 1 / len(rows))
+                for mix in mixes:
+                    values.setdefault((ratio, c, mix), []).append(correlation(places[mix] @ loadings.astype(np.float32), truth))
+    means = {key: float(np.mean(np.concatenate(one))) for key, one in values.items()}
     best = max(means, key=lambda key: means[key])
-    usual = min(means, key=lambda key: (abs(key[1] - USUAL[1]), abs(key[0] - USUAL[0])))
-    gains = np.concatenate(found[best]) - np.concatenate(found[usual])
+    usual = min(means, key=lambda key: (abs(key[2] - USUAL[2]), abs(key[1] - USUAL[1]), abs(key[0] - USUAL[0])))
+    gains = np.concatenate(values[best]) - np.concatenate(values[usual])
     if gains.mean() < gains.std() / np.sqrt(len(gains)):  # few genes choose badly: what is usual stays unless they agree
         best = usual
-    say(f"signal over noise {best[0]:g}, {best[1]:.0%} from neighbors (correlation {means[best]:.3f} on inner held-out genes)")
-    ranks = min(map(len, rest[best[0]]))
-    deviations = np.maximum(np.mean([one[:ranks] for one in rest[best[0]]], axis=0), 1e-6)
-    tried = [{"ratio": ratio, "smoothing": share, "inner genes": value} for (ratio, share), value in means.items()]
-    return Choice(*best, [float(v) for v in deviations], tried)
+    ratio, c, mix = best
+    say(f"signal over noise {ratio:g}, {c:.0%} from the reference, {mix:.0%} from neighbors (correlation {means[best]:.3f} on inner held-out genes)")
+    ranks = min(map(len, rest[ratio, c]))
+    deviations = np.maximum(np.mean([one[:ranks] for one in rest[ratio, c]], axis=0), 1e-6)
+    tried = [{"ratio": key[0], "share": key[1], "smoothing": key[2], "inner genes": value} for key, value in means.items()]
+    return Choice(ratio, c, mix, [float(v) for v in deviations], tried), regression
 
 
 def correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:

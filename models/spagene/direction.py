@@ -3,7 +3,7 @@
 Both directions are the same class with the sides exchanged. It is what the predictive needs (`ppl_st.models.common.predictor.MapGuide`): the map
 of gene g over cells is place times loadings.
 
-    linear     place u [n, q], the cell's own code; loadings W d_g + deviation [q]; of measured genes the known ones
+    linear     place u [n, q], the cell's own code; loadings (1 - c) W d_g + c b_g + deviation [q]; of measured genes the known ones
     network    place h(T(z)) [n, F], last hidden layer of the other side's decoder, centered; loadings its output weights, maps scaled to variance 1
 """
 
@@ -39,10 +39,11 @@ class Direction(PyroModule):
     center: Tensor  # [F] mean and covariance [F, F] of the places over the cells of the fit; network
     covariance: Tensor
     deviation: Tensor  # [q] variance of an unmeasured gene's own part in its loadings; linear
+    regressed: Tensor  # [q, G] loadings by the reference's own regression; linear, with a share of it
 
     def __init__(
         self, name: str, data: Data, own: Autoencoder, other: Autoencoder, features: Features | None, hyper: Hyper, ratio: float,
-        deviations: Sequence[float], hidden: tuple[int, ...], dropout: float,
+        deviations: Sequence[float], hidden: tuple[int, ...], dropout: float, share: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name = name
@@ -53,6 +54,7 @@ class Direction(PyroModule):
         self.register_buffer("panel", torch.from_numpy(data.panel), persistent=False)
         self.register_buffer("columns", torch.from_numpy(data.columns), persistent=False)
         self.linear = features is not None
+        self.share = share  # c
         self.log_scale = nn.Parameter(torch.full((other.latent,), float(np.log(START_NOISE))))  # translator noise
         if features is not None:
             self.register_buffer("phi", torch.from_numpy(features.phi).float())
@@ -65,6 +67,8 @@ class Direction(PyroModule):
             self.center_ratio = float(np.log(ratio))
             self.log_ratio = nn.Parameter(torch.from_numpy(np.log(closed.ratios)).float())  # log r_k [q]
             width = len(closed.noise)
+            if share:
+                self.register_buffer("regressed", torch.zeros(width, len(other.mean)))
         else:
             self.net = MLP([own.latent, *hidden, other.latent], dropout=dropout)
             width = other.loadings.shape[1]
@@ -109,6 +113,11 @@ class Direction(PyroModule):
         """Standard deviation of a translated code [L]."""
         return self.log_scale.clamp(*LOG_NOISE).exp()
 
+    def unmeasured(self, weights: Tensor, genes: Tensor) -> Tensor:
+        """Loadings [q, g] of genes given a translator, without their own deviations."""
+        translated = weights @ self.phi[genes].T
+        return (1 - self.share) * translated + self.share * self.regressed[:, genes] if self.share else translated
+
     # ---- the predictive ----
 
     def globals(self) -> None:
@@ -134,24 +143,24 @@ class Direction(PyroModule):
             mean = self._output(genes)
             return mean, torch.zeros_like(mean)
         phi, at = self.phi[genes], self.measured[genes]
-        mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self.loc @ phi.T)
-        variance = self.posterior_scale().square() @ phi.square().T + self.deviation[:, None]
+        mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self.unmeasured(self.loc, genes))
+        variance = (1 - self.share) ** 2 * self.posterior_scale().square() @ phi.square().T + self.deviation[:, None]
         return mean, variance.masked_fill(at >= 0, 0.0)
 
     def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
         """Loadings in one draw."""
         if not self.linear:
             return self._output(genes)
-        phi, at = self.phi[genes], self.measured[genes]
+        at = self.measured[genes]
         deviation = self.deviation.sqrt()[:, None] * gene_noise(drawn["gene_key"], genes, len(self.scores))
-        return torch.where(at >= 0, self.scores[:, at.clamp_min(0)], drawn["translator"] @ phi.T + deviation)
+        return torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self.unmeasured(drawn["translator"], genes) + deviation)
 
     def cell_noise(self, genes: Tensor) -> Tensor | None:
         """The encoder's doubt of a cell's code, and the translator's noise; measured genes have it in their dispersion."""
         if not self.linear:
             return None
-        doubt = self.own.scale[:, None] * (self.loc @ self.phi[genes].T)
-        translated = self.noise()[:, None] * self.other.loadings[genes].T
+        doubt = self.own.scale[:, None] * self.unmeasured(self.loc, genes)
+        translated = (1 - self.share) * self.noise()[:, None] * self.other.loadings[genes].T
         return torch.cat([doubt, translated]).masked_fill(self.measured[genes] >= 0, 0.0)
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -29,7 +29,7 @@ class Config:
 
     # linear: closed form; network: neural autoencoders and translators, trained
     translator: Literal["linear", "network"] = "linear"
-    latent: tuple[int, int] = (50, 50)  # at most, of target and reference
+    latent: tuple[int, int] = (100, 50)  # at most, of target and reference
     preprocess: Literal["lognorm", "sqrt"] = "lognorm"  # what encoders read; sqrt: clipped square roots, as published
     # loadings: closed likelihood of the shared genes' loadings (linear); gain_offset: per cell and gene, Normal(a_g + b_g decoded, sigma_g)
     identity: Literal["loadings", "gain_offset", "pearson", "off"] = "loadings"
@@ -45,6 +45,7 @@ class Config:
     gradient_penalty: float = field(default=1.0, metadata={"ge": 0})  # of the critics
     gradient_center: float = field(default=0.0, metadata={"ge": 0})  # norm of the gradient that is not penalised; WGAN-GP: 1
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's code; auto: chosen on inner held-out genes
+    reference_share: float | Literal["auto"] = "auto"  # of the reference's own regression in an unmeasured gene's loadings (linear); auto: likewise
     neighbors: int = field(default=20, metadata={"ge": 1})
     depth_exponent: float | Literal["auto"] = "auto"  # of a cell's total in its depth; auto: chosen on inner held-out genes
     library_key: str | None = None  # obs column of the section; neighbors stay within it
@@ -89,7 +90,7 @@ _paper = Config(
     mmd_weight=0.3, mmd_kernel="released", adversary="hinge", adversary_weight=1e-3, critic_lr=5e-4, critic_hidden=(256, 128, 128, 64),
     gradient_penalty=0.0, smoothing=0.0, batch_cells=128, batch_reference=128, observation="gaussian", codes="point", hidden=(2048, 1024, 512),
     dropout=0.2, translator_hidden=(512, 512, 512, 1024, 1024), backward_hidden=(512, 256, 256, 128, 128), translator_dropout=0.1,
-    checkpoints=0, stage1=_stage1, fit=replace(_stage1, weight_decay=1e-3),
+    checkpoints=0, stage1=_stage1, fit=replace(_stage1, weight_decay=1e-3, schedule="cosine", final_lr_factor=0.05),
 )  # fmt: skip
 PRESETS = {
     "default": Config(),
@@ -112,6 +113,7 @@ class Spec(NamedTuple):
     steps: int  # of the fit
     latent: tuple[int, int]  # of the autoencoders as they are
     candidates: list[dict[str, float]]
+    shares: tuple[float, float] = (0.0, 0.0)  # of the reference's own regression
 
 
 class Model(PyroModule):
@@ -133,7 +135,7 @@ class Model(PyroModule):
         self.directions = nn.ModuleList(
             Direction(
                 name, problems[k], sides[k], sides[1 - k], features(sides[1 - k], problems[k].panel) if linear else None, spec.hypers[k],
-                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout,
+                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, spec.shares[k],
             )
             for k, name in enumerate(NAMES)
         )  # fmt: skip
@@ -172,9 +174,10 @@ class Model(PyroModule):
         for k in range(2):
             direction = self.way(k)
             weights = direction.story(observe) if direction.linear else None
-            codes, there = story_codes(self, k, rows[k], plates[k], weights)
+            codes, noise = story_codes(self, k, rows[k], plates[k])
             z.append(codes)
-            translated.append(there)
+            mean = direction.translate(codes, weights)
+            translated.append(mean + direction.noise() * noise)  # [B, L]
         needed = c.identity in ("gain_offset", "pearson") or c.cycle_weight > 0
         x = [self.side(k).read(self.problems[k], rows[k].cpu().numpy()) for k in range(2)] if needed else []
         if c.identity == "gain_offset":
@@ -238,15 +241,16 @@ def cell_plates(batch: Batch) -> list[Any]:
     return [pyro.plate(name, n, subsample=rows) for name, n, rows in sizes]
 
 
-def story_codes(model: Model, k: int, rows: Tensor, plate: Any, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sample codes of one side from the frozen posterior, and their translation; model and guide alike: both are what stage 1 and T say."""
+def story_codes(model: Model, k: int, rows: Tensor, plate: Any) -> tuple[Tensor, Tensor]:
+    """Sample codes of one side from the frozen posterior, and the standard noise of their translation; model and guide alike.
+
+    The translator itself runs in the model alone: two passes would hold the dropout of one against the other's.
+    """
     loc, scale = model.codes(k, rows)
-    direction = model.way(k)
     with plate:
         z = pyro.sample(f"{NAMES[k]}_z", dist.Normal(loc, scale.clamp_min(1e-3)).to_event(1))  # [B, q]
-        mean = direction.translate(z, weights)
-        there = pyro.sample(f"{NAMES[k]}_translated", dist.Normal(mean, direction.noise()).to_event(1))  # [B, L]
-    return z, there
+        noise = pyro.sample(f"{NAMES[k]}_noise", dist.Normal(torch.zeros(model.side(1 - k).latent, device=z.device), 1.0).to_event(1))  # [B, L]
+    return z, noise
 
 
 class Guide(PyroModule):
@@ -265,13 +269,13 @@ class Guide(PyroModule):
         model: Model = self.model
         plates = cell_plates(batch)
         for k, name in enumerate(NAMES):
-            direction = model.way(k)
-            weights = direction.posterior() if direction.linear else None
+            if model.way(k).linear:
+                model.way(k).posterior()
             if model.config.identity == "gain_offset":
                 with pyro.plate(f"{name}_genes", self.effect_loc.shape[1]):
                     law: Any = dist.Normal(self.effect_loc[k], self.effect_log_scale[k].exp())
                     pyro.sample(f"{name}_effect", law.to_event(1))  # [P, 3]
-            story_codes(model, k, (batch.rows, batch.reference_rows)[k], plates[k], weights)
+            story_codes(model, k, (batch.rows, batch.reference_rows)[k], plates[k])
 
     def globals(self) -> None:
         """One joint draw for prediction in the target's cells."""
