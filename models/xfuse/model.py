@@ -132,6 +132,7 @@ class Model(PyroModule):
     }  # fmt: skip
     active: Tensor  # [M] bool buffer: metagenes in use
     partner: Tensor  # [M] int64 buffer: the other half of the last split; -1: none
+    unit: Tensor  # [] buffer
     image_start: Tensor  # [3, 2] buffer
     frequency: Tensor  # [F, J]
     phase: Tensor  # [J]
@@ -165,6 +166,7 @@ class Model(PyroModule):
             self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
         if config.nugget:
             self.log_nugget = nn.Parameter(torch.full((outputs,), math.log(0.1)))  # log sd
+        self.register_buffer("unit", torch.tensor(1.0))  # of the scale: softplus is linear well above it and exponential well below
         self.register_buffer("image_start", torch.zeros(3, 2))  # of each channel: location before tanh, sd before softplus
 
     def _effects(self) -> list[str]:
@@ -203,7 +205,7 @@ class Model(PyroModule):
     def fields(
         self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, parts: Sequence[tuple[int, int, int]], lattices: list[Lattice]
     ) -> Tensor:
-        """Regression and spatial field of scale and metagenes at k blocks of pixels, see `Blocks`: [k, 1 + M]."""
+        """Of k blocks of pixels, see `Blocks`: regression and spatial field of scale and metagenes, and log depth of the section [k, 1 + M + 1]."""
         regression, spatial = self.amplitude.clamp(-6.0, 3.0).exp()
         x = torch.addmm(self.phase, features[:, :-1], self.frequency).cos_()  # [k, J]
         weights = self.turn_image @ (drawn["image_weights"] * regression) * math.sqrt(2 / self.config.functions)
@@ -215,24 +217,25 @@ class Model(PyroModule):
             own = getattr(self, f"turn_{n}") @ own if known else own
             space.append(spatial_field(lattices[n], own, where[None, start:stop])[:, 0].T)
             depth.append(drawn["depth"][n].expand(stop - start))
-        level = torch.cat(depth) + self.outside * features[:, -1]
-        return torch.addmm(torch.cat(space), x, weights) + F.pad(level[:, None], (0, self.config.metagenes))
+        values = torch.addmm(torch.cat(space), x, weights) + F.pad(self.outside * features[:, -1:], (0, self.config.metagenes))
+        return torch.cat([values, torch.cat(depth)[:, None]], 1)
 
     def hidden(self, features: Tensor) -> Tensor:
         """Last hidden layer of the expression's head: [B, C, H, W] -> [B H W, C]."""
         return torch.as_tensor(self.expression[0](features)).permute(0, 2, 3, 1).flatten(0, 2)
 
     def activity(self, hidden: Tensor, fields: Tensor | None) -> Tensor:
-        """Scale times metagene activities, s a: [n, M] of n pixels from their `hidden` [n, C] and `fields` [n, 1 + M]."""
+        """Scale times metagene activities, s a: [n, M] of n pixels from their `hidden` [n, C] and `fields` [n, 1 + M + 1]."""
         last = self.expression[1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         out = F.linear(hidden, last.weight.flatten(1), last.bias + self.bias)
+        scale = self.unit
         if fields is not None:
-            out = out + fields
+            out, scale = out + fields[:, :-1], scale * fields[:, -1:].exp()
         a = out[:, 1:]
         if not bool(self.active.all()):
             a = a.masked_fill(~self.active, -torch.inf)
-        return F.softplus(out[:, :1]) * torch.softmax(a, 1)
+        return scale * F.softplus(out[:, :1]) * torch.softmax(a, 1)
 
     def with_nugget(self, summed: Tensor, effect: Tensor) -> Tensor:
         """Summed activities B [rows, M] with standard normal effects [rows, 1 + M] of their locations; the mean stays as it is."""
