@@ -30,6 +30,7 @@ PER_OUTPUT = ("image_weights", "space", "location")  # sites with a column for t
 FINE = 4  # points per spacing of a lattice on which a spatial field is smoothed, linear in between
 TURNED = 1200  # points of a lattice up to which its weights are rotated: a matrix of their square is kept
 OUTSIDE = -10.0  # log scale off the tissue at the start, less that on it
+MOST_EFFECT = 1.0  # sd of the log effect of a location on its scale
 UNSEEN = 0.5  # sd of the log depth of a section
 
 
@@ -165,7 +166,7 @@ class Model(PyroModule):
             self.amplitude = nn.Parameter(torch.zeros(2, outputs))  # log sd of the regression and of the spatial field
             self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
         if config.nugget:
-            self.log_nugget = nn.Parameter(torch.full((outputs,), math.log(0.1)))  # log sd
+            self.log_nugget = nn.Parameter(torch.full((outputs,), math.log(0.1)))  # log sd; of the scale at a sum of 1, a typical location
         self.register_buffer("unit", torch.tensor(1.0))  # of the scale: softplus is linear well above it and exponential well below
         self.register_buffer("image_start", torch.zeros(3, 2))  # of each channel: location before tanh, sd before softplus
 
@@ -238,8 +239,13 @@ class Model(PyroModule):
         return scale * F.softplus(out[:, :1]) * torch.softmax(a, 1)
 
     def with_nugget(self, summed: Tensor, effect: Tensor) -> Tensor:
-        """Summed activities B [rows, M] with standard normal effects [rows, 1 + M] of their locations; the mean stays as it is."""
+        """Summed activities B [rows, M] with standard normal effects [rows, 1 + M] of their locations; the mean stays as it is.
+
+        The sd of the scale's effect is sd_0 / sqrt(sum_m B_m), that is, constant for the root of a depth; at most `MOST_EFFECT`.
+        """
         sd = self.log_nugget.clamp(-6.0, 0.5).exp()
+        depth = summed.sum(1, keepdim=True).clamp_min(1e-6)
+        sd = torch.cat([(sd[0] / depth.sqrt()).clamp_max(MOST_EFFECT), sd[1:].expand(len(summed), -1)], 1)
         log = sd * effect - 0.5 * sd**2
         return summed * (log[:, :1] + log[:, 1:]).exp()
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.models.xfuse.data import Data
-from ppl_st.models.xfuse.model import TURNED, Guide, Model, sides, spatial_field
+from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, pitch_of
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "nmf"]
@@ -299,8 +299,9 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         model.bias[: 1 + m] = torch.from_numpy(middle).float()
     expected = level * UNIT * np.logaddexp(0.0, fitted[:, 0])  # depth without effects of locations
     if model.config.nugget:  # the scale's residuals are measured well; those of the metagenes' smooth logits mean nothing
-        sd = max(float(np.sqrt(noise_of_log.mean())), 0.05)
-        _write(model.log_nugget[0], np.log(sd))
+        typical_sd = max(float(np.sqrt((4 * regressed.noise[0] / level).mean())), 0.05)
+        _write(model.log_nugget[0], np.log(typical_sd))
+        sd = np.minimum(typical_sd / np.sqrt(expected / level), MOST_EFFECT)
         offset = np.cumsum([0, *model.spec.rows])[spots.section] + spots.row
         with torch.no_grad():
             left_over = (np.log(depth / expected) / sd).clip(-MOST_NUGGET, MOST_NUGGET)
