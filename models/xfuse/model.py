@@ -115,6 +115,7 @@ class Spec(NamedTuple):
     levels: list[int]  # levels of each covariate, unknown ones included
     codes: list[list[int]]  # [sections][covariates] level of each
     length: float  # length scale of the regression in standardised features
+    unit: float  # of the scale per pixel: its softplus is linear well above it and exponential well below
 
 
 def lattice_over(height: int, width: int, step: float) -> Lattice:
@@ -133,7 +134,6 @@ class Model(PyroModule):
     }  # fmt: skip
     active: Tensor  # [M] bool buffer: metagenes in use
     partner: Tensor  # [M] int64 buffer: the other half of the last split; -1: none
-    unit: Tensor  # [] buffer
     image_start: Tensor  # [3, 2] buffer
     frequency: Tensor  # [F, J]
     phase: Tensor  # [J]
@@ -167,7 +167,6 @@ class Model(PyroModule):
             self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
         if config.nugget:
             self.log_nugget = nn.Parameter(torch.full((outputs,), math.log(0.1)))  # log sd; of the scale at a sum of 1, a typical location
-        self.register_buffer("unit", torch.tensor(1.0))  # of the scale: softplus is linear well above it and exponential well below
         self.register_buffer("image_start", torch.zeros(3, 2))  # of each channel: location before tanh, sd before softplus
 
     def _effects(self) -> list[str]:
@@ -230,7 +229,7 @@ class Model(PyroModule):
         last = self.expression[1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         out = F.linear(hidden, last.weight.flatten(1), last.bias + self.bias)
-        scale = self.unit
+        scale: Tensor | float = self.spec.unit
         if fields is not None:
             out, scale = out + fields[:, :-1], scale * fields[:, -1:].exp()
         a = out[:, 1:]

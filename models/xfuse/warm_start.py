@@ -8,8 +8,10 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
 3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
    (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
    in the logarithm a spot that failed outweighs all others.
-4. Fields: Gaussian process regression of the logs of smooth depth and shares, written as weights of the model's own basis functions, with the
-   diagonal of the posterior precision as their posterior sd.
+4. Fields: Gaussian process regression of smooth depth (through the inverse of the softplus; with `UNIT`, a Gaussian field then follows a depth much
+   as its root does) and of the logs of shares, written as weights of the model's own basis functions, with the diagonal of the posterior
+   precision as their posterior sd. Smooth shares seem to be free of noise: variances of noise and fields of the shares are those of the shares
+   that the same profiles give to scores before they are smoothed.
 5. Odds again, given the rates of 4.
 """
 
@@ -232,9 +234,7 @@ def constant_start(pair: Pair, data: Data, tissues: Sequence[Tissue], rng: np.ra
     _write(model.log_rate, np.log(mean))
     with torch.no_grad():
         model.bias.zero_()
-        if model.config.fields:
-            model.unit.fill_(UNIT / spots.size.mean())
-        model.bias[0] = float(_inverse_softplus(1 / spots.size.mean() / float(model.unit)))
+        model.bias[0] = float(_inverse_softplus(1 / spots.size.mean() / model.spec.unit))
     pixels = np.concatenate([one.image.flatten(1).numpy() for one in tissues if one.counts.shape[0]], 1)
     _write(model.image_start[:, 0], np.arctanh(np.clip(pixels.mean(1), -0.99, 0.99)))
     _write(model.image_start[:, 1], _inverse_softplus(np.maximum(pixels.std(1), 1e-2)))
