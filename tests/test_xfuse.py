@@ -472,6 +472,34 @@ def test_maps_add_up_to_spots_and_stay_factored(data, started):
     assert seen == 4
 
 
+def test_the_effect_of_a_location_keeps_the_mean_and_has_one_sd_on_the_root(started):
+    model, _ = sides(chains_of(started[0])[0])
+    with torch.no_grad(), rng_scope(0, "effects"):
+        model = copy.deepcopy(model)
+        model.log_nugget.fill_(-10.0)
+        model.log_nugget[0] = np.log(0.1)
+        summed = torch.tensor([0.25, 1.0, 16.0, 1e-4]).repeat_interleave(20_000)[:, None] * torch.tensor([0.4, 0.3, 0.2, 0.1])
+        noisy = model.with_nugget(summed, torch.randn(len(summed), 5))
+    total = noisy.sum(1).unflatten(0, (4, -1))
+    torch.testing.assert_close(total.mean(1), torch.tensor([0.25, 1.0, 16.0, 1e-4]), rtol=0.04, atol=0.0)
+    torch.testing.assert_close(total[:3].sqrt().std(1), torch.full((3,), 0.05), rtol=0.05, atol=0.0)
+    assert abs(float(total[3].log().std()) - 1) < 0.02  # where there is next to nothing the effect is bounded
+
+
+def test_the_start_is_less_sure_of_shares_where_counts_are_few(data, started):
+    """A tenth of the counts leaves wider posteriors of the shares' fields; from smooth shares alone they were a hundredth, and no wider."""
+    few = [s._replace(counts=sp.csr_matrix(np.random.default_rng(0).binomial(s.counts.toarray().astype(int), 0.1).astype(np.float32)))
+           for s in data.sections]  # fmt: skip
+    config = settings()
+    thin, _ = xfuse.start(data._replace(sections=tuple(few)), config, 0, quiet)
+    spread = []
+    for pair in (started[0], thin):
+        model, guide = sides(chains_of(pair)[0])
+        sd = (guide.image_weights_log_sd.exp() * model.amplitude[0].exp())[:, 1:]
+        spread.append(float(sd.min(0).values.mean().detach()))  # of the direction that the spots say most about
+    assert spread[1] > 1.2 * spread[0]
+
+
 def test_a_new_image_is_predicted_with_more_uncertainty_than_a_known_section(data, started):
     pair, spec = started
     config = settings()

@@ -8,10 +8,12 @@ GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metag
                                                     the sigmas are learned per gene
     v_j, w_nk    ~ Normal(0, 1)                     weights of the regression on image features, and of the spatial field of section n
     delta_n      ~ Normal(0, 0.5)                   log depth of a section
-    eta_o(xy)    = b_o + alpha_o sum_j v_jo psi_j(f(xy)) + tau_o sum_k w_nko N(xy - x_k) + head_o(U(z)) (+ delta_n for the scale)
-    s, a         = softplus(eta_0), softmax(eta_1..M)                                         scale and metagene activities
+    eta_o(xy)    = b_o + alpha_o sum_j v_jo psi_j(f(xy)) + tau_o sum_k w_nko N(xy - x_k) + head_o(U(z))
+    s, a         = e^{delta_n} unit softplus(eta_0), softmax(eta_1..M)                        scale and metagene activities
     image        ~ Normal(tanh(head(U(z))), softplus(head(U(z))))                             per pixel and channel
     B_lm         = sum_{xy in A_l} s a_m                                                      eq. 12: aggregated before the genes
+    o_lm         ~ Normal(0, 1), B_lm times exp(d_l o_l0 - d_l^2 / 2) exp(e_m o_lm - e_m^2 / 2), d_l = d / sqrt(sum_m B_lm): effects of a location
+    o_l          ~ Normal(0, 1), B_l -> B_l exp(d_l o_l - d_l^2 / 2), d_l = d_0 / sqrt(sum_m B_lm)      what no field explains, for metagenes too
     x_lg         ~ NB(e^{t_g + E_g} sum_m B_lm e^{L_mg}, odds e^{u_g + F_g})                  closed under summation: pixels add up to spots
     psi_j are random cosines (a Gaussian process on color, gradient and local spread at three smoothings), N a Gaussian on a lattice (a Gaussian
     process in space). ``fields=False`` leaves both and delta out, as published.
@@ -51,7 +53,7 @@ from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Lattice, Model, Spec, build, lattice_over, sides
 from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
-from ppl_st.models.xfuse.warm_start import constant_start, data_start, gather, learn_kernel
+from ppl_st.models.xfuse.warm_start import UNIT, constant_start, data_start, gather, learn_kernel
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
@@ -67,7 +69,8 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         tissues = _tissues(data, axes)
         spots = gather(data, tissues)
         kernel = learn_kernel(spots, rng) if config.fields else None
-        spec = _spec(data, *((kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)))
+        lengths = (kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)
+        spec = _spec(data, *lengths, UNIT / float(spots.size.mean()) if config.fields else 1.0)
         with rng_scope(seed, "start"):
             pair = build(config, spec)
         if axes is not None:
@@ -108,7 +111,7 @@ def _scores(section: Section, axes: tuple[NDArray[np.float32], NDArray[np.float3
     return np.where(np.asarray(section.counts.sum(1)) > 0, found, 0.0).astype(np.float32)
 
 
-def _spec(data: Data, space: float, image: float) -> Spec:
+def _spec(data: Data, space: float, image: float, unit: float) -> Spec:
     levels = [len(names) for names in data.covariates.values()]
     codes = []
     for section in data.sections:
@@ -119,7 +122,7 @@ def _spec(data: Data, space: float, image: float) -> Spec:
         codes.append(mine)
     lattices = [_lattice(section, space) for section in data.sections]
     rows = [section.counts.shape[0] for section in data.sections]
-    return Spec(len(data.genes), [section.name for section in data.sections], lattices, rows, levels, codes, image)
+    return Spec(len(data.genes), [section.name for section in data.sections], lattices, rows, levels, codes, image, unit)
 
 
 def _lattice(section: Section, length: float) -> Lattice:

@@ -30,6 +30,7 @@ PER_OUTPUT = ("image_weights", "space", "location")  # sites with a column for t
 FINE = 4  # points per spacing of a lattice on which a spatial field is smoothed, linear in between
 TURNED = 1200  # points of a lattice up to which its weights are rotated: a matrix of their square is kept
 OUTSIDE = -10.0  # log scale off the tissue at the start, less that on it
+MOST_EFFECT = 1.0  # sd of the log effect of a location on its scale
 UNSEEN = 0.5  # sd of the log depth of a section
 
 
@@ -114,6 +115,7 @@ class Spec(NamedTuple):
     levels: list[int]  # levels of each covariate, unknown ones included
     codes: list[list[int]]  # [sections][covariates] level of each
     length: float  # length scale of the regression in standardised features
+    unit: float  # of the scale per pixel: its softplus is linear well above it and exponential well below
 
 
 def lattice_over(height: int, width: int, step: float) -> Lattice:
@@ -164,7 +166,7 @@ class Model(PyroModule):
             self.amplitude = nn.Parameter(torch.zeros(2, outputs))  # log sd of the regression and of the spatial field
             self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
         if config.nugget:
-            self.log_nugget = nn.Parameter(torch.full((outputs,), math.log(0.1)))  # log sd
+            self.log_nugget = nn.Parameter(torch.full((outputs,), math.log(0.1)))  # log sd; of the scale at a sum of 1, a typical location
         self.register_buffer("image_start", torch.zeros(3, 2))  # of each channel: location before tanh, sd before softplus
 
     def _effects(self) -> list[str]:
@@ -203,7 +205,7 @@ class Model(PyroModule):
     def fields(
         self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, parts: Sequence[tuple[int, int, int]], lattices: list[Lattice]
     ) -> Tensor:
-        """Regression and spatial field of scale and metagenes at k blocks of pixels, see `Blocks`: [k, 1 + M]."""
+        """Of k blocks of pixels, see `Blocks`: regression and spatial field of scale and metagenes, and log depth of the section [k, 1 + M + 1]."""
         regression, spatial = self.amplitude.clamp(-6.0, 3.0).exp()
         x = torch.addmm(self.phase, features[:, :-1], self.frequency).cos_()  # [k, J]
         weights = self.turn_image @ (drawn["image_weights"] * regression) * math.sqrt(2 / self.config.functions)
@@ -215,28 +217,34 @@ class Model(PyroModule):
             own = getattr(self, f"turn_{n}") @ own if known else own
             space.append(spatial_field(lattices[n], own, where[None, start:stop])[:, 0].T)
             depth.append(drawn["depth"][n].expand(stop - start))
-        level = torch.cat(depth) + self.outside * features[:, -1]
-        return torch.addmm(torch.cat(space), x, weights) + F.pad(level[:, None], (0, self.config.metagenes))
+        values = torch.addmm(torch.cat(space), x, weights) + F.pad(self.outside * features[:, -1:], (0, self.config.metagenes))
+        return torch.cat([values, torch.cat(depth)[:, None]], 1)
 
     def hidden(self, features: Tensor) -> Tensor:
         """Last hidden layer of the expression's head: [B, C, H, W] -> [B H W, C]."""
         return torch.as_tensor(self.expression[0](features)).permute(0, 2, 3, 1).flatten(0, 2)
 
     def activity(self, hidden: Tensor, fields: Tensor | None) -> Tensor:
-        """Scale times metagene activities, s a: [n, M] of n pixels from their `hidden` [n, C] and `fields` [n, 1 + M]."""
+        """Scale times metagene activities, s a: [n, M] of n pixels from their `hidden` [n, C] and `fields` [n, 1 + M + 1]."""
         last = self.expression[1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         out = F.linear(hidden, last.weight.flatten(1), last.bias + self.bias)
+        scale: Tensor | float = self.spec.unit
         if fields is not None:
-            out = out + fields
+            out, scale = out + fields[:, :-1], scale * fields[:, -1:].exp()
         a = out[:, 1:]
         if not bool(self.active.all()):
             a = a.masked_fill(~self.active, -torch.inf)
-        return F.softplus(out[:, :1]) * torch.softmax(a, 1)
+        return scale * F.softplus(out[:, :1]) * torch.softmax(a, 1)
 
     def with_nugget(self, summed: Tensor, effect: Tensor) -> Tensor:
-        """Summed activities B [rows, M] with standard normal effects [rows, 1 + M] of their locations; the mean stays as it is."""
+        """Summed activities B [rows, M] with standard normal effects [rows, 1 + M] of their locations; the mean stays as it is.
+
+        The sd of the scale's effect is sd_0 / sqrt(sum_m B_m), that is, constant for the root of a depth; at most `MOST_EFFECT`.
+        """
         sd = self.log_nugget.clamp(-6.0, 0.5).exp()
+        depth = summed.sum(1, keepdim=True).clamp_min(1e-6)
+        sd = torch.cat([(sd[0] / depth.sqrt()).clamp_max(MOST_EFFECT), sd[1:].expand(len(summed), -1)], 1)
         log = sd * effect - 0.5 * sd**2
         return summed * (log[:, :1] + log[:, 1:]).exp()
 

@@ -8,8 +8,10 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
 3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
    (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
    in the logarithm a spot that failed outweighs all others.
-4. Fields: Gaussian process regression of the logs of smooth depth and shares, written as weights of the model's own basis functions, with the
-   diagonal of the posterior precision as their posterior sd.
+4. Fields: Gaussian process regression of smooth depth (through the inverse of the softplus; with `UNIT`, a Gaussian field then follows a depth much
+   as its root does) and of the logs of shares, written as weights of the model's own basis functions, with the diagonal of the posterior
+   precision as their posterior sd. Smooth shares seem to be free of noise: variances of noise and fields of the shares are those of the shares
+   that the same profiles give to scores before they are smoothed.
 5. Odds again, given the rates of 4.
 """
 
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.models.xfuse.data import Data
-from ppl_st.models.xfuse.model import TURNED, Guide, Model, sides, spatial_field
+from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, pitch_of
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "nmf"]
@@ -40,6 +42,8 @@ ODDS = np.linspace(-5.0, 5.0, 21)
 THETA = 10.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
+LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
+UNIT = 0.5  # of the softplus of the scale, over the mean scale: a Gaussian field becomes a depth much as its root would
 MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
 Array = NDArray[np.float64]
 
@@ -196,6 +200,19 @@ def nmf(x: Array, factors: int, rng: np.random.Generator, sweeps: int = 200) -> 
     return w * total, h / total[:, None]
 
 
+def project(x: Array, w: Array, h: Array, sweeps: int = 30) -> Array:
+    """w [n, factors] of x [n, G] ~ w @ h with rows of h that sum to 1, from a first w on."""
+    for _ in range(sweeps):
+        w = w * ((x / (w @ h)) @ h.T)
+    return w
+
+
+def _logits(w: Array) -> Array:
+    """Logs of shares w / sum w with a floor, without their mean [n, factors]."""
+    logits = np.log(w / w.sum(1, keepdims=True) + LEAST_SHARE / w.shape[1])
+    return np.asarray(logits - logits.mean(1, keepdims=True))
+
+
 def _inverse_softplus(x: Array | float) -> Array:
     return np.asarray(x + np.log(-np.expm1(-np.asarray(x))))
 
@@ -217,7 +234,7 @@ def constant_start(pair: Pair, data: Data, tissues: Sequence[Tissue], rng: np.ra
     _write(model.log_rate, np.log(mean))
     with torch.no_grad():
         model.bias.zero_()
-        model.bias[0] = float(_inverse_softplus(1 / spots.size.mean()))
+        model.bias[0] = float(_inverse_softplus(1 / spots.size.mean() / model.spec.unit))
     pixels = np.concatenate([one.image.flatten(1).numpy() for one in tissues if one.counts.shape[0]], 1)
     _write(model.image_start[:, 0], np.arctanh(np.clip(pixels.mean(1), -0.99, 0.99)))
     _write(model.image_start[:, 1], _inverse_softplus(np.maximum(pixels.std(1), 1e-2)))
@@ -241,17 +258,26 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     regressed = smoother(columns - center)
     smooth = regressed.fitted + center
     root = np.maximum(smooth[:, 0], LEAST_ROOT * center[:, 0])
-    smooth_depth = np.log(root**2 + regressed.noise[0])
-    rate = np.exp(smooth_depth)[:, None] * mean
-    rate = np.maximum(rate + (smooth[:, 1:] @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate)
+    smooth_depth = root**2 + regressed.noise[0]
+
+    def rates(scores: Array) -> Array:
+        rate = smooth_depth[:, None] * mean
+        return np.asarray(np.maximum(rate + (scores @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate))
+
     m = int(model.active.sum())
+    rate = rates(smooth[:, 1:])
     w, h = nmf(rate, m, rng)
-    share = w / w.sum(1, keepdims=True)
-    logits = np.log(share + 0.2 / m)
-    logits -= logits.mean(1, keepdims=True)
-    depth_center = _by_section(smooth_depth[:, None], spots.section)[:, 0]
-    found = smoother(np.column_stack([smooth_depth - depth_center, logits - logits.mean(0)]))
-    found.noise[0] = (4 * regressed.noise[0] / root**2).mean()  # of the log of a depth, by that of its root: the target has lost its own
+    logits = _logits(w)
+    level = _by_section(smooth_depth[:, None], spots.section)[:, 0]
+    relative = _inverse_softplus(smooth_depth / level / UNIT)
+    middle = np.append(relative.mean(), logits.mean(0))
+    found = smoother(np.column_stack([relative, logits]) - middle)
+    # What is smooth says nothing of noise: that of depth is known from its root, that of the shares from those of scores that are not smoothed.
+    noise_of_log = 4 * regressed.noise[0] / root**2
+    x = smooth_depth / level / UNIT
+    rough = smoother((raw := _logits(project(rates(columns[:, 1:]), w, h))) - raw.mean(0))
+    found.noise[:] = np.append((noise_of_log * (x / -np.expm1(-x)) ** 2).mean(), rough.noise)
+    found.parts[:, 1:] = rough.parts
     for k, function in enumerate((basis_image, basis_space)):
         # prior variance of one weight: the part's, spread over functions that give the Gram matrix its trace
         variance = found.parts[1 - k] * len(function) / (function**2).sum()
@@ -268,39 +294,39 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         if m == 1:
             _write(getattr(guide, f"{name}_loc")[:, 1:], 0.0)
             _write(getattr(guide, f"{name}_log_sd")[:, 1:], -1.0)
-    fitted, noise = found.fitted, found.noise
+    fitted = found.fitted + middle
     with torch.no_grad():
-        model.bias[1 : 1 + m] = torch.from_numpy(logits.mean(0)).float()
+        model.bias[: 1 + m] = torch.from_numpy(middle).float()
+    expected = level * UNIT * np.logaddexp(0.0, fitted[:, 0])  # depth without effects of locations
     if model.config.nugget:  # the scale's residuals are measured well; those of the metagenes' smooth logits mean nothing
-        sd = max(float(np.sqrt(noise[0])), 0.05)
-        _write(model.log_nugget[0], np.log(sd))
+        typical_sd = max(float(np.sqrt((4 * regressed.noise[0] / level).mean())), 0.05)
+        _write(model.log_nugget[0], np.log(typical_sd))
+        sd = np.minimum(typical_sd / np.sqrt(expected / level), MOST_EFFECT)
         offset = np.cumsum([0, *model.spec.rows])[spots.section] + spots.row
         with torch.no_grad():
-            left_over = ((np.log(depth) - depth_center - fitted[:, 0]) / sd).clip(-MOST_NUGGET, MOST_NUGGET)
+            left_over = (np.log(depth / expected) / sd).clip(-MOST_NUGGET, MOST_NUGGET)
             guide.location_loc[torch.from_numpy(offset), 0] = torch.from_numpy(left_over).float()
         _write(guide.location_log_sd, np.log(0.5))
     size = spots.size / spots.size.mean()
-    every = np.array([float((smooth_depth - np.log(size))[spots.section == n].mean()) if (spots.section == n).any() else 0.0
+    every = np.array([float((np.log(level / size))[spots.section == n].mean()) if (spots.section == n).any() else 0.0
                       for n in range(len(model.spec.sections))])  # fmt: skip
     seen = np.unique(spots.section)
-    middle = every[seen].mean()
-    _write(guide.depth_loc, np.where(np.isin(np.arange(len(every)), seen), every - middle, 0.0))
+    typical = every[seen].mean()
+    _write(guide.depth_loc, np.where(np.isin(np.arange(len(every)), seen), every - typical, 0.0))
     profile = np.log(mean / mean.sum())
     loading = np.log(h + 0.02 * np.exp(profile)) - profile
     _write(guide.metagenes_loc[:m], loading)
     _write(guide.metagenes_log_sd, np.log(0.1))
     # odds given the rates, then the baseline so that mean = shape x odds
-    activity = np.exp(logits.mean(0) + fitted[:, 1:])
+    activity = np.exp(fitted[:, 1:])
     # with location effects the depth is the observed one: what they explain is not to be explained by the odds once more
-    own = np.log(depth) if model.config.nugget else fitted[:, 0] + depth_center
-    activity *= (np.exp(own) / activity.sum(1))[:, None]
+    activity *= ((depth if model.config.nugget else expected) / activity.sum(1))[:, None]
     profiles = np.exp(loading + profile)
     predicted = activity @ profiles
-    level = np.asarray(spots.counts.sum(0)).ravel() + 0.5
-    correction = level / np.maximum(predicted.sum(0), 1e-8)
+    correction = (np.asarray(spots.counts.sum(0)).ravel() + 0.5) / np.maximum(predicted.sum(0), 1e-8)
     odds = fit_odds(spots.counts, activity, profiles * correction)
     _write(model.odds, odds)
-    _write(model.log_rate, profile + np.log(correction) + middle)
+    _write(model.log_rate, profile + np.log(correction) + typical)
     _section_effects(model, guide, spots, activity, profiles * correction)
     say(
         f"start: length {kernel.length_space:.2g} pitches in space and {kernel.length_image:.2g} in image features; variance {kernel.space:.2g} "
