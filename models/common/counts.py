@@ -14,7 +14,7 @@ grows less than the logarithm of an exponential would. k, chosen on inner genes,
     log_gain_g  ~ Normal(a + b z_g, s)     z_g = true log share of the gene in the reference, centered
     b           ~ Normal(1, 1/2)           1: the platforms agree
     z_g         ~ Normal(m, t), seen with the sampling variance of its reference; both doubts, and those of a and b, widen the level
-    slope_g     ~ Normal(m, s'), floored at 0
+    slope_g     ~ Normal(m + m' z_g, s'), floored at 0     a rare marker is on or off, an abundant gene varies by a factor
     log theta_g ~ Normal(a' + b' z_g, s'')
 
 So log_gain is the log of a gene's counts per count of the shared genes, whatever its map and slope: the same quantity as the reference's log share.
@@ -68,7 +68,7 @@ class Hyper(NamedTuple):
     bend: float  # k
     gain: tuple[float, float, float]  # a, b, s
     gain_covariance: tuple[float, float, float]  # of a and b: aa, ab, bb
-    slope: tuple[float, float]  # m, s'
+    slope: tuple[float, float, float]  # m, m', s'
     log_theta: tuple[float, float, float]  # a', b', s''
     center: float  # of z
     candidates: list[dict[str, float]]  # every smoothing, exponent and bend tried, with its score
@@ -113,7 +113,7 @@ def default_hyper(data: Problem, config: Settings) -> Hyper:
     """Wide hyper-priors where nothing can be learned: a tiny panel."""
     z = data.log_share[data.panel]
     smoothing, exponent = (start if value == "auto" else float(value) for value, start in ((config.smoothing, 0.0), (config.depth_exponent, 1.0)))
-    return Hyper(smoothing, exponent, 0.0, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
+    return Hyper(smoothing, exponent, 0.0, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
 def _mean_gain(data: Problem) -> float:
@@ -164,7 +164,8 @@ def learn_hyper(
     hyper = _priors(scores[best], level, noise, z, doubt, config)._replace(smoothing=best[0], exponent=best[1], bend=best[2], candidates=candidates)
     say(
         f"smoothing {best[0]:g}, depth ~ total^{best[1]:g}, bend {best[2]:g}; "
-        f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; slope {hyper.slope[0]:.2f}, sd {hyper.slope[1]:.2f}; "
+        f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
+        f"slope {hyper.slope[0]:.2f} + {hyper.slope[1]:.2f} log share, sd {hyper.slope[2]:.2f}; "
         f"log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
     )
     return hyper
@@ -238,16 +239,15 @@ def _priors(
     config: Settings,
 ) -> Hyper:
     center = float(z.mean())
-    flat = np.zeros_like(z)
-    loc, _, scale = parameter_prior(logsumexp(score, axis=1), flat, SLOPES, 1.0, 0.5)
+    loc, tilt, scale = parameter_prior(logsumexp(score, axis=1), z - center, SLOPES, 1.0, 0.5)
     loc, scale = float(np.clip(loc, *SLOPE_LOC)), min(scale, SLOPE_SCALE)
-    prior = -0.5 * ((SLOPES - loc) / scale) ** 2
-    theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior))[:, None, None], axis=0), z - center, LOG_THETA, 1.0, 1.5)
+    prior = -0.5 * ((SLOPES[:, None] - loc - tilt * (z - center)) / scale) ** 2  # [slopes, genes]
+    theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior, axis=0))[:, None], axis=0), z - center, LOG_THETA, 1.0, 1.5)
     gain, covariance = level_prior(level, noise, z - center, doubt)
     if config.gain == "none":
         mean, _ = random_effects(level - (z - center), noise)
         gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
-    return Hyper(0.0, 1.0, 0.0, gain, covariance, (loc, scale), (theta[0], theta[1], theta[2]), center, [])
+    return Hyper(0.0, 1.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
 
 
 def level_prior(
@@ -287,7 +287,7 @@ class CountLayer(PyroModule):
         (a, b, s), (aa, ab, bb) = hyper.gain, hyper.gain_covariance
         values = {
             "log_gain": (a + b * z, (s**2 + aa + 2 * ab * z + bb * z**2 + b**2 * doubt).sqrt()),
-            "slope": (hyper.slope[0] * ones, hyper.slope[1] * ones),
+            "slope": ((hyper.slope[0] + hyper.slope[1] * z).clamp_min(SLOPES[0]), hyper.slope[2] * ones),
             "log_theta": (hyper.log_theta[0] + hyper.log_theta[1] * z, hyper.log_theta[2] * ones),
         }
         for name, (loc, scale) in values.items():
