@@ -25,7 +25,7 @@ from ppl_st.models.spagene.closed import Closed, features
 from ppl_st.models.spagene.model import NAMES, PRESETS, build, direction_of, model_of
 from ppl_st.models.spagene.regression import loadings_of_all, regress
 from ppl_st.prepare.spagene import problem
-from ppl_st.report_run import _fit
+from ppl_st.report_sections import fit as fit_section
 from ppl_st.simulate import spatial_field
 from ppl_st.testing import check_pair
 
@@ -413,7 +413,7 @@ def test_a_run_is_repeatable_loads_and_turns_the_same(world, tmp_path, preset):
         np.testing.assert_array_equal(made.turned().predict(made.target.genes, draws=3).X, one.turned().predict(made.target.genes, draws=3).X)
     assert set(loaded.record["alignment"]) == {f"{name} {what}" for name in NAMES for what in ("mmd", "accuracy", "mixing")}
     assert loaded.predict(draws=2).obsm["translated"].shape[0] == 300
-    assert "Alignment of the two sides." in [table.caption for table in _fit(loaded).tables]
+    assert "Alignment of the two sides." in [table.caption for table in fit_section(loaded).tables]
 
 
 def test_the_game_is_watched_in_the_log_and_in_the_report_and_watching_changes_nothing(world, tmp_path, monkeypatch):
@@ -426,8 +426,8 @@ def test_the_game_is_watched_in_the_log_and_in_the_report_and_watching_changes_n
     kinds = ("identity loss", "cycle loss", "coral loss", "mmd loss", "adversary loss", "critic loss", "mmd", "accuracy", "mixing")
     assert set(watched[0]) == {"step", *(f"{name} {kind}" for name in NAMES for kind in kinds)}
     assert all(np.isfinite(list(line.values())).all() for line in watched)
-    assert "What was watched while training." in [table.caption for table in _fit(ppl_st.load(tmp_path / "a")).tables]
-    assert any("game" in caption for caption in _fit(run).figures)
+    assert "What was watched while training." in [table.caption for table in fit_section(ppl_st.load(tmp_path / "a")).tables]
+    assert any("game" in caption for caption in fit_section(run).figures)
     monkeypatch.setattr(spagene, "watch", lambda *_: None)
     blind = ppl_st.fit("spagene", **options)
     assert not blind.record["watched"]

@@ -73,7 +73,7 @@ class Hyper(NamedTuple):
     bend: float  # of a gene's score in its log rate
     covariate_mean: float  # of the log share in the reference
     gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
-    slope: list[float]  # slope: mean, sd
+    slope: list[float]  # slope: mean, slope by covariate, sd
     parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slope by covariate, sd
     error: list[float]  # tau [q]: sd of the error of a gene's log rate along each direction
     wave_error: float  # tau_w
@@ -175,8 +175,8 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
     return Hyper(
-        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, 0.0, center, [0.0, 0.0, 1.0], [0.5, 0.5],
-        parameters, [ERROR] * DIRECTIONS, ERROR, [],
+        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, 0.0, center, [0.0, 0.0, 1.0],
+        [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
 
@@ -221,12 +221,11 @@ def _hyper_priors(
     # Level: regression on the covariate, then the random effect around it.
     design = np.column_stack([np.ones_like(z), z])
     doubt = np.maximum(variance[:, 0], 1e-6)
-    weight = 1 / (0.25 + doubt)
-    beta = np.linalg.solve(
-        design.T @ (design * weight[:, None]) + np.diag([1e-6, 1.0]), design.T @ (weight * found[:, 0])
-    )
+    beta = _trend(design, found[:, 0], doubt)
     center, gain_sd = random_effects(found[:, 0] - design @ beta, doubt)
-    slope = list(random_effects(found[:, 1], np.maximum(variance[:, 1], 1e-6)))
+    trend = _trend(design, found[:, 1], np.maximum(variance[:, 1], 1e-6))
+    shift, slope_sd = random_effects(found[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
+    slope = [float(trend[0] + shift), float(trend[1]), float(slope_sd)]
     fitted = _rates(found, scores, depth, offset)
     waves = data.waves[rows].astype(np.float64)
     error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
@@ -248,12 +247,18 @@ def _hyper_priors(
     inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
     parameters = learn_parameters(likelihood, inner_genes, z)
     say(
-        f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f}, sd {slope[1]:.2f}; depth {exponent:.2f}; "
-        f"bend {bent:g}; "
+        f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f} + {slope[1]:.2f} log share, "
+        f"sd {slope[2]:.2f}; depth {exponent:.2f}; bend {bent:g}; "
         + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
         + f"; pattern error {np.linalg.norm(hyper.error):.2f} along directions, {hyper.wave_error:.2f} in space"
     )
     return hyper._replace(parameters=parameters)
+
+
+def _trend(design: Floats, values: Floats, doubt: Floats) -> Floats:
+    """Regression of effects on the covariate, ``values`` [genes] with sampling variances ``doubt``: level and slope, slope ~ Normal(0, 1)."""
+    weight = 1 / (0.25 + doubt)
+    return np.asarray(np.linalg.solve(design.T @ (design * weight[:, None]) + np.diag([1e-6, 1.0]), design.T @ (weight * values)))
 
 
 def _rates(found: Floats, scores: Floats, depth: Floats, offset: Floats) -> Floats:

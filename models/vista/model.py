@@ -24,6 +24,7 @@ RESERVED = (
     "reference", "context", "adversary",
 )  # fmt: skip
 LOG_RATE = (-18.0, 12.0)  # clamp of the logarithm of a rate
+LEAST_SLOPE = 0.05  # mean of a gene's slope
 LOG_SCALE = (-5.0, 2.0)  # and of a posterior's standard deviation
 
 
@@ -93,7 +94,8 @@ class Model(PyroModule):
             a, b, s = hyper.gain
             found["log_gain"] = (a + b * z, torch.full_like(z, s))
             if self.closed:
-                found["slope"] = (torch.full_like(z, hyper.slope[0]), torch.full_like(z, hyper.slope[1]))
+                a, b, s = hyper.slope
+                found["slope"] = ((a + b * z).clamp_min(LEAST_SLOPE), torch.full_like(z, s))
         for name in self.likelihood.priors:
             a, b, s = hyper.parameters[name]
             found[name] = (a + b * z, torch.full_like(z, s))
