@@ -43,13 +43,15 @@ def counted(run, x) -> Counts:
 
 
 def test_the_models_own_data_pass(run, own):
-    shares = []
+    shares, library = [], []
     for one in own:
         found = predictive_checks(run, counted(run, one), draws=39)
         assert list(dict.fromkeys(found.genes["statistic"])) == list(STATISTICS)
         shares.append(found.genes.assign(inside=found.genes["pit"].between(0.05, 0.95)).groupby("statistic")["inside"].mean())
+        library.append(found.library["pit"].between(0.05, 0.95).mean())
     assert (pd.DataFrame(shares).mean() > 0.8).all() and (pd.DataFrame(shares).mean() < 0.97).all()  # 0.9 expected
-    assert found.library["pit"].between(0.05, 0.95).mean() == pytest.approx(0.9, abs=0.08)
+    # The cells of one draw share the genes' levels: their libraries are high or low together, and only the mean over draws is near 0.9.
+    assert np.mean(library) == pytest.approx(0.9, abs=0.06), library
 
 
 def test_statistics_are_those_of_the_counts(run, own):
