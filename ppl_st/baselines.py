@@ -178,16 +178,23 @@ def _fit_ridge(x: sp.csr_matrix, y: sp.csr_matrix) -> _Ridge:
 
     Generalised cross-validation: GCV(a) = mean over outputs of (rss / variance) / (1 - df(a) / n)^2 with
     df(a) = 1 + sum l / (l + a) and the eigenvalues l of the standardised Gram matrix. Penalties that use more
-    than 95 % of the degrees of freedom are not considered. Cost: one eigendecomposition of T x T.
+    than 95 % of the degrees of freedom are not considered. Cost: one eigendecomposition of T x T, of n x n where genes are more than rows.
     """
     n = x.shape[0]
     mean, sd = _moments(x)
     y_mean, _ = _moments(y)
     x64, y64 = x.astype(np.float64), y.astype(np.float64)
-    gram = ((x64.T @ x64).toarray() - n * np.outer(mean, mean)) / np.outer(sd, sd)
     cross = ((x64.T @ y64).toarray() - n * np.outer(mean, y_mean)) / sd[:, None]
-    eigenvalues, vectors = np.linalg.eigh(gram)
-    eigenvalues = np.maximum(eigenvalues, 0.0)
+    if x.shape[1] > n:  # the same eigenvalues and vectors, but for those with eigenvalue 0
+        z = (x64.toarray() - mean) / sd
+        eigenvalues, rows = np.linalg.eigh(z @ z.T)
+        kept = eigenvalues > 1e-10 * max(eigenvalues[-1], 1e-300)
+        eigenvalues = eigenvalues[kept]
+        vectors = z.T @ (rows[:, kept] / np.sqrt(eigenvalues))
+    else:
+        gram = ((x64.T @ x64).toarray() - n * np.outer(mean, mean)) / np.outer(sd, sd)
+        eigenvalues, vectors = np.linalg.eigh(gram)
+        eigenvalues = np.maximum(eigenvalues, 0.0)
     projected = vectors.T @ cross
     y_square = np.asarray(y64.multiply(y64).sum(axis=0)).ravel() - n * y_mean**2
     varies = y_square > 1e-9 * n * np.maximum(y_mean**2, 1e-30)

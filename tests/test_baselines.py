@@ -120,6 +120,18 @@ def test_ridge_equals_the_dense_normal_equations_and_gcv_shrinks_noise() -> None
     assert penalty > 200
 
 
+def test_ridge_of_more_genes_than_rows_solves_the_same_equations() -> None:
+    rng = np.random.default_rng(6)
+    x = rng.poisson(2, (30, 90)).astype(float)
+    y = x[:, :2] + x[:, 2:4] + rng.normal(size=(30, 2))
+    fitted = baselines._fit_ridge(sp.csr_matrix(x), sp.csr_matrix(y))
+    z, right = (x - x.mean(0)) / x.std(0), y - y.mean(0)
+    inside = z.T @ right - z.T @ z @ fitted.slopes  # penalty x slopes
+    penalty = float((inside * fitted.slopes).sum() / np.square(fitted.slopes).sum())
+    assert penalty > 0
+    np.testing.assert_allclose(inside, penalty * fitted.slopes, atol=1e-6 * np.abs(inside).max())
+
+
 def test_nearest_by_cosine_equals_the_dense_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "_BLOCK_ENTRIES", 200)
     rng = np.random.default_rng(4)
