@@ -53,7 +53,7 @@ from pyro import poutine
 
 from ppl_st.inference.adversary import Adversary, Player, critic_loss, logits
 from ppl_st.inference.ensemble import chains_of, ensemble
-from ppl_st.inference.objective import drawn_by
+from ppl_st.inference.objective import Drawn, drawn_by
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.inference.svi import fit as run_svi
@@ -226,8 +226,13 @@ def game(models: dict[str, Model], config: Config) -> Adversary | None:
         return None
 
     def player(prefix: str, model: Model, k: int) -> Player:
-        real, fake = f"{prefix}{NAMES[1 - k]}_z", f"{prefix}{NAMES[k]}_translated"
-        return Player(model.opponents[k], lambda drawn: (drawn[real], drawn[fake]))
+        def codes(drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
+            way, name = model.way(k), f"{prefix}{NAMES[k]}"
+            with torch.no_grad():
+                translated = way.translate(drawn[f"{name}_z"]) + way.noise() * drawn[f"{name}_noise"]
+            return drawn[f"{prefix}{NAMES[1 - k]}_z"], translated
+
+        return Player(model.opponents[k], codes)
 
     players = [player(prefix, model, k) for prefix, model in models.items() for k in range(2)]
     decay = 1e-3 if config.identity == "pearson" else 1e-6
