@@ -30,6 +30,7 @@ import scipy.sparse as sp
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.metrics import Scale, log1p_normalise
+from ppl_st.ridge import fit_ridge, moments
 from ppl_st.spatial import neighbors
 
 _BLOCK_ENTRIES = 4_000_000
@@ -150,69 +151,6 @@ def _scale_rows(matrix: Any, factor: np.ndarray) -> sp.csr_matrix:
     return sp.csr_matrix(sp.csr_matrix(matrix).multiply(factor[:, None]))
 
 
-def _moments(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population sd of each column, sd 1 where it is 0, without densifying."""
-    x = matrix.astype(np.float64)
-    mean = np.asarray(x.mean(axis=0)).ravel()
-    variance = np.asarray(x.multiply(x).mean(axis=0)).ravel() - mean**2
-    return mean, np.sqrt(np.where(variance > 1e-12 * np.maximum(mean**2, 1e-30), variance, 1.0))
-
-
-class _Ridge(NamedTuple):
-    """y = y_mean + z @ slopes for a standardised row z."""
-
-    mean: np.ndarray
-    sd: np.ndarray
-    y_mean: np.ndarray
-    slopes: np.ndarray
-
-    def predict(self, x: sp.csr_matrix, moments: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
-        """Estimate for sparse rows x, standardised by the fit's moments or those given; float32 [rows, H]."""
-        mean, sd = (self.mean, self.sd) if moments is None else moments
-        slopes = self.slopes / sd[:, None]
-        return (x @ slopes + (self.y_mean - mean @ slopes)).astype(np.float32)
-
-
-def _fit_ridge(x: sp.csr_matrix, y: sp.csr_matrix) -> _Ridge:
-    """Ridge of y [n, H] on standardised x [n, T] from sparse moments, one penalty by GCV.
-
-    Generalised cross-validation: GCV(a) = mean over outputs of (rss / variance) / (1 - df(a) / n)^2 with
-    df(a) = 1 + sum l / (l + a) and the eigenvalues l of the standardised Gram matrix. Penalties that use more
-    than 95 % of the degrees of freedom are not considered. Cost: one eigendecomposition of T x T, of n x n where genes are more than rows.
-    """
-    n = x.shape[0]
-    mean, sd = _moments(x)
-    y_mean, _ = _moments(y)
-    x64, y64 = x.astype(np.float64), y.astype(np.float64)
-    cross = ((x64.T @ y64).toarray() - n * np.outer(mean, y_mean)) / sd[:, None]
-    if x.shape[1] > n:  # the same eigenvalues and vectors, but for those with eigenvalue 0
-        z = (x64.toarray() - mean) / sd
-        eigenvalues, rows = np.linalg.eigh(z @ z.T)
-        kept = eigenvalues > 1e-10 * max(eigenvalues[-1], 1e-300)
-        eigenvalues = eigenvalues[kept]
-        vectors = z.T @ (rows[:, kept] / np.sqrt(eigenvalues))
-    else:
-        gram = ((x64.T @ x64).toarray() - n * np.outer(mean, mean)) / np.outer(sd, sd)
-        eigenvalues, vectors = np.linalg.eigh(gram)
-        eigenvalues = np.maximum(eigenvalues, 0.0)
-    projected = vectors.T @ cross
-    y_square = np.asarray(y64.multiply(y64).sum(axis=0)).ravel() - n * y_mean**2
-    varies = y_square > 1e-9 * n * np.maximum(y_mean**2, 1e-30)
-    best, best_score = n * 1e3, np.inf
-    for penalty in n * np.logspace(-5, 3, 33):
-        df = 1.0 + (eigenvalues / (eigenvalues + penalty)).sum()
-        if df > 0.95 * n or not varies.any():
-            continue
-        explained = (
-            projected**2 * ((eigenvalues + 2 * penalty) / (eigenvalues + penalty) ** 2)[:, None]
-        ).sum(0)
-        left = np.maximum(y_square - explained, 0.0)[varies] / y_square[varies]
-        score = left.mean() / (1.0 - df / n) ** 2
-        if score < best_score:
-            best, best_score = penalty, score
-    return _Ridge(mean, sd, y_mean, vectors @ (projected / (eigenvalues + best)[:, None]))
-
-
 def _nearest_by_cosine(
     x: sp.csr_matrix, pool: sp.csr_matrix, values: sp.csr_matrix, k: int, *, z: bool = False
 ) -> np.ndarray:
@@ -222,7 +160,7 @@ def _nearest_by_cosine(
     so only blocks of similarities are dense.
     """
     k = min(k, pool.shape[0])
-    (mx, sx), (mp, sq) = _moments(x), _moments(pool)
+    (mx, sx), (mp, sq) = moments(x), moments(pool)
     if not z:
         mx, sx, mp, sq = np.zeros_like(mx), np.ones_like(sx), np.zeros_like(mp), np.ones_like(sq)
     a, b = mx / sx, mp / sq
@@ -323,13 +261,13 @@ def knn_z(split: Split) -> np.ndarray:
 
 def ridge(split: Split) -> np.ndarray:
     """Ridge from log-normalised training genes to held-out genes, learned on the reference."""
-    return _fit_ridge(split.log_reference, split.log_reference_held_out).predict(split.log_target)
+    return fit_ridge(split.log_reference, split.log_reference_held_out).predict(split.log_target)
 
 
 def ridge_z(split: Split) -> np.ndarray:
     """`ridge` on target genes z-scored by their own moments: removes gene-wise platform effects."""
-    fitted = _fit_ridge(split.log_reference, split.log_reference_held_out)
-    return fitted.predict(split.log_target, _moments(split.log_target))
+    fitted = fit_ridge(split.log_reference, split.log_reference_held_out)
+    return fitted.predict(split.log_target, moments(split.log_target))
 
 
 def ridge_z_smooth(split: Split) -> np.ndarray:
@@ -405,7 +343,7 @@ def ridge_spots(split: Split) -> np.ndarray:
     """Ridge from training-gene to held-out shares learned on the spots, clipped at 0, x cell total."""
     spots = _scale_rows(split.reference_counts, 1.0 / split.reference_total)
     cells = _scale_rows(split.target_counts, 1.0 / np.maximum(split.training_total, 1.0))
-    return _times_total(split, _fit_ridge(spots, _proportions(split)).predict(cells))
+    return _times_total(split, fit_ridge(spots, _proportions(split)).predict(cells))
 
 
 def knn_spots(split: Split) -> np.ndarray:
@@ -440,7 +378,7 @@ def supervised_ridge(split: Split, truth: Any, folds: int = 5) -> np.ndarray:
     out = np.empty(y.shape, dtype=np.float32)
     for fold in range(folds):
         inside = part == fold
-        out[inside] = _fit_ridge(x[~inside], y[~inside]).predict(x[inside])
+        out[inside] = fit_ridge(x[~inside], y[~inside]).predict(x[inside])
     return out
 
 

@@ -10,6 +10,7 @@ from scipy.spatial.distance import cdist
 from ppl_st import baselines, metrics
 from ppl_st.data import Counts, gene_folds, read_counts
 from ppl_st.errors import UserError
+from ppl_st.ridge import fit_ridge
 from realdata import path
 
 
@@ -109,10 +110,10 @@ def test_ridge_equals_the_dense_normal_equations_and_gcv_shrinks_noise() -> None
     rng = np.random.default_rng(3)
     x, noise = rng.poisson(2, (200, 5)).astype(float), rng.poisson(2, (200, 3)).astype(float)
     y = np.column_stack([x @ [1, 0, 2, 0, 0.5] + 0.01 * rng.normal(size=200), x[:, 0]])
-    fitted = baselines._fit_ridge(sp.csr_matrix(x), sp.csr_matrix(y))
+    fitted = fit_ridge(sp.csr_matrix(x), sp.csr_matrix(y))
     np.testing.assert_allclose(fitted.predict(sp.csr_matrix(x)), y, atol=0.05)
     z = (x - x.mean(0)) / x.std(0)
-    nothing = baselines._fit_ridge(sp.csr_matrix(x), sp.csr_matrix(noise))
+    nothing = fit_ridge(sp.csr_matrix(x), sp.csr_matrix(noise))
     # The slopes solve (z'z + a) b = z'y for one a: recover it from the first gene and check the rest.
     right = z.T @ (noise - noise.mean(0))
     penalty = (right - z.T @ z @ nothing.slopes)[0, 0] / nothing.slopes[0, 0]
@@ -124,7 +125,7 @@ def test_ridge_of_more_genes_than_rows_solves_the_same_equations() -> None:
     rng = np.random.default_rng(6)
     x = rng.poisson(2, (30, 90)).astype(float)
     y = x[:, :2] + x[:, 2:4] + rng.normal(size=(30, 2))
-    fitted = baselines._fit_ridge(sp.csr_matrix(x), sp.csr_matrix(y))
+    fitted = fit_ridge(sp.csr_matrix(x), sp.csr_matrix(y))
     z, right = (x - x.mean(0)) / x.std(0), y - y.mean(0)
     inside = z.T @ right - z.T @ z @ fitted.slopes  # penalty x slopes
     penalty = float((inside * fitted.slopes).sum() / np.square(fitted.slopes).sum())

@@ -45,7 +45,8 @@ ROOMS: dict[str, set[str]] = {
         "simulate", "inference", "image_features",
     },
     "metrics": {"data"},
-    "baselines": {"data", "spatial", "metrics"},
+    "ridge": set(),
+    "baselines": {"data", "spatial", "metrics", "ridge"},
     "peers": {"data", "baselines"},  # other people's methods, imported when they are run
     "calibration": {"data", "metrics"},
     "conformal": {"calibration"},
