@@ -1,11 +1,13 @@
 """From maps to counts (`ppl_st.models.common.counts`): the bend, and that inner genes tell which one the data have."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp
 
-from ppl_st.models.common.counts import BENDS, Codes, _score, bend
+from ppl_st.models.common.counts import BENDS, Codes, _priors, _score, bend
 
 torch.set_num_threads(1)
 
@@ -41,3 +43,20 @@ def test_counts_tell_how_the_map_is_bent(k):
         evidence = {one: logsumexp(_score(counts, totals, 1.0, one, place, codes), axis=(0, 1)).sum() for one in BENDS}
         assert max(evidence, key=lambda one: evidence[one]) == k
         assert evidence[k] > max(value for one, value in evidence.items() if one != k) + 3
+
+
+def test_slopes_that_fall_with_the_level_are_learned_and_predicted():
+    """Rare genes with steep slopes, abundant ones with flat slopes: the hyper-prior says so; where all slopes are alike it does not."""
+    rng = np.random.default_rng(3)
+    z, place = np.linspace(-2.0, 2.0, 24), rng.standard_normal((600, 6)).astype(np.float32)
+    loadings, totals = (rng.standard_normal((6, 24)) / 2).astype(np.float32), rng.gamma(5.0, 40.0, 600)
+    tilts = []
+    for slopes in (1.4 - 0.5 * z, np.full(24, 1.4)):
+        rate = totals[:, None] * np.exp(z - 4 + slopes * (place @ loadings) - np.square(slopes) / 2)
+        counts = rng.poisson(rate * rng.gamma(4.0, 1 / 4.0, rate.shape)).astype(np.float64)
+        score = _score(counts, totals, 1.0, 0.0, place, Codes(loadings, np.zeros_like(loadings), loadings[None]))
+        tiny = np.full(24, 1e-3)
+        hyper = _priors(score, np.log(counts.sum(0) + 0.5), tiny, z, tiny, SimpleNamespace(gain="hierarchical"))
+        assert hyper.slope[0] == pytest.approx(1.4, abs=0.2)
+        tilts.append(hyper.slope[1])
+    assert tilts[0] == pytest.approx(-0.5, abs=0.12) and tilts[1] == pytest.approx(0.0, abs=0.08), tilts
