@@ -4,7 +4,8 @@ r"""From a standardised map f of a gene to its counts, and what inner held-out g
     v_ig    = bend(m_ig),   d_ig = slope_g bend'(m_ig) (f_ig - m_ig)
     rate_ig = depth_i exp(log_gain_g + slope_g v_ig - c_g(slope_g)) exp(d_ig - var(d_ig) / 2)
     x_ig    ~ NB(rate_ig, theta_g)
-    depth_i ~ total_i^h, scaled to the same sum over cells: the total of a few genes says too much of a cell's depth, h < 1 where it does
+    depth_i ~ total_i + a T, scaled to the same sum over cells, T the mean total: posterior mean of a depth that is Gamma over cells, known from
+              the total of a few genes only; a, chosen on inner genes, is larger the less these say of the others
     c_g(b)  = log of the mean of exp(b v_ig) over cells of the fit, weighted by their depths
     bend(m) = log(1 + k m) / k (its argument kept above 0; k = 0: m itself), so exp(slope bend(m)) = (1 + k m)^(slope / k)
 
@@ -25,7 +26,7 @@ describe what is left *beside* the spread of the draws. Residuals of genes that 
 own level, slope and theta.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -42,8 +43,8 @@ from ppl_st.inference.hyperpriors import MIN_SCALE, parameter_prior, random_effe
 from ppl_st.models.common.cells import Problem, log_shares, take_cells, without
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
-EXPONENTS = (1.0, 0.85, 0.7)  # h that are tried
-BENDS = (0.0, 0.15, 0.3)  # k that are tried
+DEPTH_PRIORS = (0.0, 0.25, 0.5, 1.0, 2.0)  # a that are tried, in this order, until one is worse than the one before it
+BENDS = (0.0, 0.15, 0.3, 0.6)  # k, the same
 SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
 SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3, 3.0, 4.0])
 SLOPE_LOC = (0.3, 3.5)  # within the grid; the belief, a slope near 1, is `parameter_prior`'s and yields to evidence
@@ -64,14 +65,14 @@ class Hyper(NamedTuple):
     """What the inner held-out genes taught; plain numbers, stored with the run."""
 
     smoothing: float
-    exponent: float  # h
+    depth_prior: float  # a
     bend: float  # k
     gain: tuple[float, float, float]  # a, b, s
     gain_covariance: tuple[float, float, float]  # of a and b: aa, ab, bb
     slope: tuple[float, float, float]  # m, m', s'
     log_theta: tuple[float, float, float]  # a', b', s''
     center: float  # of z
-    candidates: list[dict[str, float]]  # every smoothing, exponent and bend tried, with its score
+    candidates: list[dict[str, float]]  # every smoothing, depth prior and bend tried, with its score
 
 
 class Codes(NamedTuple):
@@ -91,8 +92,8 @@ class Settings(Protocol):
         """Share of the spatial neighbors in a cell's place, or "auto"."""
 
     @property
-    def depth_exponent(self) -> float | str:
-        """h, or "auto"."""
+    def depth_prior(self) -> float | str:
+        """a, or "auto"."""
 
     @property
     def gain(self) -> str:
@@ -112,8 +113,8 @@ class Fit(Protocol):
 def default_hyper(data: Problem, config: Settings) -> Hyper:
     """Wide hyper-priors where nothing can be learned: a tiny panel."""
     z = data.log_share[data.panel]
-    smoothing, exponent = (start if value == "auto" else float(value) for value, start in ((config.smoothing, 0.0), (config.depth_exponent, 1.0)))
-    return Hyper(smoothing, exponent, 0.0, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
+    smoothing, depth_prior = (0.0 if value == "auto" else float(value) for value in (config.smoothing, config.depth_prior))
+    return Hyper(smoothing, depth_prior, 0.0, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
 def _mean_gain(data: Problem) -> float:
@@ -123,7 +124,7 @@ def _mean_gain(data: Problem) -> float:
 def learn_hyper(
     data: Problem, config: Settings, seed: int, say: Callable[[str], None], fit: Callable[[Any, NDArray[np.int64]], Fit], folds: int = FOLDS
 ) -> Hyper:
-    """Choose the smoothing, then the depths' exponent and the bend, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows
+    """Choose the smoothing, then the depths' prior and the bend, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows
     how to draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
     if len(data.panel) < MIN_PANEL:
         say(f"{len(data.panel)} shared genes: too few to learn hyper-priors from; wide ones are used")
@@ -133,42 +134,60 @@ def learn_hyper(
     options = SMOOTHING if config.smoothing == "auto" else (float(config.smoothing),)
     if data.neighbors is None:
         options = (0.0,)
-    exponents = EXPONENTS if config.depth_exponent == "auto" else (float(config.depth_exponent),)
+    priors = DEPTH_PRIORS if config.depth_prior == "auto" else (float(config.depth_prior),)
     order = rng.permutation(len(data.panel))
     tests: list[tuple[Any, ...]] = []  # counts, totals, places by smoothing, codes
     judged = []
     for fold in range(folds):
         inner = np.sort(order[fold::FOLDS])
         split = without(data, inner)
+        seen = rows[split.totals[rows] > 0]
         judged.append(inner[np.sort(rng.permutation(len(inner))[:INNER_GENES])])
         problem = fit(split, data.panel[judged[-1]])
-        counts = data.counts[rows][:, data.columns[judged[-1]]].toarray().astype(np.float64)
+        counts = data.counts[seen][:, data.columns[judged[-1]]].toarray().astype(np.float64)
         place = problem.place(split)
-        places = {option: smooth(place, split.neighbors, option)[rows] for option in options}
-        tests.append((counts, split.totals[rows], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
+        places = {option: smooth(place, split.neighbors, option)[seen] for option in options}
+        tests.append((counts, split.totals[seen], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
     scores: dict[tuple[float, float, float], NDArray[np.float64]] = {}
 
-    def tried(smoothing: float, exponent: float, bent: float) -> float:
-        if (smoothing, exponent, bent) not in scores:
-            parts = [_score(counts, totals, exponent, bent, places[smoothing], codes) for counts, totals, places, codes in tests]
-            scores[smoothing, exponent, bent] = np.concatenate(parts, 2)
-        return float(logsumexp(scores[smoothing, exponent, bent], axis=(0, 1)).sum())
+    def tried(smoothing: float, a: float, k: float) -> float:
+        one = smoothing, a, k
+        if one not in scores:
+            parts = [_score(counts, depths(totals, a), k, places[smoothing], codes) for counts, totals, places, codes in tests]
+            scores[one] = np.concatenate(parts, 2)
+        return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
-    smoothing = max(options, key=lambda option: tried(option, exponents[0], 0.0))
-    bent = max(BENDS, key=lambda k: tried(smoothing, exponents[0], k))
-    best = smoothing, max(exponents, key=lambda exponent: tried(smoothing, exponent, bent)), bent
-    candidates = [{"smoothing": one[0], "exponent": one[1], "bend": one[2], "inner genes": tried(*one)} for one in scores]
+    smoothing = _climb(options, lambda share: tried(share, priors[0], 0.0))
+    depth_prior = _climb(priors, lambda a: tried(smoothing, a, 0.0))
+    best = smoothing, depth_prior, _climb(BENDS, lambda k: tried(smoothing, depth_prior, k))
+    candidates = [{"smoothing": one[0], "depth_prior": one[1], "bend": one[2], "inner genes": tried(*one)} for one in scores]
     genes = np.concatenate(judged)
     z, doubt = (values[data.panel[genes]] for values in true_shares(data))
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
-    hyper = _priors(scores[best], level, noise, z, doubt, config)._replace(smoothing=best[0], exponent=best[1], bend=best[2], candidates=candidates)
+    hyper = _priors(scores[best], level, noise, z, doubt, config)
+    hyper = hyper._replace(smoothing=best[0], depth_prior=best[1], bend=best[2], candidates=candidates)
     say(
-        f"smoothing {best[0]:g}, depth ~ total^{best[1]:g}, bend {best[2]:g}; "
+        f"smoothing {best[0]:g}, depth ~ total + {best[1]:g} mean total, bend {best[2]:g}; "
         f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
         f"slope {hyper.slope[0]:.2f} + {hyper.slope[1]:.2f} log share, sd {hyper.slope[2]:.2f}; "
         f"log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
     )
     return hyper
+
+
+def _climb(options: Sequence[float], score: Callable[[float], float]) -> float:
+    """The best of ordered options, tried until the score falls."""
+    best = options[0]
+    for option in options[1:]:
+        if score(option) <= score(best):
+            break
+        best = option
+    return best
+
+
+def depths(totals: NDArray[np.float64], depth_prior: float) -> NDArray[np.float64]:
+    """Relative depth [n] of cells with these totals over the shared genes: total + a x mean total; see the file's docstring."""
+    return np.asarray(np.maximum(totals, 0.5) + depth_prior * totals.mean())
 
 
 def true_shares(data: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -208,11 +227,10 @@ def bend(m: Tensor, k: float) -> tuple[Tensor, Tensor]:
 
 
 def _score(
-    counts: NDArray[np.float64], totals: NDArray[np.float64], exponent: float, bent: float, place: NDArray[np.float32], codes: Codes
+    counts: NDArray[np.float64], depth: NDArray[np.float64], bent: float, place: NDArray[np.float32], codes: Codes
 ) -> NDArray[np.float64]:
-    """Log predictive score [slopes, thetas, genes] at each gene's own level."""
-    used = totals > 0
-    counts, depth, place = counts[used], np.maximum(totals[used], 0.5)[:, None] ** exponent, place[used].astype(np.float64)
+    """Log predictive score [slopes, thetas, genes] at each gene's own level, of cells of relative ``depth`` [n]."""
+    depth, place = depth[:, None], place.astype(np.float64)
     mean, variance = place @ codes.mean, place**2 @ codes.variance  # [n, g]
     deviation = np.stack([place @ (code - codes.mean) for code in codes.draws])  # [D, n, g]
     if codes.noise is not None:
@@ -278,7 +296,8 @@ class CountLayer(PyroModule):
 
     sample: Tensor  # [S, q] smoothed places of some cells of the fit, for c_g
     weight: Tensor  # [S] their share of the depth
-    offset: Tensor  # log depth = offset + exponent log total
+    offset: Tensor  # log depth = offset + log(total + added)
+    added: Tensor  # a T
 
     def __init__(self, data: Problem, hyper: Hyper, width: int) -> None:
         super().__init__()
@@ -296,8 +315,9 @@ class CountLayer(PyroModule):
         cells = min(data.counts.shape[0], LEVEL_CELLS)
         self.register_buffer("sample", torch.zeros(cells, width))
         self.register_buffer("weight", torch.full((cells,), 1 / cells))
-        self.register_buffer("offset", torch.zeros(()))
-        self.exponent, self.bend = hyper.exponent, hyper.bend
+        for name in ("offset", "added"):
+            self.register_buffer(name, torch.zeros(()))
+        self.depth_prior, self.bend = hyper.depth_prior, hyper.bend
 
     def globals(self) -> None:
         """Sample level, slope and log theta of all genes [G] jointly, and the key of `gene_noise`."""
@@ -308,24 +328,26 @@ class CountLayer(PyroModule):
 
     def log_depth(self, totals: NDArray[np.float64]) -> NDArray[np.float32]:
         """Log depth of cells with these totals over the shared genes, [n]."""
-        return np.asarray(float(self.offset) + self.exponent * np.log(np.maximum(totals, 0.5)), dtype=np.float32)
+        return np.asarray(float(self.offset) + np.log(np.maximum(totals, 0.5) + float(self.added)), dtype=np.float32)
 
     def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
         """Level, slope and theta of the measured genes from their own counts; ``codes(genes)`` gives known loadings [q, g]."""
         n, p = data.counts.shape[0], len(data.panel)
         rows = np.random.default_rng(0).permutation(n)[:LEVEL_CELLS]
         where, totals = place(rows), data.totals[rows]
-        depth = np.maximum(totals, 0.5) ** self.exponent
+        depth = depths(totals, self.depth_prior)
         self.sample, self.weight = torch.from_numpy(where).float(), torch.from_numpy(depth / depth.sum()).float()
         self.offset.fill_(float(np.log(np.maximum(totals, 0.5).sum() / depth.sum())))
+        self.added.fill_(self.depth_prior * totals.mean())
         some = int(np.clip(OWN_ENTRIES // p, 100, len(rows)))
-        rows, where, totals = rows[:some], where[:some], totals[:some]
+        used = np.flatnonzero(totals > 0)[:some]
+        rows, where, depth = rows[used], where[used], depth[used]
         own, _ = log_shares(data.counts, data.columns)
         for start in range(0, p, 256):
             part = slice(start, start + 256)
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
-            score = _score(counts, totals, self.exponent, self.bend, where, Codes(known, np.zeros_like(known), known[None]))
+            score = _score(counts, depth, self.bend, where, Codes(known, np.zeros_like(known), known[None]))
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
             slope = (weight.sum(1) * SLOPES[:, None]).sum(0)
             log_theta = (weight.sum(0) * LOG_THETA[:, None]).sum(0)

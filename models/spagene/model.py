@@ -47,7 +47,7 @@ class Config:
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's code; auto: chosen on inner held-out genes
     reference_share: float | Literal["auto"] = "auto"  # of the reference's own regression in an unmeasured gene's loadings (linear); auto: likewise
     neighbors: int = field(default=20, metadata={"ge": 1})
-    depth_exponent: float | Literal["auto"] = "auto"  # of a cell's total in its depth; auto: chosen on inner held-out genes
+    depth_prior: float | Literal["auto"] = "auto"  # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
     library_key: str | None = None  # obs column of the section; neighbors stay within it
     likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
     gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is

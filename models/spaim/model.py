@@ -39,7 +39,7 @@ class Config:
     reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
     neighbors: int = field(default=10, metadata={"ge": 1})
-    depth_exponent: float | Literal["auto"] = "auto"  # of a cell's total in its depth; auto: chosen on inner held-out genes
+    depth_prior: float | Literal["auto"] = "auto"  # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
     library_key: str | None = None  # obs column of the section; neighbors stay within it
     likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
     gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is
