@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from ppl_st.models.common.counts import BENDS, Codes, _priors, _score, bend
+from ppl_st.models.common.counts import BENDS, DEPTH_PRIORS, Codes, _priors, _score, bend, climb, depths
 
 torch.set_num_threads(1)
 
@@ -40,9 +40,23 @@ def planted(k, slope, seed):
 def test_counts_tell_how_the_map_is_bent(k):
     for seed in range(2):
         counts, totals, place, codes = planted(k, 0.8, seed)
-        evidence = {one: logsumexp(_score(counts, totals, 1.0, one, place, codes), axis=(0, 1)).sum() for one in BENDS}
+        evidence = {one: logsumexp(_score(counts, totals, one, place, codes), axis=(0, 1)).sum() for one in BENDS}
         assert max(evidence, key=lambda one: evidence[one]) == k
         assert evidence[k] > max(value for one, value in evidence.items() if one != k) + 3
+
+
+@pytest.mark.parametrize(("mean_total", "expected"), [(4.0, 0.5), (2.0, 1.0), (400.0, 0.0)])
+def test_a_total_of_few_counts_says_little_of_the_depth(mean_total, expected):
+    """Depths Gamma(2) and a total that is Poisson around T times them: their posterior mean is (total + 2) / (T + 2), so a = 2 / T."""
+    rng = np.random.default_rng(5)
+    true = rng.gamma(2.0, 0.5, 4000)
+    totals, counts = rng.poisson(mean_total * true).astype(np.float64), rng.poisson(6.0 * true[:, None], (4000, 6)).astype(np.float64)
+    flat = np.zeros((1, 6), np.float32)
+    evidence = {
+        a: logsumexp(_score(counts, depths(totals, a), 0.0, np.zeros((4000, 1), np.float32), Codes(flat, flat, flat[None])), axis=(0, 1)).sum()
+        for a in DEPTH_PRIORS
+    }
+    assert climb(DEPTH_PRIORS, lambda a: evidence[a]) == max(evidence, key=lambda a: evidence[a]) == expected
 
 
 def test_slopes_that_fall_with_the_level_are_learned_and_predicted():
@@ -54,7 +68,7 @@ def test_slopes_that_fall_with_the_level_are_learned_and_predicted():
     for slopes in (1.4 - 0.5 * z, np.full(24, 1.4)):
         rate = totals[:, None] * np.exp(z - 4 + slopes * (place @ loadings) - np.square(slopes) / 2)
         counts = rng.poisson(rate * rng.gamma(4.0, 1 / 4.0, rate.shape)).astype(np.float64)
-        score = _score(counts, totals, 1.0, 0.0, place, Codes(loadings, np.zeros_like(loadings), loadings[None]))
+        score = _score(counts, totals, 0.0, place, Codes(loadings, np.zeros_like(loadings), loadings[None]))
         tiny = np.full(24, 1e-3)
         hyper = _priors(score, np.log(counts.sum(0) + 0.5), tiny, z, tiny, SimpleNamespace(gain="hierarchical"))
         assert hyper.slope[0] == pytest.approx(1.4, abs=0.2)

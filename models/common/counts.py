@@ -157,9 +157,9 @@ def learn_hyper(
             scores[one] = np.concatenate(parts, 2)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
-    smoothing = _climb(options, lambda share: tried(share, priors[0], 0.0))
-    depth_prior = _climb(priors, lambda a: tried(smoothing, a, 0.0))
-    best = smoothing, depth_prior, _climb(BENDS, lambda k: tried(smoothing, depth_prior, k))
+    smoothing = climb(options, lambda share: tried(share, priors[0], 0.0))
+    depth_prior = climb(priors, lambda a: tried(smoothing, a, 0.0))
+    best = smoothing, depth_prior, climb(BENDS, lambda k: tried(smoothing, depth_prior, k))
     candidates = [{"smoothing": one[0], "depth_prior": one[1], "bend": one[2], "inner genes": tried(*one)} for one in scores]
     genes = np.concatenate(judged)
     z, doubt = (values[data.panel[genes]] for values in true_shares(data))
@@ -175,7 +175,7 @@ def learn_hyper(
     return hyper
 
 
-def _climb(options: Sequence[float], score: Callable[[float], float]) -> float:
+def climb(options: Sequence[float], score: Callable[[float], float]) -> float:
     """The best of ordered options, tried until the score falls."""
     best = options[0]
     for option in options[1:]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
-from ppl_st.models.common.counts import BENDS, LOG_THETA, bend
+from ppl_st.models.common.counts import BENDS, LOG_THETA, bend, climb
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,
@@ -213,8 +213,13 @@ def _hyper_priors(
     plain = torch.from_numpy(scores)
     panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
     offset = median + np.log(panel / panel.sum())[genes]
-    tried = {k: _regressions(counts, bend(plain, k)[0].numpy(), depth, offset) for k in BENDS}
-    bent = max(BENDS, key=lambda k: _evidence(counts, tried[k][0], bend(plain, k)[0].numpy(), depth, offset))
+    tried: dict[float, tuple[Floats, Floats]] = {}
+
+    def evidence(k: float) -> float:
+        tried[k] = _regressions(counts, bend(plain, k)[0].numpy(), depth, offset)
+        return _evidence(counts, tried[k][0], bend(plain, k)[0].numpy(), depth, offset)
+
+    bent = climb(BENDS, evidence)
     scores, (found, variance) = bend(plain, bent)[0].numpy(), tried[bent]
     z = share[data.panel[genes]] - share.mean()
     exponent = float(np.clip(np.average(found[:, 2], weights=1 / (0.05 + variance[:, 2])), 0.2, 1.5))
