@@ -19,6 +19,7 @@ from ppl_st.models.vista import PRESETS, adversary, batches, start
 from ppl_st.prepare.vista import problem
 
 EPOCHS, ROUNDS = 3, 3
+TRAINED = 0.9  # share of the cells that scvi-tools trains on, its default (it fails without a validation set): only these are counted
 warnings.filterwarnings("ignore")
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     def theirs() -> float:
         model = external(reference, target)
         began = time.process_time()
-        model.train(max_epochs=EPOCHS, batch_size=128, train_size=1.0, accelerator="cpu", enable_progress_bar=False)
+        model.train(max_epochs=EPOCHS, batch_size=128, train_size=TRAINED, accelerator="cpu", enable_progress_bar=False)
         return time.process_time() - began
 
     runs = {f"ours, graph={graph}": lambda graph=graph: ours(graph) for graph in sys.argv[3:] or ("none", "posterior")}
@@ -57,7 +58,8 @@ def main() -> None:
         for name, run in runs.items():
             seconds[name].append(run())
     for name, found in seconds.items():
-        print(f"{name}: {256 * steps / min(found):.0f} cells per cpu second ({', '.join(f'{s:.1f}' for s in found)} s)", flush=True)
+        trained = steps if name.startswith("ours") else EPOCHS * -(-round(TRAINED * max(target.n_obs, reference.n_obs)) // 128)
+        print(f"{name}: {256 * trained / min(found):.0f} cells per cpu second ({', '.join(f'{s:.1f}' for s in found)} s)", flush=True)
 
 
 if __name__ == "__main__":
