@@ -65,6 +65,7 @@ class Hyper(NamedTuple):
     """What the inner held-out genes taught; plain numbers, stored with the run."""
 
     smoothing: float
+    share: float  # of the process over the reference's cells in an unmeasured gene's map (`process.py`), where the method has one
     depth_prior: float  # a
     bend: float  # k
     gain: tuple[float, float, float]  # a, b, s
@@ -72,7 +73,7 @@ class Hyper(NamedTuple):
     slope: tuple[float, float, float]  # m, m', s'
     log_theta: tuple[float, float, float]  # a', b', s''
     center: float  # of z
-    candidates: list[dict[str, float]]  # every smoothing, depth prior and bend tried, with its score
+    candidates: list[dict[str, float]]  # every smoothing, share, depth prior and bend tried, with its score
 
 
 class Codes(NamedTuple):
@@ -82,6 +83,16 @@ class Codes(NamedTuple):
     variance: NDArray[np.float32]  # [q, genes]
     draws: NDArray[np.float32]  # [draws, q, genes]
     noise: NDArray[np.float32] | None = None  # [K, genes] loadings of what differs from cell to cell in every draw: K standard normals each
+    beta: NDArray[np.float32] | None = None  # [F, genes] weights of the process over the reference's cells, on the places after the first q
+    shares: tuple[float, ...] = (0.0,)  # of the process that may be tried
+
+    def mixed(self, share: float) -> "Codes":
+        """(1 - share) of the loadings and ``share`` of the process, [q + F, genes]; what is not known of the former stays in full."""
+        if self.beta is None:
+            return self
+        beta = share * self.beta
+        drawn = np.concatenate([self.draws - share * self.mean, np.broadcast_to(beta, (len(self.draws), *beta.shape))], 1)
+        return self._replace(mean=np.vstack([(1 - share) * self.mean, beta]), variance=np.vstack([self.variance, 0 * beta]), draws=drawn)
 
 
 class Settings(Protocol):
@@ -114,7 +125,8 @@ def default_hyper(data: Problem, config: Settings) -> Hyper:
     """Wide hyper-priors where nothing can be learned: a tiny panel."""
     z = data.log_share[data.panel]
     smoothing, depth_prior = (0.0 if value == "auto" else float(value) for value in (config.smoothing, config.depth_prior))
-    return Hyper(smoothing, depth_prior, 0.0, (_mean_gain(data), 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
+    gain = _mean_gain(data), 0.5, 1.0
+    return Hyper(smoothing, 0.0, depth_prior, 0.0, gain, (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
 def _mean_gain(data: Problem) -> float:
@@ -124,7 +136,7 @@ def _mean_gain(data: Problem) -> float:
 def learn_hyper(
     data: Problem, config: Settings, seed: int, say: Callable[[str], None], fit: Callable[[Any, NDArray[np.int64]], Fit], folds: int = FOLDS
 ) -> Hyper:
-    """Choose the smoothing, then the depths' prior and the bend, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows
+    """Choose smoothing, share, the depths' prior and the bend, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows
     how to draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
     if len(data.panel) < MIN_PANEL:
         say(f"{len(data.panel)} shared genes: too few to learn hyper-priors from; wide ones are used")
@@ -148,26 +160,31 @@ def learn_hyper(
         place = problem.place(split)
         places = {option: smooth(place, split.neighbors, option)[seen] for option in options}
         tests.append((counts, split.totals[seen], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
-    scores: dict[tuple[float, float, float], NDArray[np.float64]] = {}
+    scores: dict[tuple[float, float, float, float], NDArray[np.float64]] = {}
 
-    def tried(smoothing: float, a: float, k: float) -> float:
-        one = smoothing, a, k
+    def tried(smoothing: float, share: float, a: float, k: float) -> float:
+        one = smoothing, share, a, k
         if one not in scores:
-            parts = [_score(counts, depths(totals, a), k, places[smoothing], codes) for counts, totals, places, codes in tests]
+            parts = [_score(counts, depths(totals, a), k, places[smoothing], codes.mixed(share)) for counts, totals, places, codes in tests]
             scores[one] = np.concatenate(parts, 2)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
-    smoothing = climb(options, lambda share: tried(share, priors[0], 0.0))
-    depth_prior = climb(priors, lambda a: tried(smoothing, a, 0.0))
-    best = smoothing, depth_prior, climb(BENDS, lambda k: tried(smoothing, depth_prior, k))
-    candidates = [{"smoothing": one[0], "depth_prior": one[1], "bend": one[2], "inner genes": tried(*one)} for one in scores]
+    shares = tests[0][3].shares
+    smoothing = climb(options, lambda one: tried(one, shares[0], priors[0], 0.0))
+    share = climb(shares, lambda one: tried(smoothing, one, priors[0], 0.0))
+    depth_prior = climb(priors, lambda a: tried(smoothing, share, a, 0.0))
+    best = smoothing, share, depth_prior, climb(BENDS, lambda k: tried(smoothing, share, depth_prior, k))
+    names = ("smoothing", "share", "depth_prior", "bend", "inner genes")
+    candidates = [dict(zip(names, (*one, tried(*one)), strict=True)) for one in scores]
     genes = np.concatenate(judged)
     z, doubt = (values[data.panel[genes]] for values in true_shares(data))
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
     hyper = _priors(scores[best], level, noise, z, doubt, config)
-    hyper = hyper._replace(smoothing=best[0], depth_prior=best[1], bend=best[2], candidates=candidates)
+    hyper = hyper._replace(smoothing=best[0], share=best[1], depth_prior=best[2], bend=best[3], candidates=candidates)
     say(
-        f"smoothing {best[0]:g}, depth ~ total + {best[1]:g} mean total, bend {best[2]:g}; "
+        f"smoothing {best[0]:g}, "
+        + (f"{best[1]:.0%} of a process over the reference's cells, " if len(shares) > 1 else "")
+        + f"depth ~ total + {best[2]:g} mean total, bend {best[3]:g}; "
         f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
         f"slope {hyper.slope[0]:.2f} + {hyper.slope[1]:.2f} log share, sd {hyper.slope[2]:.2f}; "
         f"log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
@@ -265,7 +282,7 @@ def _priors(
     if config.gain == "none":
         mean, _ = random_effects(level - (z - center), noise)
         gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
-    return Hyper(0.0, 1.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
+    return Hyper(0.0, 0.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
 
 
 def level_prior(

@@ -67,7 +67,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     length, weight = choose(data, config, seed)
     config = replace(config, lengthscale=length, regression=weight)
     hyper = learn_hyper(data, config, seed, say, lambda problem, genes: Layer(problem, config, seed, genes=genes))
-    layer = Layer(data, config, seed)
+    layer = Layer(data, replace(config, process=hyper.share), seed)
     spec = Spec([int(g) for g in layer.marks], hyper, length, weight)
     pair = build(config, spec, data, layer)
     found = f"{len(layer.ratio)} directions with signal, {layer.phi.shape[1]} features"

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from pyro.nn import PyroModule
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.common.cells import Directions, find_directions, place_cells
 from ppl_st.models.common.counts import Codes, CountLayer, Hyper, gene_noise
+from ppl_st.models.common.process import Process, process
 from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
 from ppl_st.models.spaim.network import build_network
@@ -22,6 +24,7 @@ from ppl_st.models.spaim.regression import Regression, own_share, positions
 RATIOS = np.geomspace(1e-4, 1e3, 50)  # signal over noise of a direction: grid of the start
 LENGTHSCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 REGRESSIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 USUAL, USUAL_SD = 0.5, 0.35  # log lengthscale ~ Normal(log 0.5, 0.35^2): others need some nats of evidence
 LEADING = 50  # directions that the kernel sees where the regression has no weight
 SILENT = 3e-3  # directions below this ratio say nothing of an unmeasured gene: left to the counts' dispersion
@@ -36,6 +39,7 @@ class Config:
     landmarks: int = field(default=512, metadata={"ge": 2})  # genes that carry the features; no approximation below this panel size
     lengthscale: float | Literal["auto"] = "auto"  # of the radial kernels, in units of 1 - correlation; auto: marginal likelihood
     regression: float | Literal["auto"] = "auto"  # weight of the regression inside the reference, 0 to 1; auto: marginal likelihood
+    process: float | Literal["auto"] = "auto"  # share of the process over the reference's cells, 0 to 1; auto: chosen on inner held-out genes
     reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
     smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
     neighbors: int = field(default=10, metadata={"ge": 1})
@@ -95,8 +99,14 @@ class Layer:
     """
 
     def __init__(
-        self, data: Data, config: Config, seed: int, marks: NDArray[np.int64] | None = None, genes: NDArray[np.int64] | None = None
+        self,
+        data: Data,
+        config: Config,
+        seed: int,
+        marks: NDArray[np.int64] | None = None,
+        genes: NDArray[np.int64] | None = None,
     ) -> None:
+        self.shares = SHARES if config.process == "auto" else (float(config.process),)
         self.directions: Directions = find_directions(data, config.directions)
         self.marks = landmarks(data.panel, config.landmarks, seed) if marks is None else marks
         length = USUAL if config.lengthscale == "auto" else config.lengthscale
@@ -121,10 +131,13 @@ class Layer:
             kept &= best >= min(int(np.searchsorted(RATIOS, SILENT)), best[:LEADING].max())
         self.ratio, self.noise = RATIOS[best][kept], noise[np.arange(len(best)), best][kept]
         self.scores, self.known, self.regressed = self.scores[kept], self.known[kept], self.regressed[kept]
+        self.process: Process | None = None
+        if max(self.shares) > 0:
+            self.process = process(data.reference, data.panel, everything, data.counts, data.totals, data.columns, self.directions, seed)
         self.directions = self.directions._replace(loadings=self.directions.loadings[:, kept], scores=self.directions.scores[kept])
 
     def codes(self, draws: int, seed: list[int]) -> Codes:
-        """Loadings of the genes asked for: posterior mean and variance [q, genes], and draws [draws, q, genes]."""
+        """Loadings of the genes asked for: posterior mean and variance [q, genes], draws [draws, q, genes], and the process's weights."""
         rng = np.random.default_rng(seed)
         precision = 1 + self.ratio[:, None] * self.eigenvalues
         signal = (self.ratio * self.noise)[:, None]
@@ -134,11 +147,18 @@ class Layer:
         mean, variance = self.regressed + weights @ self.features.T, (signal / precision) @ square.T + rest
         noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
         drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
-        return Codes(mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32))
+        beta = None if self.process is None else self.process.beta
+        return Codes(mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32), beta=beta, shares=self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
-        """u [n, q] of the problem's cells."""
-        return place_cells(self.directions, data.counts, data.totals)
+        """(u, phi) [n, q + F] of the problem's cells."""
+        return places(self.directions, self.process, data.counts, data.totals)
+
+
+def places(directions: Directions, cells: Process | None, counts: sp.csr_matrix, totals: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Places of cells on the directions, and their features in the process, [n, q + F]."""
+    own = place_cells(directions, counts, totals)
+    return own if cells is None else np.hstack([own, cells.places(counts, totals)])
 
 
 def misfit(
@@ -223,6 +243,7 @@ class Guide(PyroModule):
     scores: Tensor  # [q, P]
     known: Tensor  # [q, P] loadings of the measured genes
     regressed: Tensor  # [q, G] what the regression says of a gene's loadings
+    beta: Tensor  # [F, G] what the process over the reference's cells says, its share included; F = 0 without one
     measured: Tensor  # [G] position among the P, -1
 
     def __init__(self, model: Model, layer: Layer, data: Data, hyper: Hyper) -> None:
@@ -236,7 +257,10 @@ class Guide(PyroModule):
         measured = torch.full((model.features.shape[0],), -1)
         measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
         self.register_buffer("measured", measured, persistent=False)
-        self.counts = CountLayer(data, hyper, len(self.scores))
+        self.share, self.process = hyper.share, layer.process
+        beta = np.zeros((0, len(model.features)), np.float32) if layer.process is None else hyper.share * layer.process.beta
+        self.register_buffer("beta", torch.from_numpy(beta).float(), persistent=False)
+        self.counts = CountLayer(data, hyper, len(self.scores) + len(self.beta))
         self.directions = model.directions
 
     def weights_dist(self) -> Any:
@@ -257,20 +281,27 @@ class Guide(PyroModule):
         self.counts.globals()
 
     def mean_codes(self, genes: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and variance of the loadings of genes, both [q, g]; those of a measured gene are known."""
+        """Posterior mean and variance of the loadings of genes, both [q + F, g]; those of a measured gene are known."""
         phi, at = self.features[genes], self.measured[genes]
         weights = self.weights_dist()
-        known = at >= 0
-        mean = torch.where(known, self.known[:, at.clamp_min(0)], self.regressed[:, genes] + weights.mean @ phi.T)
-        variance = weights.variance @ phi.square().T + self._rest(phi)
-        return mean, variance.masked_fill(known, 0.0)
+        variance = (weights.variance @ phi.square().T + self._rest(phi)).masked_fill(at >= 0, 0.0)
+        return self._loadings(weights.mean, genes, 0.0), nn.functional.pad(variance, (0, 0, 0, len(self.beta)))
 
     def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
-        """Loadings [q, g] of genes in one draw, with the part that no feature explains, the same for all cells."""
-        phi, at = self.features[genes], self.measured[genes]
-        noise = self._rest(phi).sqrt() * gene_noise(drawn["gene_key"], genes, len(self.scores))
-        unmeasured = self.regressed[:, genes] + drawn["weights"] @ phi.T + noise
-        return torch.where(at >= 0, self.known[:, at.clamp_min(0)], unmeasured)
+        """Loadings [q + F, g] of genes in one draw, with the part that no feature explains, the same for all cells."""
+        noise = self._rest(self.features[genes]).sqrt() * gene_noise(drawn["gene_key"], genes, len(self.scores))
+        deviation = (drawn["weights"] - self.weights_dist().mean) @ self.features[genes].T
+        return self._loadings(self.weights_dist().mean, genes, deviation + noise)
+
+    def _loadings(self, weights: Tensor, genes: Tensor, deviation: Tensor | float) -> Tensor:
+        """Loadings [q + F, g]: known ones, or (1 - share) of what the weights [q, F] and the regression say, and the process's share.
+
+        What is not known of the former, ``deviation``, stays in full.
+        """
+        at = self.measured[genes]
+        found = (1 - self.share) * (self.regressed[:, genes] + weights @ self.features[genes].T) + deviation
+        known = torch.where(at >= 0, self.known[:, at.clamp_min(0)], found)
+        return torch.cat([known, self.beta[:, genes].masked_fill(at >= 0, 0.0)])
 
     def _rest(self, phi: Tensor) -> Tensor:
         """Variance [q, g] of loadings given the weights: what the training genes leave to a gene, and its noise."""
@@ -278,22 +309,24 @@ class Guide(PyroModule):
         return noise * self.log_ratio.exp()[:, None] * (SELF - phi.square().sum(1)).clamp_min(0) + noise
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Loadings [q, g] of measured genes."""
-        return self.known[:, self.measured[torch.from_numpy(genes)]].numpy()
+        """Loadings [q + F, g] of measured genes."""
+        return nn.functional.pad(self.known[:, self.measured[torch.from_numpy(genes)]], (0, 0, 0, len(self.beta))).numpy()
 
     def cell_noise(self, genes: Tensor) -> None:
         """Nothing differs from cell to cell: the places are data."""
 
     def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Places u [n, q] of cells on the directions; any cells, not only those of the fit."""
+        """Places (u, phi) [n, q + F] of cells; any cells, not only those of the fit."""
         counts = data.counts[rows]
-        return place_cells(self.directions, counts, np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel())
+        return places(self.directions, self.process, counts, np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel())
 
 
 def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) -> Pair:
     """The pair with every parameter in place."""
     if config.features == "network":
         return build_network(config, spec.hyper, data, config.fit.seed)
-    layer = layer or Layer(data, replace(config, lengthscale=spec.lengthscale, regression=spec.regression), config.fit.seed, np.array(spec.landmarks))
+    if layer is None:
+        known = replace(config, lengthscale=spec.lengthscale, regression=spec.regression, process=spec.hyper.share)
+        layer = Layer(data, known, config.fit.seed, np.array(spec.landmarks))
     model = Model(layer)
     return Pair(model, Guide(model, layer, data, spec.hyper))
