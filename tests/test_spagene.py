@@ -108,7 +108,7 @@ def test_the_translator_is_the_bayesian_regression_of_the_textbook(some):
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-8)
     d = np.column_stack([other.loadings.numpy(), np.full(len(other.loadings), np.sqrt(0.2))]).astype(np.float64)
     t = own.loadings.numpy()[some.columns].T.astype(np.float64)
-    mean, variance, draws, _ = closed.codes(3000, [0])
+    mean, variance, draws = closed.codes(3000, [0])[:3]
     for k, (ratio, noise) in enumerate(zip(closed.ratios, closed.noise, strict=True)):
         inverse = np.linalg.inv(d[some.panel].T @ d[some.panel] + np.eye(7) / ratio)
         np.testing.assert_allclose(mean[k], t[k] @ d[some.panel] @ inverse @ d[held].T, atol=1e-6)

@@ -59,7 +59,7 @@ def dense_kernel(data, genes):
 def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
     held = np.setdiff1d(np.arange(60), data.panel)[:7]
     layer = Layer(data, replace(SMALL, regression=0.5), 0, genes=held)
-    mean, variance, draws, _ = layer.codes(4000, [0])
+    mean, variance, draws = layer.codes(4000, [0])[:3]
     k = dense_kernel(data, np.concatenate([data.panel, held]))
     p = len(data.panel)
     for direction in range(min(3, len(layer.ratio))):

@@ -1,0 +1,101 @@
+"""A process over the reference's cells (`ppl_st.models.common.process`): what lines cannot say, in SpaIM's map and in a stored run."""
+
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+import ppl_st
+from ppl_st.data import read_counts
+from ppl_st.models.common.cells import find_directions, log_normalise, median_depth
+from ppl_st.models.common.process import process
+from ppl_st.models.spaim import Config
+from ppl_st.prepare.spaim import problem
+
+torch.set_num_threads(1)
+SMALL = replace(Config(), clusters=8)
+
+
+ONE_TO_THREE = (1,) * 30 + (3,) * 6
+
+
+def ring(n, seed, often=ONE_TO_THREE, gain=0.0):
+    """Cells on a ring; gene j is a wave that goes round it ``often[j]`` times: no line leads from one frequency to another. Counts and rates."""
+    rng, genes = np.random.default_rng(seed), len(often)
+    angle, shift = rng.uniform(0, 2 * np.pi, n), np.random.default_rng(1).uniform(0, 2 * np.pi, genes)
+    rate = np.exp(1.5 * np.cos(np.array(often) * angle[:, None] + shift) + 1.0)
+    gains = np.exp(np.random.default_rng(2).normal(0, gain, genes))
+    counts = rng.poisson(rate * gains * rng.gamma(8.0, 1 / 8.0, n)[:, None]).astype(np.float32)
+    names = [f"g{i:02d}" for i in range(genes)]
+    cells = ad.AnnData(sp.csr_matrix(counts), obs=pd.DataFrame(index=[f"c{i}" for i in range(n)]), var=pd.DataFrame(index=names))
+    cells.obsm["spatial"] = rng.uniform(0, 1000, (n, 2))
+    return cells, rate
+
+
+def correlation(a, b):
+    return np.array([np.corrcoef(a[:, j], b[:, j])[0, 1] for j in range(a.shape[1])])
+
+
+def fitted(target, reference):
+    data = problem(read_counts(target, role="target"), read_counts(reference, role="reference"), SMALL, lambda line: None)[0]
+    genes = np.arange(30, 36)
+    found = process(data.reference, data.panel, genes, data.counts, data.totals, data.columns, find_directions(data, 20), 0)
+    return data, found, found.places(data.counts, data.totals)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.7])
+def test_it_finds_what_no_line_does_whatever_the_gains_of_the_genes(gain):
+    (target, rate), (reference, _) = ring(700, 3, gain=gain), ring(900, 4)
+    data, found, phi = fitted(target[:, :30].copy(), reference)
+    np.testing.assert_allclose(phi.mean(0), 0, atol=1e-3)
+    assert correlation(phi @ found.beta, np.log(rate[:, 30:])).min() > 0.85
+    logs = log_normalise(sp.csr_matrix(reference.X), np.asarray(reference.X[:, :30].sum(1)).ravel(), median_depth(data.totals)).toarray()
+    line = np.linalg.lstsq(logs[:, :30] - logs[:, :30].mean(0), logs[:, 30:] - logs[:, 30:].mean(0), rcond=None)[0]
+    seen = log_normalise(data.counts, data.totals, median_depth(data.totals)).toarray()
+    assert correlation((seen - seen.mean(0)) @ line, np.log(rate[:, 30:])).max() < 0.4
+
+
+def test_a_reference_cell_of_the_target_gets_what_ridge_in_feature_space_says():
+    """The posterior mean in the textbook's form, on the features that the code made."""
+    (target, _), (reference, _) = ring(300, 3), ring(400, 4)
+    data, found, _ = fitted(target[:, :30].copy(), reference)
+    logs = data.reference.toarray().astype(np.float64)
+    z = (logs[:, data.panel] - logs[:, data.panel].mean(0)) / logs[:, data.panel].std(0)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    phi = np.exp(-(2 - 2 * z @ found.marks.T.astype(np.float64)) / found.width) @ found.root
+    phi -= phi.mean(0)
+    y = logs[:, 30:36]
+    y = (y - y.mean(0)) / y.std(0)
+    errors = []
+    for penalty in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0):
+        beta = np.linalg.solve(phi.T @ phi + penalty * np.eye(phi.shape[1]), phi.T @ y)
+        errors.append(np.abs(beta - found.beta).max() / np.abs(beta).max())
+    assert min(errors) < 0.02 and sorted(errors)[1] > 2 * min(errors)
+
+
+def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_it(tmp_path):
+    """Some panel genes have a frequency of their own, as the hidden ones have: on them the share is learned."""
+    often = (1,) * 20 + (2, 4, 6, 8, 3, 5, 7)
+    (target, rate), (reference, _) = ring(600, 3, often), ring(800, 4, often)
+    hidden = ["g24", "g25", "g26"]
+    target = target[:, :24].copy()
+    runs = {}
+    for share in ("auto", "0.0"):
+        settings = ["clusters=8", "smoothing=0.0", f"process={share}"]
+        run = ppl_st.fit("spaim", target=target, reference=reference, overrides=settings, seed=0, out=tmp_path / share)
+        runs[share] = run, run.predict(hidden, draws=8)
+    run, first = runs["auto"]
+    assert run.spec.hyper.share > 0 and runs["0.0"][0].spec.hyper.share == 0
+    better, plain = (correlation(np.log(runs[k][1].layers["rate_mean"]), np.log(rate[:, 24:])).mean() for k in ("auto", "0.0"))
+    assert better > 0.6 and better > plain + 0.3, (better, plain)
+    again = ppl_st.load(tmp_path / "auto").predict(hidden, draws=8)
+    for name in ("rate_mean", "rate_sd", "q95"):
+        np.testing.assert_array_equal(first.layers[name], again.layers[name])
+    fresh = run.predict(hidden, draws=8, target=target[:60])
+    np.testing.assert_allclose(fresh.layers["rate_mean"], first.layers["rate_mean"][:60], rtol=1e-4)
+    measured = run.predict(["g03"], draws=8)
+    assert np.isfinite(measured.layers["rate_mean"]).all() and (np.asarray(first.layers["rate_sd"]) > 0).all()
