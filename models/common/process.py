@@ -21,10 +21,12 @@ import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.models.common.cells import ROWS, Directions, log_normalise, moments
+from ppl_st.models.common.cells import Directions, log_normalise, moments
 
 LANDMARKS = 500
-CELLS = 20_000  # of the reference, at most
+CELLS = 20_000  # of the reference, at most; fewer where the panel is large, so that they take
+ENTRIES = 40_000_000  # cells x panel genes
+DENSE = 4_000_000  # entries made dense together
 CENTER = 2000  # target cells over which the features have mean 0
 JUDGED = 200  # genes on which lengthscale and penalty are chosen, at most
 LENGTHSCALES = (0.5, 1.0, 2.0)
@@ -52,10 +54,11 @@ class Process(NamedTuple):
     def places(self, counts: sp.csr_matrix, totals: Floats) -> NDArray[np.float32]:
         """phi [n, F] of target cells with all genes of the target."""
         found = np.empty((counts.shape[0], self.root.shape[1]), np.float32)
-        for start in range(0, len(found), ROWS):
-            part = slice(start, start + ROWS)
-            logs = log_normalise(counts[part][:, self.columns], totals[part], self.depth).toarray()
-            found[part] = _kernel(_unit((logs - self.mean) / self.sd), self.marks, self.width) @ self.root - self.center
+        step = max(64, DENSE // len(self.columns))
+        for start in range(0, len(found), step):
+            part = slice(start, start + step)
+            logs = log_normalise(counts[part][:, self.columns], totals[part], self.depth)
+            found[part] = _kernel(_unit(logs, self.mean, self.sd), self.marks, self.width) @ self.root - self.center
         return found
 
 
@@ -71,9 +74,9 @@ def process(
 ) -> Process:
     """Fit to the log-normalised ``reference`` [M, G], from genes ``panel`` [P] to ``genes`` [g]; ``columns`` are the panel in ``target`` [n, A]."""
     rng = np.random.default_rng([seed, 12])
-    logs = sp.csr_matrix(reference)[np.sort(rng.permutation(reference.shape[0])[:CELLS])]
+    logs = sp.csr_matrix(reference)[np.sort(rng.permutation(reference.shape[0])[: min(CELLS, ENTRIES // len(panel))])]
     mean, sd = moments(logs)
-    inside = _unit((logs[:, panel].toarray() - mean[panel]) / sd[panel])
+    inside = _unit(logs[:, panel], mean[panel], sd[panel])
     marks = inside[np.sort(rng.permutation(len(inside))[:LANDMARKS])]
     own = _squares(marks, marks)
     median = float(np.median(own[np.triu_indices(len(own), 1)])) or 1.0
@@ -108,8 +111,14 @@ def process(
     return fitted._replace(center=fitted.places(target[rows], totals[rows]).mean(0))
 
 
-def _unit(x: Floats) -> NDArray[np.float32]:
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9), dtype=np.float32)
+def _unit(logs: sp.csr_matrix, mean: Floats, sd: Floats) -> NDArray[np.float32]:
+    """Standardised rows, scaled to unit length."""
+    found = np.empty(logs.shape, np.float32)
+    step = max(64, DENSE // logs.shape[1])
+    for start in range(0, len(found), step):
+        x = (logs[start : start + step].toarray() - mean) / sd
+        found[start : start + step] = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+    return found
 
 
 def _squares(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
