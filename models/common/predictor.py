@@ -70,6 +70,7 @@ class MapPredictor:
         self.n_cells = data.counts.shape[0]
         self.depth = median_depth(data.totals)
         self.kept: dict[tuple[int, ...], Any] = {}
+        self.block: tuple[Tensor, tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
         if closed_form:
             self.closed_form = self._closed_form
 
@@ -100,14 +101,16 @@ class MapPredictor:
     def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
         """p(count | draw): a gene's loadings are the same in all cells; what differs from cell to cell is drawn here."""
         place, log_depth = local
-        (mean, variance), loadings = self._mean(chain, genes), self._draw(chain, drawn, genes)
         slope = drawn["slope"][genes].clamp_min(0)
-        deviation, spread = place @ (loadings - mean), place.square() @ variance
+        bent, steep, spread = self._trend(chain, place, genes)
+        difference = self._draw(chain, drawn, genes) - self._mean(chain, genes)[0]
+        doubtful = difference.any(1).nonzero()
+        first = int(doubtful[-1]) + 1 if len(doubtful) else 0  # rows after them are the same in every draw
+        deviation = place[:, :first] @ difference[:first]
         noise = self.guides[chain].cell_noise(genes)
         if noise is not None:
             deviation, spread = deviation + torch.randn(len(place), len(noise)) @ noise, spread + noise.square().sum(0)
         level = drawn["log_gain"][genes] - self._log_mean(chain, int(drawn["gene_key"]), genes, slope)
-        bent, steep = bend(place @ mean, self.guides[chain].counts.bend)
         steep = slope * steep
         log_rate = log_depth + level + (slope * bent).clamp(-LARGEST, LARGEST) + steep * deviation - 0.5 * steep.square() * spread
         if self.likelihood == "poisson":
@@ -129,6 +132,18 @@ class MapPredictor:
             share += weight * ((slope * trend).clamp(-LARGEST, LARGEST) - self._log_mean(chain, -2 - k, genes, slope)).exp()
         share *= (counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
         return share * log_depth.exp(), torch.log1p(self.depth * share)
+
+    def _trend(self, chain: int, place: Tensor, genes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bent mean map, its slope, and the variance of the map [n, g] each: the same in every draw of a block, so made once."""
+        key = chain, len(genes), int(genes[0]), int(genes[-1])
+        kept = self.block
+        if kept is None or kept[0] is not place or kept[1] != key:
+            mean, variance = self._mean(chain, genes)
+            with torch.no_grad():
+                kept = place, key, (*bend(place @ mean, self.guides[chain].counts.bend), place.square() @ variance)
+            self.block = kept
+        found: tuple[Tensor, Tensor, Tensor] = kept[2]
+        return found
 
     def _mean(self, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
         return self._keep((chain, -1), genes, lambda: self.guides[chain].mean_codes(genes))

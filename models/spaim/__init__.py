@@ -9,18 +9,21 @@ GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
     w_k     ~ Normal(0, d_k I)                              "weights", one row per direction
     t_kg    ~ Normal(c m_kg + phi_g . w_k, s_k)             "scores", seen less the gene's own share; phi_g . phi_h = k(g, h) (`kernel.py`)
     m_kg    what a regression inside the reference predicts from loadings of the other panel genes (`regression.py`); c is 0 where platforms differ
-    f_ig    = u_i . t_g                                     the gene's map: every cell is a linear read-out of the gene's features, as in SpaIM
-    x_ig    ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      level, slope, dispersion: `ppl_st.models.common.counts`
+    f_ig    = u_i . t_g                                     the gene's map: every cell is a linear read-out of the gene's features, as in SpaIM;
+              (1 - s) u_i . t_g + s phi_i . beta_g          of an unmeasured gene, with what a Gaussian process over the reference's cells says
+                                                            beyond lines (`ppl_st.models.common.process`); s, chosen on inner genes, is 0 where
+                                                            platforms differ
+    x_ig    ~ NB(depth_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      depth, level, slope, dispersion: `ppl_st.models.common.counts`
 
 GUIDE
     w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k, c and the
     lengthscale of k maximise the marginal likelihood (grid; d_k and s_k then by SVI: with the exact posterior as guide the ELBO *is* the log
     marginal likelihood, for every draw). An unmeasured gene has three more sources of doubt, all drawn: what the training genes leave of its
-    features, s_k, and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on inner held-out genes. The
-    counts do not feed back into w (a cut).
+    features, s_k, and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on inner held-out genes; none
+    of it shrinks with s. The counts do not feed back into w (a cut), and beta is its posterior mean.
 
 SYMBOLS  n cells, A genes of the target, P of them shared with the reference, G genes and K clusters of the reference, q directions, F features;
-    u [n, q], t [q, P], phi [G, F], w [q, F].
+    u [n, q], t [q, P], phi_g [G, F], w [q, F]; of the process phi_i [n, L], beta [L, G].
 
 DIFFERENCES from paper and released code
     * scale: the published cosine losses leave a gene's level and spread free; here both have hyper-priors, so counts and intervals mean something;
