@@ -99,3 +99,16 @@ def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_
     np.testing.assert_allclose(fresh.layers["rate_mean"], first.layers["rate_mean"][:60], rtol=1e-4)
     measured = run.predict(["g03"], draws=8)
     assert np.isfinite(measured.layers["rate_mean"]).all() and (np.asarray(first.layers["rate_sd"]) > 0).all()
+
+
+def test_a_handful_of_reference_cells_a_constant_gene_and_an_empty_cell():
+    (target, _), (reference, _) = ring(60, 3), ring(15, 4)
+    counts = target.X.toarray()
+    counts[0] = 0
+    target.X = sp.csr_matrix(counts)
+    other = reference.X.toarray()
+    other[:, [2, 33]] = 0
+    reference.X = sp.csr_matrix(other)
+    _, found, phi = fitted(target[:, :30].copy(), reference)
+    assert phi.shape[1] <= 15 and np.isfinite(phi).all() and np.isfinite(found.beta).all()
+    assert (found.beta[:, 3] == 0).all()  # a gene that does not vary in the reference
