@@ -201,6 +201,17 @@ def test_kernel_is_a_covariance_and_badly_known_profiles_resemble_nobody(data):
     assert (unknown >= known).all() and unknown.sum() > 1.02 * known.sum()
 
 
+def test_correlations_from_dense_blocks_and_from_sparse_sums_agree(data, monkeypatch):
+    a, b = np.arange(0, 60, 2), np.arange(5)
+    found = []
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(kernel, "CROWDED", share)
+        found.append(kernel.GeneKernel(data, 0.5).correlation(a, b))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    logs = data.reference.toarray().astype(np.float64)
+    np.testing.assert_allclose(found[0], np.corrcoef(logs.T)[np.ix_(a, b)], atol=5e-6)
+
+
 def test_expected_kernel_is_the_mean_over_profile_noise():
     rng = np.random.default_rng(0)
     profiles = rng.normal(size=(2, 6)).astype(np.float32)
