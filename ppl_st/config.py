@@ -243,7 +243,7 @@ def _check_range(value: Any, metadata: Mapping[str, Any], source: str, name: str
         return
     for i, entry in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
         for bound, (holds, words) in _BOUNDS.items():
-            if bound in metadata and not holds(entry, metadata[bound]):
+            if bound in metadata and not isinstance(entry, str) and not holds(entry, metadata[bound]):
                 where = name if i is None else f"{name}[{i}]"
                 raise UserError(f"{source}: {where} must be {words} {metadata[bound]}, got {entry!r}")
 

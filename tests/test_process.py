@@ -11,6 +11,7 @@ import torch
 
 import ppl_st
 from ppl_st.data import read_counts
+from ppl_st.errors import UserError
 from ppl_st.models.common.cells import find_directions, log_normalise, median_depth
 from ppl_st.models.common.process import process
 from ppl_st.models.spaim import Config
@@ -112,3 +113,11 @@ def test_a_handful_of_reference_cells_a_constant_gene_and_an_empty_cell():
     _, found, phi = fitted(target[:, :30].copy(), reference)
     assert phi.shape[1] <= 15 and np.isfinite(phi).all() and np.isfinite(found.beta).all()
     assert (found.beta[:, 3] == 0).all()  # a gene that does not vary in the reference
+
+
+def test_a_share_that_was_set_is_kept_by_a_panel_without_inner_genes_and_one_beyond_1_is_refused():
+    (target, _), (reference, _) = ring(80, 3), ring(100, 4)
+    run = ppl_st.fit("spaim", target=target[:, :8].copy(), reference=reference, overrides=["clusters=8", "process=0.5"], seed=0)
+    assert run.spec.hyper.share == 0.5 and run.pair.guide.members[0].process is not None
+    with pytest.raises(UserError, match="process"):
+        ppl_st.fit("spaim", target=target, reference=reference, overrides=["process=1.5"])

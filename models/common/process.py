@@ -1,7 +1,7 @@
 r"""What the reference's cells say of a gene beyond straight lines: a Gaussian process over cells, from the panel to every gene.
 
     a_i       log-normalised panel genes of a cell, standardised within its own platform, scaled to unit length   (target cells and reference cells)
-    y_g(i)    = phi(a_i) . beta_g,    beta_g ~ N(0, I / p),     phi(a) . phi(b) = exp(-|a - b|^2 / (2 l m))
+    y_g(i)    ~ N(phi(a_i) . beta_g, 1),    beta_g ~ N(0, I / p),    phi(a) . phi(b) = exp(-|a - b|^2 / (2 l m))
 
 m is the median squared distance of the landmarks, l a lengthscale; phi is the Nystroem feature map of at most `LANDMARKS` reference cells, rotated
 so that its Gram matrix over the reference is diagonal: the posterior mean of beta is elementwise. l and p are chosen by generalised

@@ -62,7 +62,7 @@ class Config:
     concentration: float = field(default=0.002, metadata={"gt": 0})  # alpha: gamma shape of an activity
     # kappa: gamma shape of the capture ratio; inf = the same for all
     capture_concentration: float = field(default=10.0, metadata={"gt": 0})
-    sparsity: float | Literal["auto"] = "auto"  # omega: weight of the entropy of compositions, nats per count
+    sparsity: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})  # omega: weight of the entropy of compositions, nats per count
     # the paper's schedule omega_t = exp(t / entropy_lambda), reading it as sum or mean
     entropy: Literal["none", "sum", "mean"] = "none"
     entropy_lambda: float = field(default=1000.0, metadata={"gt": 0})

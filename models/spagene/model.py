@@ -44,10 +44,13 @@ class Config:
     critic_hidden: tuple[int, ...] = (64, 64)
     gradient_penalty: float = field(default=1.0, metadata={"ge": 0})  # of the critics
     gradient_center: float = field(default=0.0, metadata={"ge": 0})  # norm of the gradient that is not penalised; WGAN-GP: 1
-    smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's code; auto: chosen on inner held-out genes
-    reference_share: float | Literal["auto"] = "auto"  # of the reference's own regression in an unmeasured gene's loadings (linear); auto: likewise
+    # share of the spatial neighbors in a cell's code; auto: chosen on inner held-out genes
+    smoothing: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
+    # of the reference's own regression in an unmeasured gene's loadings (linear); auto: likewise
+    reference_share: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     neighbors: int = field(default=20, metadata={"ge": 1})
-    depth_prior: float | Literal["auto"] = "auto"  # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
+    # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
+    depth_prior: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
     library_key: str | None = None  # obs column of the section; neighbors stay within it
     likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
     gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is

@@ -37,13 +37,18 @@ class Config:
     features: Literal["kernel", "network"] = "kernel"  # closed-form Bayesian layer, or the style-transfer networks
     directions: int = field(default=200, metadata={"ge": 1})  # of the cells, at most; without weight of the regression 50
     landmarks: int = field(default=512, metadata={"ge": 2})  # genes that carry the features; no approximation below this panel size
-    lengthscale: float | Literal["auto"] = "auto"  # of the radial kernels, in units of 1 - correlation; auto: marginal likelihood
-    regression: float | Literal["auto"] = "auto"  # weight of the regression inside the reference, 0 to 1; auto: marginal likelihood
-    process: float | Literal["auto"] = "auto"  # share of the process over the reference's cells, 0 to 1; auto: chosen on inner held-out genes
+    # of the radial kernels, in units of 1 - correlation; auto: marginal likelihood
+    lengthscale: float | Literal["auto"] = field(default="auto", metadata={"gt": 0})
+    # weight of the regression inside the reference, 0 to 1; auto: marginal likelihood
+    regression: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
+    # share of the process over the reference's cells in an unmeasured gene's map; auto: chosen on inner held-out genes
+    process: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
-    smoothing: float | Literal["auto"] = "auto"  # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
+    # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
+    smoothing: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     neighbors: int = field(default=10, metadata={"ge": 1})
-    depth_prior: float | Literal["auto"] = "auto"  # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
+    # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
+    depth_prior: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
     library_key: str | None = None  # obs column of the section; neighbors stay within it
     likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
     gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is

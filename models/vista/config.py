@@ -29,11 +29,13 @@ class Config:
     adversary: Literal["off", "cross_entropy", "density_ratio", "hinge"] = "off"
     adversary_weight: float = field(default=5.0, metadata={"ge": 0})  # kappa
     visible: float = field(default=0.75, metadata={"gt": 0, "le": 1})  # share of panel genes the encoder sees in training
-    penalty: float | Literal["auto"] = "auto"  # ridge penalty of the closed map
+    penalty: float | Literal["auto"] = field(default="auto", metadata={"gt": 0})  # ridge penalty of the closed map
     others: bool = True  # genes that only the target has help to place its cells and give their depth (closed map)
     reweight: bool | Literal["auto"] = "auto"  # weight the reference towards the target's composition
-    denoise: float | Literal["auto"] = "auto"  # share of the panel read off the directions of all genes of the target (closed map)
-    common: float | Literal["auto"] = "auto"  # weight of what all genes of a spatial cell have in common (closed map)
+    # share of the panel read off the directions of all genes of the target (closed map)
+    denoise: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
+    # weight of what all genes of a spatial cell have in common (closed map)
+    common: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
     target_weight: float = field(default=1.0, metadata={"gt": 0})  # of the spatial log-likelihood
     reference_weight: float = field(default=1.0, metadata={"gt": 0})
     batch_cells: int = field(default=256, metadata={"ge": 0})  # spatial cells per minibatch; 0 = all
