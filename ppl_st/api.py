@@ -219,11 +219,12 @@ def _spec_from(module: Any, record: dict[str, Any], manifest: dict[str, Any], fo
     try:
         return module.spec_from(record["spec"])
     except (KeyError, TypeError) as error:
-        version = manifest.get("versions", {}).get("ppl_st", "unknown")
-        raise UserError(
-            f"{folder / 'fit.json'}: its specification does not fit this ppl_st ({error}); the run was written by ppl_st {version}: "
-            "use that version, or fit again"
-        ) from error
+        raise UserError(f"{folder / 'fit.json'}: its specification does not fit this ppl_st ({error}); {_writer(manifest)}") from error
+
+
+def _writer(manifest: dict[str, Any]) -> str:
+    version = manifest.get("versions", {}).get("ppl_st", "unknown")
+    return f"the run was written by ppl_st {version}: use that version, or fit again"
 
 
 def _refuse_used(folder: Path) -> None:
@@ -245,7 +246,10 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
         raise UserError(f"{folder / 'manifest.json'}: cannot be read ({error}); is {folder} a run folder?") from error
     method = manifest["method"]
     module = load_method(method)
-    settings = configs.read(folder / "config.toml", module.PRESETS["default"])
+    try:
+        settings = configs.read(folder / "config.toml", module.PRESETS["default"])
+    except UserError as error:
+        raise UserError(f"{error}; {_writer(manifest)}") from error
     if METHODS[method].reference == "image":
         data, cells = read_sections(folder)
         return method, module, settings, data, cells, cells, manifest

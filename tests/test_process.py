@@ -119,5 +119,14 @@ def test_a_share_that_was_set_is_kept_by_a_panel_without_inner_genes_and_one_bey
     (target, _), (reference, _) = ring(80, 3), ring(100, 4)
     run = ppl_st.fit("spaim", target=target[:, :8].copy(), reference=reference, overrides=["clusters=8", "process=0.5"], seed=0)
     assert run.spec.hyper.share == 0.5 and run.pair.guide.members[0].process is not None
-    with pytest.raises(UserError, match="process"):
+    with pytest.raises(UserError, match=r"process must be at most 1, got 1\.5"):
         ppl_st.fit("spaim", target=target, reference=reference, overrides=["process=1.5"])
+
+
+def test_a_run_whose_settings_this_version_does_not_know_says_fit_again(tmp_path):
+    (target, _), (reference, _) = ring(80, 3), ring(100, 4)
+    ppl_st.fit("spaim", target=target[:, :8].copy(), reference=reference, overrides=["clusters=8"], seed=0, out=tmp_path / "run")
+    settings = tmp_path / "run" / "config.toml"
+    settings.write_text("depth_exponent = 0.7\n" + settings.read_text())
+    with pytest.raises(UserError, match=r"config.toml: unknown key 'depth_exponent'.*written by ppl_st .*: use that version, or fit again"):
+        ppl_st.load(tmp_path / "run")
