@@ -8,7 +8,6 @@ Not done here: normalisation, gene or cell selection by quality, anything dense 
 the caller's AnnData.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any, cast
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -430,17 +428,6 @@ def row_blocks(n: int, size: int) -> Iterator[slice]:
     assert size > 0
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-def to_torch_csr(matrix: sparse.csr_matrix) -> torch.Tensor:
-    """The matrix as torch sparse CSR float32, sharing memory where possible: never write into it."""
-    matrix = sparse.csr_matrix(matrix)
-    values = matrix.data.astype(np.float32, copy=False)
-    arrays = (matrix.indptr, matrix.indices, values)
-    crow, col, value = (torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        return torch.sparse_csr_tensor(crow, col, value, size=matrix.shape, check_invariants=False)
 
 
 def _refuse_duplicates(values: NDArray[np.str_], what: str, remedy: str) -> None:

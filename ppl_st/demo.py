@@ -22,7 +22,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from ppl_st import calibration_plots, metrics, plots
+from ppl_st import calibration_plots, compositions, metrics, plots
 from ppl_st.api import fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split
 from ppl_st.calibration import coverage
@@ -230,12 +230,12 @@ def _deconvolution(
 ) -> "tuple[dict[str, float], dict[str, tuple[str, Figure]]]":
     """Factors against the true types, matched one to one: numbers, and maps of the spots' proportions."""
     composition, found = world.truth.obsm["composition"], predicted.obsm["proportions"]
-    matched = metrics.match_factors(composition, found)
+    matched = compositions.match_factors(composition, found)
     true = _true_proportions(world, spots)
-    js = metrics.proportion_js(true, np.asarray(spots.X), matched)
+    js = compositions.proportion_js(true, np.asarray(spots.X), matched)
     rows = {
-        "cells whose largest factor is right (share)": float(metrics.matched_accuracy(composition, found)),
-        "cells: JS divergence of compositions (bits, mean)": float(metrics.proportion_js(composition, found, matched).mean()),
+        "cells whose largest factor is right (share)": float(compositions.matched_accuracy(composition, found)),
+        "cells: JS divergence of compositions (bits, mean)": float(compositions.proportion_js(composition, found, matched).mean()),
         "spots: JS divergence of proportions (bits, mean)": float(js.mean()),
         "spots: JS divergence of proportions (bits, worst tenth above)": float(np.quantile(js, 0.9)),
     }

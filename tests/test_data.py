@@ -7,13 +7,12 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from ppl_st import data
-from ppl_st.data import gene_folds, read_counts, read_genes, row_blocks, shared_genes, thin, to_torch_csr
+from ppl_st.data import gene_folds, read_counts, read_genes, row_blocks, shared_genes, thin
 from ppl_st.errors import UserError
 from realdata import path
 
@@ -308,22 +307,6 @@ def test_thinning_has_binomial_mean_and_variance() -> None:
 def test_row_blocks_cover_in_order() -> None:
     assert [list(range(10))[b] for b in row_blocks(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(row_blocks(0, 4)) == []
-
-
-@pytest.mark.parametrize("index", [np.int32, np.int64])
-def test_torch_csr_shares_memory_and_multiplies(index: type) -> None:
-    matrix = sparse.csr_matrix(np.random.default_rng(0).poisson(0.5, (20, 8)).astype(np.float32))
-    matrix.indices, matrix.indptr = matrix.indices.astype(index), matrix.indptr.astype(index)
-    tensor = to_torch_csr(matrix)
-    assert tensor.layout == torch.sparse_csr and tensor.dtype == torch.float32
-    assert tensor.values().data_ptr() == matrix.data.ctypes.data
-    dense = torch.ones(8, 3, requires_grad=True)
-    product = tensor @ dense
-    product.sum().backward()
-    assert np.allclose(product.detach().numpy(), matrix @ np.ones((8, 3)))
-    assert dense.grad is not None and np.allclose(dense.grad.numpy()[:, 0], matrix.sum(axis=0))
-    matrix.data.flags.writeable = False  # torch would warn
-    assert to_torch_csr(matrix).to_dense().sum() == matrix.sum()
 
 
 def test_real_pair_passes() -> None:

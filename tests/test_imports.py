@@ -45,6 +45,7 @@ ROOMS: dict[str, set[str]] = {
         "simulate", "inference", "image_features",
     },
     "metrics": {"data"},
+    "compositions": {"metrics"},
     "ridge": set(),
     "baselines": {"data", "spatial", "metrics", "ridge"},
     "peers": {"data", "baselines"},  # other people's methods, imported when they are run

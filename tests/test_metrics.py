@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from scipy import special, stats
 from scipy.spatial.distance import jensenshannon
 
-from ppl_st import calibration, metrics
+from ppl_st import calibration, compositions, metrics
 from ppl_st.errors import UserError
 
 
@@ -288,26 +288,26 @@ def test_matching_undoes_a_permutation_and_counts_the_rest_as_wrong() -> None:
     truth = rng.dirichlet(np.full(4, 0.1), 500)
     order = np.array([2, 0, 3, 1])
     shuffled = truth[:, order]
-    matched = metrics.match_factors(truth, shuffled)
+    matched = compositions.match_factors(truth, shuffled)
     np.testing.assert_array_equal(order[matched], np.arange(4))
-    assert metrics.matched_accuracy(truth, shuffled) == 1
-    np.testing.assert_allclose(metrics.proportion_js(truth, shuffled, matched), 0, atol=1e-12)
+    assert compositions.matched_accuracy(truth, shuffled) == 1
+    np.testing.assert_allclose(compositions.proportion_js(truth, shuffled, matched), 0, atol=1e-12)
     # One factor too many: split one type's cells, half of them must count as wrong.
     half = rng.random(500) < 0.5
     split = np.hstack([shuffled * 1.0, np.zeros((500, 1))])
     moved = half & (truth.argmax(1) == 0)
     split[moved] = [0, 0, 0, 0, 1]
     wrong = min(moved.sum(), (~half & (truth.argmax(1) == 0)).sum()) / 500
-    assert metrics.matched_accuracy(truth, split) == pytest.approx(1 - wrong)
+    assert compositions.matched_accuracy(truth, split) == pytest.approx(1 - wrong)
     # One factor too few: a type stays unmatched.
-    assert (metrics.match_factors(truth, shuffled[:, :3]) == -1).sum() == 1
+    assert (compositions.match_factors(truth, shuffled[:, :3]) == -1).sum() == 1
 
 
 def test_proportion_js_equals_scipy_in_bits_and_is_one_for_disjoint() -> None:
     rng = np.random.default_rng(11)
     a, b = rng.dirichlet(np.ones(5), 20), rng.dirichlet(np.ones(5), 20)
     want = [jensenshannon(p, q, base=2) ** 2 for p, q in zip(a, b, strict=True)]
-    np.testing.assert_allclose(metrics.proportion_js(a, b), want)
+    np.testing.assert_allclose(compositions.proportion_js(a, b), want)
     one = np.eye(3)
     # A factor without a type takes mass that the truth does not have.
-    np.testing.assert_allclose(metrics.proportion_js(one, one[:, [0, 1, 2]], np.array([0, 1, -1])), [0, 0, 1])
+    np.testing.assert_allclose(compositions.proportion_js(one, one[:, [0, 1, 2]], np.array([0, 1, -1])), [0, 0, 1])

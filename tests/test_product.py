@@ -16,10 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from ppl_st import product, product_math
 from ppl_st.count_likelihoods import SharedOddsNegativeBinomial
-from ppl_st.data import to_torch_csr
 from ppl_st.errors import UserError
 from ppl_st.likelihoods import NegativeBinomial, Poisson
-from ppl_st.product import ProductNegativeBinomial, ProductPoisson, ProductSharedOddsNegativeBinomial
+from ppl_st.product import ProductNegativeBinomial, ProductPoisson, ProductSharedOddsNegativeBinomial, csr_tensor
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ def _example(dtype=torch.float32, n=40, genes=30, h=4, scale=0.3, seed=1):
 
 def _values(counts, dtype):
     matrix = scipy.sparse.csr_matrix(counts.astype(np.float32))
-    return {"csr": to_torch_csr(matrix), "dense": torch.tensor(counts, dtype=dtype)}
+    return {"csr": csr_tensor(matrix), "dense": torch.tensor(counts, dtype=dtype)}
 
 
 def _product(kind, activity, loadings, gene):
@@ -123,7 +122,7 @@ def test_stored_zeros_and_duplicate_free_order_do_not_matter():
     )
     assert padded.nnz == counts.size
     for kind in ("poisson", "nb", "shared"):
-        a, b = (_product(kind, *leaves).log_prob(to_torch_csr(m)) for m in (matrix, padded))
+        a, b = (_product(kind, *leaves).log_prob(csr_tensor(m)) for m in (matrix, padded))
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -221,7 +220,7 @@ def test_product_refuses_what_does_not_fit():
     with pytest.raises(UserError, match="do not fit 6 cells x 9 genes"):
         d.log_prob(torch.tensor(counts[:1]))
     with pytest.raises(UserError, match="whole numbers"):
-        d.log_prob(to_torch_csr(scipy.sparse.csr_matrix((counts + 0.5).astype(np.float32))))
+        d.log_prob(csr_tensor(scipy.sparse.csr_matrix((counts + 0.5).astype(np.float32))))
     with pytest.raises(UserError, match="do not multiply"):
         ProductPoisson(leaves[0], leaves[1].T)
     with pytest.raises(UserError, match="log_theta"):
@@ -246,7 +245,7 @@ def test_in_a_subsampled_plate_with_sparse_observations(kind):
         q = pyro.sample("loadings", dist.Gamma(torch.ones(4, genes, dtype=torch.float64), 1.0).to_event(2))
         t = pyro.sample("log_theta", dist.Normal(torch.zeros(genes, dtype=torch.float64), 1.0).to_event(1))
         with pyro.plate("cells", n, subsample=torch.as_tensor(rows)) as index:
-            pyro.sample("x", _product(kind, activity[index], q, t), obs=to_torch_csr(matrix[rows]))
+            pyro.sample("x", _product(kind, activity[index], q, t), obs=csr_tensor(matrix[rows]))
 
     with pyro.validation_enabled(True), pyro.settings.context(module_local_params=True):
         start = {"loadings": loadings.detach(), "log_theta": log_theta.detach()}
@@ -275,3 +274,19 @@ def test_gamma_ratios_of_dense_counts_are_exact_in_float32():
         a, b = mpmath.mpf(r[i, j].item()), counts[j]
         assert value[i, j].item() == pytest.approx(float(mpmath.loggamma(a + b) - mpmath.loggamma(a)), rel=2e-6, abs=2e-6)
         assert slope[i, j].item() == pytest.approx(float(mpmath.digamma(a + b) - mpmath.digamma(a)), rel=3e-6)
+
+
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_csr_tensor_multiplies_and_is_a_copy(index):
+    matrix = scipy.sparse.csr_matrix(np.random.default_rng(0).poisson(0.5, (20, 8)).astype(np.float32))
+    matrix.indices, matrix.indptr = matrix.indices.astype(index), matrix.indptr.astype(index)
+    matrix.data.flags.writeable = False  # torch would warn
+    tensor = csr_tensor(matrix)
+    assert tensor.layout == torch.sparse_csr and tensor.dtype == torch.float32
+    dense = torch.ones(8, 3, requires_grad=True)
+    product = tensor @ dense
+    product.sum().backward()
+    np.testing.assert_allclose(product.detach().numpy(), matrix @ np.ones((8, 3)))
+    np.testing.assert_allclose(dense.grad.numpy()[:, 0], np.asarray(matrix.sum(axis=0)).ravel())
+    tensor.values().zero_()
+    assert matrix.data.min() > 0

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import ppl_st.api as api
-from ppl_st import metrics
+from ppl_st import compositions, metrics
 from ppl_st.data import read_counts
 from ppl_st.simulate import blocks, checkerboard
 from realdata import path
@@ -39,8 +39,8 @@ def deconvolution(run, sim):
     )
     spots = run.proportions(draws=10)
     true = sim.proportions[sim.reference.obs_names.get_indexer(spots.obs_names)]
-    js = metrics.proportion_js(true, np.asarray(spots.X), metrics.match_factors(composition, found))
-    return metrics.matched_accuracy(composition, found), float(js.mean())
+    js = compositions.proportion_js(true, np.asarray(spots.X), compositions.match_factors(composition, found))
+    return compositions.matched_accuracy(composition, found), float(js.mean())
 
 
 def test_second_protocol_recovers_the_factors():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppl_st import api, metrics
+from ppl_st import api, compositions, metrics
 from ppl_st.data import read_counts
 from ppl_st.models.siid import Config
 from ppl_st.models.siid.warm_start import run_em
@@ -26,11 +26,11 @@ from ppl_st.simulate import PITCH, Simulation, checkerboard
 def judge(world: Simulation, estimate: np.ndarray, cells: np.ndarray, spots: np.ndarray) -> dict[str, float]:
     """Accuracy of imputation and deconvolution."""
     truth = world.truth.obsm["composition"]
-    matched = metrics.match_factors(truth, cells)
+    matched = compositions.match_factors(truth, cells)
     return {
         "r2": float(metrics.r2(world.truth.X.toarray(), estimate).mean()),
-        "accuracy": metrics.matched_accuracy(truth, cells),
-        "js": float(metrics.proportion_js(world.proportions, spots, matched).mean()),
+        "accuracy": compositions.matched_accuracy(truth, cells),
+        "js": float(compositions.proportion_js(world.proportions, spots, matched).mean()),
     }
 
 
