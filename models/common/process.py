@@ -8,8 +8,8 @@ so that its Gram matrix over the reference is diagonal: the posterior mean of be
 cross-validation inside the reference. Standardising removes gene-wise platform effects, unit length the difference in noise between platforms;
 where a cell lies in the tissue's manifold is what is left.
 
-Where target and reference are alike this beats a linear regression by far (Molecular Cartography, .47 -> .52 of correlation, BENCHMARKS.md); how much of it enters a
-map is chosen on inner held-out genes (`ppl_st.models.common.counts.learn_hyper`).
+Where target and reference are alike this beats a linear regression by far (Molecular Cartography, .47 -> .52 of correlation, BENCHMARKS.md);
+how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.common.counts.learn_hyper`).
 
 n target cells, M reference cells, P panel genes, L landmarks, F features, g genes.
 """
