@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-__all__ = ["epoch_order", "rng_scope"]
+__all__ = ["epoch_order", "gene_noise", "rng_scope"]
 
 
 @contextmanager
@@ -49,6 +49,12 @@ def epoch_order(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """
     epoch, place = divmod(step, -(-n // batch_size))
     return _permutation(n, seed, epoch)[place * batch_size : (place + 1) * batch_size].copy()
+
+
+def gene_noise(key: torch.Tensor, genes: torch.Tensor, size: int) -> torch.Tensor:
+    """Standard normal numbers [size, genes], a pure function of (key, gene): the same in every block of cells and for every choice of genes."""
+    rows = [np.random.Generator(np.random.SFC64([int(key), int(gene)])).standard_normal(size, dtype=np.float32) for gene in genes]
+    return torch.from_numpy(np.stack(rows, 1))
 
 
 @lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ import torch
 import ppl_st
 from ppl_st.data import read_counts
 from ppl_st.errors import UserError
-from ppl_st.models.common.cells import find_directions, log_normalise, median_depth
+from ppl_st.models.common.cells import log_normalise, median_depth
 from ppl_st.models.common.process import process
 from ppl_st.models.spaim import Config
 from ppl_st.prepare.spaim import problem
@@ -44,7 +44,7 @@ def correlation(a, b):
 def fitted(target, reference):
     data = problem(read_counts(target, role="target"), read_counts(reference, role="reference"), SMALL, lambda line: None)[0]
     genes = np.arange(30, 36)
-    found = process(data.reference, data.panel, genes, data.counts, data.totals, data.columns, find_directions(data, 20), 0)
+    found = process(data, data.reference, genes, 0)
     return data, found, found.places(data.counts, data.totals)
 
 

@@ -41,8 +41,10 @@ from torch import Tensor
 
 from ppl_st.inference.hyperpriors import MIN_SCALE, parameter_prior, random_effects, score_nb
 from ppl_st.models.common.cells import Problem, log_shares, take_cells, without
+from ppl_st.models.common.process import Process
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the process over the reference's cells
 DEPTH_PRIORS = (0.0, 0.25, 0.5, 1.0, 2.0)  # a that are tried, in this order, until one is worse than the one before it
 BENDS = (0.0, 0.15, 0.3, 0.6)  # k, the same
 SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
@@ -83,16 +85,17 @@ class Codes(NamedTuple):
     variance: NDArray[np.float32]  # [q, genes]
     draws: NDArray[np.float32]  # [draws, q, genes]
     noise: NDArray[np.float32] | None = None  # [K, genes] loadings of what differs from cell to cell in every draw: K standard normals each
-    beta: NDArray[np.float32] | None = None  # [F, genes] weights of the process over the reference's cells, on the places after the first q
+    process: Process | None = None  # over the reference's cells; its features are the places after the first q
     shares: tuple[float, ...] = (0.0,)  # of the process that may be tried
 
     def mixed(self, share: float) -> "Codes":
         """(1 - share) of the loadings and ``share`` of the process, [q + F, genes]; what is not known of the former stays in full."""
-        if self.beta is None:
+        if self.process is None:
             return self
-        beta = share * self.beta
-        drawn = np.concatenate([self.draws - share * self.mean, np.broadcast_to(beta, (len(self.draws), *beta.shape))], 1)
-        return self._replace(mean=np.vstack([(1 - share) * self.mean, beta]), variance=np.vstack([self.variance, 0 * beta]), draws=drawn)
+        beta, sd = share * self.process.beta, share * self.process.beta_sd
+        noise = np.random.default_rng(len(beta)).standard_normal((len(self.draws), *beta.shape), dtype=np.float32)
+        mean, variance = np.vstack([(1 - share) * self.mean, beta]), np.vstack([self.variance, sd**2])
+        return self._replace(mean=mean, variance=variance, draws=np.concatenate([self.draws - share * self.mean, beta + sd * noise], 1))
 
 
 class Settings(Protocol):
@@ -101,6 +104,10 @@ class Settings(Protocol):
     @property
     def smoothing(self) -> float | str:
         """Share of the spatial neighbors in a cell's place, or "auto"."""
+
+    @property
+    def process(self) -> float | str:
+        """Share of the process over the reference's cells, or "auto"."""
 
     @property
     def depth_prior(self) -> float | str:
@@ -124,9 +131,9 @@ class Fit(Protocol):
 def default_hyper(data: Problem, config: Settings) -> Hyper:
     """Wide hyper-priors where nothing can be learned: a tiny panel."""
     z = data.log_share[data.panel]
-    smoothing, depth_prior = (0.0 if value == "auto" else float(value) for value in (config.smoothing, config.depth_prior))
+    smoothing, share, depth_prior = (0.0 if one == "auto" else float(one) for one in (config.smoothing, config.process, config.depth_prior))
     gain = _mean_gain(data), 0.5, 1.0
-    return Hyper(smoothing, 0.0, depth_prior, 0.0, gain, (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
+    return Hyper(smoothing, share, depth_prior, 0.0, gain, (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
 def _mean_gain(data: Problem) -> float:
@@ -372,9 +379,3 @@ class CountLayer(PyroModule):
             for name, values in (("slope", slope), ("log_theta", log_theta), ("log_gain", own[data.columns[part]])):
                 getattr(self, f"{name}_loc")[index] = torch.from_numpy(values).float()
                 getattr(self, f"{name}_scale")[index] = 0.02
-
-
-def gene_noise(key: Tensor, genes: Tensor, size: int) -> Tensor:
-    """Standard normal numbers [size, g], a pure function of (key, gene): the same in every block of cells and for every choice of genes."""
-    rows = [np.random.Generator(np.random.SFC64([int(key), int(gene)])).standard_normal(size, dtype=np.float32) for gene in genes]
-    return torch.from_numpy(np.stack(rows, 1))

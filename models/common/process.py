@@ -1,12 +1,12 @@
 r"""What the reference's cells say of a gene beyond straight lines: a Gaussian process over cells, from the panel to every gene.
 
     a_i       log-normalised panel genes of a cell, standardised within its own platform, scaled to unit length   (target cells and reference cells)
-    y_g(i)    ~ N(phi(a_i) . beta_g, 1),    beta_g ~ N(0, I / p),    phi(a) . phi(b) = exp(-|a - b|^2 / (2 l m))
+    y_g(i)    ~ N(phi(a_i) . beta_g, s_g^2),    beta_g ~ N(0, s_g^2 I / p),    phi(a) . phi(b) = exp(-|a - b|^2 / (2 l m))
 
 m is the median squared distance of the landmarks, l a lengthscale; phi is the Nystroem feature map of at most `LANDMARKS` reference cells, rotated
-so that its Gram matrix over the reference is diagonal: the posterior mean of beta is elementwise. l and p are chosen by generalised
-cross-validation inside the reference. Standardising removes gene-wise platform effects, unit length the difference in noise between platforms;
-where a cell lies in the tissue's manifold is what is left.
+so that its Gram matrix over the reference is diagonal: the posterior of beta is elementwise. l and p are chosen by generalised cross-validation
+inside the reference; s_g^2 is what is left there, per degree of freedom. Standardising removes gene-wise platform effects, unit length the difference
+in noise between platforms; where a cell lies in the tissue's manifold is what is left.
 
 Where target and reference are alike this beats a linear regression by far (Molecular Cartography, .47 -> .52 of correlation, BENCHMARKS.md);
 how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.common.counts.learn_hyper`).
@@ -19,9 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from ppl_st.models.common.cells import Directions, log_normalise, moments
+from ppl_st.inference.randomness import gene_noise
+from ppl_st.models.common.cells import Problem, log_normalise, median_depth, moments
 
 LANDMARKS = 500
 CELLS = 20_000  # of the reference, at most; fewer where the panel is large, so that they take
@@ -49,7 +52,8 @@ class Process(NamedTuple):
     width: float  # 2 l m
     root: NDArray[np.float32]  # [L, F]
     center: NDArray[np.float32]  # [F]
-    beta: NDArray[np.float32]  # [F, g]
+    beta: NDArray[np.float32]  # [F, g] posterior mean
+    beta_sd: NDArray[np.float32]  # [F, g] and standard deviation
 
     def places(self, counts: sp.csr_matrix, totals: Floats) -> NDArray[np.float32]:
         """phi [n, F] of target cells with all genes of the target."""
@@ -62,24 +66,49 @@ class Process(NamedTuple):
         return found
 
 
-def process(
-    reference: sp.csr_matrix,
-    panel: NDArray[np.int64],
-    genes: NDArray[np.int64],
-    target: sp.csr_matrix,
-    totals: Floats,
-    columns: NDArray[np.int64],
-    directions: Directions,
-    seed: int,
-) -> Process:
-    """Fit to the log-normalised ``reference`` [M, G], from genes ``panel`` [P] to ``genes`` [g]; ``columns`` are the panel in ``target`` [n, A]."""
+def beside(own: NDArray[np.float32], found: Process | None, counts: sp.csr_matrix, totals: Floats) -> NDArray[np.float32]:
+    """Places [n, q + F] of target cells: a method's ``own`` [n, q], and the features of the process if there is one."""
+    return own if found is None else np.hstack([own, found.places(counts, totals)])
+
+
+class Part(nn.Module):
+    """``share`` of the process in the maps of unmeasured genes, beside a method's own loadings [q, g].
+
+    The method multiplies its loadings by 1 - ``share`` and leaves its doubt in full; here they get F more rows, those of measured genes 0.
+    """
+
+    beta: Tensor  # [F, G] buffers, the share included; F = 0 without a process
+    sd: Tensor  # [F, G]
+
+    def __init__(self, found: Process | None, share: float, genes: int) -> None:
+        super().__init__()
+        self.process, self.share = found, share
+        for name, value in (("beta", found and found.beta), ("sd", found and found.beta_sd)):
+            part = torch.zeros(0, genes) if value is None else share * torch.from_numpy(value)
+            self.register_buffer(name, part, persistent=False)
+
+    def loadings(self, own: Tensor, genes: Tensor, measured: Tensor, key: Tensor | None = None) -> Tensor:
+        """Loadings [q + F, g]: posterior means, or the draw ``key``; ``measured`` [g] says which genes are."""
+        beta = self.beta[:, genes]
+        if key is not None and len(beta):
+            beta = beta + self.sd[:, genes] * gene_noise(key, genes, len(own) + len(beta))[len(own) :]  # the first q are the method's
+        return torch.cat([own, beta.masked_fill(measured, 0.0)])
+
+    def variance(self, own: Tensor, genes: Tensor, measured: Tensor) -> Tensor:
+        """Posterior variance [q + F, g] of the loadings."""
+        return torch.cat([own, self.sd[:, genes].square().masked_fill(measured, 0.0)])
+
+
+def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], seed: int) -> Process:
+    """Fit to the log-normalised ``reference`` [M, G], from the shared genes to ``genes`` [g]."""
     rng = np.random.default_rng([seed, 12])
+    panel, totals = data.panel, data.totals
     logs = sp.csr_matrix(reference)[np.sort(rng.permutation(reference.shape[0])[: min(CELLS, ENTRIES // len(panel))])]
     mean, sd = moments(logs)
     inside = _unit(logs[:, panel], mean[panel], sd[panel])
     marks = inside[np.sort(rng.permutation(len(inside))[:LANDMARKS])]
-    own = _squares(marks, marks)
-    median = float(np.median(own[np.triu_indices(len(own), 1)])) or 1.0
+    apart = _squares(marks, marks)
+    median = float(np.median(apart[np.triu_indices(len(apart), 1)])) or 1.0
     unseen = np.flatnonzero(~np.isin(genes, panel))
     judged = unseen if len(unseen) else np.arange(len(genes))
     judged = judged[:: -(-len(judged) // JUDGED)]
@@ -87,7 +116,7 @@ def process(
     best: tuple[float, float, float, Floats, NDArray[np.float32]] | None = None
     for length in LENGTHSCALES:
         width = 2 * length * median
-        values, vectors = scipy.linalg.eigh(np.exp(-own / width) + JITTER * np.eye(len(own)))
+        values, vectors = scipy.linalg.eigh(np.exp(-apart / width) + JITTER * np.eye(len(apart)))
         half = vectors / np.sqrt(np.maximum(values, JITTER))
         phi = (_kernel(inside, marks, width) @ half).astype(np.float32)
         phi -= phi.mean(0)
@@ -102,13 +131,17 @@ def process(
                 best = float(left), width, penalty, (half @ rotation)[:, keep > FAINT], (phi @ rotation.astype(np.float32))[:, keep > FAINT]
     assert best is not None
     _, width, penalty, root, phi = best
-    beta = _moments(phi, logs[:, genes], sd[genes]) / (np.square(phi, dtype=np.float64).sum(0) + penalty)[:, None]
-    fitted = Process(
-        columns, directions.mean[columns].astype(np.float64), directions.sd[columns].astype(np.float64), directions.depth, marks, width,
-        root.astype(np.float32), np.zeros(root.shape[1], np.float32), beta.astype(np.float32),
-    )  # fmt: skip
-    rows = np.sort(rng.permutation(target.shape[0])[:CENTER])
-    return fitted._replace(center=fitted.places(target[rows], totals[rows]).mean(0))
+    found, strength = _moments(phi, logs[:, genes], sd[genes]), np.square(phi, dtype=np.float64).sum(0)[:, None]
+    whole = strength + penalty
+    freedom = min(float((strength / whole).sum() + 1), FREEDOM * len(phi))
+    noise = np.maximum(len(phi) - ((1 + penalty / whole) / whole * np.square(found)).sum(0), 0) / (len(phi) - freedom)  # s_g^2
+    depth = median_depth(totals)
+    own = moments(log_normalise(data.counts[:, data.columns], totals, depth))
+    start = np.zeros(root.shape[1], np.float32)
+    beta, beta_sd = (one.astype(np.float32) for one in (found / whole, np.sqrt(noise / whole)))
+    fitted = Process(data.columns, *own, depth, marks, width, root.astype(np.float32), start, beta, beta_sd)
+    rows = np.sort(rng.permutation(len(totals))[:CENTER])
+    return fitted._replace(center=fitted.places(data.counts[rows], totals[rows]).mean(0))
 
 
 def _unit(logs: sp.csr_matrix, mean: Floats, sd: Floats) -> NDArray[np.float32]:

@@ -58,11 +58,11 @@ from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.models.common.cells import median_depth, without
-from ppl_st.models.common.counts import MIN_PANEL, Codes, CountLayer, Hyper, default_hyper, learn_hyper
+from ppl_st.models.common.counts import MIN_PANEL, SHARES, Codes, CountLayer, Hyper, default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spagene.alignment import alignment_of
 from ppl_st.models.spagene.autoencoder import Autoencoder, linear, train
-from ppl_st.models.spagene.closed import Choice, Closed, choose, correlation, features
+from ppl_st.models.spagene.closed import Choice, Closed, choose, correlation, features, process_of
 from ppl_st.models.spagene.data import Batch, Batches, Data, make
 from ppl_st.models.spagene.direction import Direction
 from ppl_st.models.spagene.model import (
@@ -106,7 +106,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         if make_linear:
             other = features(both[1 - k], problem.panel)
             chosen, regressions[k] = choose(problem, config.shape(k), both[1 - k], other, config.smoothing, config.reference_share, seed, say)
-            fit_inner: Callable[[Data, NDArray[np.int64]], Any] = partial(_closed, config.shape(k), other, chosen, regressions[k])
+            fit_inner: Callable[[Data, NDArray[np.int64]], Any] = partial(_closed, config, k, other, chosen, regressions[k])
             hypers.append(learn_hyper(problem, replace(config, smoothing=chosen.smoothing), seed, say, fit_inner))
             ratios[k], deviations[k], shares[k] = chosen.ratio, chosen.deviations, chosen.share
             candidates += [{"direction": float(k), **one} for one in chosen.candidates]
@@ -131,8 +131,11 @@ def _build(config: Config, spec: Spec, data: Data, sides: tuple[Autoencoder, Aut
         return build(config, spec, data, sides)
 
 
-def _closed(shape: Any, other: Any, chosen: Choice, regression: Regression | None, data: Data, genes: NDArray[np.int64]) -> Closed:
-    return Closed(data, linear(data, shape), other, chosen.ratio, genes, chosen.deviations, regression, chosen.share)
+def _closed(config: Config, k: int, other: Any, chosen: Choice, regression: Regression | None, data: Data, genes: NDArray[np.int64]) -> Closed:
+    shares = SHARES if config.process == "auto" else (float(config.process),)
+    found = process_of(data, genes, config.fit.seed) if max(shares) > 0 else None
+    own = linear(data, config.shape(k))
+    return Closed(data, own, other, chosen.ratio, genes, chosen.deviations, regression, chosen.share, found, shares)
 
 
 class _Inner(NamedTuple):

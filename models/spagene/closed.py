@@ -27,8 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_st.models.common.cells import without
+from ppl_st.models.common.cells import log_normalise, median_depth, without
 from ppl_st.models.common.counts import MIN_PANEL, Codes, smooth
+from ppl_st.models.common.process import Process, beside, process
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape, blocks, linear
 from ppl_st.models.spagene.data import Data
 from ppl_st.models.spagene.regression import Regression, regress
@@ -69,9 +70,11 @@ class Closed:
 
     def __init__(
         self, data: Data, own: Autoencoder, other: Features, ratio: float, genes: NDArray[np.int64] | None = None,
-        deviations: Sequence[float] = (), regression: Regression | None = None, share: float = 0.0,
+        deviations: Sequence[float] = (), regression: Regression | None = None, share: float = 0.0, process: Process | None = None,
+        shares: tuple[float, ...] = (0.0,),
     ) -> None:  # fmt: skip
         self.share = share  # c
+        self.process, self.shares = process, shares  # over the reference's cells, and what it may have of a map
         self.own, self.rotation = own, other.rotation
         self.scores = own.loadings.detach().numpy().astype(np.float64)[data.columns].T  # t [q, P]
         self.shared = other.phi[data.panel]  # [P, F]
@@ -105,11 +108,18 @@ class Closed:
         drawn = mean + (sd * rng.standard_normal((draws, *sd.shape))) @ (g @ self.vectors).T
         drawn += np.sqrt(rest) * rng.standard_normal((draws, *mean.shape))
         noise = np.concatenate([self.own.scale.numpy()[:, None] * mean, START_NOISE * (g @ self.rotation).T])
-        return Codes(mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32), noise.astype(np.float32))
+        mean, variance, drawn, noise = (one.astype(np.float32) for one in (mean, variance, drawn, noise))
+        return Codes(mean, variance, drawn, noise, self.process, self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
-        """Codes [n, q] of the problem's cells."""
-        return self.own.codes(data)[0].numpy()
+        """Codes of the problem's cells, and their features in the process, [n, q + F]."""
+        return beside(self.own.codes(data)[0].numpy(), self.process, data.counts, data.totals)
+
+
+def process_of(data: Data, genes: NDArray[np.int64], seed: int) -> Process:
+    """The process over the cells of ``data``'s reference, for some of its genes."""
+    totals = np.asarray(data.reference[:, data.panel].sum(1), dtype=np.float64).ravel()
+    return process(data, log_normalise(data.reference, totals, median_depth(totals)), genes, seed)
 
 
 def of_rank(deviations: Sequence[float], noise: NDArray[np.float64]) -> NDArray[np.float64]:

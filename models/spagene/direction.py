@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ppl_st.models.common.counts import CountLayer, Hyper, gene_noise
+from ppl_st.inference.randomness import gene_noise
+from ppl_st.models.common.counts import CountLayer, Hyper
+from ppl_st.models.common.process import Part, beside
 from ppl_st.models.spagene.autoencoder import Autoencoder, blocks
-from ppl_st.models.spagene.closed import RATIO_SD, START_NOISE, Closed, Features
+from ppl_st.models.spagene.closed import RATIO_SD, START_NOISE, Closed, Features, process_of
 from ppl_st.models.spagene.data import Data
 from ppl_st.networks import MLP
 
@@ -43,7 +45,7 @@ class Direction(PyroModule):
 
     def __init__(
         self, name: str, data: Data, own: Autoencoder, other: Autoencoder, features: Features | None, hyper: Hyper, ratio: float,
-        deviations: Sequence[float], hidden: tuple[int, ...], dropout: float, share: float = 0.0,
+        deviations: Sequence[float], hidden: tuple[int, ...], dropout: float, seed: int, share: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name = name
@@ -74,7 +76,9 @@ class Direction(PyroModule):
             width = other.loadings.shape[1]
             self.register_buffer("center", torch.zeros(width))
             self.register_buffer("covariance", torch.eye(width))
-        self.counts = CountLayer(data, hyper, width)
+        found = process_of(data, np.arange(len(other.mean)), seed) if self.linear and hyper.share else None
+        self.process = Part(found, hyper.share, len(other.mean))
+        self.counts = CountLayer(data, hyper, width + len(self.process.beta))
 
     # ---- the translator ----
 
@@ -127,7 +131,7 @@ class Direction(PyroModule):
         self.counts.globals()
 
     def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, q] or [n, F]."""
+        """[n, q] or [n, F], and the features of the process."""
         parts = []
         with torch.no_grad():
             for part in blocks(len(rows), data.counts.shape[1]):
@@ -135,7 +139,9 @@ class Direction(PyroModule):
                 if not self.linear:
                     code = self.other.features(self.translate(code)) - self.center
                 parts.append(code.numpy())
-        return np.concatenate(parts)
+        counts = data.counts[rows]
+        totals = np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel()
+        return beside(np.concatenate(parts), self.process.process, counts, totals)
 
     def mean_codes(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance of loadings."""
@@ -143,9 +149,10 @@ class Direction(PyroModule):
             mean = self._output(genes)
             return mean, torch.zeros_like(mean)
         phi, at = self.phi[genes], self.measured[genes]
-        mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self.unmeasured(self.loc, genes))
+        mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], (1 - self.process.share) * self.unmeasured(self.loc, genes))
         variance = (1 - self.share) ** 2 * self.posterior_scale().square() @ phi.square().T + self.deviation[:, None]
-        return mean, variance.masked_fill(at >= 0, 0.0)
+        variance = variance.masked_fill(at >= 0, 0.0)
+        return self.process.loadings(mean, genes, at >= 0), self.process.variance(variance, genes, at >= 0)
 
     def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
         """Loadings in one draw."""
@@ -153,7 +160,9 @@ class Direction(PyroModule):
             return self._output(genes)
         at = self.measured[genes]
         deviation = self.deviation.sqrt()[:, None] * gene_noise(drawn["gene_key"], genes, len(self.scores))
-        return torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self.unmeasured(drawn["translator"], genes) + deviation)
+        drawn_loadings = self.unmeasured(drawn["translator"], genes) - self.process.share * self.unmeasured(self.loc, genes) + deviation
+        found = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], drawn_loadings)
+        return self.process.loadings(found, genes, at >= 0, drawn["gene_key"])
 
     def cell_noise(self, genes: Tensor) -> Tensor | None:
         """The encoder's doubt of a cell's code, and the translator's noise; measured genes have it in their dispersion."""

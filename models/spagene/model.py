@@ -48,6 +48,8 @@ class Config:
     smoothing: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     # of the reference's own regression in an unmeasured gene's loadings (linear); auto: likewise
     reference_share: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
+    # of a process over the reference's cells in an unmeasured gene's map (linear); auto: likewise
+    process: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     neighbors: int = field(default=20, metadata={"ge": 1})
     # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
     depth_prior: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
@@ -138,7 +140,7 @@ class Model(PyroModule):
         self.directions = nn.ModuleList(
             Direction(
                 name, problems[k], sides[k], sides[1 - k], features(sides[1 - k], problems[k].panel) if linear else None, spec.hypers[k],
-                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, spec.shares[k],
+                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, config.fit.seed, spec.shares[k],
             )
             for k, name in enumerate(NAMES)
         )  # fmt: skip

@@ -70,8 +70,6 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     length, weight = choose(data, config, seed)
     config = replace(config, lengthscale=length, regression=weight)
     hyper = learn_hyper(data, config, seed, say, lambda problem, genes: Layer(problem, config, seed, genes=genes))
-    if config.process != "auto":  # also where the panel is too small for inner genes
-        hyper = hyper._replace(share=float(config.process))
     layer = Layer(data, replace(config, process=hyper.share), seed)
     spec = Spec([int(g) for g in layer.marks], hyper, length, weight)
     pair = build(config, spec, data, layer)

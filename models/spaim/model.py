@@ -6,16 +6,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from ppl_st.inference.randomness import gene_noise
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.common.cells import Directions, find_directions, place_cells
-from ppl_st.models.common.counts import Codes, CountLayer, Hyper, gene_noise
-from ppl_st.models.common.process import Process, process
+from ppl_st.models.common.counts import SHARES, Codes, CountLayer, Hyper
+from ppl_st.models.common.process import Part, Process, beside, process
 from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
 from ppl_st.models.spaim.network import build_network
@@ -24,7 +24,6 @@ from ppl_st.models.spaim.regression import Regression, own_share, positions
 RATIOS = np.geomspace(1e-4, 1e3, 50)  # signal over noise of a direction: grid of the start
 LENGTHSCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 REGRESSIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 USUAL, USUAL_SD = 0.5, 0.35  # log lengthscale ~ Normal(log 0.5, 0.35^2): others need some nats of evidence
 LEADING = 50  # directions that the kernel sees where the regression has no weight
 SILENT = 3e-3  # directions below this ratio say nothing of an unmeasured gene: left to the counts' dispersion
@@ -138,7 +137,7 @@ class Layer:
         self.scores, self.known, self.regressed = self.scores[kept], self.known[kept], self.regressed[kept]
         self.process: Process | None = None
         if max(self.shares) > 0:
-            self.process = process(data.reference, data.panel, everything, data.counts, data.totals, data.columns, self.directions, seed)
+            self.process = process(data, data.reference, everything, seed)
         self.directions = self.directions._replace(loadings=self.directions.loadings[:, kept], scores=self.directions.scores[kept])
 
     def codes(self, draws: int, seed: list[int]) -> Codes:
@@ -152,18 +151,12 @@ class Layer:
         mean, variance = self.regressed + weights @ self.features.T, (signal / precision) @ square.T + rest
         noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
         drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
-        beta = None if self.process is None else self.process.beta
-        return Codes(mean.astype(np.float32), variance.astype(np.float32), drawn.astype(np.float32), beta=beta, shares=self.shares)
+        mean, variance, drawn = (one.astype(np.float32) for one in (mean, variance, drawn))
+        return Codes(mean, variance, drawn, None, self.process, self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """(u, phi) [n, q + F] of the problem's cells."""
-        return places(self.directions, self.process, data.counts, data.totals)
-
-
-def places(directions: Directions, cells: Process | None, counts: sp.csr_matrix, totals: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Places of cells on the directions, and their features in the process, [n, q + F]."""
-    own = place_cells(directions, counts, totals)
-    return own if cells is None else np.hstack([own, cells.places(counts, totals)])
+        return beside(place_cells(self.directions, data.counts, data.totals), self.process, data.counts, data.totals)
 
 
 def misfit(
@@ -248,7 +241,6 @@ class Guide(PyroModule):
     scores: Tensor  # [q, P]
     known: Tensor  # [q, P] loadings of the measured genes
     regressed: Tensor  # [q, G] what the regression says of a gene's loadings
-    beta: Tensor  # [F, G] what the process over the reference's cells says, its share included; F = 0 without one
     measured: Tensor  # [G] position among the P, -1
 
     def __init__(self, model: Model, layer: Layer, data: Data, hyper: Hyper) -> None:
@@ -262,10 +254,8 @@ class Guide(PyroModule):
         measured = torch.full((model.features.shape[0],), -1)
         measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
         self.register_buffer("measured", measured, persistent=False)
-        self.share, self.process = hyper.share, layer.process
-        beta = np.zeros((0, len(model.features)), np.float32) if layer.process is None else hyper.share * layer.process.beta
-        self.register_buffer("beta", torch.from_numpy(beta).float(), persistent=False)
-        self.counts = CountLayer(data, hyper, len(self.scores) + len(self.beta))
+        self.process = Part(layer.process, hyper.share, len(model.features))
+        self.counts = CountLayer(data, hyper, len(self.scores) + len(self.process.beta))
         self.directions = model.directions
 
     def weights_dist(self) -> Any:
@@ -290,23 +280,23 @@ class Guide(PyroModule):
         phi, at = self.features[genes], self.measured[genes]
         weights = self.weights_dist()
         variance = (weights.variance @ phi.square().T + self._rest(phi)).masked_fill(at >= 0, 0.0)
-        return self._loadings(weights.mean, genes, 0.0), nn.functional.pad(variance, (0, 0, 0, len(self.beta)))
+        return self._loadings(weights.mean, genes, 0.0), self.process.variance(variance, genes, at >= 0)
 
     def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
         """Loadings [q + F, g] of genes in one draw, with the part that no feature explains, the same for all cells."""
         noise = self._rest(self.features[genes]).sqrt() * gene_noise(drawn["gene_key"], genes, len(self.scores))
         deviation = (drawn["weights"] - self.weights_dist().mean) @ self.features[genes].T
-        return self._loadings(self.weights_dist().mean, genes, deviation + noise)
+        return self._loadings(self.weights_dist().mean, genes, deviation + noise, drawn["gene_key"])
 
-    def _loadings(self, weights: Tensor, genes: Tensor, deviation: Tensor | float) -> Tensor:
+    def _loadings(self, weights: Tensor, genes: Tensor, deviation: Tensor | float, key: Tensor | None = None) -> Tensor:
         """Loadings [q + F, g]: known ones, or (1 - share) of what the weights [q, F] and the regression say, and the process's share.
 
         What is not known of the former, ``deviation``, stays in full.
         """
         at = self.measured[genes]
-        found = (1 - self.share) * (self.regressed[:, genes] + weights @ self.features[genes].T) + deviation
+        found = (1 - self.process.share) * (self.regressed[:, genes] + weights @ self.features[genes].T) + deviation
         known = torch.where(at >= 0, self.known[:, at.clamp_min(0)], found)
-        return torch.cat([known, self.beta[:, genes].masked_fill(at >= 0, 0.0)])
+        return self.process.loadings(known, genes, at >= 0, key)
 
     def _rest(self, phi: Tensor) -> Tensor:
         """Variance [q, g] of loadings given the weights: what the training genes leave to a gene, and its noise."""
@@ -315,7 +305,7 @@ class Guide(PyroModule):
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings [q + F, g] of measured genes."""
-        return nn.functional.pad(self.known[:, self.measured[torch.from_numpy(genes)]], (0, 0, 0, len(self.beta))).numpy()
+        return nn.functional.pad(self.known[:, self.measured[torch.from_numpy(genes)]], (0, 0, 0, len(self.process.beta))).numpy()
 
     def cell_noise(self, genes: Tensor) -> None:
         """Nothing differs from cell to cell: the places are data."""
@@ -323,7 +313,8 @@ class Guide(PyroModule):
     def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Places (u, phi) [n, q + F] of cells; any cells, not only those of the fit."""
         counts = data.counts[rows]
-        return places(self.directions, self.process, counts, np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel())
+        totals = np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel()
+        return beside(place_cells(self.directions, counts, totals), self.process.process, counts, totals)
 
 
 def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) -> Pair:

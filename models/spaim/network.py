@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from ppl_st.directional import PowerSpherical, cosine
 from ppl_st.errors import UserError
 from ppl_st.factors import content_loss, cosine_loss, style_loss
-from ppl_st.inference.randomness import rng_scope
+from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.likelihoods import NegativeBinomial
 from ppl_st.models.common.cells import log_normalise, median_depth
-from ppl_st.models.common.counts import Codes, CountLayer, Hyper, gene_noise
+from ppl_st.models.common.counts import Codes, CountLayer, Hyper
 from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.networks import StyleTransfer
 

@@ -51,8 +51,8 @@ from torch import Tensor
 
 from ppl_st.inference.adversary import Adversary, Player
 from ppl_st.inference.ensemble import chains_of, ensemble
-from ppl_st.inference.svi import Pair, rng_scope
-from ppl_st.models.common.counts import gene_noise
+from ppl_st.inference.randomness import gene_noise, rng_scope
+from ppl_st.inference.svi import Pair
 from ppl_st.models.vista.batches import Batch, Batches, Data
 from ppl_st.models.vista.closed import (
     SPREAD,
