@@ -60,8 +60,8 @@ def test_it_finds_what_no_line_does_whatever_the_gains_of_the_genes(gain):
     assert correlation((seen - seen.mean(0)) @ line, np.log(rate[:, 30:])).max() < 0.4
 
 
-def test_a_reference_cell_of_the_target_gets_what_ridge_in_feature_space_says():
-    """The posterior mean in the textbook's form, on the features that the code made."""
+def test_weights_and_their_doubt_are_those_of_ridge_in_feature_space():
+    """The posterior in the textbook's form, on the features that the code made; one of the penalties is the one that it chose."""
     (target, _), (reference, _) = ring(300, 3), ring(400, 4)
     data, found, _ = fitted(target[:, :30].copy(), reference)
     logs = data.reference.toarray().astype(np.float64)
@@ -73,12 +73,42 @@ def test_a_reference_cell_of_the_target_gets_what_ridge_in_feature_space_says():
     y = (y - y.mean(0)) / y.std(0)
     errors = []
     for penalty in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0):
-        beta = np.linalg.solve(phi.T @ phi + penalty * np.eye(phi.shape[1]), phi.T @ y)
-        errors.append(np.abs(beta - found.beta).max() / np.abs(beta).max())
-    assert min(errors) < 0.02 and sorted(errors)[1] > 2 * min(errors)
+        inverse = np.linalg.inv(phi.T @ phi + penalty * np.eye(phi.shape[1]))
+        beta, hat = inverse @ phi.T @ y, phi @ inverse @ phi.T
+        noise = np.square(y - phi @ beta).sum(0) / (len(y) - 1 - np.trace(hat))
+        sd = np.sqrt(np.diag(inverse)[:, None] * noise)
+        errors.append([np.abs(beta - found.beta).max() / np.abs(beta).max(), np.abs(sd / found.beta_sd - 1).max()])
+    mean, sd = np.array(errors).T
+    assert mean.min() < 0.02 and np.sort(mean)[1] > 2 * mean.min()
+    assert sd[mean.argmin()] < 0.02 and sd[mean.argmin()] == sd.min()
 
 
-def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_it(tmp_path):
+@pytest.mark.parametrize("method", ["spaim", "spagene"])
+def test_draws_of_loadings_have_the_posteriors_mean_and_variance_and_a_small_reference_is_doubted_more(method):
+    doubt = {}
+    for cells in (60, 600):
+        (target, _), (reference, _) = ring(300, 3), ring(cells, 4)
+        settings = ["process=0.5"] + ["clusters=4"] * (method == "spaim")
+        run = ppl_st.fit(method, target=target[:, :24].copy(), reference=reference, overrides=settings, seed=0)
+        guide = run.pair.guide.members[0] if method == "spaim" else run.pair.model.members[0].way(0)
+        genes = torch.tensor([3, 30, 35])
+        with torch.no_grad():
+            mean, variance = guide.mean_codes(genes)
+            noiseless = {"weights": guide.weights_dist().mean} if method == "spaim" else {"translator": guide.loc}
+            drawn = torch.stack([guide.codes({**noiseless, "gene_key": torch.tensor(key)}, genes) for key in range(2000)])
+        first = len(mean) - len(guide.process.beta)
+        assert len(mean) > first > 0
+        np.testing.assert_allclose(drawn.mean(0)[first:], mean[first:], atol=4 * float(variance[first:].max() / 2000) ** 0.5)
+        np.testing.assert_allclose(drawn[:, first:, 1:].var(0), variance[first:, 1:], rtol=0.2)
+        apart = np.corrcoef(drawn[:, first, 1], drawn[:, 0, 1])[0, 1]
+        assert abs(apart) < 0.1 and (drawn[:, first:, 0] == 0).all() and (variance[:, 0] == 0).all()  # a measured gene
+        place = torch.from_numpy(guide.place(run.data, np.arange(200)))
+        doubt[cells] = float((place[:, first:].square() @ variance[first:, 1:]).mean())
+    assert doubt[60] > 2 * doubt[600] > 0
+
+
+@pytest.mark.parametrize("method", ["spaim", "spagene"])
+def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_it(method, tmp_path):
     """Some panel genes have a frequency of their own, as the hidden ones have: on them the share is learned."""
     often = (1,) * 20 + (2, 4, 6, 8, 3, 5, 7)
     (target, rate), (reference, _) = ring(600, 3, often), ring(800, 4, often)
@@ -86,11 +116,12 @@ def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_
     target = target[:, :24].copy()
     runs = {}
     for share in ("auto", "0.0"):
-        settings = ["clusters=8", "smoothing=0.0", f"process={share}"]
-        run = ppl_st.fit("spaim", target=target, reference=reference, overrides=settings, seed=0, out=tmp_path / share)
+        settings = ["smoothing=0.0", f"process={share}"] + ["clusters=8"] * (method == "spaim")
+        run = ppl_st.fit(method, target=target, reference=reference, overrides=settings, seed=0, out=tmp_path / share)
         runs[share] = run, run.predict(hidden, draws=8)
     run, first = runs["auto"]
-    assert run.spec.hyper.share > 0 and runs["0.0"][0].spec.hyper.share == 0
+    shares = [(one.spec.hyper if method == "spaim" else one.spec.hypers[0]).share for one, _ in runs.values()]
+    assert shares[0] > 0 and shares[1] == 0
     better, plain = (correlation(np.log(runs[k][1].layers["rate_mean"]), np.log(rate[:, 24:])).mean() for k in ("auto", "0.0"))
     assert better > 0.6 and better > plain + 0.3, (better, plain)
     again = ppl_st.load(tmp_path / "auto").predict(hidden, draws=8)
@@ -118,7 +149,7 @@ def test_a_handful_of_reference_cells_a_constant_gene_and_an_empty_cell():
 def test_a_share_that_was_set_is_kept_by_a_panel_without_inner_genes_and_one_beyond_1_is_refused():
     (target, _), (reference, _) = ring(80, 3), ring(100, 4)
     run = ppl_st.fit("spaim", target=target[:, :8].copy(), reference=reference, overrides=["clusters=8", "process=0.5"], seed=0)
-    assert run.spec.hyper.share == 0.5 and run.pair.guide.members[0].process is not None
+    assert run.spec.hyper.share == 0.5 and run.pair.guide.members[0].process.process is not None
     with pytest.raises(UserError, match=r"process must be at most 1, got 1\.5"):
         ppl_st.fit("spaim", target=target, reference=reference, overrides=["process=1.5"])
 

@@ -45,6 +45,7 @@ from ppl_st.models.common.process import Process
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the process over the reference's cells
+DOUBTS = (1.0, 0.8, 0.6, 0.4)  # of the doubt about the loadings, tried in this order until one is worse than the one before it
 DEPTH_PRIORS = (0.0, 0.25, 0.5, 1.0, 2.0)  # a that are tried, in this order, until one is worse than the one before it
 BENDS = (0.0, 0.15, 0.3, 0.6)  # k, the same
 SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
@@ -68,6 +69,7 @@ class Hyper(NamedTuple):
 
     smoothing: float
     share: float  # of the process over the reference's cells in an unmeasured gene's map (`process.py`), where the method has one
+    doubt: float  # share of the doubt about a method's own loadings that is kept, as a standard deviation
     depth_prior: float  # a
     bend: float  # k
     gain: tuple[float, float, float]  # a, b, s
@@ -87,9 +89,14 @@ class Codes(NamedTuple):
     noise: NDArray[np.float32] | None = None  # [K, genes] loadings of what differs from cell to cell in every draw: K standard normals each
     process: Process | None = None  # over the reference's cells; its features are the places after the first q
     shares: tuple[float, ...] = (0.0,)  # of the process that may be tried
+    doubts: tuple[float, ...] = (1.0,)  # of the doubt, likewise
 
-    def mixed(self, share: float) -> "Codes":
-        """(1 - share) of the loadings and ``share`` of the process, [q + F, genes]; what is not known of the former stays in full."""
+    def mixed(self, share: float, doubt: float) -> "Codes":
+        """(1 - share) of the loadings and ``share`` of the process, [q + F, genes]; ``doubt`` of what is not known of the former."""
+        if doubt != 1.0:
+            draws = self.mean + doubt * (self.draws - self.mean)
+            noise = None if self.noise is None else doubt * self.noise
+            return self._replace(variance=doubt**2 * self.variance, draws=draws, noise=noise).mixed(share, 1.0)
         if self.process is None:
             return self
         beta, sd = share * self.process.beta, share * self.process.beta_sd
@@ -133,7 +140,7 @@ def default_hyper(data: Problem, config: Settings) -> Hyper:
     z = data.log_share[data.panel]
     smoothing, share, depth_prior = (0.0 if one == "auto" else float(one) for one in (config.smoothing, config.process, config.depth_prior))
     gain = _mean_gain(data), 0.5, 1.0
-    return Hyper(smoothing, share, depth_prior, 0.0, gain, (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
+    return Hyper(smoothing, share, 1.0, depth_prior, 0.0, gain, (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
 
 
 def _mean_gain(data: Problem) -> float:
@@ -167,31 +174,33 @@ def learn_hyper(
         place = problem.place(split)
         places = {option: smooth(place, split.neighbors, option)[seen] for option in options}
         tests.append((counts, split.totals[seen], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
-    scores: dict[tuple[float, float, float, float], NDArray[np.float64]] = {}
+    scores: dict[tuple[float, float, float, float, float], NDArray[np.float64]] = {}
 
-    def tried(smoothing: float, share: float, a: float, k: float) -> float:
-        one = smoothing, share, a, k
+    def tried(smoothing: float, share: float, a: float, k: float, doubt: float = 1.0) -> float:
+        one = smoothing, share, doubt, a, k
         if one not in scores:
-            parts = [_score(counts, depths(totals, a), k, places[smoothing], codes.mixed(share)) for counts, totals, places, codes in tests]
+            parts = [_score(counts, depths(totals, a), k, places[smoothing], codes.mixed(share, doubt)) for counts, totals, places, codes in tests]
             scores[one] = np.concatenate(parts, 2)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
-    shares = tests[0][3].shares
+    shares, doubts = tests[0][3].shares, tests[0][3].doubts
     smoothing = climb(options, lambda one: tried(one, shares[0], priors[0], 0.0))
     share = climb(shares, lambda one: tried(smoothing, one, priors[0], 0.0))
     depth_prior = climb(priors, lambda a: tried(smoothing, share, a, 0.0))
-    best = smoothing, share, depth_prior, climb(BENDS, lambda k: tried(smoothing, share, depth_prior, k))
-    names = ("smoothing", "share", "depth_prior", "bend", "inner genes")
-    candidates = [dict(zip(names, (*one, tried(*one)), strict=True)) for one in scores]
+    bent = climb(BENDS, lambda k: tried(smoothing, share, depth_prior, k))
+    kept = climb(doubts, lambda one: tried(smoothing, share, depth_prior, bent, one))
+    best = smoothing, share, kept, depth_prior, bent
+    names = ("smoothing", "share", "doubt", "depth_prior", "bend", "inner genes")
+    candidates = [dict(zip(names, (*one, float(logsumexp(score, axis=(0, 1)).sum())), strict=True)) for one, score in scores.items()]
     genes = np.concatenate(judged)
     z, doubt = (values[data.panel[genes]] for values in true_shares(data))
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
     hyper = _priors(scores[best], level, noise, z, doubt, config)
-    hyper = hyper._replace(smoothing=best[0], share=best[1], depth_prior=best[2], bend=best[3], candidates=candidates)
+    hyper = hyper._replace(smoothing=smoothing, share=share, doubt=kept, depth_prior=depth_prior, bend=bent, candidates=candidates)
     say(
-        f"smoothing {best[0]:g}, "
-        + (f"{best[1]:.0%} of a process over the reference's cells, " if len(shares) > 1 else "")
-        + f"depth ~ total + {best[2]:g} mean total, bend {best[3]:g}; "
+        f"smoothing {smoothing:g}, "
+        + (f"{share:.0%} of a process over the reference's cells, " if len(shares) > 1 else "")
+        + f"{kept:.0%} of the maps' doubt, depth ~ total + {depth_prior:g} mean total, bend {bent:g}; "
         f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
         f"slope {hyper.slope[0]:.2f} + {hyper.slope[1]:.2f} log share, sd {hyper.slope[2]:.2f}; "
         f"log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
@@ -289,7 +298,7 @@ def _priors(
     if config.gain == "none":
         mean, _ = random_effects(level - (z - center), noise)
         gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
-    return Hyper(0.0, 0.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
+    return Hyper(0.0, 0.0, 1.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
 
 
 def level_prior(

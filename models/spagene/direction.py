@@ -77,6 +77,7 @@ class Direction(PyroModule):
             self.register_buffer("center", torch.zeros(width))
             self.register_buffer("covariance", torch.eye(width))
         found = process_of(data, np.arange(len(other.mean)), seed) if self.linear and hyper.share else None
+        self.doubt = hyper.doubt
         self.process = Part(found, hyper.share, len(other.mean))
         self.counts = CountLayer(data, hyper, width + len(self.process.beta))
 
@@ -151,7 +152,7 @@ class Direction(PyroModule):
         phi, at = self.phi[genes], self.measured[genes]
         mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], (1 - self.process.share) * self.unmeasured(self.loc, genes))
         variance = (1 - self.share) ** 2 * self.posterior_scale().square() @ phi.square().T + self.deviation[:, None]
-        variance = variance.masked_fill(at >= 0, 0.0)
+        variance = self.doubt**2 * variance.masked_fill(at >= 0, 0.0)
         return self.process.loadings(mean, genes, at >= 0), self.process.variance(variance, genes, at >= 0)
 
     def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
@@ -160,8 +161,9 @@ class Direction(PyroModule):
             return self._output(genes)
         at = self.measured[genes]
         deviation = self.deviation.sqrt()[:, None] * gene_noise(drawn["gene_key"], genes, len(self.scores))
-        drawn_loadings = self.unmeasured(drawn["translator"], genes) - self.process.share * self.unmeasured(self.loc, genes) + deviation
-        found = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], drawn_loadings)
+        mean = self.unmeasured(self.loc, genes)
+        unsure = self.doubt * (self.unmeasured(drawn["translator"], genes) - mean + deviation)
+        found = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], (1 - self.process.share) * mean + unsure)
         return self.process.loadings(found, genes, at >= 0, drawn["gene_key"])
 
     def cell_noise(self, genes: Tensor) -> Tensor | None:
@@ -170,7 +172,7 @@ class Direction(PyroModule):
             return None
         doubt = self.own.scale[:, None] * self.unmeasured(self.loc, genes)
         translated = (1 - self.share) * self.noise()[:, None] * self.other.loadings[genes].T
-        return torch.cat([doubt, translated]).masked_fill(self.measured[genes] >= 0, 0.0)
+        return self.doubt * torch.cat([doubt, translated]).masked_fill(self.measured[genes] >= 0, 0.0)
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings of measured genes."""

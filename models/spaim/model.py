@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppl_st.inference.randomness import gene_noise
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.common.cells import Directions, find_directions, place_cells
-from ppl_st.models.common.counts import SHARES, Codes, CountLayer, Hyper
+from ppl_st.models.common.counts import DOUBTS, SHARES, Codes, CountLayer, Hyper
 from ppl_st.models.common.process import Part, Process, beside, process
 from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
@@ -152,7 +152,7 @@ class Layer:
         noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
         drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
         mean, variance, drawn = (one.astype(np.float32) for one in (mean, variance, drawn))
-        return Codes(mean, variance, drawn, None, self.process, self.shares)
+        return Codes(mean, variance, drawn, None, self.process, self.shares, DOUBTS)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """(u, phi) [n, q + F] of the problem's cells."""
@@ -254,6 +254,7 @@ class Guide(PyroModule):
         measured = torch.full((model.features.shape[0],), -1)
         measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
         self.register_buffer("measured", measured, persistent=False)
+        self.doubt = hyper.doubt
         self.process = Part(layer.process, hyper.share, len(model.features))
         self.counts = CountLayer(data, hyper, len(self.scores) + len(self.process.beta))
         self.directions = model.directions
@@ -279,14 +280,14 @@ class Guide(PyroModule):
         """Posterior mean and variance of the loadings of genes, both [q + F, g]; those of a measured gene are known."""
         phi, at = self.features[genes], self.measured[genes]
         weights = self.weights_dist()
-        variance = (weights.variance @ phi.square().T + self._rest(phi)).masked_fill(at >= 0, 0.0)
+        variance = self.doubt**2 * (weights.variance @ phi.square().T + self._rest(phi)).masked_fill(at >= 0, 0.0)
         return self._loadings(weights.mean, genes, 0.0), self.process.variance(variance, genes, at >= 0)
 
     def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
         """Loadings [q + F, g] of genes in one draw, with the part that no feature explains, the same for all cells."""
         noise = self._rest(self.features[genes]).sqrt() * gene_noise(drawn["gene_key"], genes, len(self.scores))
         deviation = (drawn["weights"] - self.weights_dist().mean) @ self.features[genes].T
-        return self._loadings(self.weights_dist().mean, genes, deviation + noise, drawn["gene_key"])
+        return self._loadings(self.weights_dist().mean, genes, self.doubt * (deviation + noise), drawn["gene_key"])
 
     def _loadings(self, weights: Tensor, genes: Tensor, deviation: Tensor | float, key: Tensor | None = None) -> Tensor:
         """Loadings [q + F, g]: known ones, or (1 - share) of what the weights [q, F] and the regression say, and the process's share.
