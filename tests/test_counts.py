@@ -7,7 +7,18 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from ppl_st.models.common.counts import BENDS, DEPTH_PRIORS, Codes, _priors, _score, bend, climb, depths
+from ppl_st.models.common.counts import (
+    BENDS,
+    DEPTH_PRIORS,
+    DOUBT,
+    Codes,
+    _priors,
+    _score,
+    bend,
+    climb,
+    depths,
+    doubt_of,
+)
 
 torch.set_num_threads(1)
 
@@ -74,3 +85,29 @@ def test_slopes_that_fall_with_the_level_are_learned_and_predicted():
         assert hyper.slope[0] == pytest.approx(1.4, abs=0.2)
         tilts.append(hyper.slope[1])
     assert tilts[0] == pytest.approx(-0.5, abs=0.12) and tilts[1] == pytest.approx(0.0, abs=0.08), tilts
+
+
+@pytest.mark.parametrize("said", [0.15, 0.3, 0.6, 3.0])
+def test_doubt_is_how_far_inner_genes_are_from_their_maps_over_how_far_they_were_said_to_be(said):
+    """Loadings are off by .3; amplitudes are as if platforms differed by a factor, which is the slopes' business."""
+    rng = np.random.default_rng(1)
+    place = rng.standard_normal((1500, 10)).astype(np.float32) @ np.diag(np.linspace(0.7, 1.2, 10)).astype(np.float32)
+    loadings = rng.standard_normal((10, 40)) * 0.4
+    true = loadings + 0.3 * rng.standard_normal(loadings.shape)
+    f = place @ true
+    z = 0.7 * f / f.std(0) + 0.7 * rng.standard_normal(f.shape)
+    counts, totals = np.expm1(np.maximum(3 + z / 2, 0)), np.full(1500, 100.0)
+    scale = 0.7 / f.std(0)  # of the loadings in standardised counts; 40 % more is said
+    mean, variance = (1.4 * scale * loadings).astype(np.float32), np.broadcast_to(np.square(said * scale), loadings.shape).astype(np.float32)
+    found = doubt_of([(counts, totals, place, Codes(mean, variance, mean[None]))], 0.0)
+    assert found == pytest.approx(np.clip(0.3 / said, *DOUBT), rel=0.12)
+    assert doubt_of([(counts, totals, place, Codes(mean, 0 * variance, mean[None]))], 0.0) == 1.0
+
+
+def test_doubt_scales_draws_around_their_mean_and_leaves_the_mean():
+    rng = np.random.default_rng(2)
+    mean, draws = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3), (5, 4, 3)))
+    wide = Codes(mean, np.ones_like(mean), draws).mixed(0.0, 2.0)
+    np.testing.assert_array_equal(wide.mean, mean)
+    np.testing.assert_allclose(wide.draws - mean, 2 * (draws - mean), rtol=1e-5)
+    np.testing.assert_array_equal(wide.variance, 4)

@@ -12,6 +12,8 @@ r"""From a standardised map f of a gene to its counts, and what inner held-out g
 A map is a standardised log-normalised count, log1p of the rate, not its logarithm: where a gene is off it stops falling, and far above its mean it
 grows less than the logarithm of an exponential would. k, chosen on inner genes, is between a logarithm (0) and a root.
 
+    t_g         = its posterior mean + e x what is not known of it      e: how far inner genes' loadings are, over how far they are said to be,
+                  e^2 = sum_g (|u'r_g / n|^2 - tr(A) var(r_g) / n) / sum_g tr(A var(t_g) A),    A = u'u / n,    r_g what the mean map leaves of z_g
     log_gain_g  ~ Normal(a + b z_g, s)     z_g = true log share of the gene in the reference, centered
     b           ~ Normal(1, 1/2)           1: the platforms agree
     z_g         ~ Normal(m, t), seen with the sampling variance of its reference; both doubts, and those of a and b, widen the level
@@ -19,7 +21,9 @@ grows less than the logarithm of an exponential would. k, chosen on inner genes,
     log theta_g ~ Normal(a' + b' z_g, s'')
 
 So log_gain is the log of a gene's counts per count of the shared genes, whatever its map and slope: the same quantity as the reference's log share.
-The last factor, what is not known of the gene's map, has mean 1: a cell is not expected to have more of a gene because less is known of it there.
+e is measured by distances, not by the score of single counts, which cannot tell an error that all cells share from noise: intervals of sums and
+differences over cells hang on it. The last factor of a rate, what is not known of the gene's map, has mean 1: a cell is not expected to have more
+of a gene because less is known of it there.
 
 The hyper-priors are learned on inner genes: panel genes that a fit was not shown, scored with the posterior draws of that fit, so that they
 describe what is left *beside* the spread of the draws. Residuals of genes that the fit has seen would be far too small. Measured genes keep their
@@ -45,7 +49,7 @@ from ppl_st.models.common.process import Process
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the process over the reference's cells
-DOUBTS = (1.0, 0.8, 0.6, 0.4)  # of the doubt about the loadings, tried in this order until one is worse than the one before it
+DOUBT = (0.25, 2.0)  # e lies within
 DEPTH_PRIORS = (0.0, 0.25, 0.5, 1.0, 2.0)  # a that are tried, in this order, until one is worse than the one before it
 BENDS = (0.0, 0.15, 0.3, 0.6)  # k, the same
 SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
@@ -69,7 +73,7 @@ class Hyper(NamedTuple):
 
     smoothing: float
     share: float  # of the process over the reference's cells in an unmeasured gene's map (`process.py`), where the method has one
-    doubt: float  # share of the doubt about a method's own loadings that is kept, as a standard deviation
+    doubt: float  # e
     depth_prior: float  # a
     bend: float  # k
     gain: tuple[float, float, float]  # a, b, s
@@ -89,20 +93,16 @@ class Codes(NamedTuple):
     noise: NDArray[np.float32] | None = None  # [K, genes] loadings of what differs from cell to cell in every draw: K standard normals each
     process: Process | None = None  # over the reference's cells; its features are the places after the first q
     shares: tuple[float, ...] = (0.0,)  # of the process that may be tried
-    doubts: tuple[float, ...] = (1.0,)  # of the doubt, likewise
 
     def mixed(self, share: float, doubt: float) -> "Codes":
-        """(1 - share) of the loadings and ``share`` of the process, [q + F, genes]; ``doubt`` of what is not known of the former."""
-        if doubt != 1.0:
-            draws = self.mean + doubt * (self.draws - self.mean)
-            noise = None if self.noise is None else doubt * self.noise
-            return self._replace(variance=doubt**2 * self.variance, draws=draws, noise=noise).mixed(share, 1.0)
+        """(1 - share) of the loadings and ``share`` of the process, [q + F, genes], and ``doubt`` times what is not known of the former."""
+        draws, variance = doubt * (self.draws - self.mean) + (1 - share) * self.mean, doubt**2 * self.variance
         if self.process is None:
-            return self
+            return self._replace(draws=draws, variance=variance)
         beta, sd = share * self.process.beta, share * self.process.beta_sd
         noise = np.random.default_rng(len(beta)).standard_normal((len(self.draws), *beta.shape), dtype=np.float32)
-        mean, variance = np.vstack([(1 - share) * self.mean, beta]), np.vstack([self.variance, sd**2])
-        return self._replace(mean=mean, variance=variance, draws=np.concatenate([self.draws - share * self.mean, beta + sd * noise], 1))
+        mean, variance = np.vstack([(1 - share) * self.mean, beta]), np.vstack([variance, sd**2])
+        return self._replace(mean=mean, variance=variance, draws=np.concatenate([draws, beta + sd * noise], 1))
 
 
 class Settings(Protocol):
@@ -150,7 +150,7 @@ def _mean_gain(data: Problem) -> float:
 def learn_hyper(
     data: Problem, config: Settings, seed: int, say: Callable[[str], None], fit: Callable[[Any, NDArray[np.int64]], Fit], folds: int = FOLDS
 ) -> Hyper:
-    """Choose smoothing, share, the depths' prior and the bend, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows
+    """Choose smoothing, share, doubt, the depths' prior and the bend, and learn the hyper-priors; ``fit(problem, genes)`` fits the problem and knows
     how to draw ``genes``; only the first ``folds`` of `FOLDS` parts of the panel are held out."""
     if len(data.panel) < MIN_PANEL:
         say(f"{len(data.panel)} shared genes: too few to learn hyper-priors from; wide ones are used")
@@ -176,36 +176,56 @@ def learn_hyper(
         tests.append((counts, split.totals[seen], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
     scores: dict[tuple[float, float, float, float, float], NDArray[np.float64]] = {}
 
-    def tried(smoothing: float, share: float, a: float, k: float, doubt: float = 1.0) -> float:
+    def tried(smoothing: float, share: float, doubt: float, a: float, k: float) -> float:
         one = smoothing, share, doubt, a, k
         if one not in scores:
             parts = [_score(counts, depths(totals, a), k, places[smoothing], codes.mixed(share, doubt)) for counts, totals, places, codes in tests]
             scores[one] = np.concatenate(parts, 2)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
-    shares, doubts = tests[0][3].shares, tests[0][3].doubts
-    smoothing = climb(options, lambda one: tried(one, shares[0], priors[0], 0.0))
-    share = climb(shares, lambda one: tried(smoothing, one, priors[0], 0.0))
-    depth_prior = climb(priors, lambda a: tried(smoothing, share, a, 0.0))
-    bent = climb(BENDS, lambda k: tried(smoothing, share, depth_prior, k))
-    kept = climb(doubts, lambda one: tried(smoothing, share, depth_prior, bent, one))
-    best = smoothing, share, kept, depth_prior, bent
+    shares = tests[0][3].shares
+    smoothing = climb(options, lambda one: tried(one, shares[0], 1.0, priors[0], 0.0))
+    share = climb(shares, lambda one: tried(smoothing, one, 1.0, priors[0], 0.0))
+    wide = doubt_of([(counts, totals, places[smoothing], codes) for counts, totals, places, codes in tests], share)
+    depth_prior = climb(priors, lambda a: tried(smoothing, share, wide, a, 0.0))
+    bent = climb(BENDS, lambda k: tried(smoothing, share, wide, depth_prior, k))
+    best = smoothing, share, wide, depth_prior, bent
     names = ("smoothing", "share", "doubt", "depth_prior", "bend", "inner genes")
     candidates = [dict(zip(names, (*one, float(logsumexp(score, axis=(0, 1)).sum())), strict=True)) for one, score in scores.items()]
     genes = np.concatenate(judged)
     z, doubt = (values[data.panel[genes]] for values in true_shares(data))
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
     hyper = _priors(scores[best], level, noise, z, doubt, config)
-    hyper = hyper._replace(smoothing=smoothing, share=share, doubt=kept, depth_prior=depth_prior, bend=bent, candidates=candidates)
+    hyper = hyper._replace(smoothing=smoothing, share=share, doubt=wide, depth_prior=depth_prior, bend=bent, candidates=candidates)
     say(
         f"smoothing {smoothing:g}, "
         + (f"{share:.0%} of a process over the reference's cells, " if len(shares) > 1 else "")
-        + f"{kept:.0%} of the maps' doubt, depth ~ total + {depth_prior:g} mean total, bend {bent:g}; "
+        + f"{wide:.0%} of the maps' doubt, depth ~ total + {depth_prior:g} mean total, bend {bent:g}; "
         f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
         f"slope {hyper.slope[0]:.2f} + {hyper.slope[1]:.2f} log share, sd {hyper.slope[2]:.2f}; "
         f"log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
     )
     return hyper
+
+
+def doubt_of(tests: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32], Codes]], share: float) -> float:
+    """e from counts [n, g] of inner genes, the cells' totals and places, and the genes' loadings under fits that were not shown them.
+
+    Amplitudes of maps are left to the slopes, which have a spread of their own.
+    """
+    found, claimed = 0.0, 0.0
+    for counts, totals, place, codes in tests:
+        logs = np.log1p(counts * (np.median(totals) / totals)[:, None])
+        z = (logs - logs.mean(0)) / np.maximum(logs.std(0), 1e-9)
+        where = place - place.mean(0, dtype=np.float64)
+        trend = where @ codes.mixed(share, 1.0).mean
+        steep = np.maximum((z * trend).sum(0) / np.maximum(np.square(trend).sum(0), 1e-9), 0)
+        rest = z - steep * trend
+        u = where[:, : len(codes.mean)]
+        gram = u.T @ u / len(u)
+        found += float((np.square(u.T @ rest / len(u)).sum(0) - np.trace(gram) * rest.var(0) / len(u)).sum())
+        claimed += float((np.square(gram) @ codes.variance).sum())
+    return float(np.clip(np.sqrt(max(found, 0.0) / claimed), *DOUBT)) if claimed > 0 else 1.0
 
 
 def climb(options: Sequence[float], score: Callable[[float], float]) -> float:

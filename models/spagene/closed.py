@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppl_st.models.common.cells import log_normalise, median_depth, without
-from ppl_st.models.common.counts import DOUBTS, MIN_PANEL, Codes, smooth
+from ppl_st.models.common.counts import MIN_PANEL, Codes, smooth
 from ppl_st.models.common.process import Process, beside, process
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape, blocks, linear
 from ppl_st.models.spagene.data import Data
@@ -109,7 +109,7 @@ class Closed:
         drawn += np.sqrt(rest) * rng.standard_normal((draws, *mean.shape))
         noise = np.concatenate([self.own.scale.numpy()[:, None] * mean, START_NOISE * (g @ self.rotation).T])
         mean, variance, drawn, noise = (one.astype(np.float32) for one in (mean, variance, drawn, noise))
-        return Codes(mean, variance, drawn, noise, self.process, self.shares, DOUBTS)
+        return Codes(mean, variance, drawn, noise, self.process, self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """Codes of the problem's cells, and their features in the process, [n, q + F]."""

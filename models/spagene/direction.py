@@ -172,7 +172,7 @@ class Direction(PyroModule):
             return None
         doubt = self.own.scale[:, None] * self.unmeasured(self.loc, genes)
         translated = (1 - self.share) * self.noise()[:, None] * self.other.loadings[genes].T
-        return self.doubt * torch.cat([doubt, translated]).masked_fill(self.measured[genes] >= 0, 0.0)
+        return torch.cat([doubt, translated]).masked_fill(self.measured[genes] >= 0, 0.0)
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings of measured genes."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppl_st.inference.randomness import gene_noise
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.common.cells import Directions, find_directions, place_cells
-from ppl_st.models.common.counts import DOUBTS, SHARES, Codes, CountLayer, Hyper
+from ppl_st.models.common.counts import SHARES, Codes, CountLayer, Hyper
 from ppl_st.models.common.process import Part, Process, beside, process
 from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks
@@ -152,7 +152,7 @@ class Layer:
         noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
         drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
         mean, variance, drawn = (one.astype(np.float32) for one in (mean, variance, drawn))
-        return Codes(mean, variance, drawn, None, self.process, self.shares, DOUBTS)
+        return Codes(mean, variance, drawn, None, self.process, self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """(u, phi) [n, q + F] of the problem's cells."""
