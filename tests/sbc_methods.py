@@ -181,11 +181,10 @@ def xfuse(simulations=20):
 
     Metagenes can change places and mix, so they are no quantities to rank; what they say of a place is. Each fit learns all parameters anew.
     """
-    from test_xfuse import data_of, section, settings
-
     from ppl_st.models import xfuse
     from ppl_st.models.xfuse.model import sides
     from ppl_st.models.xfuse.patches import aggregate
+    from xfuse_sections import data_of, section, settings
 
     config = settings("patch=64", "metagenes=2", "image_weight=0", "augment='none'", "batch_patches=1", "fit.steps=300")
     own = section(size=(64, 64), genes=8, virtual=False)  # zeros off the tissue are no draw from the model

@@ -1,0 +1,255 @@
+"""A run of SIID through the front door: bitwise repeatable, saved, resumed, sound on awkward data."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from pyro import poutine
+
+import ppl_st.api as api
+from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.models import siid
+from ppl_st.models.siid.batches import Batches
+from ppl_st.simulate import checkerboard
+from seeded import own_seed
+from siid_problems import FAST, KNOBS
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+_own_seed = pytest.fixture(own_seed, autouse=True)
+
+
+@pytest.fixture(scope="module")
+def sim():
+    return checkerboard(seed=1, **KNOBS)
+
+
+def fitted(sim, *more, **named):
+    return api.fit("siid", target=sim.target, reference=sim.reference, overrides=[*FAST, *more], seed=3, **named)
+
+
+@pytest.fixture(scope="module")
+def run(sim, tmp_path_factory):
+    return fitted(sim, out=tmp_path_factory.mktemp("siid") / "run")
+
+
+def accuracy(run, sim):
+    """Mean correlation with the true rate, as shares of the cell's total: size scores nothing."""
+    mean, truth = (
+        x / x.sum(1, keepdims=True) for x in (run.predict(sim.truth.var_names, draws=10).X, sim.truth.layers["rate"])
+    )
+    return float(
+        np.mean(
+            [np.corrcoef(mean[:, g], truth[:, g])[0, 1] if mean[:, g].std() else 0.0 for g in range(truth.shape[1])]
+        )
+    )
+
+
+def same(one, two):
+    return all(
+        torch.equal(a, b)
+        for x, y in zip(one.pair, two.pair, strict=True)
+        for a, b in zip(x.state_dict().values(), y.state_dict().values(), strict=True)
+    )
+
+
+def predictions_equal(one, two):
+    a, b = one.predict(draws=8), two.predict(draws=8)
+    return all(np.array_equal(a.layers[name], b.layers[name]) for name in a.layers) and np.array_equal(
+        a.obsm["proportions"], b.obsm["proportions"]
+    )
+
+
+def test_same_seed_twice_is_bitwise_identical_and_another_is_not(run, sim):
+    other = fitted(sim, "fit.lr=0.02")  # two fits in one process do not meet
+    again = fitted(sim)
+    assert same(run, again) and predictions_equal(run, again) and not same(run, other)
+    np.testing.assert_array_equal(run.record["losses"], again.record["losses"])
+
+
+def test_global_random_states_are_left_alone(sim):
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    before, state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    fitted(sim, "fit.steps=1").predict(draws=2)
+    assert torch.equal(before, torch.get_rng_state()) and (np.random.get_state()[1] == state).all()  # noqa: NPY002
+
+
+def test_save_and_load_predict_the_same(run):
+    loaded = api.load(run.folder)
+    assert same(run, loaded) and predictions_equal(run, loaded)
+    np.testing.assert_array_equal(run.proportions(draws=5).X, loaded.proportions(draws=5).X)
+
+
+def test_kill_and_resume_is_bitwise_the_same(run, sim, tmp_path):
+    sim.target.write_h5ad(tmp_path / "target.h5ad")
+    sim.reference.write_h5ad(tmp_path / "reference.h5ad")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, __file__, str(tmp_path), "7"]
+    killed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(UserError, match="resume"):
+        api.load(tmp_path / "run")
+    lines = []
+    resumed = api.fit("siid", out=tmp_path / "run", resume=True, say=lines.append)
+    assert any("resuming at step 4 of 10" in line for line in lines)
+    assert same(run, resumed) and predictions_equal(run, resumed) and predictions_equal(run, api.load(tmp_path / "run"))
+
+
+def test_sigterm_saves_and_resume_goes_on(run, sim, tmp_path, monkeypatch):
+    original = Batches.at
+
+    def at(self, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    monkeypatch.setattr(Batches, "at", at)
+    with pytest.raises(api.Interrupted, match="step 6 of 10"):
+        fitted(sim, out=tmp_path / "run")
+    monkeypatch.undo()
+    assert same(run, api.fit("siid", out=tmp_path / "run", resume=True))
+
+
+def test_inputs_are_not_modified(sim):
+    before = [(table.X.copy(), table.obsm["spatial"].copy()) for table in (sim.target, sim.reference)]
+    fitted(sim, "fit.steps=1").predict(draws=2)
+    for (counts, xy), table in zip(before, (sim.target, sim.reference), strict=True):
+        assert (counts != table.X).nnz == 0 and (xy == table.obsm["spatial"]).all()
+
+
+def test_place_matters_and_a_shuffled_reference_is_useless(run, sim):
+    rng = np.random.default_rng(0)
+    good = accuracy(run, sim)
+    assert good > 0.8
+    moved = sim.target.copy()
+    moved.obsm["spatial"] = moved.obsm["spatial"][rng.permutation(moved.n_obs)]
+    shuffled = sim.reference[rng.permutation(sim.reference.n_obs)].copy()
+    shuffled.obsm["spatial"] = sim.reference.obsm["spatial"]
+    shuffled.obs_names = sim.reference.obs_names
+    # the radius is given: a map inferred from nonsense would be another experiment
+    settings = [*FAST, "radius=70"]
+    # shuffled cells: capture ratios can pick the right cells of a spot: less is lost than with shuffled spots
+    for target, reference, share in ((moved, sim.reference, 0.95), (sim.target, shuffled, 0.6)):
+        other = api.fit("siid", target=target, reference=reference, overrides=settings, seed=3)
+        assert not np.allclose(other.predict(draws=8).X, run.predict(draws=8).X, rtol=0.01)
+        assert accuracy(other, sim) < share * good, (good, accuracy(other, sim))
+    scrambled = sim.reference.copy()  # profiles that belong to no gene: nothing is left to learn
+    order = np.r_[np.arange(30), 30 + rng.permutation(10)]
+    scrambled.X = sp.csr_matrix(sim.reference.X[:, order])
+    assert (
+        accuracy(api.fit("siid", target=sim.target, reference=scrambled, overrides=settings, seed=3), sim) < 0.5 * good
+    )
+
+
+def test_awkward_data(sim):
+    """An empty cell, genes without counts, six panel genes, one spot per batch, unmapped cells."""
+    target = sim.target[:, :6].copy()
+    counts = target.X.toarray()
+    counts[3] = 0
+    counts[:, 2] = 0
+    target.X = sp.csr_matrix(counts)
+    reference = sim.reference.copy()
+    spots = reference.X.toarray()
+    spots[:, [2, 35]] = 0  # one in the panel, one beyond it
+    spots[4] = 0
+    reference.X = sp.csr_matrix(spots)
+    for more in (
+        ["batch_spots=1", "radius=30"],
+        ["batch_spots=1", "radius=60", "map_neighbors=2", "map_sigma=40"],
+        ["regional=false"],
+    ):
+        run = api.fit("siid", target=target, reference=reference, overrides=[*FAST, *more])
+        table = run.predict(run.genes, draws=6)
+        assert table.shape == (300, 40) and not run.record["skipped"]
+        for name, layer in table.layers.items():
+            assert np.isfinite(layer).all() and (layer >= 0).all(), name
+        assert table[:, "gene0035"].X.mean() < 0.2 * table.X.mean()
+        assert np.isfinite(table.obsm["proportions"]).all()
+        assert np.isfinite(run.proportions(draws=4).X).all()
+
+
+@pytest.mark.parametrize("preset, more", [("paper", ["chains=2", "factors=4", "fit.steps=8"])])
+def test_paper_preset_runs_and_refuses_new_cells(sim, preset, more):
+    run = api.fit("siid", target=sim.target, reference=sim.reference, preset=preset, overrides=more)
+    assert len(chains_of(run.pair)) == 1 and np.isfinite(run.predict(draws=4).X).all()
+    with pytest.raises(UserError, match="new cells"):
+        run.predict(target=sim.target[:50].copy(), draws=2)
+
+
+def test_default_learns_its_settings_and_says_so(sim):
+    lines = []
+    run = api.fit(
+        "siid",
+        target=sim.target,
+        reference=sim.reference,
+        overrides=["chains=1", "sweeps=6", "fit.steps=2"],
+        say=lines.append,
+    )
+    text = "\n".join(lines)
+    for word in ("radius", "factors", "sparsity", "gain sd"):
+        assert word in text
+    assert run.spec.hyper.factors >= 4 and run.spec.hyper.candidates
+
+
+def test_gene_block_cache_does_not_grow(run, sim):
+    """The regional effect of one block of genes at a time: memory must not grow with the genes asked for."""
+    predictor = siid.Predictor(run.pair, run.data, run.config, run.spec)
+    predictor.mixed = [predictor._mixed(c) for c in range(2)]
+    predictor.bandwidth, predictor.shape = 0.6, 3.0
+    batch = next(iter(predictor.blocks(50)))
+    local = predictor.local(batch, 0)
+    drawn = poutine.trace(predictor.chains[0].guide.globals).get_trace()
+    values = {name: site["value"] for name, site in drawn.nodes.items() if site["type"] == "sample"}
+    for start in range(0, 40, 10):
+        dist = predictor.count_dist(batch, 0, values, local, torch.arange(start, start + 10))
+        assert dist.mean.shape == (int(batch.owned.sum()), 10)
+    assert len(local[1]) <= 1
+
+
+def test_proportions_use_every_chain_that_found_the_same_factors(run):
+    """Chains number their factors as they like: without matching, mixing their draws would smear all proportions."""
+    one, two = (copy.deepcopy(chains_of(run.pair)[0]) for _ in range(2))
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for tensor in (two.guide.xi_loc, two.guide.xi_log_scale, *(module.usage for module in two)):
+            tensor.copy_(tensor[order].clone())
+    kept, orders = siid._same_factors([one, two])
+    assert len(kept) == 2 and orders[1].tolist() == torch.argsort(order).tolist()
+    (alone, _), (both, _) = (
+        siid.proportions(ensemble(pairs), run.data, run.config, 12, 0) for pairs in ([one], [one, two])
+    )
+    assert np.abs(both.mean(0) - alone.mean(0)).mean() < 0.02
+    assert both.std(0).mean() < 1.2 * alone.std(0).mean()  # unmatched factors would spread over everything
+    with torch.no_grad():
+        two.guide.xi_loc.copy_(5 * torch.randn(two.guide.xi_loc.shape, generator=torch.Generator().manual_seed(0)))
+    assert len(siid._same_factors([one, two])[0]) == 1
+
+
+# As a script with FOLDER STEP: fits the small pair of the resume test and kills itself when it is asked for the minibatch of STEP.
+if __name__ == "__main__":
+    base, last = Path(sys.argv[1]), int(sys.argv[2])
+    unhooked = Batches.at
+
+    def deadly(self, step):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unhooked(self, step)
+
+    Batches.at = deadly  # type: ignore[method-assign]
+    api.fit(
+        "siid",
+        target=base / "target.h5ad",
+        reference=base / "reference.h5ad",
+        overrides=FAST,
+        seed=3,
+        out=base / "run",
+    )

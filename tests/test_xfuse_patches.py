@@ -1,0 +1,132 @@
+"""XFuse's aggregation and patches: sums over pixels and over windows are the sums over the data."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ppl_st.errors import UserError
+from ppl_st.models.xfuse.patches import Batches, aggregate, blocks_around, inclusion, starts, tissue
+from xfuse_sections import two_sections
+
+data = pytest.fixture(two_sections, scope="module")
+
+
+# ---- aggregation ----
+
+
+def test_eq_12_equals_the_sum_over_pixels_of_the_full_rates():
+    rng = np.random.default_rng(0)
+    label = torch.from_numpy(rng.integers(0, 4, 60))  # 0: no location
+    activity = torch.from_numpy(rng.gamma(1.0, size=(60, 3)))
+    loadings = torch.from_numpy(rng.gamma(1.0, size=(3, 5)))
+    pixels = activity @ loadings  # [pixels, G]
+    direct = torch.stack([pixels[label == k].sum(0) for k in (1, 2, 3)])
+    summed = aggregate(activity, torch.where(label == 0, 3, label - 1), 3)
+    torch.testing.assert_close(summed @ loadings, direct)
+
+
+def test_ids_beyond_what_a_float32_can_tell_apart(data):
+    number = 2**24 + 3
+    location = torch.tensor([number - 1, number - 2, number - 2, number - 3])
+    out = aggregate(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), location, number)
+    assert out[-3:, 0].tolist() == [8.0, 6.0, 1.0] and float(out.sum()) == 15.0
+    # and the way from labels to rows: two neighbors that float32 would merge
+    one = data.sections[0]
+    far = one._replace(label=np.where(one.label == 1, one.label.max(), np.where(one.label == one.label.max(), 1, one.label)))
+    assert tissue(far).label.dtype == torch.int64
+
+
+# ---- patches ----
+
+
+def test_inclusion_probabilities_by_enumeration():
+    for length, side in ((30, 12), (12, 12), (31, 7)):
+        p = starts(length, side)
+        assert p.sum() == pytest.approx(1)
+        low, high = (a.ravel() for a in np.mgrid[:length, :length])
+        low, high = low[high >= low], high[high >= low]
+        direct = [sum(p[y] for y in range(len(p)) if y <= a and b < y + side) for a, b in zip(low, high, strict=True)]
+        np.testing.assert_allclose(inclusion(length, side, low, high), direct, atol=1e-12)
+
+
+@pytest.mark.parametrize("augment", ["none", "dihedral"])
+def test_sums_over_patches_are_unbiased(data, augment, monkeypatch):
+    """Over all windows: spots wholly inside with their weights, and the virtual measurement's pixels with theirs, give the sums over the data."""
+    monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)  # every one of them, so that no chance is left
+    batches = Batches([tissue(one) for one in data.sections], 44, 1, augment, 0)
+    rng = np.random.default_rng(0)
+    total = torch.zeros(3)
+    for n, one in enumerate(data.sections):
+        share = batches.section.count(n) / len(batches.section)
+        for y, py in enumerate(starts(one.label.shape[0], 44)):
+            for x, px in enumerate(starts(one.label.shape[1], 44)):
+                batch = batches.of([n], [(y, x)], rng)
+                counts = torch.cat([g.counts.to_dense() for g in batch.groups]) if batch.groups else torch.zeros(0, 12)
+                spots = batch.rows >= 0
+                pixels = float(batch.pixel_weight[~spots[batch.location]].sum()) * float(batch.weight[~spots].sum())
+                now = torch.tensor([float((batch.weight * counts.sum(1)).sum()), float(batch.weight[spots].sum()), pixels])
+                total += share * py * px * now
+    wanted = [
+        sum(float(s.counts.sum()) for s in data.sections),
+        sum(s.counts.shape[0] - 1 for s in data.sections),
+        sum(int((s.label == s.virtual + 1).sum()) for s in data.sections),
+    ]
+    np.testing.assert_allclose(total.numpy(), wanted, rtol=1e-4)
+
+
+def test_thinned_pixels_of_the_virtual_measurement_weigh_as_much_as_all_of_them(data):
+    batches = Batches([tissue(one) for one in data.sections], 30, 1, "none", 0)
+    rng = np.random.default_rng(0)
+    drawn = [batches.of([0], [(0, 10)], rng) for _ in range(200)]
+    off = [batch.pixel_weight[batch.rows[batch.location] < 0] for batch in drawn]
+    every = (1 / (inclusion(64, 30, np.arange(5), np.arange(5))[:, None] * inclusion(80, 30, np.arange(10, 40), np.arange(10, 40)))).sum()
+    sums = np.array([float(weight.sum()) for weight in off])
+    assert abs(sums.mean() - every) < 4 * sums.std() / np.sqrt(len(sums))
+    assert np.mean([len(weight) for weight in off]) == pytest.approx(150 / 8, rel=0.1)
+    assert all(set(batch.location.tolist()) <= set(range(len(batch.rows))) for batch in drawn)
+
+
+def test_pixels_lie_between_blocks_as_in_an_interpolated_image():
+    features, where = torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4, 2)
+    pixels = torch.randperm(98)[:40].sort()[0]  # of two patches of 7 x 7
+    found = blocks_around(pixels, 7, features, where, [5, 9])
+    between = torch.einsum("nc,ncf->nf", found.share, found.features[found.corner])
+    whole = F.interpolate(features, scale_factor=2, mode="bilinear")[..., :7, :7].permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(between, whole[pixels])
+    assert [part[0] for part in found.parts] == [5, 9] and found.parts[1][2] == len(found.where)
+    first = found.parts[0][2]
+    assert set(found.where[:first, 0].tolist()) <= set(where[0, ..., 0].flatten().tolist())
+
+
+def test_locations_at_the_border_of_a_patch_are_left_out_but_the_virtual_one(data, monkeypatch):
+    monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)
+    batches = Batches([tissue(one) for one in data.sections], 30, 1, "none", 0)
+    one = data.sections[0]
+    batch = batches.of([0], [(0, 10)], np.random.default_rng(0))
+    window = one.label[:30, 10:40]
+    whole = [k - 1 for k in np.unique(window) if k and (window == k).sum() == (one.label == k).sum()]
+    cut = [k - 1 for k in np.unique(window) if k and k - 1 not in whole and k - 1 != one.virtual]
+    assert whole and cut
+    assert sorted(batch.rows.tolist()) == sorted([*whole, -1])
+    assert (window == one.virtual + 1).sum() == (len(batch.location) - sum((one.label == k + 1).sum() for k in whole))
+
+
+def test_a_batch_is_a_function_of_its_step_and_turns_change_no_sum(data, monkeypatch):
+    monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)
+    tissues = [tissue(one) for one in data.sections]
+    first, again = (Batches(tissues, 48, 2, "dihedral", 3).at(7) for _ in range(2))
+    assert torch.equal(first.image, again.image) and torch.equal(first.location, again.location)
+    # the turned patch holds the same pixels: those of each location average to the same color and position
+    for augment in ("none", "dihedral"):
+        batch = Batches(tissues, 30, 1, augment, 0).of([0], [(20, 10)], np.random.default_rng(5))
+        flat = batch.image[0].flatten(1).T[batch.pixels]
+        means = aggregate(flat, batch.location, len(batch.rows)) / aggregate(torch.ones(len(flat), 1), batch.location, len(batch.rows))
+        if augment == "none":
+            wanted = means
+    torch.testing.assert_close(means, wanted)
+
+
+def test_a_measurement_that_fits_in_no_patch_is_refused(data):
+    with pytest.raises(UserError, match="patch=6"):
+        Batches([tissue(one) for one in data.sections], 6, 1, "none", 0)

@@ -1,0 +1,119 @@
+"""XFuse's data-driven start, and the first steps of a fit from it."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from pyro import poutine
+from scipy import stats
+
+from ppl_st.config import with_overrides
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.inference.predict import draw_globals, posterior_predictive
+from ppl_st.inference.svi import fit
+from ppl_st.models import xfuse
+from ppl_st.models.xfuse.model import Lattice, sides, spatial_field
+from ppl_st.models.xfuse.warm_start import fit_odds
+from xfuse_sections import SMALL, quiet, settings, start_of, two_sections
+
+data = pytest.fixture(two_sections, scope="module")
+started = pytest.fixture(start_of, scope="module")
+PLAIN = [*SMALL, "fields=false", "nugget=false", "metagenes=1"]
+
+
+def test_step_0_is_the_best_gene_wise_constant_model(data):
+    config = with_overrides(xfuse.PRESETS["default"], PLAIN)
+    pair, spec = xfuse.start(data, config, 0, quiet)
+    predictor = xfuse.Predictor(pair, data, config, spec)
+    for side in pair:
+        side.eval()
+    drawn = draw_globals(chains_of(pair), 2, 0)
+    genes = torch.arange(12)
+    laws = []
+    for section_, rows in predictor.blocks(1000):
+        local = predictor.local((section_, rows), 0)
+        drawn[0]["metagenes"] = torch.zeros_like(drawn[0]["metagenes"])
+        for c in ("level_0", "logit_0"):
+            drawn[0][c] = torch.zeros_like(drawn[0][c])
+        laws.append(predictor.count_dist((section_, rows), 0, drawn[0], local, genes))
+    counts = np.vstack([s.counts.toarray()[:-1] for s in data.sections])
+    mean = torch.cat([law.mean for law in laws]).detach().numpy()
+    # all spots have the same size here: the gene-wise mean in every spot
+    np.testing.assert_allclose(mean, np.broadcast_to(counts.mean(0), mean.shape), rtol=0.02)
+    # and dispersions of maximum likelihood: no other odds are better
+    model, _ = sides(chains_of(pair)[0])
+    u = model.odds.detach().numpy()
+
+    def score(u):
+        return stats.nbinom.logpmf(counts, counts.mean(0) / np.exp(u), 1 / (1 + np.exp(u))).sum(0)
+
+    assert (score(u) >= np.maximum(score(u - 0.3), score(u + 0.3)) - 1e-6).all()
+
+
+def test_odds_are_found_again():
+    rng = np.random.default_rng(0)
+    mean = rng.gamma(3.0, 2.0, (500, 1)) * np.array([[0.3, 1.0, 5.0]])
+    u = np.array([-0.5, 0.5, 1.5])
+    counts = rng.negative_binomial(mean / np.exp(u), 1 / (1 + np.exp(u)))
+    found = fit_odds(sp.csr_matrix(counts), mean[:, :1] / mean[0, 0] * 1.0, mean[:1])
+    np.testing.assert_allclose(found, u, atol=0.35)
+
+
+def test_the_closed_form_start_already_separates_the_halves(data, started):
+    pair, spec = started
+    summary, _ = posterior_predictive(xfuse.Predictor(pair, data, settings(), spec), chains_of(pair), np.arange(12), draws=20, seed=0)
+    counts = np.vstack([s.counts.toarray()[:-1] for s in data.sections])
+    r = [np.corrcoef(summary.rate_mean[:, g], counts[:, g])[0, 1] for g in range(12)]
+    assert np.median(r) > 0.5
+    assert summary.rate_mean.mean() == pytest.approx(counts.mean(), rel=0.2)
+
+
+def test_the_spatial_field_has_unit_variance_and_the_stated_kernel():
+    lattice = Lattice(-5.0, -5.0, 5.0, 14, 16)
+    where = torch.stack(torch.meshgrid(torch.linspace(10, 50, 9), torch.linspace(10, 45, 8), indexing="ij"), -1)
+    basis = spatial_field(lattice, torch.eye(lattice.points), where).flatten(1).T  # [positions, points]
+    distance = torch.cdist(where.flatten(0, 1), where.flatten(0, 1))
+    torch.testing.assert_close(basis @ basis.T, torch.exp(-0.5 * distance**2 / 50.0), atol=0.03, rtol=0)
+
+
+def test_the_start_is_less_sure_of_shares_where_counts_are_few(data, started):
+    """A tenth of the counts leaves wider posteriors of the shares' fields; from smooth shares alone they were a hundredth, and no wider."""
+    few = [s._replace(counts=sp.csr_matrix(np.random.default_rng(0).binomial(s.counts.toarray().astype(int), 0.1).astype(np.float32)))
+           for s in data.sections]  # fmt: skip
+    config = settings()
+    thin, _ = xfuse.start(data._replace(sections=tuple(few)), config, 0, quiet)
+    spread = []
+    for pair in (started[0], thin):
+        model, guide = sides(chains_of(pair)[0])
+        sd = (guide.image_weights_log_sd.exp() * model.amplitude[0].exp())[:, 1:]
+        spread.append(float(sd.min(0).values.mean().detach()))  # of the direction that the spots say most about
+    assert spread[1] > 1.2 * spread[0]
+
+
+# ---- fit ----
+
+
+def test_one_step_names_every_site_and_trains_every_parameter(data):
+    config = settings("condition=0", "fit.steps=2")
+    pair, _ = xfuse.start(data, config, 0, quiet)
+    batches = xfuse.batches(data, config, 0)
+    trace = poutine.trace(chains_of(pair)[0].model).get_trace(batches.at(0))
+    names = {name for name, site in trace.nodes.items() if site["type"] == "sample"}
+    assert {"z0", "z1", "image", "metagenes", "level_0", "logit_0", "image_weights", "space", "depth", "location"} <= names
+    assert any(name.startswith("counts_") for name in names)
+    _, info = fit(pair, batches, config.fit, scale=1e-3)
+    assert not info.skipped and not info.untrained
+    _, again = fit(xfuse.start(data, config, 0, quiet)[0], batches, config.fit, scale=1e-3)
+    assert (info.losses == again.losses).all()
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_presets_run(data, preset):
+    small = ["patch=32", "depth=2", "channels=4", "metagenes=3", "batch_patches=2", "fit.steps=2", "purge_every=1"]
+    config = with_overrides(xfuse.PRESETS[preset], small)
+    pair, spec = xfuse.start(data, config, 0, quiet)
+    _, info = fit(pair, xfuse.batches(data, config, 0), config.fit, scale=1e-3, edit=xfuse.edit(pair, data, config, 0))
+    assert np.isfinite(info.losses).all()
+    stored = xfuse.spec_from(xfuse.spec_to(spec))
+    assert stored == spec
+    xfuse.empty(config, stored, data, 1).model.load_state_dict(pair.model.state_dict())
