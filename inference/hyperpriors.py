@@ -64,12 +64,15 @@ def parameter_prior(
 
 def score_nb(counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
     """sum_i log mean_d NB(x_i | mean mu_di, inverse dispersion e^t) [grid, genes] for t on the grid of log theta; counts [n, g], mu [draws, n, g]."""
-    score = np.empty((len(grid), counts.shape[1]))
-    for t, theta in enumerate(np.exp(grid)):
-        fixed = gammaln(counts + theta) - gammaln(theta)
-        log_p = fixed - theta * np.log1p(mu / theta) + counts * (np.log(mu) - np.log(mu + theta))
-        top = log_p.max(0)
-        score[t] = (top + np.log(np.exp(log_p - top).mean(0))).sum(0)
+    score = np.zeros((len(grid), counts.shape[1]))
+    for first in range(0, len(counts), ROWS):
+        x, rate = counts[first : first + ROWS], mu[:, first : first + ROWS]
+        power = x * np.log(rate)
+        for t, theta in enumerate(np.exp(grid)):
+            log_p = power - (x + theta) * np.log(rate + theta)
+            top = log_p.max(0)
+            log_mean = top + np.log(np.exp(log_p - top).mean(0))
+            score[t] += (log_mean + gammaln(x + theta)).sum(0) + len(x) * (theta * np.log(theta) - gammaln(theta))
     return score
 
 

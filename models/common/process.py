@@ -113,12 +113,12 @@ def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], s
     judged = unseen if len(unseen) else np.arange(len(genes))
     judged = judged[:: -(-len(judged) // JUDGED)]
     outputs = logs[:, genes[judged]]
-    best: tuple[float, float, float, Floats, NDArray[np.float32]] | None = None
+    best: tuple[float, float, float, Floats, Floats, NDArray[np.float32]] | None = None
     for length in LENGTHSCALES:
         width = 2 * length * median
         values, vectors = scipy.linalg.eigh(np.exp(-apart / width) + JITTER * np.eye(len(apart)))
         half = vectors / np.sqrt(np.maximum(values, JITTER))
-        phi = (_kernel(inside, marks, width) @ half).astype(np.float32)
+        phi = _kernel(inside, marks, width) @ half.astype(np.float32)
         phi -= phi.mean(0)
         strength, rotation = scipy.linalg.eigh(phi.T.astype(np.float64) @ phi)
         strength = np.maximum(strength, 0.0)
@@ -128,9 +128,10 @@ def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], s
             freedom = (keep.sum() + 1) / len(inside)
             left = (len(inside) - ((1 + penalty / (strength + penalty)) / (strength + penalty)) @ square).sum() / (1 - min(freedom, FREEDOM)) ** 2
             if best is None or left < best[0]:
-                best = float(left), width, penalty, (half @ rotation)[:, keep > FAINT], (phi @ rotation.astype(np.float32))[:, keep > FAINT]
+                best = float(left), width, penalty, half, rotation[:, keep > FAINT], phi
     assert best is not None
-    _, width, penalty, root, phi = best
+    _, width, penalty, half, rotation, phi = best
+    root, phi = half @ rotation, phi @ rotation.astype(np.float32)
     found, strength = _moments(phi, logs[:, genes], sd[genes]), np.square(phi, dtype=np.float64).sum(0)[:, None]
     whole = strength + penalty
     freedom = min(float((strength / whole).sum() + 1), FREEDOM * len(phi))

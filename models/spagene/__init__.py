@@ -16,13 +16,16 @@ GENERATIVE STORY
         forward_mmd        -w N MMD^2(y, z_reference)
         forward_adversary  -w N loss of a critic (`ppl_st.inference.adversary`), one per direction
     counts of gene g in cell i (`ppl_st.models.common.counts`)
-        f_ig = z_i . ((1 - c) W d_g + c b_g + deviation_g),   b_g by the reference's own regression (`regression.py`), c chosen on inner genes
+        f_ig = (1 - s) z_i . ((1 - c) W d_g + c b_g) + s phi_i . beta_g + z_i . deviation_g
+               b_g by the reference's own regression (`regression.py`), beta_g by a Gaussian process over the reference's cells
+               (`ppl_st.models.common.process`), of use where both sides are alike; c and s are chosen on inner genes
         x_ig ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
 
 GUIDE
     default: W | t is Gaussian and exact at the start, for either direction; SVI then lets the factors move its mean. An unmeasured gene integrates
-    over W, its own deviation (every gene differs between platforms by more than a gain), the code's doubt, and level, slope, theta from hyper-priors
-    learned on inner held-out genes. ``z`` and ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
+    over W and its own deviation (every gene differs between platforms by more than a gain), both scaled so that they are as far as inner held-out
+    genes were from their maps (e of `counts.py`), beta, the code's doubt, and level, slope, theta from hyper-priors learned on inner genes. ``z`` and
+    ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
     Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has point maps: doubt comes from the hyper-priors alone.
 

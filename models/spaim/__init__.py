@@ -18,9 +18,10 @@ GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
 GUIDE
     w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k, c and the
     lengthscale of k maximise the marginal likelihood (grid; d_k and s_k then by SVI: with the exact posterior as guide the ELBO *is* the log
-    marginal likelihood, for every draw). An unmeasured gene has three more sources of doubt, all drawn: what the training genes leave of its
-    features, s_k, and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on inner held-out genes; none
-    of it shrinks with s. The counts do not feed back into w (a cut), and beta is its posterior mean.
+    marginal likelihood, for every draw). An unmeasured gene has more sources of doubt, all drawn: what the training genes leave of its
+    features, and s_k, both scaled so that they are as far as inner held-out genes were from their maps (e of `counts.py`; they do not shrink with
+    s); beta given the reference's cells; and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on
+    inner genes. The counts do not feed back into w (a cut).
 
 SYMBOLS  n cells, A genes of the target, P of them shared with the reference, G genes and K clusters of the reference, q directions, F features;
     u [n, q], t [q, P], phi_g [G, F], w [q, F]; of the process phi_i [n, L], beta [L, G].
