@@ -14,15 +14,10 @@ from ppl_st import likelihood_math
 from ppl_st.count_likelihoods import SharedOddsNegativeBinomial, ZeroInflatedNegativeBinomial
 from ppl_st.errors import UserError
 from ppl_st.likelihoods import NegativeBinomial
+from seeded import own_seed
 
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def _own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+_own_seed = pytest.fixture(own_seed, autouse=True)
 
 
 def _double(*values):

@@ -12,15 +12,10 @@ import torch
 
 from ppl_st.directional import PowerSpherical, cosine
 from ppl_st.errors import UserError
+from seeded import own_seed
 
 DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+_own_seed = pytest.fixture(own_seed, autouse=True)
 
 
 def _exact(d, kappa, c):

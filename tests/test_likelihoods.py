@@ -14,13 +14,9 @@ import torch
 from ppl_st import likelihood_math
 from ppl_st.errors import UserError
 from ppl_st.likelihoods import Gaussian, NegativeBinomial, Poisson
+from seeded import own_seed
 
-
-@pytest.fixture(autouse=True)
-def _own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+_own_seed = pytest.fixture(own_seed, autouse=True)
 
 
 def _exact_nb(x, mu, theta):

@@ -19,13 +19,9 @@ from ppl_st.count_likelihoods import SharedOddsNegativeBinomial
 from ppl_st.errors import UserError
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.product import ProductNegativeBinomial, ProductPoisson, ProductSharedOddsNegativeBinomial, csr_tensor
+from seeded import own_seed
 
-
-@pytest.fixture(autouse=True)
-def _own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+_own_seed = pytest.fixture(own_seed, autouse=True)
 
 
 def _example(dtype=torch.float32, n=40, genes=30, h=4, scale=0.3, seed=1):

@@ -12,15 +12,10 @@ from ppl_st.count_likelihoods import SharedOddsNegativeBinomial, ZeroInflatedNeg
 from ppl_st.errors import UserError
 from ppl_st.likelihoods import Gaussian, NegativeBinomial, Poisson
 from ppl_st.real_likelihoods import Log1p, Student
+from seeded import own_seed
 
 DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+_own_seed = pytest.fixture(own_seed, autouse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
