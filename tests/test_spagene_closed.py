@@ -97,7 +97,7 @@ def test_where_the_reference_is_the_same_platform_its_regression_is_chosen_and_u
     target.obsm["spatial"] = np.random.default_rng(0).uniform(0, 1000, (800, 2))
     both = {}
     for share in ("auto", 0.0):
-        overrides = [f"reference_share={share}", "latent=[24, 24]", "smoothing=0", "fit.steps=2"]
+        overrides = [f"reference_share={share}", "process=0.0", "latent=[24, 24]", "smoothing=0", "fit.steps=2"]
         both[share] = ppl_st.fit("spagene", target=target, reference=whole[800:].copy(), overrides=overrides, seed=0, out=tmp_path / str(share))
     first = direction_of(chains_of(both["auto"].pair)[0], 0)
     assert first.share >= 0.5 and direction_of(chains_of(both[0.0].pair)[0], 0).share == 0
