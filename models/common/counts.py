@@ -81,7 +81,7 @@ class Hyper(NamedTuple):
     slope: tuple[float, float, float]  # m, m', s'
     log_theta: tuple[float, float, float]  # a', b', s''
     center: float  # of z
-    candidates: list[dict[str, float]]  # every smoothing, share, depth prior and bend tried, with its score
+    candidates: list[dict[str, float]]  # every smoothing, share, doubt, depth prior and bend tried, with its score
 
 
 class Codes(NamedTuple):
