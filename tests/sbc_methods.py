@@ -83,7 +83,7 @@ def spagene(simulations=400):
         with torch.no_grad(), rng_scope(number, "simulate"):
             trace, own = poutine.trace(first.story).get_trace(False), copy.deepcopy(first.own)
             own.decoder[-1].weight[columns] = trace.nodes["forward_identity"]["value"].T
-        again = Direction("forward", data, own, first.other, other, spec.hypers[0], spec.ratios[0], spec.deviations[0], (), 0.0)
+        again = Direction("forward", data, own, first.other, other, spec.hypers[0], spec.ratios[0], spec.deviations[0], (), 0.0, 0)
         with torch.no_grad(), rng_scope(number, "draw"):
             drawn = torch.stack([again.posterior() for _ in range(99)])
         return trace.nodes["forward_translator"]["value"][:, strongest].flatten().numpy(), drawn[:, :, strongest].flatten(1).numpy()
