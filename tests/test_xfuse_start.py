@@ -13,7 +13,16 @@ from ppl_st.inference.predict import draw_globals, posterior_predictive
 from ppl_st.inference.svi import fit
 from ppl_st.models import xfuse
 from ppl_st.models.xfuse.model import Lattice, sides, spatial_field
-from ppl_st.models.xfuse.warm_start import fit_odds
+from ppl_st.models.xfuse.patches import tissue
+from ppl_st.models.xfuse.warm_start import (
+    Kernel,
+    constant_start,
+    data_start,
+    fit_kernel,
+    fit_odds,
+    gather,
+    normal_scores,
+)
 from xfuse_sections import SMALL, quiet, settings, start_of, two_sections
 
 data = pytest.fixture(two_sections, scope="module")
@@ -68,6 +77,42 @@ def test_the_closed_form_start_already_separates_the_halves(data, started):
     assert summary.rate_mean.mean() == pytest.approx(counts.mean(), rel=0.2)
 
 
+def test_a_spot_that_failed_is_left_out_of_the_start(data):
+    """Its depth would be one more value that fields have to follow."""
+    counts = data.sections[0].counts.tolil()
+    counts[3] = 0
+    failed = data._replace(sections=(data.sections[0]._replace(counts=sp.csr_matrix(counts)), *data.sections[1:]))
+    said = []
+    pair, spec = xfuse.start(failed, settings(), 0, said.append)
+    assert any(line.startswith("1 spots with less than 2% of their section's median counts") for line in said)
+    predictor = xfuse.Predictor(pair, failed, settings(), spec)
+    rate = posterior_predictive(predictor, chains_of(pair), np.arange(12), draws=20, seed=0)[0].rate_mean.sum(1)
+    whole = data.sections[0].counts.toarray().sum(1)[:-1]
+    assert 0.8 < rate[3] / whole.mean() < 1.25
+
+
+def test_lengths_are_those_of_the_columns_that_have_one():
+    """Noise and a few extreme values beside two smooth columns; with one noise for all, or as they are, they shortened the lengths."""
+    rng = np.random.default_rng(0)
+    space, image = rng.uniform(0, 12, (150, 2)), rng.standard_normal((150, 4))
+    apart = ((space[:, None] - space) ** 2).sum(-1)
+    fields = np.linalg.cholesky(np.exp(-0.5 * apart / 3.0**2) + 1e-6 * np.eye(150)) @ rng.standard_normal((150, 2))
+    columns = np.column_stack([fields + 0.3 * rng.standard_normal((150, 2)), rng.standard_normal((150, 6))])
+    found = fit_kernel(space, image, columns / columns.std(0))
+    assert 2.4 < found.length_space < 3.8
+
+
+def test_a_few_extreme_spots_do_not_shorten_the_lengths():
+    rng = np.random.default_rng(1)
+    space, image = rng.uniform(0, 12, (150, 2)), rng.standard_normal((150, 4))
+    apart = ((space[:, None] - space) ** 2).sum(-1)
+    field = np.linalg.cholesky(np.exp(-0.5 * apart / 3.0**2) + 1e-6 * np.eye(150)) @ rng.standard_normal((150, 2))
+    column = np.exp(3 * field + 0.5 * rng.standard_normal((150, 2)))
+    found = fit_kernel(space, image, normal_scores(column))
+    assert 2.4 < found.length_space < 3.8
+    assert fit_kernel(space, image, (column - column.mean(0)) / column.std(0)).length_space < 2.0
+
+
 def test_the_spatial_field_has_unit_variance_and_the_stated_kernel():
     lattice = Lattice(-5.0, -5.0, 5.0, 14, 16)
     where = torch.stack(torch.meshgrid(torch.linspace(10, 50, 9), torch.linspace(10, 45, 8), indexing="ij"), -1)
@@ -80,11 +125,14 @@ def test_the_start_is_less_sure_of_shares_where_counts_are_few(data, started):
     """A tenth of the counts leaves wider posteriors of the shares' fields; from smooth shares alone they were a hundredth, and no wider."""
     few = [s._replace(counts=sp.csr_matrix(np.random.default_rng(0).binomial(s.counts.toarray().astype(int), 0.1).astype(np.float32)))
            for s in data.sections]  # fmt: skip
-    config = settings()
-    thin, _ = xfuse.start(data._replace(sections=tuple(few)), config, 0, quiet)
+    config, spec = settings(), started[1]
     spread = []
-    for pair in (started[0], thin):
-        model, guide = sides(chains_of(pair)[0])
+    for one in (data, data._replace(sections=tuple(few))):
+        tissues = [tissue(section) for section in one.sections]
+        pair, spots = xfuse.build(config, spec), gather(one, tissues)
+        constant_start(pair, spots, tissues, np.random.default_rng(0))
+        data_start(pair, spots, Kernel(), np.random.default_rng(0), quiet)
+        model, guide = sides(pair)
         sd = (guide.image_weights_log_sd.exp() * model.amplitude[0].exp())[:, 1:]
         spread.append(float(sd.min(0).values.mean().detach()))  # of the direction that the spots say most about
     assert spread[1] > 1.2 * spread[0]

@@ -12,8 +12,7 @@ GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metag
     s, a         = e^{delta_n} unit softplus(eta_0), softmax(eta_1..M)                        scale and metagene activities
     image        ~ Normal(tanh(head(U(z))), softplus(head(U(z))))                             per pixel and channel
     B_lm         = sum_{xy in A_l} s a_m                                                      eq. 12: aggregated before the genes
-    o_lm         ~ Normal(0, 1), B_lm times exp(d_l o_l0 - d_l^2 / 2) exp(e_m o_lm - e_m^2 / 2), d_l = d / sqrt(sum_m B_lm): effects of a location
-    o_l          ~ Normal(0, 1), B_l -> B_l exp(d_l o_l - d_l^2 / 2), d_l = d_0 / sqrt(sum_m B_lm)      what no field explains, for metagenes too
+    o_lm         ~ Normal(0, 1), B_lm times exp(d_l o_l0 - d_l^2 / 2) exp(e_m o_lm - e_m^2 / 2), d_l = d / sqrt(sum_m B_lm): what no field explains
     x_lg         ~ NB(e^{t_g + E_g} sum_m B_lm e^{L_mg}, odds e^{u_g + F_g})                  closed under summation: pixels add up to spots
     psi_j are random cosines (a Gaussian process on color, gradient and local spread at three smoothings), N a Gaussian on a lattice (a Gaussian
     process in space). ``fields=False`` leaves both and delta out, as published.
@@ -53,7 +52,7 @@ from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Lattice, Model, Spec, build, lattice_over, sides
 from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
-from ppl_st.models.xfuse.warm_start import UNIT, constant_start, data_start, gather, learn_kernel
+from ppl_st.models.xfuse.warm_start import UNIT, constant_start, data_start, gather, learn_kernel, without_failed
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
@@ -68,7 +67,8 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         axes = _axes(data, config.condition)
         tissues = _tissues(data, axes)
         spots = gather(data, tissues)
-        kernel = learn_kernel(spots, rng) if config.fields else None
+        working = without_failed(spots, say) if config.fields else spots
+        kernel = learn_kernel(working, rng) if config.fields else None
         lengths = (kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)
         spec = _spec(data, *lengths, UNIT / float(spots.size.mean()) if config.fields else 1.0)
         with rng_scope(seed, "start"):
@@ -77,9 +77,9 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
             guide = sides(pair)[1]
             guide.center.copy_(torch.from_numpy(axes[0]))
             guide.axes.copy_(torch.from_numpy(axes[1]))
-        spots = constant_start(pair, data, tissues, rng)
+        constant_start(pair, spots, tissues, rng)
         if kernel:
-            data_start(pair, spots, kernel, rng, say)
+            data_start(pair, working, kernel, rng, say)
     return ensemble([pair]), spec
 
 

@@ -2,9 +2,10 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
 
 1. Gene-wise constant model: r_lg = size_l e^{t_g}, odds e^{u_g} by maximum likelihood. With the last layers of all heads at zero and
    ``fields=False``, this is what a pair predicts before its first step.
-2. Length scales and the shares of space, image and noise: marginal likelihood of Gaussian processes on the square root of the depth and the
-   first principal components of the counts' Pearson residuals, shared over these columns:
-   K = a_s exp(-d_s^2 / 2 l_s^2) + a_i exp(-d_i^2 / 2 l_i^2) + noise, d_s in spot pitches within a section, d_i between standardised image features.
+2. Length scales of space and image: marginal likelihood of Gaussian processes on the square root of the depth and the first principal components of
+   the counts' Pearson residuals, as normal scores (a few extreme spots would make lengths short), each column with variances of its own:
+   K_k = a_sk exp(-d_s^2 / 2 l_s^2) + a_ik exp(-d_i^2 / 2 l_i^2) + noise_k, d_s in spot pitches within a section, d_i between standardised image
+   features. Spots that failed (depth below `FAILED` of their section's median) are left out from here on.
 3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
    (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
    in the logarithm a spot that failed outweighs all others.
@@ -24,7 +25,8 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import gammaln
+from scipy.special import gammaln, ndtri
+from scipy.stats import rankdata
 from torch import Tensor
 
 from ppl_st.inference.pair import Pair
@@ -32,9 +34,10 @@ from ppl_st.models.xfuse.data import Data
 from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, pitch_of
 
-__all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "nmf"]
+__all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "nmf", "normal_scores", "without_failed"]
 
 COMPONENTS = 25
+FAILED = 0.02  # of its section's median depth
 MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the cube
 SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
 NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
@@ -61,7 +64,7 @@ class Spots(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Hyper-parameters of step 2; lengths in pitches and in standardised features, variances as shares."""
+    """Hyper-parameters of step 2; lengths in pitches and in standardised features, variances (means over columns) as shares."""
 
     length_space: float = 2.0
     length_image: float = 4.0
@@ -109,31 +112,47 @@ def _chunks(row: NDArray[np.int32], col: NDArray[np.int32], size: int = 200_000)
     return [(row[k : k + size], col[k : k + size]) for k in range(0, len(row), size)]
 
 
+def without_failed(spots: Spots, say: Callable[[str], None]) -> Spots:
+    """The spots whose depth is at least `FAILED` of their section's median."""
+    depth = np.asarray(spots.counts.sum(1), np.float64).ravel()
+    typical = np.array([np.median(depth[spots.section == n]) for n in range(int(spots.section.max(initial=-1)) + 1)])
+    keep = np.flatnonzero(depth >= FAILED * typical[spots.section])
+    if len(keep) < len(depth):
+        say(f"{len(depth) - len(keep)} spots with less than {FAILED:.0%} of their section's median counts are left out of the start")
+    return Spots._make(part[keep] for part in spots)
+
+
+def normal_scores(x: Array) -> Array:
+    """Columns [n, k] with the ranks of x and the values of a standard normal."""
+    return np.asarray(ndtri((rankdata(x, axis=0) - 0.5) / len(x)))
+
+
 def fit_kernel(space: Array, image: Array, values: Array) -> Kernel:
-    """Step 2: hyper-parameters shared by the columns of ``values`` [n, k] (standardised) by marginal likelihood.
+    """Step 2: lengths shared by the columns of ``values`` [n, k] (standardised), variances of each, by marginal likelihood.
 
     Positions [n, 2] of different sections are far apart; image features are [n, F].
     """
     n, k = values.shape
     distance = [torch.from_numpy(((x[:, None] - x[None]) ** 2).sum(-1)) for x in (space, image)]
-    moment = torch.from_numpy(values @ values.T / k)
-    start = np.log(np.array(Kernel())).astype(np.float64)
-    spread = np.array([0.5, 0.5, 1.5, 1.5, 1.5])  # weak log-normal priors keep what the data do not tell
+    columns = torch.from_numpy(values).T[..., None]  # [k, n, 1]
+    typical = np.log(np.array(Kernel()))
+    start = np.append(typical[:2], np.repeat(typical[2:], k))  # variances [3, k] of space, image and noise
+    spread = np.append([0.3, 0.3], np.full(3 * k, 1.5))  # weak log-normal priors keep what the data do not tell
 
     def loss(x: Array) -> tuple[float, Array]:
         log = torch.tensor(x, requires_grad=True)
-        p = log.exp()
-        gram = sum(p[2 + i] * torch.exp(-0.5 * d / p[i] ** 2) for i, d in enumerate(distance))
-        factor = torch.linalg.cholesky(gram + (p[4] + 1e-6) * torch.eye(n, dtype=torch.float64))
-        fit = 0.5 * torch.cholesky_solve(moment, factor).diagonal().sum() + factor.diagonal().log().sum()
-        total = k * fit + 0.5 * (((log - torch.from_numpy(start)) / torch.from_numpy(spread)) ** 2).sum()
+        length, variance = log[:2].exp(), log[2:].exp().reshape(3, k, 1, 1)
+        gram = sum(variance[i] * torch.exp(-0.5 * d / length[i] ** 2) for i, d in enumerate(distance))
+        factor = torch.linalg.cholesky(gram + (variance[2] + 1e-6) * torch.eye(n, dtype=torch.float64))  # [k, n, n]
+        fit = 0.5 * torch.linalg.solve_triangular(factor, columns, upper=False).square().sum()
+        total = fit + factor.diagonal(dim1=1, dim2=2).log().sum() + 0.5 * (((log - torch.from_numpy(start)) / torch.from_numpy(spread)) ** 2).sum()
         total.backward()
         assert log.grad is not None
         return float(total.detach()), log.grad.numpy()
 
-    bounds = [(value - 2.5 * s, value + 2.5 * s) for value, s in zip(start, spread, strict=True)]
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40})
-    return Kernel(*(float(v) for v in np.exp(found.x)))
+    bounds = [(value - 4 * s, value + 4 * s) for value, s in zip(start, spread, strict=True)]
+    found = np.exp(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40}).x)
+    return Kernel(*(float(v) for v in (*found[:2], *found[2:].reshape(3, k).mean(1))))
 
 
 class Smooth(NamedTuple):
@@ -222,10 +241,9 @@ def _write(to: Tensor, value: Array | float) -> None:
         to.copy_(torch.as_tensor(np.asarray(value), dtype=to.dtype).expand_as(to))
 
 
-def constant_start(pair: Pair, data: Data, tissues: Sequence[Tissue], rng: np.random.Generator) -> Spots:
+def constant_start(pair: Pair, spots: Spots, tissues: Sequence[Tissue], rng: np.random.Generator) -> None:
     """Step 1, and an image of the mean color."""
     model, guide = sides(pair)
-    spots = gather(data, tissues)
     relative = spots.size / spots.size.mean()
     total = np.asarray(spots.counts.sum(0), np.float64).ravel()
     mean = (total + 0.5) / relative.sum()
@@ -240,7 +258,6 @@ def constant_start(pair: Pair, data: Data, tissues: Sequence[Tissue], rng: np.ra
     _write(model.image_start[:, 1], _inverse_softplus(np.maximum(pixels.std(1), 1e-2)))
     if model.config.metagenes > 1:  # equal profiles would stay equal
         _write(guide.metagenes_loc, 0.01 * rng.standard_normal(tuple(guide.metagenes_loc.shape)))
-    return spots
 
 
 def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generator, say: Callable[[str], None]) -> None:
@@ -374,12 +391,11 @@ def _components(x: Array, number: int) -> tuple[Array, Array, Array]:
     return left[:, :k], values[:k], right[:k]
 
 
-def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, most: int = 500) -> Kernel:
+def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, most: int = 300) -> Kernel:
     """Step 2 on at most ``most`` spots."""
     left, values, _ = _components(residuals(spots), components)
     scores = np.column_stack([np.sqrt(_depth(spots)[1]), left * values])
-    scores -= _by_section(scores, spots.section)
-    scores /= np.maximum(scores.std(0), 1e-9)
+    scores = normal_scores(scores - _by_section(scores, spots.section))
     keep = np.sort(rng.permutation(len(scores))[:most])
     far = np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep]
     return fit_kernel(far, spots.features[keep], scores[keep])
