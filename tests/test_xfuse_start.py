@@ -84,7 +84,7 @@ def test_a_spot_that_failed_is_left_out_of_the_start(data):
     failed = data._replace(sections=(data.sections[0]._replace(counts=sp.csr_matrix(counts)), *data.sections[1:]))
     said = []
     pair, spec = xfuse.start(failed, settings(), 0, said.append)
-    assert any(line.startswith("1 spots with less than 2% of their section's median counts") for line in said)
+    assert any(line.startswith("1 of 60 spots with less than 2% of their section's median counts") for line in said)
     predictor = xfuse.Predictor(pair, failed, settings(), spec)
     rate = posterior_predictive(predictor, chains_of(pair), np.arange(12), draws=20, seed=0)[0].rate_mean.sum(1)
     whole = data.sections[0].counts.toarray().sum(1)[:-1]

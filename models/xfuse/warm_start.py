@@ -115,10 +115,12 @@ def _chunks(row: NDArray[np.int32], col: NDArray[np.int32], size: int = 200_000)
 def without_failed(spots: Spots, say: Callable[[str], None]) -> Spots:
     """The spots whose depth is at least `FAILED` of their section's median."""
     depth = np.asarray(spots.counts.sum(1), np.float64).ravel()
-    typical = np.array([np.median(depth[spots.section == n]) for n in range(int(spots.section.max(initial=-1)) + 1)])
-    keep = np.flatnonzero(depth >= FAILED * typical[spots.section])
+    typical = np.empty_like(depth)
+    for n in np.unique(spots.section):
+        typical[spots.section == n] = np.median(depth[spots.section == n])
+    keep = np.flatnonzero(depth >= FAILED * typical)
     if len(keep) < len(depth):
-        say(f"{len(depth) - len(keep)} spots with less than {FAILED:.0%} of their section's median counts are left out of the start")
+        say(f"{len(depth) - len(keep)} of {len(depth)} spots with less than {FAILED:.0%} of their section's median counts are left out of the start")
     return Spots._make(part[keep] for part in spots)
 
 
