@@ -151,7 +151,7 @@ def test_a_handful_of_reference_cells_a_constant_gene_and_an_empty_cell():
 def test_a_share_that_was_set_is_kept_by_a_panel_without_inner_genes_and_one_beyond_1_is_refused():
     (target, _), (reference, _) = ring(80, 3), ring(100, 4)
     run = ppl_st.fit("spaim", target=target[:, :8].copy(), reference=reference, overrides=["clusters=8", "process=0.5"], seed=0)
-    assert run.spec.hyper.share == 0.5 and run.pair.guide.members[0].process.process is not None
+    assert run.spec.hyper.share == 0.5 and run.pair.guide.members[0].process.fitted is not None
     with pytest.raises(UserError, match=r"process must be at most 1, got 1\.5"):
         ppl_st.fit("spaim", target=target, reference=reference, overrides=["process=1.5"])
 

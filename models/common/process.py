@@ -82,7 +82,7 @@ class Part(nn.Module):
 
     def __init__(self, found: Process | None, share: float, genes: int) -> None:
         super().__init__()
-        self.process, self.share = found, share
+        self.fitted, self.share = found, share
         for name, value in (("beta", found and found.beta), ("sd", found and found.beta_sd)):
             part = torch.zeros(0, genes) if value is None else share * torch.from_numpy(value)
             self.register_buffer(name, part, persistent=False)

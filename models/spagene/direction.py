@@ -142,7 +142,7 @@ class Direction(PyroModule):
                 parts.append(code.numpy())
         counts = data.counts[rows]
         totals = np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel()
-        return beside(np.concatenate(parts), self.process.process, counts, totals)
+        return beside(np.concatenate(parts), self.process.fitted, counts, totals)
 
     def mean_codes(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance of loadings."""

@@ -315,7 +315,7 @@ class Guide(PyroModule):
         """Places (u, phi) [n, q + F] of cells; any cells, not only those of the fit."""
         counts = data.counts[rows]
         totals = np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel()
-        return beside(place_cells(self.directions, counts, totals), self.process.process, counts, totals)
+        return beside(place_cells(self.directions, counts, totals), self.process.fitted, counts, totals)
 
 
 def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) -> Pair:

@@ -51,6 +51,7 @@ from torch import Tensor
 
 from ppl_st.inference.adversary import Adversary, Player
 from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.models.vista.batches import Batch, Batches, Data
@@ -78,6 +79,7 @@ __all__ = [
     "batches", "build", "empty", "initialise", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
+LEVEL_CELLS, LEVEL_DRAWS = 2000, 30  # over which the mean rate of a measured gene is taken
 MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn settings from
 
 
@@ -202,7 +204,24 @@ def adversary(pair: Pair, config: Config) -> Adversary | None:
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
-    """All chains are kept: they are draws of one posterior, not competitors."""
+    """All chains are kept: they are draws of one posterior, not competitors.
+
+    Measured genes were scored when they were hidden from the encoder, and are predicted when they are not: their states vary more then. So their
+    gains move to where the mean rate over cells is the measured one.
+    """
+    if config.visible == 1:
+        return pair
+    chains = chains_of(pair)
+    predictor = Predictor(pair, data, config, sides(chains[0])[0].spec)
+    rows = np.sort(np.random.default_rng([seed, 6]).permutation(predictor.n_cells)[:LEVEL_CELLS])
+    for c, chain in enumerate(chains):
+        model, guide = sides(chain)
+        batch = predictor.at(rows)
+        with torch.no_grad(), rng_scope(seed, "levels", c):
+            local = predictor.local(batch, c)
+            drawn = draw_globals([chain], LEVEL_DRAWS, seed)
+            total = sum(predictor.count_dist(batch, c, one, local, model.panel).mean.sum(0) for one in drawn) / LEVEL_DRAWS
+            guide.log_gain_loc[model.panel] += ((batch.counts[: len(rows)].sum(0) + 0.5) / (total + 0.5)).log()
     return pair
 
 
