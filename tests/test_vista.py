@@ -213,6 +213,11 @@ def test_measured_genes_are_predicted_at_their_level():
     np.testing.assert_allclose(np.log(mean / deep.target.X.toarray().mean(0)), 0.0, atol=0.1)
 
 
+def test_without_gains_there_is_no_level_to_move(world):
+    run = fitted(world, "none", "platform=none")
+    assert np.isfinite(run.predict(draws=2).layers["rate_mean"]).all()
+
+
 def test_a_run_is_repeatable_resumes_bitwise_with_its_critic_and_loads(world, tmp_path):
     options = {"target": world.target, "reference": world.reference, "seed": 3}
     overrides = [*FAST, "map=learned", "graph=posterior", "adversary=density_ratio", "visible=1.0", "fit.steps=6", "fit.checkpoint_every=3"]

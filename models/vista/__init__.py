@@ -207,9 +207,9 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     """All chains are kept: they are draws of one posterior, not competitors.
 
     Measured genes were scored when they were hidden from the encoder, and are predicted when they are not: their states vary more then. So their
-    gains move to where the mean rate over cells is the measured one.
+    gains, where there are any, move to where the mean rate over cells is the measured one.
     """
-    if config.visible == 1:
+    if config.visible == 1 or config.platform != "hierarchical":
         return pair
     chains = chains_of(pair)
     predictor = Predictor(pair, data, config, sides(chains[0])[0].spec)
