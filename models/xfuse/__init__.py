@@ -14,8 +14,8 @@ GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metag
     B_lm         = sum_{xy in A_l} s a_m                                                      eq. 12: aggregated before the genes
     o_lm         ~ Normal(0, 1), B_lm times exp(d_l o_l0 - d_l^2 / 2) exp(e_m o_lm - e_m^2 / 2), d_l = d / sqrt(sum_m B_lm): what no field explains
     x_lg         ~ NB(e^{t_g + E_g} sum_m B_lm e^{L_mg}, odds e^{u_g + F_g})                  closed under summation: pixels add up to spots
-    psi_j are random cosines (a Gaussian process on color, gradient and local spread at three smoothings), N a Gaussian on a lattice (a Gaussian
-    process in space). ``fields=False`` leaves both and delta out, as published.
+    psi_j are random cosines (a Gaussian process on color, gradient and local spread at three smoothings), N Gaussians on a fine and a coarse
+    lattice (a Gaussian process in space, half of its variance each). ``fields=False`` leaves both and delta out, as published.
 
 GUIDE
     normal q for all global sites (fields included), q(z | image, spots) by the recognition network. Step 0 is data-driven (`warm_start.py`);
@@ -50,7 +50,18 @@ from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
 from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.models.xfuse.metagenes import rounds
-from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Lattice, Model, Spec, build, lattice_over, sides
+from ppl_st.models.xfuse.model import (
+    PRESETS,
+    Config,
+    Guide,
+    Lattice,
+    Model,
+    Spec,
+    build,
+    lattices_over,
+    points_of,
+    sides,
+)
 from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
 from ppl_st.models.xfuse.warm_start import UNIT, constant_start, data_start, gather, learn_kernel, without_failed
 
@@ -120,14 +131,14 @@ def _spec(data: Data, space: float, image: float, unit: float) -> Spec:
             if code < 0:  # unknown: a level of its own, shrunk towards the others by its prior
                 mine[c], levels[c] = levels[c], levels[c] + 1
         codes.append(mine)
-    lattices = [_lattice(section, space) for section in data.sections]
+    lattices = [_lattices(section, space) for section in data.sections]
     rows = [section.counts.shape[0] for section in data.sections]
     return Spec(len(data.genes), [section.name for section in data.sections], lattices, rows, levels, codes, image, unit)
 
 
-def _lattice(section: Section, length: float) -> Lattice:
+def _lattices(section: Section, length: float) -> list[Lattice]:
     height, width = section.label.shape
-    return lattice_over(height, width, max(length * pitch_of(section) / np.sqrt(2), 2.0))
+    return lattices_over(height, width, max(length * pitch_of(section) / np.sqrt(2), 2.0))
 
 
 def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
@@ -141,12 +152,12 @@ def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
 
 def spec_to(spec: Spec) -> dict[str, Any]:
     """The specification as plain JSON."""
-    return {**spec._asdict(), "lattices": [list(lattice) for lattice in spec.lattices]}
+    return {**spec._asdict(), "lattices": [[list(lattice) for lattice in own] for own in spec.lattices]}
 
 
 def spec_from(stored: dict[str, Any]) -> Spec:
     """Inverse of `spec_to`."""
-    return Spec(**{**stored, "lattices": [Lattice(*values) for values in stored["lattices"]]})
+    return Spec(**{**stored, "lattices": [[Lattice(*values) for values in own] for own in stored["lattices"]]})
 
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
@@ -178,7 +189,7 @@ class _Canvas(NamedTuple):
     """A section as the networks see it, and its q(Z)."""
 
     tissue: Tissue
-    lattice: Lattice
+    lattices: list[Lattice]
     known: int  # position among the sections of the fit; -1: a new one
     codes: list[int] | None
     latents: list[tuple[Tensor, Tensor]]
@@ -283,8 +294,8 @@ class Predictor:
             seen = tissue(one, None if axes is None else _scores(one, axes))
             with torch.no_grad():
                 latents = guide.latents(seen.image[None], seen.spots[None])
-            lattice = self.spec.lattices[known] if known >= 0 else _new_lattice(one, self.spec)
-            self.canvas[section, chain] = _Canvas(seen, lattice, known, codes, latents)
+            lattices = self.spec.lattices[known] if known >= 0 else _new_lattices(one, self.spec)
+            self.canvas[section, chain] = _Canvas(seen, lattices, known, codes, latents)
         return self.canvas[section, chain]
 
     def _draw(self, local: _Canvas, chain: int, drawn: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -297,7 +308,7 @@ class Predictor:
             if name.startswith(("level_", "logit_")):
                 full[f"new_{name}"] = model.scale_of(name) * torch.randn(self.spec.genes)
         if self.config.fields and local.known < 0:
-            points, outputs = local.lattice.points, 1 + self.config.metagenes
+            points, outputs = points_of(local.lattices), 1 + self.config.metagenes
             full["space"] = torch.randn(points, outputs)
             full["depth"] = (model.scale_of("depth") * torch.randn(1)).reshape(1)
         fields = None
@@ -305,7 +316,7 @@ class Predictor:
             columns, rows = torch.arange(width) + 0.5, torch.arange(height) + 0.5
             where = coarse(torch.stack([columns.expand(height, width), rows[:, None].expand(height, width)]))
             features = coarse(local.tissue.features)
-            lattices = self.spec.lattices if local.known >= 0 else [local.lattice]
+            lattices = self.spec.lattices if local.known >= 0 else [local.lattices]
             part = (max(local.known, 0), 0, where[0].numel())
             table = model.fields(full, features.flatten(1).T, where.flatten(1).T, [part], lattices).T.unflatten(1, where.shape[1:])
             fine = F.interpolate(table[None], scale_factor=COARSE, mode="bilinear")[0, :, :height, :width]
@@ -314,11 +325,10 @@ class Predictor:
         return activity.T.unflatten(1, (height, width)), full
 
 
-def _new_lattice(section: Section, spec: Spec) -> Lattice:
-    """Of a section that the fit never saw: as fine as that of the first section (both are at the working resolution)."""
-    first = spec.lattices[0].step
+def _new_lattices(section: Section, spec: Spec) -> list[Lattice]:
+    """Of a section that the fit never saw: as fine as those of the first section (both are at the working resolution)."""
     height, width = section.label.shape
-    return lattice_over(height, width, first)
+    return lattices_over(height, width, spec.lattices[0][0].step)
 
 
 def _real_rows(section: Section) -> NDArray[np.int64]:

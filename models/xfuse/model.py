@@ -28,7 +28,8 @@ NEGLIGIBLE = 0.01  # share of a metagene below which the shrinkage is flat
 LOG_RATE = (-30.0, 20.0)  # range of a log loading
 PER_OUTPUT = ("image_weights", "space", "location")  # sites with a column for the scale and one per metagene
 FINE = 4  # points per spacing of a lattice on which a spatial field is smoothed, linear in between
-TURNED = 1200  # points of a lattice up to which its weights are rotated: a matrix of their square is kept
+LENGTHS = (1.0, 2.5)  # of a spatial field, over the shortest: its kernel is the mean of as many squared exponentials
+TURNED = 1200  # weights of a section's field up to which they are rotated: a matrix of their square is kept
 OUTSIDE = -10.0  # log scale off the tissue at the start, less that on it
 MOST_EFFECT = 1.0  # sd of the log effect of a location on its scale
 UNSEEN = 0.5  # sd of the log depth of a section
@@ -92,7 +93,7 @@ PRESETS = {
 
 
 class Lattice(NamedTuple):
-    """Where the spatial field of a section has its weights: h x w points, ``step`` pixels apart, from (x, y); the kernel's sd is one step."""
+    """Where a part of a section's spatial field has its weights: h x w points, ``step`` pixels apart, from (x, y); the kernel's sd is one step."""
 
     x: float
     y: float
@@ -111,7 +112,7 @@ class Spec(NamedTuple):
 
     genes: int
     sections: list[str]
-    lattices: list[Lattice]
+    lattices: list[list[Lattice]]  # of each section, one per entry of `LENGTHS`
     rows: list[int]  # locations of each section
     levels: list[int]  # levels of each covariate, unknown ones included
     codes: list[list[int]]  # [sections][covariates] level of each
@@ -119,11 +120,15 @@ class Spec(NamedTuple):
     unit: float  # of the scale per pixel: its softplus is linear well above it and exponential well below
 
 
-def lattice_over(height: int, width: int, step: float) -> Lattice:
-    """The lattice of a section: one point beyond each border."""
-    step = float(step)  # no numpy scalar: it would make tensors float64, and no JSON
-    h, w = (math.ceil(side / step) + 3 for side in (height, width))
-    return Lattice(-step, -step, step, h, w)
+def lattices_over(height: int, width: int, step: float) -> list[Lattice]:
+    """The lattices of a section, the finest with this step: one point beyond each border."""
+    steps = [float(step * length) for length in LENGTHS]  # no numpy scalar: it would make tensors float64, and no JSON
+    return [Lattice(-one, -one, one, *(math.ceil(side / one) + 3 for side in (height, width))) for one in steps]
+
+
+def points_of(lattices: Sequence[Lattice]) -> int:
+    """Number of weights per field of a section."""
+    return sum(lattice.points for lattice in lattices)
 
 
 class Model(PyroModule):
@@ -162,8 +167,8 @@ class Model(PyroModule):
             self.register_buffer("phase", 2 * math.pi * torch.rand(config.functions))
             # Rotations of the weights to what is nearly independent given the spots, so that independent normals can be their posterior.
             self.register_buffer("turn_image", torch.eye(config.functions))
-            for n, lattice in enumerate(spec.lattices):
-                self.register_buffer(f"turn_{n}", torch.eye(lattice.points if lattice.points <= TURNED else 0))
+            for n, points in enumerate(map(points_of, spec.lattices)):
+                self.register_buffer(f"turn_{n}", torch.eye(points if points <= TURNED else 0))
             self.amplitude = nn.Parameter(torch.zeros(2, outputs))  # log sd of the regression and of the spatial field
             self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
         if config.nugget:
@@ -181,7 +186,7 @@ class Model(PyroModule):
             found |= {f"level_{c}": (levels, spec.genes), f"logit_{c}": (levels, spec.genes)}
         if self.config.fields:
             found["image_weights"] = (self.config.functions, outputs)
-            found["space"] = (sum(lattice.points for lattice in spec.lattices), outputs)
+            found["space"] = (sum(map(points_of, spec.lattices)), outputs)
             found["depth"] = (len(spec.sections),)
         if self.config.nugget:
             found["location"] = (sum(spec.rows), outputs)
@@ -204,17 +209,17 @@ class Model(PyroModule):
     # ---- expression ----
 
     def fields(
-        self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, parts: Sequence[tuple[int, int, int]], lattices: list[Lattice]
+        self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, parts: Sequence[tuple[int, int, int]], lattices: list[list[Lattice]]
     ) -> Tensor:
         """Of k blocks of pixels, see `Blocks`: regression and spatial field of scale and metagenes, and log depth of the section [k, 1 + M + 1]."""
         regression, spatial = self.amplitude.clamp(-6.0, 3.0).exp()
         x = torch.addmm(self.phase, features[:, :-1], self.frequency).cos_()  # [k, J]
         weights = self.turn_image @ (drawn["image_weights"] * regression) * math.sqrt(2 / self.config.functions)
-        lattice_weights = drawn["space"].split([lattice.points for lattice in lattices])
+        lattice_weights = drawn["space"].split([points_of(own) for own in lattices])
         space, depth = [], []
         for n, start, stop in parts:
             own = lattice_weights[n] * spatial
-            known = lattices is self.spec.lattices and lattices[n].points <= TURNED
+            known = lattices is self.spec.lattices and len(own) <= TURNED
             own = getattr(self, f"turn_{n}") @ own if known else own
             space.append(spatial_field(lattices[n], own, where[None, start:stop])[:, 0].T)
             depth.append(drawn["depth"][n].expand(stop - start))
@@ -398,21 +403,24 @@ def latent_shape(config: Config, level: int, height: int, width: int) -> tuple[i
     return config.channels * 2**level, rows, columns
 
 
-def spatial_field(lattice: Lattice, weights: Tensor, where: Tensor) -> Tensor:
-    """Fields sum_k w_k N(d_k) of unit prior variance at positions: weights [points, O], where [P, P', 2] -> [O, P, P'].
+def spatial_field(lattices: Sequence[Lattice], weights: Tensor, where: Tensor) -> Tensor:
+    """Fields sum_k w_k N(d_k) of unit prior variance, equal shares by lattice, at positions: weights [points, O], where [P, P', 2] -> [O, P, P'].
 
-    The kernel is Gaussian with an sd of one lattice step, so that the covariance is squared exponential with a length of sqrt(2) steps. It is
+    A kernel is Gaussian with an sd of one lattice step, so that the covariance is squared exponential with a length of sqrt(2) steps. It is
     formed on a lattice `FINE` times as fine, along one axis after the other, and linear in between.
     """
-    values = weights.T.unflatten(1, (lattice.h, lattice.w))  # [O, h, w]
-    for axis, points in ((-2, lattice.h), (-1, lattice.w)):
-        fine = torch.arange((points - 1) * FINE + 1) / FINE
-        kernel = torch.exp(-0.5 * (fine[:, None] - torch.arange(points)) ** 2) / math.pi**0.25
-        values = kernel @ values if axis == -2 else values @ kernel.T
-    offset = torch.tensor([lattice.x, lattice.y])
-    span = torch.tensor([lattice.w - 1, lattice.h - 1]) * lattice.step
-    grid = 2 * (where - offset) / span - 1
-    return F.grid_sample(values[None], grid[None], padding_mode="border", align_corners=True)[0]
+    field = torch.zeros(())
+    for lattice, own in zip(lattices, weights.split([lattice.points for lattice in lattices]), strict=True):
+        values = own.T.unflatten(1, (lattice.h, lattice.w))  # [O, h, w]
+        for axis, points in ((-2, lattice.h), (-1, lattice.w)):
+            fine = torch.arange((points - 1) * FINE + 1) / FINE
+            kernel = torch.exp(-0.5 * (fine[:, None] - torch.arange(points)) ** 2) / math.pi**0.25
+            values = kernel @ values if axis == -2 else values @ kernel.T
+        offset = torch.tensor([lattice.x, lattice.y])
+        span = torch.tensor([lattice.w - 1, lattice.h - 1]) * lattice.step
+        grid = 2 * (where - offset) / span - 1
+        field = field + F.grid_sample(values[None], grid[None], padding_mode="border", align_corners=True)[0]
+    return field / math.sqrt(len(lattices))
 
 
 def build(config: Config, spec: Spec) -> Pair:

@@ -5,7 +5,8 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
 2. Length scales of space and image: marginal likelihood of Gaussian processes on the square root of the depth and the first principal components of
    the counts' Pearson residuals, as normal scores (a few extreme spots would make lengths short), each column with variances of its own:
    K_k = a_sk exp(-d_s^2 / 2 l_s^2) + a_ik exp(-d_i^2 / 2 l_i^2) + noise_k, d_s in spot pitches within a section, d_i between standardised image
-   features. Spots that failed (depth below `FAILED` of their section's median) are left out from here on.
+   features. Spots that failed (depth below `FAILED` of their section's median) are left out from here on. The model's own kernel in space has a
+   longer length beside l_s (`LENGTHS`): a depth varies more slowly than what the genes differ in.
 3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
    (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
    in the logarithm a spot that failed outweighs all others.
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.models.xfuse.data import Data
-from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, sides, spatial_field
+from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, points_of, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, pitch_of
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "nmf", "normal_scores", "without_failed"]
@@ -42,7 +43,7 @@ MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the
 SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
 NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 ODDS = np.linspace(-5.0, 5.0, 21)
-THETA = 10.0  # inverse dispersion in Pearson residuals
+THETA = 100.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
 LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
@@ -408,10 +409,10 @@ def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Arra
     turn = np.linalg.svd(image, full_matrices=True)[2].T
     _write(model.turn_image, turn)
     image, space = image @ turn, space.copy()
-    offsets = np.cumsum([0, *(lattice.points for lattice in model.spec.lattices)])
-    for n, lattice in enumerate(model.spec.lattices):
+    offsets = np.cumsum([0, *map(points_of, model.spec.lattices)])
+    for n in range(len(model.spec.lattices)):
         part = np.ix_(spots.section == n, np.arange(offsets[n], offsets[n + 1]))
-        if lattice.points <= TURNED and part[0].size:
+        if part[1].size <= TURNED and part[0].size:
             turn = np.linalg.svd(space[part], full_matrices=True)[2].T
             _write(getattr(model, f"turn_{n}"), turn)
             space[part] = space[part] @ turn
@@ -421,13 +422,13 @@ def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Arra
 def basis(model: Model, spots: Spots) -> tuple[Array, Array]:
     """The model's basis functions at the spots: spatial [n, points of all lattices], image [n, J]; prior variance 1 each in sum."""
     spec = model.spec
-    offsets = np.cumsum([0, *(lattice.points for lattice in spec.lattices)])
+    offsets = np.cumsum([0, *map(points_of, spec.lattices)])
     space = np.zeros((len(spots.section), offsets[-1]))
-    for n, lattice in enumerate(spec.lattices):
+    for n, lattices in enumerate(spec.lattices):
         mine = np.flatnonzero(spots.section == n)
         if len(mine):
             where = torch.from_numpy(spots.xy[mine]).float()[:, None]  # [s, 1, 2]
-            values = spatial_field(lattice, torch.eye(lattice.points), where)[..., 0]  # [points, s]
+            values = spatial_field(lattices, torch.eye(points_of(lattices)), where)[..., 0]  # [points, s]
             space[mine, offsets[n] : offsets[n + 1]] = values.T.numpy()
     image = np.cos(spots.features @ model.frequency.double().numpy() + model.phase.double().numpy())
     return space, image * math.sqrt(2 / model.config.functions)
