@@ -61,8 +61,8 @@ class Predictor(Protocol):
 
     # Optional: at(rows) -> batch that owns these rows, in their order; only then can runs of different methods be stacked (`ppl_st.stack`).
     # Optional: fits, the number of the fit that each chain belongs to; without it every chain is one.
-    # Optional: closed_form(batch, chain, local, genes) -> posterior means of the rate and of log1p(normalised count) [rows, genes], without the
-    # Monte Carlo error of means over draws; the depth it normalises by is the method's own.
+    # Optional: closed_form(batch, chain, local, genes, factor) -> posterior means of the rate and of log1p(count x factor) [rows, genes], without
+    # the Monte Carlo error of means over draws; factor [rows, 1], or None where the second is not wanted.
 
 
 class Summary(NamedTuple):
@@ -190,7 +190,7 @@ def predictive_blocks(
             masses = None if mass is None else mass[:, part]
             block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, quantiles, depth, masses, fits)
             if hasattr(predictor, "closed_form"):
-                exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part])) for c, one in enumerate(local)]
+                exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part]), depth) for c, one in enumerate(local)]
                 rate, lognorm = (torch.stack(values).mean(0).numpy() for values in zip(*exact, strict=True))
                 block = block._replace(rate_mean=rate, lognorm_mean=None if depth is None else lognorm)
             yield rows, part, block, score

@@ -47,7 +47,7 @@ def fitted(target, reference):
     data = problem(read_counts(target, role="target"), read_counts(reference, role="reference"), SMALL, lambda line: None)[0]
     genes = np.arange(30, 36)
     found = process(data, data.reference, genes, 0)
-    return data, found, found.places(data.counts, data.totals)
+    return data, found, found.places(data.counts)
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.7])

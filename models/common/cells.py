@@ -46,7 +46,12 @@ class Problem(Protocol):
 
     @property
     def totals(self) -> NDArray[np.float64]:
-        """[n] counts of each cell over the shared genes: its depth."""
+        """[n] counts of each cell over the shared genes."""
+
+
+def all_counts(counts: sp.csr_matrix) -> NDArray[np.float64]:
+    """[n] counts of each cell over all genes that it was measured with: its depth."""
+    return np.asarray(counts.sum(1), dtype=np.float64).ravel()
 
 
 def totals_of(data: Problem) -> NDArray[np.float64]:
@@ -120,7 +125,7 @@ def moments(matrix: sp.csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 def find_directions(data: Problem, q: int) -> Directions:
     """The first ``q`` principal directions of the standardised target, from its genes' correlation matrix alone (cells are streamed)."""
-    totals = data.totals
+    totals = all_counts(data.counts)
     depth = median_depth(totals)
     logs = log_normalise(data.counts, totals, depth)
     mean, sd = moments(logs)
@@ -151,8 +156,8 @@ def find_directions(data: Problem, q: int) -> Directions:
     return Directions(mean.astype(f32), sd.astype(f32), (vectors / np.sqrt(values)).astype(f32), scores, depth)
 
 
-def place_cells(directions: Directions, counts: sp.csr_matrix, totals: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Scores u [n, q] of cells on the directions."""
+def place_cells(directions: Directions, counts: sp.csr_matrix) -> NDArray[np.float32]:
+    """Scores u [n, q] of cells [n, A] on the directions."""
     scaled = directions.loadings / directions.sd[:, None]
-    logs = log_normalise(counts, totals, directions.depth)
+    logs = log_normalise(counts, all_counts(counts), directions.depth)
     return np.asarray(logs @ scaled - directions.mean @ scaled, dtype=np.float32)

@@ -4,8 +4,9 @@ r"""From a standardised map f of a gene to its counts, and what inner held-out g
     v_ig    = bend(m_ig),   d_ig = slope_g bend'(m_ig) (f_ig - m_ig)
     rate_ig = depth_i exp(log_gain_g + slope_g v_ig - c_g(slope_g)) exp(d_ig - var(d_ig) / 2)
     x_ig    ~ NB(rate_ig, theta_g)
-    depth_i ~ total_i + a T, scaled to the same sum over cells, T the mean total: posterior mean of a depth that is Gamma over cells, known from
-              the total of a few genes only; a, chosen on inner genes, is larger the less these say of the others
+    depth_i ~ total_i + a T, T the mean total: posterior mean of a depth that is Gamma over cells, known from a total over all genes of the target
+              (also those that the reference lacks); a, chosen on inner genes, is larger the less these say of the others. Scaled so that its sum
+              is that of the counts of the shared genes
     c_g(b)  = log of the mean of exp(b v_ig) over cells of the fit, weighted by their depths
     bend(m) = log(1 + k m) / k (its argument kept above 0; k = 0: m itself), so exp(slope bend(m)) = (1 + k m)^(slope / k)
 
@@ -24,6 +25,10 @@ So log_gain is the log of a gene's counts per count of the shared genes, whateve
 e is measured by distances, not by the score of single counts, which cannot tell an error that all cells share from noise: intervals of sums and
 differences over cells hang on it. The last factor of a rate, what is not known of the gene's map, has mean 1: a cell is not expected to have more
 of a gene because less is known of it there.
+
+A log-normalised count is log1p(x_ig D / t_i), t_i the total over the shared genes and D its median. If t_i is the depth, log1p(D rate_ig / depth_i)
+is a good guess; if it is a noisy count beside depth_i, as where few genes are shared and many measured, P(x > 0) log1p(D / t_i E[x | x > 0]) is
+better, and is taken where inner genes say so beyond their standard error (`own_depth`).
 
 The hyper-priors are learned on inner genes: panel genes that a fit was not shown, scored with the posterior draws of that fit, so that they
 describe what is left *beside* the spread of the draws. Residuals of genes that the fit has seen would be far too small. Measured genes keep their
@@ -44,7 +49,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from ppl_st.inference.hyperpriors import MIN_SCALE, parameter_prior, random_effects, score_nb
-from ppl_st.models.common.cells import Problem, log_shares, take_cells, without
+from ppl_st.models.common.cells import Problem, all_counts, log_shares, take_cells, without
 from ppl_st.models.common.process import Process
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
@@ -82,6 +87,7 @@ class Hyper(NamedTuple):
     log_theta: tuple[float, float, float]  # a', b', s''
     center: float  # of z
     candidates: list[dict[str, float]]  # every smoothing, share, doubt, depth prior and bend tried, with its score
+    own_depth: bool = False  # a log-normalised count is predicted at the cell's own depth and total, not at the median
 
 
 class Codes(NamedTuple):
@@ -162,7 +168,7 @@ def learn_hyper(
         options = (0.0,)
     priors = DEPTH_PRIORS if config.depth_prior == "auto" else (float(config.depth_prior),)
     order = rng.permutation(len(data.panel))
-    tests: list[tuple[Any, ...]] = []  # counts, totals, places by smoothing, codes
+    tests: list[_Test] = []
     judged = []
     for fold in range(folds):
         inner = np.sort(order[fold::FOLDS])
@@ -173,20 +179,20 @@ def learn_hyper(
         counts = data.counts[seen][:, data.columns[judged[-1]]].toarray().astype(np.float64)
         place = problem.place(split)
         places = {option: smooth(place, split.neighbors, option)[seen] for option in options}
-        tests.append((counts, split.totals[seen], places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
+        tests.append(_Test(counts, split.totals[seen], all_counts(split.counts[seen]), places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
     scores: dict[tuple[float, float, float, float, float], NDArray[np.float64]] = {}
 
     def tried(smoothing: float, share: float, doubt: float, a: float, k: float) -> float:
         one = smoothing, share, doubt, a, k
         if one not in scores:
-            parts = [_score(counts, depths(totals, a), k, places[smoothing], codes.mixed(share, doubt)) for counts, totals, places, codes in tests]
+            parts = [_score(t.counts, depths(t.every, a), k, t.places[smoothing], t.codes.mixed(share, doubt)) for t in tests]
             scores[one] = np.concatenate(parts, 2)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
-    shares = tests[0][3].shares
+    shares = tests[0].codes.shares
     smoothing = climb(options, lambda one: tried(one, shares[0], 1.0, priors[0], 0.0))
     share = climb(shares, lambda one: tried(smoothing, one, 1.0, priors[0], 0.0))
-    wide = doubt_of([(counts, totals, places[smoothing], codes) for counts, totals, places, codes in tests], share)
+    wide = doubt_of([(t.counts, t.totals, t.places[smoothing], t.codes) for t in tests], share)
     depth_prior = climb(priors, lambda a: tried(smoothing, share, wide, a, 0.0))
     bent = climb(BENDS, lambda k: tried(smoothing, share, wide, depth_prior, k))
     best = smoothing, share, wide, depth_prior, bent
@@ -197,15 +203,65 @@ def learn_hyper(
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
     hyper = _priors(scores[best], level, noise, z, doubt, config)
     hyper = hyper._replace(smoothing=smoothing, share=share, doubt=wide, depth_prior=depth_prior, bend=bent, candidates=candidates)
+    hyper = hyper._replace(own_depth=_own_depth(tests, hyper, z))
     say(
         f"smoothing {smoothing:g}, "
         + (f"{share:.0%} of a process over the reference's cells, " if len(shares) > 1 else "")
-        + f"{wide:.0%} of the maps' doubt, depth ~ total + {depth_prior:g} mean total, bend {bent:g}; "
+        + f"{wide:.0%} of the maps' doubt, depth ~ total + {depth_prior:g} mean total, bend {bent:g}, "
+        f"log-normalised at {'its own' if hyper.own_depth else 'the median'} depth; "
         f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
         f"slope {hyper.slope[0]:.2f} + {hyper.slope[1]:.2f} log share, sd {hyper.slope[2]:.2f}; "
         f"log theta {hyper.log_theta[0]:.2f}, sd {hyper.log_theta[2]:.2f} ({len(z)} inner genes)"
     )
     return hyper
+
+
+class _Test(NamedTuple):
+    """Inner genes of a fold."""
+
+    counts: NDArray[np.float64]  # [n, genes]
+    totals: NDArray[np.float64]  # [n] over the shared genes
+    every: NDArray[np.float64]  # [n] over all genes of the target
+    places: dict[float, NDArray[np.float32]]  # [n, q] by smoothing
+    codes: Codes
+
+
+def log_mean(share: Tensor, depth: Tensor, log_theta: Tensor | None, median: float, factor: Tensor | None) -> Tensor:
+    """Mean of a log-normalised count [n, g], see the file's docstring: from the rate ``share`` x ``depth`` [n, 1], at the median depth where no
+    ``factor`` D / t [n, 1] is given; a count that is not 0 is taken at its mean. ``log_theta`` None: Poisson."""
+    if factor is None:
+        return torch.log1p(median * share)
+    rate = share * depth
+    zero = -rate if log_theta is None else -log_theta.exp() * torch.log1p(rate * (-log_theta).exp())
+    positive = -torch.expm1(zero).clamp(max=-1e-12)
+    return positive * torch.log1p(factor * rate / positive)
+
+
+def _own_depth(tests: Sequence[_Test], hyper: Hyper, z: NDArray[np.float64]) -> bool:
+    """Whether `log_mean` at cells' own depths correlates better with log-normalised counts of inner genes than at the median: on average over genes,
+    by more than the standard error of that."""
+    gains, start = [], 0
+    for t in tests:
+        at = z[start : start + t.counts.shape[1]] - hyper.center
+        start += len(at)
+        slope, log_theta = (loc + tilt * at for loc, tilt, _ in (hyper.slope, hyper.log_theta))
+        mean = t.places[hyper.smoothing].astype(np.float64) @ t.codes.mixed(hyper.share, hyper.doubt).mean
+        trend, _ = bend(torch.from_numpy(mean), hyper.bend)
+        share = (torch.from_numpy(slope).clamp_min(SLOPES[0]) * trend).clamp(-LARGEST, LARGEST).exp()
+        depth, factor = (torch.from_numpy(x)[:, None] for x in (depths(t.every, hyper.depth_prior), np.median(t.totals) / t.totals))
+        depth = depth * (t.totals.sum() / depth.sum())
+        share *= torch.from_numpy(t.counts.sum(0) + 0.5) / ((share * depth).sum(0) + 0.5)
+        logs = torch.log1p(torch.from_numpy(t.counts) * factor)
+        median = float(np.median(t.totals))
+        both = (log_mean(share, depth, torch.from_numpy(log_theta), median, one) for one in (None, factor))
+        plain, own = ((_standardised(logs) * _standardised(one)).mean(0).numpy() for one in both)
+        gains.append(own - plain)
+    gain = np.concatenate(gains)
+    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
+
+
+def _standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / x.std(0).clamp_min(1e-9)
 
 
 def doubt_of(tests: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32], Codes]], share: float) -> float:
@@ -239,7 +295,7 @@ def climb(options: Sequence[float], score: Callable[[float], float]) -> float:
 
 
 def depths(totals: NDArray[np.float64], depth_prior: float) -> NDArray[np.float64]:
-    """Relative depth [n] of cells with these totals over the shared genes: total + a x mean total; see the file's docstring."""
+    """Relative depth [n] of cells with these totals over all genes: total + a x mean total; see the file's docstring."""
     return np.asarray(np.maximum(totals, 0.5) + depth_prior * totals.mean())
 
 
@@ -370,7 +426,7 @@ class CountLayer(PyroModule):
         self.register_buffer("weight", torch.full((cells,), 1 / cells))
         for name in ("offset", "added"):
             self.register_buffer(name, torch.zeros(()))
-        self.depth_prior, self.bend = hyper.depth_prior, hyper.bend
+        self.depth_prior, self.bend, self.own_depth = hyper.depth_prior, hyper.bend, hyper.own_depth
 
     def globals(self) -> None:
         """Sample level, slope and log theta of all genes [G] jointly, and the key of `gene_noise`."""
@@ -380,18 +436,18 @@ class CountLayer(PyroModule):
         pyro.deterministic("gene_key", torch.randint(2**31, ()))
 
     def log_depth(self, totals: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Log depth of cells with these totals over the shared genes, [n]."""
+        """Log depth of cells with these totals over all genes of the target, [n]."""
         return np.asarray(float(self.offset) + np.log(np.maximum(totals, 0.5) + float(self.added)), dtype=np.float32)
 
     def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
         """Level, slope and theta of the measured genes from their own counts; ``codes(genes)`` gives known loadings [q, g]."""
         n, p = data.counts.shape[0], len(data.panel)
         rows = np.random.default_rng(0).permutation(n)[:LEVEL_CELLS]
-        where, totals = place(rows), data.totals[rows]
-        depth = depths(totals, self.depth_prior)
+        where, totals, every = place(rows), data.totals[rows], all_counts(data.counts[rows])
+        depth = depths(every, self.depth_prior)
         self.sample, self.weight = torch.from_numpy(where).float(), torch.from_numpy(depth / depth.sum()).float()
         self.offset.fill_(float(np.log(np.maximum(totals, 0.5).sum() / depth.sum())))
-        self.added.fill_(self.depth_prior * totals.mean())
+        self.added.fill_(self.depth_prior * every.mean())
         some = int(np.clip(OWN_ENTRIES // p, 100, len(rows)))
         used = np.flatnonzero(totals > 0)[:some]
         rows, where, depth = rows[used], where[used], depth[used]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.likelihoods import NegativeBinomial, Poisson
-from ppl_st.models.common.cells import Problem, median_depth
-from ppl_st.models.common.counts import LARGEST, CountLayer, bend
+from ppl_st.models.common.cells import Problem, all_counts, median_depth
+from ppl_st.models.common.counts import LARGEST, CountLayer, bend, log_mean
 
 CACHED = 512  # loadings of one draw that are kept for the next block of cells
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
@@ -93,10 +93,9 @@ class MapPredictor:
 
     def local(self, batch: Cells, chain: int) -> tuple[Tensor, Tensor]:
         """Places [n, q] and log depth [n, 1] of the cells."""
-        counts = self.data.counts[batch.rows]
-        totals = np.asarray(counts[:, self.data.columns].sum(1), dtype=np.float64).ravel()
+        every = all_counts(self.data.counts[batch.rows])
         place = smoothed_place(self.guides[chain], self.data, self.smoothing, batch.rows)
-        return torch.from_numpy(place), torch.from_numpy(self.guides[chain].counts.log_depth(totals))[:, None]
+        return torch.from_numpy(place), torch.from_numpy(self.guides[chain].counts.log_depth(every))[:, None]
 
     def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
         """p(count | draw): a gene's loadings are the same in all cells; what differs from cell to cell is drawn here."""
@@ -117,21 +116,27 @@ class MapPredictor:
             return Poisson(log_rate.exp())
         return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
 
-    def _closed_form(self, batch: Cells, chain: int, local: Any, genes: Tensor) -> tuple[Tensor, Tensor]:
+    def _closed_form(self, batch: Cells, chain: int, local: Any, genes: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Posterior means [n, g] of the rate and of the log-normalised count: level and deviations in closed form, the slope by quadrature.
 
-        The maps are of log-normalised expression, so its mean is read off the rate at the median depth over the shared genes.
+        ``factor`` [n, 1]: median total over a cell's own (over the shared genes); None: log-normalised counts are not wanted.
         """
         place, log_depth = local
         counts = self.guides[chain].counts
         trend, _ = bend(place @ self._mean(chain, genes)[0], counts.bend)
         loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]
-        share = torch.zeros_like(trend)
+        level = (counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
+        depth, log_theta = log_depth.exp(), None if self.likelihood == "poisson" else counts.log_theta_loc[genes]
+        share, lognorm = torch.zeros_like(trend), torch.zeros_like(trend)
         for k, (node, weight) in enumerate(zip(*QUADRATURE, strict=True)):
             slope = (loc + node * scale).clamp_min(0)
-            share += weight * ((slope * trend).clamp(-LARGEST, LARGEST) - self._log_mean(chain, -2 - k, genes, slope)).exp()
-        share *= (counts.log_gain_loc[genes] + 0.5 * counts.log_gain_scale[genes].square()).exp()
-        return share * log_depth.exp(), torch.log1p(self.depth * share)
+            one = level * ((slope * trend).clamp(-LARGEST, LARGEST) - self._log_mean(chain, -2 - k, genes, slope)).exp()
+            share += weight * one
+            if factor is not None and counts.own_depth:
+                lognorm += weight * log_mean(one, depth, log_theta, self.depth, factor)
+        if factor is not None and not counts.own_depth:
+            lognorm = log_mean(share, depth, log_theta, self.depth, None)
+        return share * depth, lognorm
 
     def _trend(self, chain: int, place: Tensor, genes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bent mean map, its slope, and the variance of the map [n, g] each: the same in every draw of a block, so made once."""

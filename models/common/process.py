@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ppl_st.inference.randomness import gene_noise
-from ppl_st.models.common.cells import Problem, log_normalise, median_depth, moments
+from ppl_st.models.common.cells import Problem, all_counts, log_normalise, median_depth, moments
 
 LANDMARKS = 500
 CELLS = 20_000  # of the reference, at most; fewer where the panel is large, so that they take
@@ -55,20 +55,21 @@ class Process(NamedTuple):
     beta: NDArray[np.float32]  # [F, g] posterior mean
     beta_sd: NDArray[np.float32]  # [F, g] and standard deviation
 
-    def places(self, counts: sp.csr_matrix, totals: Floats) -> NDArray[np.float32]:
+    def places(self, counts: sp.csr_matrix) -> NDArray[np.float32]:
         """phi [n, F] of target cells with all genes of the target."""
         found = np.empty((counts.shape[0], self.root.shape[1]), np.float32)
         step = max(64, DENSE // len(self.columns))
         for start in range(0, len(found), step):
             part = slice(start, start + step)
-            logs = log_normalise(counts[part][:, self.columns], totals[part], self.depth)
+            panel = counts[part][:, self.columns]
+            logs = log_normalise(panel, all_counts(panel), self.depth)
             found[part] = _kernel(_unit(logs, self.mean, self.sd), self.marks, self.width) @ self.root - self.center
         return found
 
 
-def beside(own: NDArray[np.float32], found: Process | None, counts: sp.csr_matrix, totals: Floats) -> NDArray[np.float32]:
+def beside(own: NDArray[np.float32], found: Process | None, counts: sp.csr_matrix) -> NDArray[np.float32]:
     """Places [n, q + F] of target cells: a method's ``own`` [n, q], and the features of the process if there is one."""
-    return own if found is None else np.hstack([own, found.places(counts, totals)])
+    return own if found is None else np.hstack([own, found.places(counts)])
 
 
 class Part(nn.Module):
@@ -102,7 +103,7 @@ class Part(nn.Module):
 def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], seed: int) -> Process:
     """Fit to the log-normalised ``reference`` [M, G], from the shared genes to ``genes`` [g]."""
     rng = np.random.default_rng([seed, 12])
-    panel, totals = data.panel, data.totals
+    panel = data.panel
     logs = sp.csr_matrix(reference)[np.sort(rng.permutation(reference.shape[0])[: min(CELLS, ENTRIES // len(panel))])]
     mean, sd = moments(logs)
     inside = _unit(logs[:, panel], mean[panel], sd[panel])
@@ -136,13 +137,13 @@ def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], s
     whole = strength + penalty
     freedom = min(float((strength / whole).sum() + 1), FREEDOM * len(phi))
     noise = np.maximum(len(phi) - ((1 + penalty / whole) / whole * np.square(found)).sum(0), 0) / (len(phi) - freedom)  # s_g^2
-    depth = median_depth(totals)
-    own = moments(log_normalise(data.counts[:, data.columns], totals, depth))
+    depth = median_depth(data.totals)
+    own = moments(log_normalise(data.counts[:, data.columns], data.totals, depth))
     start = np.zeros(root.shape[1], np.float32)
     beta, beta_sd = (one.astype(np.float32) for one in (found / whole, np.sqrt(noise / whole)))
     fitted = Process(data.columns, *own, depth, marks, width, root.astype(np.float32), start, beta, beta_sd)
-    rows = np.sort(rng.permutation(len(totals))[:CENTER])
-    return fitted._replace(center=fitted.places(data.counts[rows], totals[rows]).mean(0))
+    rows = np.sort(rng.permutation(data.counts.shape[0])[:CENTER])
+    return fitted._replace(center=fitted.places(data.counts[rows]).mean(0))
 
 
 def _unit(logs: sp.csr_matrix, mean: Floats, sd: Floats) -> NDArray[np.float32]:

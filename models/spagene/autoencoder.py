@@ -12,7 +12,7 @@ With codes="point" and observation="gaussian" the objective is the published one
 of the standardised cells: with eigenvalues l_k, eigenvectors v_k of the genes' correlation matrix and noise s (mean of the eigenvalues left out),
 code z_k = v_k . x / sqrt(l_k), of unit variance over cells; loadings W_k = sqrt(l_k) v_k; sd of the code given the cell sqrt(s / l_k).
 
-PREPROCESSING   lognorm: log1p(counts depth / total), standardised by gene; total over the genes that both sides measured.
+PREPROCESSING   lognorm: log1p(counts depth / total), standardised by gene; total over all genes of the side.
                 sqrt: sqrt(min(counts, mean + 2 sd of the positive entries)), as published; nothing else.
 """
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ppl_st.inference.randomness import epoch_order, rng_scope
 from ppl_st.inference.svi import FitConfig, Pair, fit
 from ppl_st.likelihoods import NegativeBinomial
-from ppl_st.models.common.cells import find_directions, log_normalise, median_depth, moments
+from ppl_st.models.common.cells import all_counts, find_directions, log_normalise, median_depth, moments
 from ppl_st.models.spagene.data import Data
 from ppl_st.networks import MLP
 
@@ -91,8 +91,9 @@ class Autoencoder(nn.Module):
             limit = clip_limits(data.counts)
             self.sd.copy_(torch.from_numpy(limit))
             return
-        depth = median_depth(data.totals)
-        mean, sd = moments(log_normalise(data.counts, data.totals, depth))
+        totals = all_counts(data.counts)
+        depth = median_depth(totals)
+        mean, sd = moments(log_normalise(data.counts, totals, depth))
         self.mean.copy_(torch.from_numpy(mean))
         self.sd.copy_(torch.from_numpy(sd))
         self.depth.fill_(depth)
@@ -102,8 +103,7 @@ class Autoencoder(nn.Module):
         counts = data.counts[rows]
         if self.shape.preprocess == "sqrt":
             return torch.minimum(torch.from_numpy(counts.toarray()).float(), self.sd.cpu()).sqrt().to(self.sd.device)
-        totals = np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel()
-        x = torch.from_numpy(log_normalise(counts, totals, float(self.depth)).toarray()).to(self.sd.device)
+        x = torch.from_numpy(log_normalise(counts, all_counts(counts), float(self.depth)).toarray()).to(self.sd.device)
         return (x - self.mean) / self.sd
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

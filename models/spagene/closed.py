@@ -113,7 +113,7 @@ class Closed:
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """Codes of the problem's cells, and their features in the process, [n, q + F]."""
-        return beside(self.own.codes(data)[0].numpy(), self.process, data.counts, data.totals)
+        return beside(self.own.codes(data)[0].numpy(), self.process, data.counts)
 
 
 def process_of(data: Data, genes: NDArray[np.int64], seed: int) -> Process:

@@ -140,9 +140,7 @@ class Direction(PyroModule):
                 if not self.linear:
                     code = self.other.features(self.translate(code)) - self.center
                 parts.append(code.numpy())
-        counts = data.counts[rows]
-        totals = np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel()
-        return beside(np.concatenate(parts), self.process.fitted, counts, totals)
+        return beside(np.concatenate(parts), self.process.fitted, data.counts[rows])
 
     def mean_codes(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance of loadings."""

@@ -3,7 +3,7 @@ r"""SpaIM: a gene's expression over all spatial cells from its profile in a sing
 Li et al., Nature Communications 2025, doi:10.1038/s41467-025-63185-9, written anew from the equations.
 
 GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
-    z_ig    standardised log-normalised count of gene g in cell i, all genes of the target
+    z_ig    standardised log-normalised count of gene g in cell i, all genes of the target, whose counts together are a cell's depth
     u_i     place of cell i on the leading directions of z, unit variance, mixed with its spatial neighbors' mean place (`ppl_st.models.common.cells`)
     t_kg    loading of gene g on direction k: mean_i u_ik z_ig, known for measured genes
     w_k     ~ Normal(0, d_k I)                              "weights", one row per direction

@@ -156,7 +156,7 @@ class Layer:
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """(u, phi) [n, q + F] of the problem's cells."""
-        return beside(place_cells(self.directions, data.counts, data.totals), self.process, data.counts, data.totals)
+        return beside(place_cells(self.directions, data.counts), self.process, data.counts)
 
 
 def misfit(
@@ -314,8 +314,7 @@ class Guide(PyroModule):
     def place(self, data: Data, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Places (u, phi) [n, q + F] of cells; any cells, not only those of the fit."""
         counts = data.counts[rows]
-        totals = np.asarray(counts[:, data.columns].sum(1), dtype=np.float64).ravel()
-        return beside(place_cells(self.directions, counts, totals), self.process.fitted, counts, totals)
+        return beside(place_cells(self.directions, counts), self.process.fitted, counts)
 
 
 def build(config: Config, spec: Spec, data: Data, layer: Layer | None = None) -> Pair:
