@@ -133,14 +133,14 @@ def test_expected_kernel_is_the_mean_over_profile_noise():
 
 
 def test_directions_from_streamed_sums_are_those_of_the_whole_matrix(data, monkeypatch):
-    found = find_directions(data, 6)
+    found = find_directions(data.counts, 6, data.totals)
     place = place_cells(found, data.counts)
     logs = np.log1p(data.counts.toarray() * (found.depth / data.totals)[:, None])
     z = (logs - logs.mean(0)) / logs.std(0)
     np.testing.assert_allclose(place.T @ place / len(place), np.eye(6), atol=2e-3)
     np.testing.assert_allclose(found.scores, place.T @ z / len(z), atol=2e-3)
     monkeypatch.setattr("ppl_st.models.common.cells.DENSE_GENES", 5)
-    iterated = find_directions(data, 6)
+    iterated = find_directions(data.counts, 6, data.totals)
     np.testing.assert_allclose(np.abs(iterated.scores), np.abs(found.scores), atol=2e-3)
 
 

@@ -123,11 +123,11 @@ def moments(matrix: sp.csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.floa
     return mean, np.sqrt(np.where(variance > 1e-9 * np.maximum(square, 1e-12), variance, 1.0))
 
 
-def find_directions(data: Problem, q: int) -> Directions:
-    """The first ``q`` principal directions of the standardised target, from its genes' correlation matrix alone (cells are streamed)."""
-    totals = all_counts(data.counts)
+def find_directions(counts: sp.csr_matrix, q: int, totals: NDArray[np.float64]) -> Directions:
+    """The first ``q`` principal directions of standardised cells [n, A] with these ``totals`` [n], from their genes' correlation matrix alone (cells
+    are streamed)."""
     depth = median_depth(totals)
-    logs = log_normalise(data.counts, totals, depth)
+    logs = log_normalise(counts, totals, depth)
     mean, sd = moments(logs)
     n, genes = logs.shape
     q = max(1, min(q, genes, n - 1))

@@ -12,7 +12,7 @@ With codes="point" and observation="gaussian" the objective is the published one
 of the standardised cells: with eigenvalues l_k, eigenvectors v_k of the genes' correlation matrix and noise s (mean of the eigenvalues left out),
 code z_k = v_k . x / sqrt(l_k), of unit variance over cells; loadings W_k = sqrt(l_k) v_k; sd of the code given the cell sqrt(s / l_k).
 
-PREPROCESSING   lognorm: log1p(counts depth / total), standardised by gene; total over all genes of the side.
+PREPROCESSING   lognorm: log1p(counts depth / total), standardised by gene; total over the shared genes; linear, target: over all of its genes.
                 sqrt: sqrt(min(counts, mean + 2 sd of the positive entries)), as published; nothing else.
 """
 
@@ -51,6 +51,12 @@ class Shape(NamedTuple):
     hidden: tuple[int, ...]
     latent: int
     dropout: float
+    total: Literal["all", "shared"]  # genes over which a cell's total is taken
+
+
+    def totals(self, counts: sp.csr_matrix, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[n] totals of cells [n, A]; ``columns`` are the shared genes."""
+        return all_counts(counts if self.total == "all" else counts[:, columns])
 
 
 class Autoencoder(nn.Module):
@@ -91,7 +97,7 @@ class Autoencoder(nn.Module):
             limit = clip_limits(data.counts)
             self.sd.copy_(torch.from_numpy(limit))
             return
-        totals = all_counts(data.counts)
+        totals = self.shape.totals(data.counts, data.columns)
         depth = median_depth(totals)
         mean, sd = moments(log_normalise(data.counts, totals, depth))
         self.mean.copy_(torch.from_numpy(mean))
@@ -103,7 +109,7 @@ class Autoencoder(nn.Module):
         counts = data.counts[rows]
         if self.shape.preprocess == "sqrt":
             return torch.minimum(torch.from_numpy(counts.toarray()).float(), self.sd.cpu()).sqrt().to(self.sd.device)
-        x = torch.from_numpy(log_normalise(counts, all_counts(counts), float(self.depth)).toarray()).to(self.sd.device)
+        x = torch.from_numpy(log_normalise(counts, self.shape.totals(counts, data.columns), float(self.depth)).toarray()).to(self.sd.device)
         return (x - self.mean) / self.sd
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +238,7 @@ def autoencoder_pair(net: Autoencoder) -> Pair:
 def linear(data: Data, shape: Shape) -> Autoencoder:
     """The linear Gaussian autoencoder of the target's side of ``data``, in closed form and frozen."""
     genes = data.counts.shape[1]
-    found = find_directions(data, shape.latent)
+    found = find_directions(data.counts, shape.latent, shape.totals(data.counts, data.columns))
     values = np.square(found.scores).sum(1)
     net = Autoencoder(shape._replace(latent=len(values)), genes)
     left = genes - len(values)

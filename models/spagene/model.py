@@ -85,8 +85,8 @@ class Config:
         """Of the autoencoder of the target (0) or the reference (1)."""
         kind = self.translator
         if kind == "linear":
-            return Shape("linear", "lognorm", "gaussian", "normal", (), self.latent[side], 0.0)
-        return Shape("network", self.preprocess, self.observation, self.codes, self.hidden, self.latent[side], self.dropout)
+            return Shape("linear", "lognorm", "gaussian", "normal", (), self.latent[side], 0.0, "shared" if side else "all")
+        return Shape("network", self.preprocess, self.observation, self.codes, self.hidden, self.latent[side], self.dropout, "shared")
 
 
 _stage1 = FitConfig(steps=2000, lr=1e-3, clip_norm=float("inf"), checkpoint_every=0)

@@ -18,7 +18,7 @@ import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.models.common.cells import DENSE_GENES, all_counts, log_normalise
+from ppl_st.models.common.cells import DENSE_GENES, log_normalise
 from ppl_st.models.spagene.autoencoder import Autoencoder
 from ppl_st.models.spagene.data import Data
 
@@ -79,5 +79,5 @@ def loadings_of_all(data: Data, other: Autoencoder, weights: NDArray[np.float64]
 
 def _standard(data: Data, other: Autoencoder) -> tuple[sp.csr_matrix, NDArray[np.float64], NDArray[np.float64]]:
     """Log-normalised reference, and the mean and sd of its genes, as its autoencoder reads it."""
-    logs = log_normalise(data.reference, all_counts(data.reference), float(other.depth))
+    logs = log_normalise(data.reference, other.shape.totals(data.reference, data.panel), float(other.depth))
     return logs, other.mean.numpy().astype(np.float64), other.sd.numpy().astype(np.float64)

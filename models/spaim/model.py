@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ppl_st.inference.randomness import gene_noise
 from ppl_st.inference.svi import FitConfig, Pair
-from ppl_st.models.common.cells import Directions, find_directions, place_cells
+from ppl_st.models.common.cells import Directions, all_counts, find_directions, place_cells
 from ppl_st.models.common.counts import SHARES, Codes, CountLayer, Hyper
 from ppl_st.models.common.process import Part, Process, beside, process
 from ppl_st.models.spaim.data import Batch, Data
@@ -111,7 +111,7 @@ class Layer:
         genes: NDArray[np.int64] | None = None,
     ) -> None:
         self.shares = SHARES if config.process == "auto" else (float(config.process),)
-        self.directions: Directions = find_directions(data, config.directions)
+        self.directions: Directions = find_directions(data.counts, config.directions, all_counts(data.counts))
         self.marks = landmarks(data.panel, config.landmarks, seed) if marks is None else marks
         length = USUAL if config.lengthscale == "auto" else config.lengthscale
         kernel = GeneKernel(data, length, errors=config.reference_errors)
@@ -178,7 +178,7 @@ def comparable(directions: Directions, data: Data) -> NDArray[np.float64]:
 
 def choose(data: Data, config: Config, seed: int) -> tuple[float, float]:
     """The most probable lengthscale and weight of the regression given all loadings of the training genes (of some, where they are many)."""
-    directions = find_directions(data, config.directions)
+    directions = find_directions(data.counts, config.directions, all_counts(data.counts))
     genes = landmarks(data.panel, config.landmarks, seed)
     at = positions(data.panel, genes)
     known, scores = directions.scores[:, data.columns[at]], comparable(directions, data)[:, at]
