@@ -69,21 +69,19 @@ class Config:
 
 
 NETWORKS = r"recognition|generator|image_mean|image_sd|expression"
-# These start at their closed-form posterior, or near it: at the full rate noisy gradients take them away from it, most where spots are few.
-FIELDS = r"(space|image_weights)_loc"
-METAGENES = r"metagenes_(loc|log_sd)"
+FIELDS = r"(space|image_weights)_loc"  # start at their closed-form posterior: at the full rate noisy gradients take them away from it
 # Stay as the start's marginal likelihoods found them. Independent normals of fields and of location effects each take the other for known, so under
 # them the fields become certain, and rougher, and what they do not explain seems little: intervals grow too short with every step.
 COMPONENTS = r"amplitude|log_nugget|(space|image_weights)_log_sd"
 PUBLISHED = FitConfig(
     steps=100_000, lr=3e-4, optimizer="amsgrad", clip_norm=math.inf, threads=0,
-    lr_groups={r"log_rate$|\.odds$": 5.0, METAGENES: 2.0},
+    lr_groups={r"log_rate$|\.odds$": 5.0, r"metagenes_(loc|log_sd)": 2.0},
 )  # fmt: skip
 PRESETS = {
     "default": Config(
         fit=FitConfig(
             steps=200, lr=1e-2, schedule="cosine", final_lr_factor=0.02, clip_norm=math.inf, threads=1,
-            lr_groups={COMPONENTS: 0.0, NETWORKS: 0.2, METAGENES: 0.2, FIELDS: 0.05, r"\.odds$": 5.0},
+            lr_groups={COMPONENTS: 0.0, NETWORKS: 0.2, FIELDS: 0.2, r"\.odds$": 5.0},
             elbo="meanfield",
         ),
     ),
