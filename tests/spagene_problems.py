@@ -7,7 +7,7 @@ import torch
 from ppl_st.config import with_overrides
 from ppl_st.data import read_counts
 from ppl_st.models import spagene
-from ppl_st.models.common.counts import default_hyper
+from ppl_st.models.common.inner import default_hyper
 from ppl_st.models.spagene.autoencoder import train
 from ppl_st.models.spagene.model import PRESETS, build
 from ppl_st.prepare.spagene import problem

@@ -7,18 +7,8 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from ppl_st.models.common.counts import (
-    BENDS,
-    DEPTH_PRIORS,
-    DOUBT,
-    Codes,
-    _priors,
-    _score,
-    bend,
-    climb,
-    depths,
-    doubt_of,
-)
+from ppl_st.models.common.counts import Codes, bend, depths, score_counts
+from ppl_st.models.common.inner import BENDS, DEPTH_PRIORS, DOUBT, _priors, climb, doubt_of
 
 torch.set_num_threads(1)
 
@@ -51,7 +41,7 @@ def planted(k, slope, seed):
 def test_counts_tell_how_the_map_is_bent(k):
     for seed in range(2):
         counts, totals, place, codes = planted(k, 0.8, seed)
-        evidence = {one: logsumexp(_score(counts, totals, one, place, codes), axis=(0, 1)).sum() for one in BENDS}
+        evidence = {one: logsumexp(score_counts(counts, totals, one, place, codes), axis=(0, 1)).sum() for one in BENDS}
         assert max(evidence, key=lambda one: evidence[one]) == k
         assert evidence[k] > max(value for one, value in evidence.items() if one != k) + 3
 
@@ -64,7 +54,7 @@ def test_a_total_of_few_counts_says_little_of_the_depth(mean_total, expected):
     totals, counts = rng.poisson(mean_total * true).astype(np.float64), rng.poisson(6.0 * true[:, None], (4000, 6)).astype(np.float64)
     flat = np.zeros((1, 6), np.float32)
     evidence = {
-        a: logsumexp(_score(counts, depths(totals, a), 0.0, np.zeros((4000, 1), np.float32), Codes(flat, flat, flat[None])), axis=(0, 1)).sum()
+        a: logsumexp(score_counts(counts, depths(totals, a), 0.0, np.zeros((4000, 1), np.float32), Codes(flat, flat, flat[None])), axis=(0, 1)).sum()
         for a in DEPTH_PRIORS
     }
     assert climb(DEPTH_PRIORS, lambda a: evidence[a]) == max(evidence, key=lambda a: evidence[a]) == expected
@@ -79,7 +69,7 @@ def test_slopes_that_fall_with_the_level_are_learned_and_predicted():
     for slopes in (1.4 - 0.5 * z, np.full(24, 1.4)):
         rate = totals[:, None] * np.exp(z - 4 + slopes * (place @ loadings) - np.square(slopes) / 2)
         counts = rng.poisson(rate * rng.gamma(4.0, 1 / 4.0, rate.shape)).astype(np.float64)
-        score = _score(counts, totals, 0.0, place, Codes(loadings, np.zeros_like(loadings), loadings[None]))
+        score = score_counts(counts, totals, 0.0, place, Codes(loadings, np.zeros_like(loadings), loadings[None]))
         tiny = np.full(24, 1e-3)
         hyper = _priors(score, np.log(counts.sum(0) + 0.5), tiny, z, tiny, SimpleNamespace(gain="hierarchical"))
         assert hyper.slope[0] == pytest.approx(1.4, abs=0.2)

@@ -6,7 +6,8 @@ import torch
 
 import ppl_st
 from ppl_st.models import spaim
-from ppl_st.models.common.counts import Codes, Hyper, _own_depth, _Test, log_mean
+from ppl_st.models.common.counts import Codes, Hyper, log_mean
+from ppl_st.models.common.inner import Fold, own_depth
 from spaim_problems import small_world
 
 
@@ -55,6 +56,6 @@ def test_own_depths_are_taken_where_the_shared_genes_measure_depth_badly(precise
     slope = 0.3 * rng.standard_normal((1, 24))
     counts = rng.poisson(rng.gamma(2.0, 0.5, (1500, 24)) * level * depth[:, None] * np.exp(place @ slope)).astype(float)
     loadings = slope.astype(np.float32)
-    test = _Test(counts, totals, every, {0.0: place}, Codes(loadings, np.zeros_like(loadings), loadings[None]))
+    test = Fold(counts, totals, every, {0.0: place}, Codes(loadings, np.zeros_like(loadings), loadings[None]))
     hyper = Hyper(0.0, 0.0, 1.0, 0.0, 0.0, (0.0, 1.0, 0.1), (0.0, 0.0, 0.0), (1.0, 0.0, 0.1), (np.log(2.0), 0.0, 0.1), 0.0, [])
-    assert _own_depth([test], hyper, np.zeros(24)) == (not precise)
+    assert own_depth([test], hyper, np.zeros(24)) == (not precise)

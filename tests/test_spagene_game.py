@@ -11,7 +11,7 @@ import ppl_st
 from ppl_st.config import with_overrides
 from ppl_st.inference.svi import fit, load_state
 from ppl_st.models import spagene
-from ppl_st.models.common.counts import default_hyper
+from ppl_st.models.common.inner import default_hyper
 from ppl_st.models.spagene.alignment import linear_accuracy, mixing
 from ppl_st.models.spagene.model import NAMES, PRESETS, model_of
 from ppl_st.report_sections import fit as fit_section

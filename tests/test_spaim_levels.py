@@ -7,7 +7,7 @@ import ppl_st
 from ppl_st.data import read_counts
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.models.common.cells import log_shares
-from ppl_st.models.common.counts import level_prior
+from ppl_st.models.common.inner import level_prior
 from ppl_st.simulate import spatial_field
 from spaim_problems import small_world
 

@@ -56,7 +56,7 @@ def all_counts(counts: sp.csr_matrix) -> NDArray[np.float64]:
 
 def totals_of(data: Problem) -> NDArray[np.float64]:
     """[n] counts of each cell over the shared genes."""
-    return np.asarray(data.counts[:, data.columns].sum(1), dtype=np.float64).ravel()
+    return all_counts(data.counts[:, data.columns])
 
 
 def log_shares(reference: sp.csr_matrix, panel: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

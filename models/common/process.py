@@ -9,7 +9,7 @@ inside the reference; s_g^2 is what is left there, per degree of freedom. Standa
 in noise between platforms; where a cell lies in the tissue's manifold is what is left.
 
 Where target and reference are alike this beats a linear regression by far (Molecular Cartography, .47 -> .52 of correlation, BENCHMARKS.md);
-how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.common.counts.learn_hyper`).
+how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.common.inner.learn_hyper`).
 
 n target cells, M reference cells, P panel genes, L landmarks, F features, g genes.
 """

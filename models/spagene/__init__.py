@@ -24,7 +24,7 @@ GENERATIVE STORY
 GUIDE
     default: W | t is Gaussian and exact at the start, for either direction; SVI then lets the factors move its mean. An unmeasured gene integrates
     over W and its own deviation (every gene differs between platforms by more than a gain), both scaled so that they are as far as inner held-out
-    genes were from their maps (e of `counts.py`), beta, the code's doubt, and level, slope, theta from hyper-priors learned on inner genes. ``z`` and
+    genes were from their maps (e of `inner.py`), beta, the code's doubt, and level, slope, theta from hyper-priors learned on inner genes. ``z`` and
     ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
     Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has point maps: doubt comes from the hyper-priors alone.
@@ -60,8 +60,9 @@ from ppl_st.inference.objective import Drawn, drawn_by
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.inference.svi import fit as run_svi
-from ppl_st.models.common.cells import median_depth, without
-from ppl_st.models.common.counts import MIN_PANEL, SHARES, Codes, CountLayer, Hyper, default_hyper, learn_hyper
+from ppl_st.models.common.cells import all_counts, median_depth, without
+from ppl_st.models.common.counts import Codes, CountLayer, Hyper
+from ppl_st.models.common.inner import MIN_PANEL, SHARES, default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spagene.alignment import alignment_of
 from ppl_st.models.spagene.autoencoder import Autoencoder, linear, train
@@ -312,7 +313,7 @@ class TurnedPredictor(MapPredictor):
         chains = chains_of(pair)
         directions = [direction_of(chain, 1) for chain in chains]
         super().__init__([Pair(chain.model, one) for chain, one in zip(chains, directions, strict=True)], directions, data, 0.0, config.likelihood)
-        self.depth = median_depth(np.asarray(data.reference.sum(1), dtype=np.float64).ravel())
+        self.depth = median_depth(all_counts(data.reference))
 
     def local(self, batch: Any, chain: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Places [n, q] and the common log depth [n, 1]."""

@@ -27,8 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_st.models.common.cells import log_normalise, median_depth, without
-from ppl_st.models.common.counts import MIN_PANEL, Codes, smooth
+from ppl_st.models.common.cells import all_counts, log_normalise, median_depth, without
+from ppl_st.models.common.counts import Codes, smooth
+from ppl_st.models.common.inner import MIN_PANEL
 from ppl_st.models.common.process import Process, beside, process
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape, blocks, linear
 from ppl_st.models.spagene.data import Data
@@ -118,7 +119,7 @@ class Closed:
 
 def process_of(data: Data, genes: NDArray[np.int64], seed: int) -> Process:
     """The process over the cells of ``data``'s reference, for some of its genes."""
-    totals = np.asarray(data.reference[:, data.panel].sum(1), dtype=np.float64).ravel()
+    totals = all_counts(data.reference[:, data.panel])
     return process(data, log_normalise(data.reference, totals, median_depth(totals)), genes, seed)
 
 

@@ -19,7 +19,7 @@ GUIDE
     w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k, c and the
     lengthscale of k maximise the marginal likelihood (grid; d_k and s_k then by SVI: with the exact posterior as guide the ELBO *is* the log
     marginal likelihood, for every draw). An unmeasured gene has more sources of doubt, all drawn: what the training genes leave of its
-    features, and s_k, both scaled so that they are as far as inner held-out genes were from their maps (e of `counts.py`; they do not shrink with
+    features, and s_k, both scaled so that they are as far as inner held-out genes were from their maps (e of `inner.py`; they do not shrink with
     s); beta given the reference's cells; and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on
     inner genes. The counts do not feed back into w (a cut).
 
@@ -47,7 +47,8 @@ from numpy.typing import NDArray
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.svi import Pair
 from ppl_st.inference.svi import fit as run_svi
-from ppl_st.models.common.counts import Codes, Hyper, default_hyper, learn_hyper
+from ppl_st.models.common.counts import Codes, Hyper
+from ppl_st.models.common.inner import default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spaim.data import Batches, Data
 from ppl_st.models.spaim.model import PRESETS, Config, Guide, Layer, Model, Spec, build, choose

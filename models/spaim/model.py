@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ppl_st.inference.randomness import gene_noise
 from ppl_st.inference.svi import FitConfig, Pair
 from ppl_st.models.common.cells import Directions, all_counts, find_directions, place_cells
-from ppl_st.models.common.counts import SHARES, Codes, CountLayer, Hyper
+from ppl_st.models.common.counts import Codes, CountLayer, Hyper
+from ppl_st.models.common.inner import SHARES
 from ppl_st.models.common.process import Part, Process, beside, process
 from ppl_st.models.spaim.data import Batch, Data
 from ppl_st.models.spaim.kernel import SELF, GeneKernel, features, landmarks

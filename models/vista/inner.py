@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
-from ppl_st.models.common.counts import BENDS, LOG_THETA, bend, climb
+from ppl_st.models.common.counts import LOG_THETA, bend
+from ppl_st.models.common.inner import BENDS, climb
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,

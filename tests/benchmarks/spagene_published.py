@@ -24,7 +24,7 @@ from ppl_st.data import Counts, read_counts
 from ppl_st.evaluate import _adata
 from ppl_st.metrics import pcc, rmse_z, scc, ssim_li, ssim_spagene
 from ppl_st.models import spagene
-from ppl_st.models.common.counts import default_hyper
+from ppl_st.models.common.inner import default_hyper
 from ppl_st.models.spagene.autoencoder import Autoencoder, clip_limits, train
 from ppl_st.models.spagene.model import PRESETS, Config, Spec, build, model_of
 from ppl_st.prepare.spagene import problem
