@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ppl_st
+from ppl_st.inference.predict import posterior_predictive
 from ppl_st.models import spaim
 from ppl_st.models.common.counts import Codes, Hyper, log_mean
 from ppl_st.models.common.inner import Fold, own_depth
@@ -24,6 +25,24 @@ def test_a_depth_is_the_total_of_all_genes_of_the_target():
     np.testing.assert_allclose(np.corrcoef(depth, every)[0, 1], 1.0, rtol=1e-5)  # total + a mean total: a line
     assert np.corrcoef(depth, shared)[0, 1] < 0.95
     assert depth.sum() == pytest.approx(shared.sum(), rel=1e-3)  # levels are per count of the shared genes
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+def test_the_closed_form_at_its_own_depth_is_what_draws_give(likelihood):
+    world = small_world()
+    settings = ["clusters=8", f"likelihood={likelihood}"]
+    run = ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=settings, seed=0)
+    predictor = spaim.Predictor(run.pair, run.data, run.config, run.spec)
+    predictor.guides[0].counts.own_depth = True
+    genes, factor = np.flatnonzero(~run.measured)[:8], np.median(run.data.totals) / run.data.totals
+    exact = posterior_predictive(predictor, predictor.chains, genes, draws=2, seed=0, factor=factor)[0].lognorm_mean
+    predictor.guides[0].counts.own_depth = False
+    other = posterior_predictive(predictor, predictor.chains, genes, draws=2, seed=0, factor=factor)[0].lognorm_mean
+    del predictor.closed_form
+    drawn = posterior_predictive(predictor, predictor.chains, genes, draws=400, seed=0, factor=factor)[0].lognorm_mean
+    np.testing.assert_allclose(exact.mean(0), drawn.mean(0), rtol=0.15)
+    agreement = [[np.corrcoef(one[:, g], drawn[:, g])[0, 1] for g in range(8)] for one in (exact, other)]
+    assert min(agreement[0]) > 0.9 and np.mean(agreement[0]) > np.mean(agreement[1])
 
 
 def test_the_mean_of_a_log_normalised_count():

@@ -37,7 +37,7 @@ from ppl_st.models.common.counts import (
     score_counts,
     smooth,
     true_shares,
-)  # fmt: skip
+)
 
 SMOOTHING = (0.0, 0.25, 0.5)  # shares of the neighbors that are tried
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the process over the reference's cells

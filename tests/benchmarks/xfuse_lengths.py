@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import cdist
 
 from ppl_st.evaluate_images import hidden_rows, score_baselines
 from ppl_st.metrics import pcc
@@ -30,11 +31,6 @@ VARIANTS = {  # lengths of the kernel in space over the learned one, theta of th
     "1 and 3": ((1.0, 3.0), THETA),
     ".7 and 2": ((0.7, 2.0), THETA),
 }
-
-
-def squares(a, b):
-    """Squared distances [len(a), len(b)]."""
-    return np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0)
 
 
 def rows(spots, index):
@@ -55,9 +51,9 @@ def counts_at(asked, seen, lengths, kernel, genes):
     center = np.stack([columns[seen.section == n].mean(0) for n in range(seen.section.max() + 1)])
 
     def grams(spots):
-        apart = squares(far(spots), far(seen))
+        apart = cdist(far(spots), far(seen), "sqeuclidean")
         space = sum(np.exp(-apart / 2 / (kernel.length_space * length) ** 2) for length in lengths) / len(lengths)
-        return space, np.exp(-squares(spots.features, seen.features) / 2 / kernel.length_image**2)
+        return space, np.exp(-cdist(spots.features, seen.features, "sqeuclidean") / 2 / kernel.length_image**2)
 
     among = grams(seen)  # of trace n already
     found = warm_start.Smoother(*among)(columns - center[seen.section])
