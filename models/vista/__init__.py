@@ -8,7 +8,7 @@ GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes 
     log l_n        ~ Normal(m, v)                                                library of a reference cell
     x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB); A without its last row there,
     delta_g, k_g, log theta'_g ~ Normal(hyper-priors learned on inner held-out genes)    gain, slope, inverse dispersion in the target
-    x'_ig          ~ NB(l'_i^a exp(b_g + delta_g + k_g bend((z_i A)_g)), theta'_g)     spatial counts; l' the cell's total, a its exponent;
+    x'_ig          ~ NB(l'_i^a_g exp(b_g + delta_g + k_g bend((z_i A)_g)), theta'_g)     spatial counts; l' the cell's total, a_g its exponent;
                                                                                  bend: `ppl_st.models.common.counts`
     "adversary"    factor -kappa N loss of a critic that tells the two sides' z apart (off by default)
 

@@ -59,6 +59,7 @@ JUDGED = 60  # inner genes of a fold, at most
 CELLS = 2000  # target cells in which inner genes are judged
 REFERENCE = 10_000  # reference cells that inner genes are predicted from
 DRAWS = 4
+EXPONENTS = (0.2, 1.5)  # a gene's exponent of depth lies within
 ERROR = 0.2  # tau where there are no inner genes
 
 
@@ -70,7 +71,7 @@ class Hyper(NamedTuple):
     denoise: float  # share of the panel that is read off the directions of all genes of the target
     mix: float  # share of the neighbors' mean state
     common: float  # weight of what all genes have in common
-    depth: float  # exponent of a cell's total in its rates
+    depth: list[float]  # exponent of a cell's total in the rate of a gene: mean, slope by covariate
     bend: float  # of a gene's score in its log rate
     covariate_mean: float  # of the log share in the reference
     gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
@@ -176,7 +177,7 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
     return Hyper(
-        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], 1.0, 0.0, center, [0.0, 0.0, 1.0],
+        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], [1.0, 0.0], 0.0, center, [0.0, 0.0, 1.0],
         [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
@@ -223,9 +224,9 @@ def _hyper_priors(
     bent = climb(BENDS, evidence)
     scores, (found, variance) = bend(plain, bent)[0].numpy(), tried[bent]
     z = share[data.panel[genes]] - share.mean()
-    exponent = float(np.clip(np.average(found[:, 2], weights=1 / (0.05 + variance[:, 2])), 0.2, 1.5))
-    # Level: regression on the covariate, then the random effect around it.
     design = np.column_stack([np.ones_like(z), z])
+    exponent = _trend(design, found[:, 2], variance[:, 2])
+    # Level: regression on the covariate, then the random effect around it.
     doubt = np.maximum(variance[:, 0], 1e-6)
     beta = _trend(design, found[:, 0], doubt)
     center, gain_sd = random_effects(found[:, 0] - design @ beta, doubt)
@@ -237,15 +238,16 @@ def _hyper_priors(
     error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
     gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
     hyper = Hyper(
-        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], exponent, bent, float(share.mean()), gain,
-        slope, {}, *error, candidates,
+        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], exponent.tolist(), bent,
+        float(share.mean()), gain, slope, {}, *error, candidates,
     )  # fmt: skip
+    exponents = np.clip(design @ exponent, *EXPONENTS)
     along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]
     rng = np.random.default_rng([seed, 3])
     draws = []
     for _ in range(DRAWS):
         noisy = bend(plain + SPREAD * torch.from_numpy(rng.standard_normal(scores.shape)), bent)[0].numpy()
-        log_rate = offset + exponent * depth + found[:, 1] * noisy
+        log_rate = offset + exponents * depth + found[:, 1] * noisy
         noise = [rng.standard_normal((a.shape[1], size)) for a, size in zip(along, sizes, strict=True)]
         log_rate += np.hstack([a @ e - 0.5 * np.square(a).sum(1, keepdims=True) for a, e in zip(along, noise, strict=True)])
         rate = np.exp(np.clip(log_rate, -20, 20))
@@ -254,7 +256,7 @@ def _hyper_priors(
     parameters = learn_parameters(likelihood, inner_genes, z)
     say(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f} + {slope[1]:.2f} log share, "
-        f"sd {slope[2]:.2f}; depth {exponent:.2f}; bend {bent:g}; "
+        f"sd {slope[2]:.2f}; depth {exponent[0]:.2f} + {exponent[1]:.2f} log share; bend {bent:g}; "
         + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
         + f"; pattern error {np.linalg.norm(hyper.error):.2f} along directions, {hyper.wave_error:.2f} in space"
     )

@@ -15,7 +15,7 @@ from ppl_st.models.common.counts import bend
 from ppl_st.models.vista.batches import Batch
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
 from ppl_st.models.vista.config import Config
-from ppl_st.models.vista.inner import Hyper
+from ppl_st.models.vista.inner import EXPONENTS, Hyper
 from ppl_st.networks import MLP, GraphAttention
 from ppl_st.observation import find
 
@@ -119,9 +119,10 @@ class Model(PyroModule):
         if "log_gain" in drawn:
             level = level + drawn["log_gain"][self.parent[genes]]
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
-        log_depth = torch.tensor(self.spec.depth).log()
-        depth = log_depth + self.spec.hyper.depth * (log_total - log_depth)
-        return (depth[:, None] + level + slope * bend(score, self.spec.hyper.bend)[0]).clamp(*LOG_RATE)
+        log_depth, hyper = torch.tensor(self.spec.depth).log(), self.spec.hyper
+        exponent = (hyper.depth[0] + hyper.depth[1] * (self.covariate[self.parent[genes]] - hyper.covariate_mean)).clamp(*EXPONENTS)
+        depth = log_depth + exponent * (log_total - log_depth)[:, None]  # [n, g]
+        return (depth + level + slope * bend(score, self.spec.hyper.bend)[0]).clamp(*LOG_RATE)
 
     def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
         """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""
