@@ -1,4 +1,4 @@
-"""A process over the reference's cells (`ppl_st.models.common.process`): what lines cannot say, in SpaIM's map and in a stored run."""
+"""A process over the reference's cells (`ppl_st.models.common.process`): what lines cannot say, in the maps of three methods and in a stored run."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ import ppl_st
 from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.randomness import rng_scope
+from ppl_st.models import vista
 from ppl_st.models.common.cells import log_normalise, median_depth
 from ppl_st.models.common.process import process
 from ppl_st.models.spaim import Config
@@ -55,7 +56,7 @@ def test_it_finds_what_no_line_does_whatever_the_gains_of_the_genes(gain):
     (target, rate), (reference, _) = ring(700, 3, gain=gain), ring(900, 4)
     data, found, phi = fitted(target[:, :30].copy(), reference)
     np.testing.assert_allclose(phi.mean(0), 0, atol=1e-3)
-    assert correlation(phi @ found.beta, np.log(rate[:, 30:])).min() > 0.85
+    assert correlation(phi @ found.field.beta, np.log(rate[:, 30:])).min() > 0.85
     logs = log_normalise(sp.csr_matrix(reference.X), np.asarray(reference.X[:, :30].sum(1)).ravel(), median_depth(data.totals)).toarray()
     line = np.linalg.lstsq(logs[:, :30] - logs[:, :30].mean(0), logs[:, 30:] - logs[:, 30:].mean(0), rcond=None)[0]
     seen = log_normalise(data.counts, data.totals, median_depth(data.totals)).toarray()
@@ -69,7 +70,7 @@ def test_weights_and_their_doubt_are_those_of_ridge_in_feature_space():
     logs = data.reference.toarray().astype(np.float64)
     z = (logs[:, data.panel] - logs[:, data.panel].mean(0)) / logs[:, data.panel].std(0)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    phi = np.exp(-(2 - 2 * z @ found.marks.T.astype(np.float64)) / found.width) @ found.root
+    phi = np.exp(-(2 - 2 * z @ found.field.marks.T.astype(np.float64)) / found.field.width) @ found.field.root
     phi -= phi.mean(0)
     y = logs[:, 30:36]
     y = (y - y.mean(0)) / y.std(0)
@@ -79,7 +80,7 @@ def test_weights_and_their_doubt_are_those_of_ridge_in_feature_space():
         beta, hat = inverse @ phi.T @ y, phi @ inverse @ phi.T
         noise = np.square(y - phi @ beta).sum(0) / (len(y) - 1 - np.trace(hat))
         sd = np.sqrt(np.diag(inverse)[:, None] * noise)
-        errors.append([np.abs(beta - found.beta).max() / np.abs(beta).max(), np.abs(sd / found.beta_sd - 1).max()])
+        errors.append([np.abs(beta - found.field.beta).max() / np.abs(beta).max(), np.abs(sd / found.field.beta_sd - 1).max()])
     mean, sd = np.array(errors).T
     assert mean.min() < 0.02 and np.sort(mean)[1] > 2 * mean.min()
     assert sd[mean.argmin()] < 0.02 and sd[mean.argmin()] == sd.min()
@@ -109,7 +110,7 @@ def test_draws_of_loadings_have_the_posteriors_mean_and_variance_and_a_small_ref
     assert doubt[60] > 2 * doubt[600] > 0
 
 
-@pytest.mark.parametrize("method", ["spaim", "spagene"])
+@pytest.mark.parametrize("method", ["spaim", "spagene", "vista"])
 def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_it(method, tmp_path):
     """Some panel genes have a frequency of their own, as the hidden ones have: on them the share is learned."""
     often = (1,) * 20 + (2, 4, 6, 8, 3, 5, 7)
@@ -118,11 +119,11 @@ def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_
     target = target[:, :24].copy()
     runs = {}
     for share in ("auto", "0.0"):
-        settings = ["smoothing=0.0", f"process={share}"] + ["clusters=8"] * (method == "spaim")
+        settings = [f"process={share}"] + {"vista": ["graph=none"], "spaim": ["smoothing=0.0", "clusters=8"], "spagene": ["smoothing=0.0"]}[method]
         run = ppl_st.fit(method, target=target, reference=reference, overrides=settings, seed=0, out=tmp_path / share)
         runs[share] = run, run.predict(hidden, draws=8)
     run, first = runs["auto"]
-    shares = [(one.spec.hyper if method == "spaim" else one.spec.hypers[0]).share for one, _ in runs.values()]
+    shares = [(one.spec.hypers[0] if method == "spagene" else one.spec.hyper).share for one, _ in runs.values()]
     assert shares[0] > 0 and shares[1] == 0
     better, plain = (correlation(np.log(runs[k][1].layers["rate_mean"]), np.log(rate[:, 24:])).mean() for k in ("auto", "0.0"))
     assert better > 0.6 and better > plain + 0.3, (better, plain)
@@ -135,6 +136,39 @@ def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_
     assert np.isfinite(measured.layers["rate_mean"]).all() and (np.asarray(first.layers["rate_sd"]) > 0).all()
 
 
+def test_vista_mixes_map_and_process_to_scores_of_unit_spread_and_leaves_measured_genes_alone():
+    (target, _), (reference, _) = ring(500, 3), ring(400, 4)
+    run = ppl_st.fit("vista", target=target[:, :30].copy(), reference=reference, overrides=["process=0.4", "fit.steps=4", "penalty=3"], seed=0)
+    predictor = vista.Predictor(run.pair, run.data, run.config, run.spec)
+    model = predictor.models[0]
+    loc, _, _, phi, _ = predictor.local(predictor.at(np.arange(500)), 0)
+    with torch.no_grad():
+        own = (loc @ model.decoder).numpy()
+        beyond = (phi @ torch.from_numpy(model.process.beta) - model.center).numpy()
+    score = model.own.numpy() * own + model.beside.numpy() * beyond
+    np.testing.assert_allclose(score.std(0), 1, atol=0.05)
+    np.testing.assert_allclose(score.mean(0)[30:], own.mean(0)[30:] * model.own.numpy()[30:], atol=0.01)
+    assert (model.own[:30] == 1).all() and (model.beside[:30] == 0).all() and (model.beside[30:] > 0).all()
+    parts = (model.own * torch.from_numpy(own.std(0)))[30:] / 0.6, (model.beside * torch.from_numpy(beyond.std(0)))[30:] / 0.4
+    torch.testing.assert_close(*parts, rtol=0.05, atol=0)  # the shares that were asked for
+
+
+def test_vista_standardises_the_rows_of_its_process_within_batches():
+    """Two batches of the target, in which genes have gains of their own: as a cell of one batch, so of two."""
+    often = (1,) * 20 + (2, 4, 6, 8, 3, 5, 7)
+    (target, rate), (reference, _) = ring(800, 3, often), ring(800, 4, often)
+    gains = np.exp(np.random.default_rng(5).normal(0, 1.0, (2, 24)))
+    side = np.arange(800) % 2
+    target = target[:, :24].copy()
+    target.X = sp.csr_matrix(np.random.default_rng(6).poisson(rate[:, :24] * gains[side]).astype(np.float32))
+    target.obs["slide"], reference.obs["slide"] = np.array(["a", "b"])[side], "c"
+    settings, found = ["graph=none", "process=0.8", "fit.steps=4"], {}
+    for key in ("null", "slide"):
+        run = ppl_st.fit("vista", target=target, reference=reference, overrides=[*settings, *(["batch_key=slide"] if key == "slide" else [])], seed=0)
+        found[key] = correlation(np.log(run.predict(["g24", "g25", "g26"], draws=8).layers["rate_mean"]), np.log(rate[:, 24:])).mean()
+    assert found["slide"] > 0.6 and found["slide"] > found["null"] + 0.05, found
+
+
 def test_a_handful_of_reference_cells_a_constant_gene_and_an_empty_cell():
     (target, _), (reference, _) = ring(60, 3), ring(15, 4)
     counts = target.X.toarray()
@@ -144,8 +178,8 @@ def test_a_handful_of_reference_cells_a_constant_gene_and_an_empty_cell():
     other[:, [2, 33]] = 0
     reference.X = sp.csr_matrix(other)
     _, found, phi = fitted(target[:, :30].copy(), reference)
-    assert phi.shape[1] <= 15 and np.isfinite(phi).all() and np.isfinite(found.beta).all()
-    assert (found.beta[:, 3] == 0).all()  # a gene that does not vary in the reference
+    assert phi.shape[1] <= 15 and np.isfinite(phi).all() and np.isfinite(found.field.beta).all()
+    assert (found.field.beta[:, 3] == 0).all()  # a gene that does not vary in the reference
 
 
 def test_a_share_that_was_set_is_kept_by_a_panel_without_inner_genes_and_one_beyond_1_is_refused():

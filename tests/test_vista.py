@@ -23,7 +23,7 @@ from ppl_st.pooling import draws_of, log_fold_change, pooled
 from ppl_st.prepare.vista import anchors, new_cells, problem
 from ppl_st.simulate import spatial_field
 
-FAST = ["chains=1", "penalty=3", "reweight=false", "fit.steps=4", "batch_cells=64", "neighbors=6"]
+FAST = ["chains=1", "penalty=3", "reweight=false", "process=0", "fit.steps=4", "batch_cells=64", "neighbors=6"]  # process: test_process.py
 GRAPHS = ("none", "kl_only", "posterior", "prior")
 
 

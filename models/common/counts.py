@@ -88,7 +88,7 @@ class Codes(NamedTuple):
         draws, variance = doubt * (self.draws - self.mean) + (1 - share) * self.mean, doubt**2 * self.variance
         if self.process is None:
             return self._replace(draws=draws, variance=variance)
-        beta, sd = share * self.process.beta, share * self.process.beta_sd
+        beta, sd = share * self.process.field.beta, share * self.process.field.beta_sd
         noise = np.random.default_rng(len(beta)).standard_normal((len(self.draws), *beta.shape), dtype=np.float32)
         mean, variance = np.vstack([(1 - share) * self.mean, beta]), np.vstack([variance, sd**2])
         return self._replace(mean=mean, variance=variance, draws=np.concatenate([draws, beta + sd * noise], 1))

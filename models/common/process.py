@@ -14,7 +14,7 @@ how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.co
 n target cells, M reference cells, P panel genes, L landmarks, F features, g genes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -41,29 +41,39 @@ JITTER = 1e-6
 Floats = NDArray[np.float64]
 
 
-class Process(NamedTuple):
-    """The fitted process; `places` gives the features of target cells, ``beta`` the weights of the genes asked for."""
+class Field(NamedTuple):
+    """Genes regressed on the features of rows of unit length."""
 
+    marks: NDArray[np.float32]  # [L, P] landmarks
+    width: float  # 2 l m
+    root: NDArray[np.float32]  # [L, F]
+    beta: NDArray[np.float32]  # [F, g] posterior mean of the weights of the genes asked for
+    beta_sd: NDArray[np.float32]  # [F, g] and standard deviation
+
+    def features(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """phi [n, F] of rows [n, P]."""
+        return np.asarray(_kernel(rows, self.marks, self.width) @ self.root)
+
+
+class Process(NamedTuple):
+    """A field over the reference's cells, and how target cells are placed in it."""
+
+    field: Field
     columns: NDArray[np.int64]  # [P] of the panel in the target
     mean: Floats  # [P] of the log-normalised target
     sd: Floats  # [P]
     depth: float
-    marks: NDArray[np.float32]  # [L, P] landmarks
-    width: float  # 2 l m
-    root: NDArray[np.float32]  # [L, F]
     center: NDArray[np.float32]  # [F]
-    beta: NDArray[np.float32]  # [F, g] posterior mean
-    beta_sd: NDArray[np.float32]  # [F, g] and standard deviation
 
     def places(self, counts: sp.csr_matrix) -> NDArray[np.float32]:
-        """phi [n, F] of target cells with all genes of the target."""
-        found = np.empty((counts.shape[0], self.root.shape[1]), np.float32)
+        """phi [n, F] of target cells with all genes of the target, centered."""
+        found = np.empty((counts.shape[0], len(self.center)), np.float32)
         step = max(64, DENSE // len(self.columns))
         for start in range(0, len(found), step):
             part = slice(start, start + step)
             panel = counts[part][:, self.columns]
             logs = log_normalise(panel, all_counts(panel), self.depth)
-            found[part] = _kernel(_unit(logs, self.mean, self.sd), self.marks, self.width) @ self.root - self.center
+            found[part] = self.field.features(_unit(logs, self.mean, self.sd)) - self.center
         return found
 
 
@@ -84,7 +94,7 @@ class Part(nn.Module):
     def __init__(self, found: Process | None, share: float, genes: int) -> None:
         super().__init__()
         self.fitted, self.share = found, share
-        for name, value in (("beta", found and found.beta), ("sd", found and found.beta_sd)):
+        for name, value in (("beta", found and found.field.beta), ("sd", found and found.field.beta_sd)):
             part = torch.zeros(0, genes) if value is None else share * torch.from_numpy(value)
             self.register_buffer(name, part, persistent=False)
 
@@ -104,16 +114,31 @@ def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], s
     """Fit to the log-normalised ``reference`` [M, G], from the shared genes to ``genes`` [g]."""
     rng = np.random.default_rng([seed, 12])
     panel = data.panel
-    logs = sp.csr_matrix(reference)[np.sort(rng.permutation(reference.shape[0])[: min(CELLS, ENTRIES // len(panel))])]
+    logs = sp.csr_matrix(reference)[some_cells(reference.shape[0], len(panel), rng)]
     mean, sd = moments(logs)
-    inside = _unit(logs[:, panel], mean[panel], sd[panel])
+    unseen = np.flatnonzero(~np.isin(genes, panel))
+    found = field(_unit(logs[:, panel], mean[panel], sd[panel]), logs[:, genes], unseen, rng)
+    depth = median_depth(data.totals)
+    own = moments(log_normalise(data.counts[:, data.columns], data.totals, depth))
+    fitted = Process(found, data.columns, *own, depth, np.zeros(found.root.shape[1], np.float32))
+    rows = np.sort(rng.permutation(data.counts.shape[0])[:CENTER])
+    return fitted._replace(center=fitted.places(data.counts[rows]).mean(0))
+
+
+def some_cells(n: int, panel: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Rows of the reference that a field is fitted to."""
+    return np.sort(rng.permutation(n)[: min(CELLS, ENTRIES // panel)])
+
+
+def field(inside: NDArray[np.float32], outputs: sp.csr_matrix, unseen: NDArray[np.int64], rng: np.random.Generator) -> Field:
+    """Fit log-normalised genes [M, g] to rows of unit length [M, P]; lengthscale and penalty are those that suit the columns ``unseen``."""
     marks = inside[np.sort(rng.permutation(len(inside))[:LANDMARKS])]
     apart = _squares(marks, marks)
     median = float(np.median(apart[np.triu_indices(len(apart), 1)])) or 1.0
-    unseen = np.flatnonzero(~np.isin(genes, panel))
-    judged = unseen if len(unseen) else np.arange(len(genes))
+    _, sd = moments(outputs)
+    judged = unseen if len(unseen) else np.arange(outputs.shape[1])
     judged = judged[:: -(-len(judged) // JUDGED)]
-    outputs = logs[:, genes[judged]]
+    some = outputs[:, judged]
     best: tuple[float, float, float, Floats, Floats, NDArray[np.float32]] | None = None
     for length in LENGTHSCALES:
         width = 2 * length * median
@@ -123,7 +148,7 @@ def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], s
         phi -= phi.mean(0)
         strength, rotation = scipy.linalg.eigh(phi.T.astype(np.float64) @ phi)
         strength = np.maximum(strength, 0.0)
-        square = np.square(rotation.T @ _moments(phi, outputs, sd[genes[judged]]))  # [F, judged]
+        square = np.square(rotation.T @ _moments(phi, some, sd[judged]))  # [F, judged]
         for penalty in PENALTIES:
             keep = strength / (strength + penalty)
             freedom = (keep.sum() + 1) / len(inside)
@@ -133,17 +158,11 @@ def process(data: Problem, reference: sp.csr_matrix, genes: NDArray[np.int64], s
     assert best is not None
     _, width, penalty, half, rotation, phi = best
     root, phi = half @ rotation, phi @ rotation.astype(np.float32)
-    found, strength = _moments(phi, logs[:, genes], sd[genes]), np.square(phi, dtype=np.float64).sum(0)[:, None]
+    found, strength = _moments(phi, outputs, sd), np.square(phi, dtype=np.float64).sum(0)[:, None]
     whole = strength + penalty
     freedom = min(float((strength / whole).sum() + 1), FREEDOM * len(phi))
     noise = np.maximum(len(phi) - ((1 + penalty / whole) / whole * np.square(found)).sum(0), 0) / (len(phi) - freedom)  # s_g^2
-    depth = median_depth(data.totals)
-    own = moments(log_normalise(data.counts[:, data.columns], data.totals, depth))
-    start = np.zeros(root.shape[1], np.float32)
-    beta, beta_sd = (one.astype(np.float32) for one in (found / whole, np.sqrt(noise / whole)))
-    fitted = Process(data.columns, *own, depth, marks, width, root.astype(np.float32), start, beta, beta_sd)
-    rows = np.sort(rng.permutation(data.counts.shape[0])[:CENTER])
-    return fitted._replace(center=fitted.places(data.counts[rows]).mean(0))
+    return Field(marks, width, *(one.astype(np.float32) for one in (root, found / whole, np.sqrt(noise / whole))))
 
 
 def _unit(logs: sp.csr_matrix, mean: Floats, sd: Floats) -> NDArray[np.float32]:
@@ -151,9 +170,13 @@ def _unit(logs: sp.csr_matrix, mean: Floats, sd: Floats) -> NDArray[np.float32]:
     found = np.empty(logs.shape, np.float32)
     step = max(64, DENSE // logs.shape[1])
     for start in range(0, len(found), step):
-        x = (logs[start : start + step].toarray() - mean) / sd
-        found[start : start + step] = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+        found[start : start + step] = unit((logs[start : start + step].toarray() - mean) / sd)
     return found
+
+
+def unit(x: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows [n, P] scaled to unit length."""
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9), dtype=np.float32)
 
 
 def _squares(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:

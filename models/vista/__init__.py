@@ -9,7 +9,9 @@ GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes 
     x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB); A without its last row there,
     delta_g, k_g, log theta'_g ~ Normal(hyper-priors learned on inner held-out genes)    gain, slope, inverse dispersion in the target
     x'_ig          ~ NB(l'_i^a_g exp(b_g + delta_g + k_g bend((z_i A)_g)), theta'_g)     spatial counts; l' the cell's total, a_g its exponent;
-                                                                                 bend: `ppl_st.models.common.counts`
+                                                                                 bend: `ppl_st.models.common.counts`. Of an unmeasured
+                                                                                 gene z_i A is mixed with a process over the reference's
+                                                                                 cells (`process.py`)
     "adversary"    factor -kappa N loss of a critic that tells the two sides' z apart (off by default)
 
 GUIDE
@@ -72,6 +74,7 @@ from ppl_st.models.vista.closed import (
 from ppl_st.models.vista.config import PRESETS, Config
 from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
 from ppl_st.models.vista.model import RESERVED, Guide, Model, Spec, build, sides
+from ppl_st.models.vista.process import fit_process, weigh
 from ppl_st.observation import find
 
 __all__ = [
@@ -86,7 +89,7 @@ MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn set
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, fit the closed-form map of every chain, and return the initialised ensemble with its specification."""
     likelihood = find(config.likelihood, RESERVED)
-    settings = {"penalty": config.penalty, "reweight": config.reweight, "denoise": config.denoise, "common": config.common}
+    settings = {"penalty": config.penalty, "reweight": config.reweight, "denoise": config.denoise, "common": config.common, "process": config.process}
     fixed = {name: None if value == "auto" else float(value) for name, value in settings.items()}
     fixed["mix"] = None if config.graph in ("prior", "posterior") else 0.0
     if config.map == "closed" and len(data.panel) >= MIN_INNER_PANEL:
@@ -154,12 +157,24 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             for side in (model, guide):
                 if hasattr(side, "gate"):
                     side.gate.fill_(float(np.arctanh(hyper.mix)))
+            attach(pair, data)
+            if model.process is not None:
+                weights_of = weigh(data, mine, model.process, z, model.decoder.numpy().astype(np.float64), hyper.share, hyper.mix, rng)
+                for name, value in weights_of._asdict().items():
+                    _write(getattr(model, name), value)
         for name, (loc, _) in model.priors().items():
             getattr(guide, f"{name}_loc").copy_(loc)
         if "log_gain" in model.priors():
             counts = np.asarray(data.counts.sum(0), dtype=np.float64).ravel() + 0.5
             observed = torch.from_numpy(np.log(counts / counts.sum())).float()
             guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
+
+
+def attach(pair: Pair, data: Data) -> None:
+    """Give the pair its process over the reference's cells, where it has a share of one."""
+    model, _ = sides(pair)
+    if model.closed and model.spec.hyper.share > 0:
+        model.process = fit_process(data, np.arange(data.reference.shape[1]), model.config.fit.seed)
 
 
 def _write(to: Tensor, value: NDArray[Any]) -> None:
@@ -172,6 +187,8 @@ def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
         pair = ensemble([build(config, spec) for _ in range(chains)])
     for side in pair:
         side.eval()  # stored weights are for prediction: no dropout
+    for chain in chains_of(pair):
+        attach(chain, data)
     return pair
 
 
@@ -253,24 +270,25 @@ class Predictor:
         """Rows of the result that the batch owns."""
         return batch.rows.numpy()
 
-    def local(self, batch: Batch, chain: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Location and scale of q(z) of the owned cells, their log totals, and along what patterns err, in sd of the log rate."""
+    def local(self, batch: Batch, chain: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Location and scale of q(z) of the owned cells, their log totals, features of the process, and along what patterns err, in sd of the log
+        rate."""
         with torch.no_grad():
             loc, scale = self.guides[chain].states(batch)
-            along = None
+            phi, along = self.guides[chain].features(batch), None
             if self.models[chain].closed:
                 features = torch.cat([self.guides[chain].places(batch), torch.from_numpy(self.data.waves[batch.rows.numpy()])], 1)
                 along = features * torch.from_numpy(self.loads).float()  # [n, q + K]
-            return loc, scale, batch.total[: len(batch.rows)].log(), along
+            return loc, scale, batch.total[: len(batch.rows)].log(), phi, along
 
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
         """p(count | draw): states are drawn here; the error of an unmeasured gene's pattern is the same in all blocks of cells."""
-        loc, scale, log_total, along = local
+        loc, scale, log_total, phi, along = local
         model, error = self.models[chain], 0.0
         if along is not None:
             error = along @ self.noise(int(drawn["gene_key"]), tuple(genes.tolist())) - 0.5 * along.square().sum(1, keepdim=True)
             error = error * (1 - model.measured[genes])
-        return model.count_dist(drawn, loc + scale * torch.randn_like(loc), log_total, genes, error)
+        return model.count_dist(drawn, loc + scale * torch.randn_like(loc), log_total, genes, phi, error)
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

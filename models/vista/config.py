@@ -36,6 +36,8 @@ class Config:
     denoise: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     # weight of what all genes of a spatial cell have in common (closed map)
     common: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
+    # share of the process over the reference's cells in the score of an unmeasured gene (closed map)
+    process: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     target_weight: float = field(default=1.0, metadata={"gt": 0})  # of the spatial log-likelihood
     reference_weight: float = field(default=1.0, metadata={"gt": 0})
     batch_cells: int = field(default=256, metadata={"ge": 0})  # spatial cells per minibatch; 0 = all

@@ -1,7 +1,8 @@
 r"""What inner held-out genes teach: settings of the closed-form map, and the hyper-priors of genes that nobody measured.
 
 Panel genes are hidden from the map in folds and predicted in the target: exactly the situation of an unmeasured gene. On them are chosen the
-penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, and ``common``; learned on them are the hyper-priors of
+penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, ``common`` and then the share of the process over the
+reference's cells (`process.py`); learned on them are the hyper-priors of
 gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
 likelihood's parameters. A score is bent (`ppl_st.models.common.counts.bend`) before its slope makes a log rate of it.
 
@@ -28,7 +29,7 @@ from scipy.special import logsumexp
 
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
 from ppl_st.models.common.counts import LOG_THETA, bend
-from ppl_st.models.common.inner import BENDS, climb
+from ppl_st.models.common.inner import BENDS, SHARES, climb
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,
@@ -47,6 +48,7 @@ from ppl_st.models.vista.closed import (
     totals_of,
     weights,
 )
+from ppl_st.models.vista.process import fit_process, unit_rows
 from ppl_st.observation import Likelihood
 
 Say = Callable[[str], None]
@@ -71,6 +73,7 @@ class Hyper(NamedTuple):
     denoise: float  # share of the panel that is read off the directions of all genes of the target
     mix: float  # share of the neighbors' mean state
     common: float  # weight of what all genes have in common
+    share: float  # of the process over the reference's cells
     depth: list[float]  # exponent of a cell's total in the rate of a gene: mean, slope by covariate
     bend: float  # of a gene's score in its log rate
     covariate_mean: float  # of the log share in the reference
@@ -93,7 +96,7 @@ class _Scores(NamedTuple):
         """Standardised scores of the map and of what genes have in common, [rows, genes] each."""
         plain, smooth, common = (1 - mix) * self.own + mix * self.around
         score = (1 - denoise) * plain + denoise * smooth
-        return tuple((x - x.mean(0)) / np.maximum(x.std(0), 1e-9) for x in (score, common))
+        return _standardised(score), _standardised(common)
 
 
 def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], seed: int, say: Say) -> Hyper:
@@ -120,6 +123,8 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
     correlations: dict[tuple[float, ...], list[Floats]] = {}
     states: dict[tuple[float, float], list[_Scores]] = {}
     places: list[tuple[Floats, Floats]] = []
+    curves: list[tuple[Floats, Floats]] = []  # of the process: [rows, genes], and the same averaged over neighbors
+    process_shares = options("process", SHARES)
     for inner, genes in zip(folds, judged, strict=True):
         kept = np.setdiff1d(np.arange(p), inner)
         sub = data._replace(
@@ -138,6 +143,10 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
         columns = ridges.shape[1]
         u = read[:, columns + 1 :]
         places.append((u[rows_of], mixer @ u))
+        if max(process_shares) > 0:
+            process = fit_process(sub, data.panel[genes], seed)
+            curve: Floats = (process.features(unit_rows(measured, batch, mine, len(kept))) @ process.beta).astype(np.float64)
+            curves.append((curve[rows_of], mixer @ curve))
         found = np.stack([read[:, :columns], u @ (loadings[: len(kept)].T @ ridges)])
         for k, key in enumerate(maps):
             part = slice(k * width, (k + 1) * width)
@@ -152,23 +161,40 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
                     correlations.setdefault((*key, denoise, mix, float(weight)), []).append(one)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
     best = max(means, key=lambda key: means[key])
-    names = ("reweight", "penalty", "denoise", "mix", "common", "inner genes")
-    candidates = [dict(zip(names, (*key, value), strict=True)) for key, value in means.items()]
-    chosen = dict(zip(names, (*best, means[best]), strict=True))
+    predicted = []
+    for score in states[best[0], best[1]]:
+        x, common = score.parts(*best[2:4])
+        predicted.append(_standardised(x + best[4] * common))
+    steps = [_standardised((1 - best[3]) * own + best[3] * around) for own, around in curves]
+
+    def with_process(share: float) -> list[Floats]:
+        return [(1 - share) * x + share * p for x, p in zip(predicted, steps, strict=True)] if share > 0 else predicted
+
+    def tried(share: float) -> float:
+        pairs = zip(judged, with_process(share), strict=True)
+        means[*best, share] = float(np.mean(np.concatenate([_correlation(truth[:, genes], x) for genes, x in pairs])))
+        return means[*best, share]
+
+    share = climb(process_shares, tried)
+    names = ("reweight", "penalty", "denoise", "mix", "common", "share", "inner genes")
+    candidates = [dict(zip(names, (*(*key, 0.0)[:6], value), strict=True)) for key, value in means.items()]
+    chosen = dict(zip(names, (*best, share, means.get((*best, share), means[best])), strict=True))
     say(
         f"inner held-out genes: penalty {chosen['penalty']:g}, reweighted {bool(chosen['reweight'])}, panel {chosen['denoise']:.0%} denoised, "
-        f"{chosen['mix']:.0%} from neighbors, {chosen['common']:g} of what genes share, correlation {means[best]:.3f}"
+        f"{chosen['mix']:.0%} from neighbors, {chosen['common']:g} of what genes share, {share:.0%} of a process over the reference's cells, "
+        f"correlation {chosen['inner genes']:.3f}"
     )
-    share = shares(data.measured)
-    predicted, depth = [], []
-    for inner, score in zip(folds, states[best[0], best[1]], strict=True):
-        x, common = score.parts(*best[2:4])
-        predicted.append(x + best[4] * common)
-        seen = np.setdiff1d(np.arange(len(share)), inner)
-        total = np.log(totals_of(data.measured[rows][:, seen]) / share[seen].sum())
+    shares_of_counts, depth = shares(data.measured), []
+    for inner, x in zip(folds, predicted, strict=True):
+        seen = np.setdiff1d(np.arange(len(shares_of_counts)), inner)
+        total = np.log(totals_of(data.measured[rows][:, seen]) / shares_of_counts[seen].sum())
         depth.append(np.repeat(total[:, None], x.shape[1], 1))
     mixed = [standard_places((1 - chosen["mix"]) * own + chosen["mix"] * around) for own, around in places]
-    return _hyper_priors(data, likelihood, chosen, judged, predicted, depth, mixed, rows, candidates, seed, say)
+    return _hyper_priors(data, likelihood, chosen, judged, with_process(share), depth, mixed, rows, candidates, seed, say)
+
+
+def _standardised(x: Floats) -> Floats:
+    return np.asarray((x - x.mean(0)) / np.maximum(x.std(0), 1e-9))
 
 
 def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None]) -> Hyper:
@@ -177,8 +203,8 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
     return Hyper(
-        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], [1.0, 0.0], 0.0, center, [0.0, 0.0, 1.0],
-        [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],
+        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0, center,
+        [0.0, 0.0, 1.0], [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
 
@@ -211,6 +237,7 @@ def _hyper_priors(
     depth = np.hstack(log_depth) - median  # [rows, genes]
     share = log_share(data)
     scores = np.hstack(predicted)
+    spread = SPREAD * (1 - chosen["share"]) / (scores.std(0) + 1e-9)  # states are uncertain, features of the process are not
     scores /= scores.std(0) + 1e-9
     plain = torch.from_numpy(scores)
     panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
@@ -238,15 +265,15 @@ def _hyper_priors(
     error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
     gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
     hyper = Hyper(
-        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], exponent.tolist(), bent,
-        float(share.mean()), gain, slope, {}, *error, candidates,
+        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], chosen["share"],
+        exponent.tolist(), bent, float(share.mean()), gain, slope, {}, *error, candidates,
     )  # fmt: skip
     exponents = np.clip(design @ exponent, *EXPONENTS)
     along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]
     rng = np.random.default_rng([seed, 3])
     draws = []
     for _ in range(DRAWS):
-        noisy = bend(plain + SPREAD * torch.from_numpy(rng.standard_normal(scores.shape)), bent)[0].numpy()
+        noisy = bend(plain + torch.from_numpy(spread * rng.standard_normal(scores.shape)), bent)[0].numpy()
         log_rate = offset + exponents * depth + found[:, 1] * noisy
         noise = [rng.standard_normal((a.shape[1], size)) for a, size in zip(along, sizes, strict=True)]
         log_rate += np.hstack([a @ e - 0.5 * np.square(a).sum(1, keepdims=True) for a, e in zip(along, noise, strict=True)])

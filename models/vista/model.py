@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ppl_st.inference.adversary import Kind, generator_loss, logits
 from ppl_st.inference.svi import Pair
 from ppl_st.models.common.counts import bend
+from ppl_st.models.common.process import Field, unit
 from ppl_st.models.vista.batches import Batch
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
 from ppl_st.models.vista.config import Config
@@ -50,6 +51,9 @@ class Model(PyroModule):
     library: Tensor  # [batches, 2]
     covariate: Tensor  # [G]
     level: Tensor  # [G]
+    own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
+    beside: Tensor  # [G]
+    center: Tensor  # [G]
     DIMS = {  # noqa: RUF012
         "log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",), "gene_key": (),
     }  # fmt: skip
@@ -71,6 +75,9 @@ class Model(PyroModule):
         self.register_buffer("library", torch.tensor(spec.library))
         self.register_buffer("covariate", torch.zeros(genes))  # log share in the reference
         self.register_buffer("level", torch.zeros(genes))  # log of the gene's share of the reference's panel counts
+        self.process: Field | None = None  # over the reference's cells; `attach`
+        for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0)):
+            self.register_buffer(name, torch.full((genes,), value))
         decoder = torch.zeros(d, genes) if self.closed else nn.init.xavier_uniform_(torch.empty(d, genes))
         self.decoder = nn.Parameter(decoder, requires_grad=not self.closed)  # A
         self.bias = nn.Parameter(torch.zeros(genes))  # of the reference's log rates, beside the level
@@ -108,14 +115,17 @@ class Model(PyroModule):
 
     # ---- rates ----
 
-    def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor) -> Tensor:
-        """Log rate of ``genes`` [g] in spatial cells with states z [n, d] and log totals [n]: [n, g]."""
+    def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, phi: Tensor | None = None) -> Tensor:
+        """Log rate of ``genes`` [g] in spatial cells with states z [n, d], log totals [n] and, if any, features of the process [n, F]: [n, g]."""
         if not self.closed:  # shares are relative to the panel, as in gimVI
             level = self.level + self.bias + (drawn["log_gain"] if "log_gain" in drawn else 0.0)
             panel = z @ self.decoder.index_select(1, self.panel) + level.index_select(0, self.panel)
             own = panel if genes is self.panel else z @ self.decoder[:, genes] + level[genes]
             return (own + (log_total[:, None] - torch.logsumexp(panel, -1, keepdim=True))).clamp(*LOG_RATE)
         score, level = z @ self.decoder[:, genes], self.level[genes]
+        if phi is not None and self.process is not None:
+            beta = torch.from_numpy(self.process.beta[:, genes.numpy()])
+            score = self.own[genes] * score + self.beside[genes] * (phi @ beta - self.center[genes])
         if "log_gain" in drawn:
             level = level + drawn["log_gain"][self.parent[genes]]
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
@@ -203,9 +213,11 @@ class Model(PyroModule):
 
     # ---- prediction ----
 
-    def count_dist(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, error: Tensor | float = 0.0) -> Any:
-        """p(count | draw) of ``genes`` [g] in spatial cells with states z [n, d]; its mean is the rate [n, g], ``error`` is added to its log."""
-        rate = (self.log_rate(drawn, z, log_total, genes) + error).exp()
+    def count_dist(
+        self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, phi: Tensor | None = None, error: Tensor | float = 0.0
+    ) -> Any:
+        """p(count | draw) of ``genes`` [g] in spatial cells, see `log_rate`; its mean is the rate [n, g], ``error`` is added to its log."""
+        rate = (self.log_rate(drawn, z, log_total, genes, phi) + error).exp()
         return self.likelihood(rate, {name: drawn[name][genes] for name in self.likelihood.priors})
 
 
@@ -334,8 +346,7 @@ class Guide(PyroModule):
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Location and scale of q(z) of spatial cells without the graph, [c, d] each."""
         if self.closed:
-            genes = torch.cat([batch.counts, batch.others], 1)
-            loc = _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch]) @ self._encoders(batch.visible)[0]
+            loc = self.z_scores(batch) @ self._encoders(batch.visible)[0]
             return loc, self.log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
         return self._heads(self.shared(self._target_features(batch)))
 
@@ -387,16 +398,31 @@ class Guide(PyroModule):
             return base[: len(batch.rows)], spread[: len(batch.rows)]
         return self.with_graph(base, spread, batch)
 
+    def z_scores(self, batch: Batch) -> Tensor:
+        """Of all measured genes in the context cells [c, A]."""
+        genes = torch.cat([batch.counts, batch.others], 1)
+        return _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch])
+
+    def mixed(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [c, k] of the seeds with their neighbors' share, [B, k]."""
+        own, mix = x[: len(batch.rows)], self.spec.hyper.mix
+        if not mix:
+            return own
+        return torch.where(batch.present.any(1, keepdim=True), own + mix * (neighbor_mean(x, batch) - own), own)
+
     def places(self, batch: Batch) -> Tensor:
         """Places of the seeds [B, q] along the directions of the target, with their neighbors' share, in standard deviations."""
-        genes = torch.cat([batch.counts, batch.others], 1)
-        x = _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch])
         inner = torch.eye(self.loadings.shape[1]) + self.loadings.T @ self.loadings
-        u = x @ torch.linalg.solve(inner, self.loadings.T).T
-        own, mix = u[: len(batch.rows)], self.spec.hyper.mix
-        if mix:
-            own = torch.where(batch.present.any(1, keepdim=True), own + mix * (neighbor_mean(u, batch) - own), own)
-        return ((own - self.place_mean) / self.place_sd).clamp(-FAR, FAR)
+        u = self.z_scores(batch) @ torch.linalg.solve(inner, self.loadings.T).T
+        return ((self.mixed(u, batch) - self.place_mean) / self.place_sd).clamp(-FAR, FAR)
+
+    def features(self, batch: Batch) -> Tensor | None:
+        """phi of the seeds [B, F] with their neighbors' share; None where there is no process."""
+        found = self.model[0].process
+        if found is None:
+            return None
+        rows = unit(self.z_scores(batch)[:, : len(self.spec.panel)].numpy())
+        return self.mixed(torch.from_numpy(found.features(rows)), batch)
 
 
 def _standardise(counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor) -> Tensor:

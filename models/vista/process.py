@@ -1,0 +1,64 @@
+r"""The process over the reference's cells (`ppl_st.models.common.process`) beside the closed-form map: what lines cannot say of a gene.
+
+    a_i      z-scores of a cell's panel genes (`closed.py`), scaled to unit length             target cells and reference cells
+    p_ig     = phi(a_i) . beta_g, mixed with the neighbors' as states are, of unit sd over the target's cells
+    score    = ((1 - s) (z_i A)_g + s p_ig) / its sd                                           of an unmeasured gene; s = 0 of a measured one
+
+s is chosen on inner held-out genes. The process is a function of the stored reference, fitted again when a run is loaded.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from ppl_st.models.common.cells import log_normalise
+from ppl_st.models.common.process import Field, field, some_cells, unit
+from ppl_st.models.vista.batches import Data
+from ppl_st.models.vista.closed import Floats, Moments, mean_of_neighbors, moments, standardise, totals_of
+
+CELLS = 2000  # of the target, over which means and standard deviations are taken
+
+
+class Weights(NamedTuple):
+    """How the process enters the scores [G]: score = own x (z A) + beside x (phi . beta - center)."""
+
+    own: Floats
+    beside: Floats
+    center: Floats
+
+
+def fit_process(data: Data, genes: NDArray[np.int64], seed: int) -> Field:
+    """From the panel to ``genes`` of the reference."""
+    rng = np.random.default_rng([seed, 12])
+    panel = sp.csr_matrix(data.reference[:, data.panel])
+    theirs = moments(panel, data.reference_batch)
+    rows = some_cells(panel.shape[0], len(data.panel), rng)
+    inside = unit_rows(panel[rows], data.reference_batch[rows], theirs)
+    logs = log_normalise(sp.csr_matrix(data.reference[rows][:, genes]), totals_of(panel[rows]), theirs.depth)
+    return field(inside, logs, np.flatnonzero(~np.isin(genes, data.panel)), rng)
+
+
+def unit_rows(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments, panel: int | None = None) -> NDArray[np.float32]:
+    """a [n, P] of cells: the first ``panel`` of their genes, all when None."""
+    starts = range(0, counts.shape[0], 2048)
+    return np.concatenate([unit(standardise(counts[i : i + 2048], batch[i : i + 2048], m)[:, :panel]) for i in starts])
+
+
+def weigh(data: Data, mine: Moments, found: Field, states: Floats, decoder: Floats, share: float, mix: float, rng: np.random.Generator) -> Weights:
+    """Of every gene that the target lacks, given the states [n, d] of its cells and A [d, G], of which every score has unit sd."""
+    rows = np.sort(rng.permutation(data.counts.shape[0])[:CELLS])
+    mixer = mean_of_neighbors(data.graph)[rows]
+    needed = np.union1d(rows, mixer.indices)
+    features = found.features(unit_rows(data.measured[needed], data.batch[needed], mine, len(data.panel)))
+    phi: Floats = (1 - mix) * features[np.searchsorted(needed, rows)] + mix * (mixer[:, needed] @ features)
+    mean, z = phi.mean(0), states[rows] - states[rows].mean(0)
+    phi = phi - mean
+    spread = np.maximum(np.sqrt(np.einsum("fg,fe,eg->g", found.beta, phi.T @ phi / len(rows), found.beta, optimize=True)), 1e-6)
+    together = np.einsum("dg,df,fg->g", decoder, z.T @ phi / len(rows), found.beta, optimize=True) / spread
+    size = np.sqrt((1 - share) ** 2 + share**2 + 2 * share * (1 - share) * np.clip(together, -1, 1))
+    size = np.maximum(size, 0.1)
+    own, beside = (1 - share) / size, share / (size * spread)
+    own[data.panel], beside[data.panel] = 1.0, 0.0
+    return Weights(own, beside, mean @ found.beta)
