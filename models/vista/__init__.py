@@ -56,6 +56,7 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
+from ppl_st.models.common.process import Field
 from ppl_st.models.vista.batches import Batch, Batches, Data
 from ppl_st.models.vista.closed import (
     SPREAD,
@@ -104,18 +105,27 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     mine = moments(data.measured, data.batch)
     panel = [int(g) for g in data.panel]
     spec = Spec(panel, data.measured.shape[1], data.reference.shape[1], len(mine.mean), len(library), library, mine.depth, hyper)
+    process = process_of(config, spec, data)
     pairs = []
     for chain in range(config.chains):
         with rng_scope(seed, "start", chain):
             pair = build(config, spec)
-        initialise(pair, data, seed, chain)
+        initialise(pair, data, seed, chain, process)
         pairs.append(pair)
     return ensemble(pairs), spec
 
 
-def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
-    """Write what is known from the data in closed form into a pair that `build` made."""
+def process_of(config: Config, spec: Spec, data: Data) -> Field | None:
+    """The process over the reference's cells, where it has a share in the scores."""
+    if config.map != "closed" or not spec.hyper.share:
+        return None
+    return fit_process(data, np.arange(data.reference.shape[1]), config.fit.seed)
+
+
+def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | None = None) -> None:
+    """Write what is known from the data in closed form into a pair that `build` made, and give it the ``process``."""
     model, guide = sides(pair)
+    model.process = process
     config, hyper = model.config, model.spec.hyper
     share = log_share(data)
     panel = sp.csr_matrix(data.reference[:, data.panel])
@@ -157,9 +167,8 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             for side in (model, guide):
                 if hasattr(side, "gate"):
                     side.gate.fill_(float(np.arctanh(hyper.mix)))
-            attach(pair, data)
-            if model.process is not None:
-                weights_of = weigh(data, mine, model.process, z, model.decoder.numpy().astype(np.float64), hyper.share, hyper.mix, rng)
+            if process is not None:
+                weights_of = weigh(data, mine, process, z, model.decoder.numpy().astype(np.float64), hyper.share, hyper.mix, rng)
                 for name, value in weights_of._asdict().items():
                     _write(getattr(model, name), value)
         for name, (loc, _) in model.priors().items():
@@ -168,13 +177,6 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int) -> None:
             counts = np.asarray(data.counts.sum(0), dtype=np.float64).ravel() + 0.5
             observed = torch.from_numpy(np.log(counts / counts.sum())).float()
             guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
-
-
-def attach(pair: Pair, data: Data) -> None:
-    """Give the pair its process over the reference's cells, where it has a share of one."""
-    model, _ = sides(pair)
-    if model.closed and model.spec.hyper.share > 0:
-        model.process = fit_process(data, np.arange(data.reference.shape[1]), model.config.fit.seed)
 
 
 def _write(to: Tensor, value: NDArray[Any]) -> None:
@@ -187,8 +189,9 @@ def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
         pair = ensemble([build(config, spec) for _ in range(chains)])
     for side in pair:
         side.eval()  # stored weights are for prediction: no dropout
+    process = process_of(config, spec, data)
     for chain in chains_of(pair):
-        attach(chain, data)
+        sides(chain)[0].process = process
     return pair
 
 

@@ -75,7 +75,7 @@ class Model(PyroModule):
         self.register_buffer("library", torch.tensor(spec.library))
         self.register_buffer("covariate", torch.zeros(genes))  # log share in the reference
         self.register_buffer("level", torch.zeros(genes))  # log of the gene's share of the reference's panel counts
-        self.process: Field | None = None  # over the reference's cells; `attach`
+        self.process: Field | None = None  # over the reference's cells; a function of them, not stored with the weights
         for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0)):
             self.register_buffer(name, torch.full((genes,), value))
         decoder = torch.zeros(d, genes) if self.closed else nn.init.xavier_uniform_(torch.empty(d, genes))
