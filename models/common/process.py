@@ -52,7 +52,8 @@ class Field(NamedTuple):
 
     def features(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """phi [n, F] of rows [n, P]."""
-        return np.asarray(_kernel(rows, self.marks, self.width) @ self.root)
+        step = DENSE // len(self.marks)
+        return np.concatenate([_kernel(rows[i : i + step], self.marks, self.width) @ self.root for i in range(0, max(1, len(rows)), step)])
 
 
 class Process(NamedTuple):
