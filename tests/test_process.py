@@ -138,7 +138,10 @@ def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_
 
 def test_vista_mixes_map_and_process_to_scores_of_unit_spread_and_leaves_measured_genes_alone():
     (target, _), (reference, _) = ring(500, 3), ring(400, 4)
-    run = ppl_st.fit("vista", target=target[:, :30].copy(), reference=reference, overrides=["process=0.4", "fit.steps=4", "penalty=3"], seed=0)
+    target.obsm["spatial"][:100] += 1e5 * np.arange(1, 101)[:, None]  # cells of sections of their own have no neighbors
+    target.obs["slide"] = [f"s{min(i, 100)}" for i in range(500)]
+    settings = ["process=0.4", "fit.steps=4", "penalty=3", "library_key=slide"]
+    run = ppl_st.fit("vista", target=target[:, :30].copy(), reference=reference, overrides=settings, seed=0)
     predictor = vista.Predictor(run.pair, run.data, run.config, run.spec)
     model = predictor.models[0]
     loc, _, _, phi, _ = predictor.local(predictor.at(np.arange(500)), 0)
@@ -151,6 +154,7 @@ def test_vista_mixes_map_and_process_to_scores_of_unit_spread_and_leaves_measure
     assert (model.own[:30] == 1).all() and (model.beside[:30] == 0).all() and (model.beside[30:] > 0).all()
     parts = (model.own * torch.from_numpy(own.std(0)))[30:] / 0.6, (model.beside * torch.from_numpy(beyond.std(0)))[30:] / 0.4
     torch.testing.assert_close(*parts, rtol=0.05, atol=0)  # the shares that were asked for
+    assert any(one["share"] == 0.4 for one in run.spec.hyper.candidates)
 
 
 def test_vista_standardises_the_rows_of_its_process_within_batches():

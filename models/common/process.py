@@ -9,7 +9,7 @@ inside the reference; s_g^2 is what is left there, per degree of freedom. Standa
 in noise between platforms; where a cell lies in the tissue's manifold is what is left.
 
 Where target and reference are alike this beats a linear regression by far (Molecular Cartography, .47 -> .52 of correlation, BENCHMARKS.md);
-how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.common.inner.learn_hyper`).
+how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.common.inner.learn_hyper`; VISTA: `ppl_st.models.vista.inner`).
 
 n target cells, M reference cells, P panel genes, L landmarks, F features, g genes.
 """
@@ -135,7 +135,8 @@ def field(inside: NDArray[np.float32], outputs: sp.csr_matrix, unseen: NDArray[n
     """Fit log-normalised genes [M, g] to rows of unit length [M, P]; lengthscale and penalty are those that suit the columns ``unseen``."""
     marks = inside[np.sort(rng.permutation(len(inside))[:LANDMARKS])]
     apart = _squares(marks, marks)
-    median = float(np.median(apart[np.triu_indices(len(apart), 1)])) or 1.0
+    median = float(np.median(apart[np.triu_indices(len(apart), 1)])) if len(apart) > 1 else 0.0
+    median = median or 1.0
     _, sd = moments(outputs)
     judged = unseen if len(unseen) else np.arange(outputs.shape[1])
     judged = judged[:: -(-len(judged) // JUDGED)]

@@ -17,7 +17,8 @@ units of its sd over the target) + ``common`` x this coordinate. The reference i
 
 WEIGHTS. Reference and target differ in composition (a neuron-enriched reference, a tissue with glia). Each reference cell is weighted by the
 density ratio target / reference of its neighborhood in the space of predictions, by k nearest neighbors, a few damped rounds. Every chain
-multiplies these weights by exponential ones: the Bayesian bootstrap of the reference, which carries its sampling error into the posterior.
+multiplies these weights by exponential ones: the Bayesian bootstrap of the reference, which carries its sampling error into the posterior (that of
+the map: the process beside it, `process.py`, is neither weighted nor drawn again).
 """
 
 from typing import NamedTuple
@@ -229,8 +230,9 @@ def standard_places(u: Floats) -> Floats:
 
 
 def mean_of_neighbors(graph: sp.csr_matrix) -> sp.csr_matrix:
-    """Row-normalised graph."""
-    return sp.csr_matrix(sp.diags(1.0 / np.maximum(np.diff(graph.indptr), 1)) @ graph)
+    """Row-normalised graph; a cell without neighbors is its own."""
+    degree = np.diff(graph.indptr)
+    return sp.csr_matrix(sp.diags(1.0 / np.maximum(degree, 1)) @ graph + sp.diags((degree == 0).astype(np.float64)))
 
 
 def log_share(data: Data) -> Floats:

@@ -36,7 +36,8 @@ def cosine_uncertainty_closed_form(mean: NDArray[Any], variance: NDArray[Any], *
 
 
 def as_reference(run: Any, genes: list[str], *, library: float | None = None, draws: int = 20, seed: int = 0) -> NDArray[np.float32]:
-    """Mean counts that each spatial cell would show as a reference cell, [n, g]: its state, the reference's level, slope and library.
+    """Mean counts that each spatial cell would show as a reference cell, [n, g]: its state (without the process), the reference's level, slope and
+    library.
 
     With a reference of one condition (disease, perturbation) and a target of another this is the paper's transfer: the spatial cells in the
     reference's condition. ``library`` is the total over all genes of the reference (its median when None). A model's answer, not a measurement:

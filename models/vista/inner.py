@@ -48,7 +48,7 @@ from ppl_st.models.vista.closed import (
     totals_of,
     weights,
 )
-from ppl_st.models.vista.process import fit_process, unit_rows
+from ppl_st.models.vista.process import features_of, fit_process
 from ppl_st.observation import Likelihood
 
 Say = Callable[[str], None]
@@ -61,6 +61,8 @@ JUDGED = 60  # inner genes of a fold, at most
 CELLS = 2000  # target cells in which inner genes are judged
 REFERENCE = 10_000  # reference cells that inner genes are predicted from
 DRAWS = 4
+CENTER, PRECISION = np.array([0.0, 0.0, 1.0]), np.array([1e-3, 1.0, 1.0])  # of level, slope and exponent in the regression of one gene
+LEAST_KEPT = 0.05
 EXPONENTS = (0.2, 1.5)  # a gene's exponent of depth lies within
 ERROR = 0.2  # tau where there are no inner genes
 
@@ -145,7 +147,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
         places.append((u[rows_of], mixer @ u))
         if max(process_shares) > 0:
             process = fit_process(sub, data.panel[genes], seed)
-            curve: Floats = (process.features(unit_rows(measured, batch, mine, len(kept))) @ process.beta).astype(np.float64)
+            curve: Floats = (features_of(process, measured, batch, mine, len(kept)) @ process.beta).astype(np.float64)
             curves.append((curve[rows_of], mixer @ curve))
         found = np.stack([read[:, :columns], u @ (loadings[: len(kept)].T @ ridges)])
         for k, key in enumerate(maps):
@@ -158,7 +160,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
                 r = _correlation(truth[:, genes], x) + commons * _correlation(truth[:, genes], common)
                 r /= np.sqrt(1 + commons**2 + 2 * commons * _correlation(x, common))  # [commons, genes] of x + weight x common
                 for weight, one in zip(commons[:, 0], r, strict=True):
-                    correlations.setdefault((*key, denoise, mix, float(weight)), []).append(one)
+                    correlations.setdefault((*key, denoise, mix, float(weight), 0.0), []).append(one)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
     best = max(means, key=lambda key: means[key])
     predicted = []
@@ -171,14 +173,16 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
         return [(1 - share) * x + share * p for x, p in zip(predicted, steps, strict=True)] if share > 0 else predicted
 
     def tried(share: float) -> float:
-        pairs = zip(judged, with_process(share), strict=True)
-        means[*best, share] = float(np.mean(np.concatenate([_correlation(truth[:, genes], x) for genes, x in pairs])))
-        return means[*best, share]
+        key = *best[:5], share
+        if key not in means:
+            pairs = zip(judged, with_process(share), strict=True)
+            means[key] = float(np.mean(np.concatenate([_correlation(truth[:, genes], x) for genes, x in pairs])))
+        return means[key]
 
     share = climb(process_shares, tried)
     names = ("reweight", "penalty", "denoise", "mix", "common", "share", "inner genes")
-    candidates = [dict(zip(names, (*(*key, 0.0)[:6], value), strict=True)) for key, value in means.items()]
-    chosen = dict(zip(names, (*best, share, means.get((*best, share), means[best])), strict=True))
+    chosen = dict(zip(names, (*best[:5], share, tried(share)), strict=True))
+    candidates = [dict(zip(names, (*key, value), strict=True)) for key, value in means.items()]
     say(
         f"inner held-out genes: penalty {chosen['penalty']:g}, reweighted {bool(chosen['reweight'])}, panel {chosen['denoise']:.0%} denoised, "
         f"{chosen['mix']:.0%} from neighbors, {chosen['common']:g} of what genes share, {share:.0%} of a process over the reference's cells, "
@@ -242,23 +246,25 @@ def _hyper_priors(
     plain = torch.from_numpy(scores)
     panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
     offset = median + np.log(panel / panel.sum())[genes]
-    tried: dict[float, tuple[Floats, Floats]] = {}
+    tried: dict[float, tuple[Floats, Floats, Floats]] = {}
 
     def evidence(k: float) -> float:
         tried[k] = _regressions(counts, bend(plain, k)[0].numpy(), depth, offset)
         return _evidence(counts, tried[k][0], bend(plain, k)[0].numpy(), depth, offset)
 
     bent = climb(BENDS, evidence)
-    scores, (found, variance) = bend(plain, bent)[0].numpy(), tried[bent]
+    scores, (found, variance, kept) = bend(plain, bent)[0].numpy(), tried[bent]
+    # As if there had been no prior: what is shrunk most is faint, and would make a trend by itself.
+    free, variance = CENTER + (found - CENTER) / kept, variance / kept
     z = share[data.panel[genes]] - share.mean()
     design = np.column_stack([np.ones_like(z), z])
-    exponent = _trend(design, found[:, 2], variance[:, 2])
+    exponent = _trend(design, free[:, 2], variance[:, 2])
     # Level: regression on the covariate, then the random effect around it.
     doubt = np.maximum(variance[:, 0], 1e-6)
     beta = _trend(design, found[:, 0], doubt)
     center, gain_sd = random_effects(found[:, 0] - design @ beta, doubt)
-    trend = _trend(design, found[:, 1], np.maximum(variance[:, 1], 1e-6))
-    shift, slope_sd = random_effects(found[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
+    trend = _trend(design, free[:, 1], np.maximum(variance[:, 1], 1e-6))
+    shift, slope_sd = random_effects(free[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
     slope = [float(trend[0] + shift), float(trend[1]), float(slope_sd)]
     fitted = _rates(found, scores, depth, offset)
     waves = data.waves[rows].astype(np.float64)
@@ -343,11 +349,12 @@ def pattern_errors(
     return [*tau.tolist(), *[0.0] * (q - loud)], wave
 
 
-def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats]:
-    """Quasi-Poisson regression of every gene: log mean = offset + c0 + c1 predicted + c2 depth; coefficients and their variances [genes, 3]."""
+def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats, Floats]:
+    """Quasi-Poisson regression of every gene: log mean = offset + c0 + c1 predicted + c2 depth; coefficients, their variances, and what the prior
+    (`PRECISION` around `CENTER`) left of the way from there to them, [genes, 3] each."""
     n, genes = counts.shape
-    coefficients, variances = np.zeros((genes, 3)), np.ones((genes, 3))
-    prior, center = np.diag([1e-3, 1.0, 1.0]), np.array([0.0, 0.0, 1.0])  # slope ~ Normal(0, 1), depth ~ Normal(1, 1)
+    coefficients, variances, kept = np.zeros((genes, 3)), np.ones((genes, 3)), np.ones((genes, 3))
+    prior = np.diag(PRECISION)
     for g in range(genes):
         x = np.column_stack([np.ones(n), predicted[:, g], depth[:, g]])
         beta = np.array([np.log((counts[:, g].sum() + 0.5) / (np.exp(offset[g] + depth[:, g]).sum() + 0.5)), 0.0, 1.0])
@@ -355,10 +362,11 @@ def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Float
         for _ in range(25):
             mu = np.exp(np.clip(offset[g] + x @ beta, -20, 15))
             hessian = x.T @ (x * mu[:, None]) + prior
-            step = np.linalg.solve(hessian, x.T @ (counts[:, g] - mu) - prior @ (beta - center))
+            step = np.linalg.solve(hessian, x.T @ (counts[:, g] - mu) - prior @ (beta - CENTER))
             beta = beta + np.clip(step, -1, 1)
             if np.abs(step).max() < 1e-6:
                 break
         pearson = float(((counts[:, g] - mu) ** 2 / np.maximum(mu, 1e-3)).mean())
-        coefficients[g], variances[g] = beta, np.diag(np.linalg.inv(hessian)) * max(1.0, pearson)
-    return coefficients, variances
+        own = np.diag(np.linalg.inv(hessian))
+        coefficients[g], variances[g], kept[g] = beta, own * max(1.0, pearson), np.maximum(1 - PRECISION * own, LEAST_KEPT)
+    return coefficients, variances, kept

@@ -1,12 +1,13 @@
 r"""The process over the reference's cells (`ppl_st.models.common.process`) beside the closed-form map: what lines cannot say of a gene.
 
     a_i      z-scores of a cell's panel genes (`closed.py`), scaled to unit length             target cells and reference cells
-    p_ig     = phi(a_i) . beta_g, mixed with the neighbors' as states are, of unit sd over the target's cells
+    p_ig     = phi(a_i) . beta_g, with the neighbors' share that was chosen on inner genes, of unit sd over the target's cells
     score    = ((1 - s) (z_i A)_g + s p_ig) / its sd                                           of an unmeasured gene; s = 0 of a measured one
 
 s is chosen on inner held-out genes. The process is a function of the stored reference, fitted again when a run is loaded.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from ppl_st.models.vista.batches import Data
 from ppl_st.models.vista.closed import Floats, Moments, mean_of_neighbors, moments, standardise, totals_of
 
 CELLS = 2000  # of the target, over which means and standard deviations are taken
+ROWS = 2048  # cells made dense together
 
 
 class Weights(NamedTuple):
@@ -35,15 +37,20 @@ def fit_process(data: Data, genes: NDArray[np.int64], seed: int) -> Field:
     panel = sp.csr_matrix(data.reference[:, data.panel])
     theirs = moments(panel, data.reference_batch)
     rows = some_cells(panel.shape[0], len(data.panel), rng)
-    inside = unit_rows(panel[rows], data.reference_batch[rows], theirs)
+    inside = np.concatenate(list(_unit_rows(panel[rows], data.reference_batch[rows], theirs, panel.shape[1])))
     logs = log_normalise(sp.csr_matrix(data.reference[rows][:, genes]), totals_of(panel[rows]), theirs.depth)
     return field(inside, logs, np.flatnonzero(~np.isin(genes, data.panel)), rng)
 
 
-def unit_rows(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments, panel: int | None = None) -> NDArray[np.float32]:
-    """a [n, P] of cells: the first ``panel`` of their genes, all when None."""
-    starts = range(0, counts.shape[0], 2048)
-    return np.concatenate([unit(standardise(counts[i : i + 2048], batch[i : i + 2048], m)[:, :panel]) for i in starts])
+def _unit_rows(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments, panel: int) -> Iterator[NDArray[np.float32]]:
+    """a [.., P] of cells in blocks: the first ``panel`` of their genes."""
+    for i in range(0, counts.shape[0], ROWS):
+        yield unit(standardise(counts[i : i + ROWS], batch[i : i + ROWS], m)[:, :panel])
+
+
+def features_of(found: Field, counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments, panel: int) -> NDArray[np.float32]:
+    """phi [n, F] of cells of the target with all their genes, of which the first ``panel`` are shared."""
+    return np.concatenate([found.features(rows) for rows in _unit_rows(counts, batch, m, panel)])
 
 
 def weigh(data: Data, mine: Moments, found: Field, states: Floats, decoder: Floats, share: float, mix: float, rng: np.random.Generator) -> Weights:
@@ -51,7 +58,7 @@ def weigh(data: Data, mine: Moments, found: Field, states: Floats, decoder: Floa
     rows = np.sort(rng.permutation(data.counts.shape[0])[:CELLS])
     mixer = mean_of_neighbors(data.graph)[rows]
     needed = np.union1d(rows, mixer.indices)
-    features = found.features(unit_rows(data.measured[needed], data.batch[needed], mine, len(data.panel)))
+    features = features_of(found, data.measured[needed], data.batch[needed], mine, len(data.panel))
     phi: Floats = (1 - mix) * features[np.searchsorted(needed, rows)] + mix * (mixer[:, needed] @ features)
     mean, z = phi.mean(0), states[rows] - states[rows].mean(0)
     phi = phi - mean
