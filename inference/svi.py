@@ -72,6 +72,7 @@ __all__ = [
     "Tally",
     "epoch_order",
     "fit",
+    "fit_part",
     "kl_weight",
     "learning_rate",
     "load_state",
@@ -246,6 +247,23 @@ def fit(
         module.eval()
     untrained = tuple(name for name, parameter in parameters.items() if parameter not in optimizer.state)
     return final, replace(_info(first, history, untrained, began, tally, config), watched=tuple(watched))
+
+
+def fit_part(
+    pair: Pair, batches: Batches, config: FitConfig, state: FitState | None = None, *, scale: float = 1.0, until: int | None = None,
+    adversary: Adversary | None = None,
+) -> FitState:  # fmt: skip
+    """`fit` as a part of something larger, which a signal ends too: nothing goes on with a pair that is half trained.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After SIGTERM or SIGINT.
+    """
+    final, info = fit(pair, batches, config, state, scale=scale, until=until, adversary=adversary)
+    if info.stop_reason == "interrupted" and final.step < (config.steps if until is None else until):
+        raise KeyboardInterrupt
+    return final
 
 
 class _Done(NamedTuple):

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from ppl_st.inference.svi import epoch_order, fit, load_state, save_state
+import ppl_st
+from ppl_st.inference.settings import learning_rate
+from ppl_st.inference.svi import epoch_order, fit, fit_part, load_state, save_state
+from spaim_problems import small_world
 from svi_pairs import NET, empty_store, log_of, net_pair, net_rows, same
 
 torch.set_num_threads(1)
@@ -79,6 +82,32 @@ def test_second_signal_gives_up_at_once():
     rows = net_rows(hook=lambda step: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         fit(net_pair(), rows, NET)
+
+
+def test_a_signal_ends_what_a_fit_is_a_part_of():
+    """Once it ended an inner fit only, and a method went on with networks that were half trained."""
+    rows = net_rows(hook=lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None)
+    with pytest.raises(KeyboardInterrupt):
+        fit_part(net_pair(), rows, NET)
+    state = fit_part(net_pair(), net_rows(), NET, until=4)
+    assert state.step == 4  # stopping where it should is no interruption
+    assert same(fit_part(net_pair(), net_rows(), NET, state), fit(net_pair(), net_rows(), NET)[0])
+
+
+@pytest.mark.parametrize(("method", "options"), [("spagene", {"preset": "network"}), ("spaim", {"overrides": ["features=network"]})])
+def test_a_signal_during_the_trainings_within_a_method_ends_the_fit(method, options, monkeypatch):
+    world, steps = small_world(), []
+
+    def signalled(*arguments, **options):
+        steps.append(0)
+        if len(steps) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return learning_rate(*arguments, **options)
+
+    monkeypatch.setattr("ppl_st.inference.svi.learning_rate", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        ppl_st.fit(method, target=world.target, reference=world.reference, **options)
+    assert len(steps) == 1
 
 
 def test_fit_outside_the_main_thread_installs_nothing():

@@ -58,8 +58,7 @@ from ppl_st.inference.adversary import Adversary, Player, critic_loss, logits
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.objective import Drawn, drawn_by
 from ppl_st.inference.randomness import rng_scope
-from ppl_st.inference.svi import Pair
-from ppl_st.inference.svi import fit as run_svi
+from ppl_st.inference.svi import Pair, fit_part
 from ppl_st.models.common.cells import all_counts, median_depth, without
 from ppl_st.models.common.counts import Codes, CountLayer, Hyper
 from ppl_st.models.common.inner import MIN_PANEL, SHARES, default_hyper, learn_hyper
@@ -176,7 +175,7 @@ def _train(pair: Pair, data: Data, config: Config, seed: int, settings: Any, sta
     scale = 1.0 / (data.counts.shape[0] * data.counts.shape[1])
     critics = game({"": model_of(pair)}, config)
     device = replace(settings, device="cpu")
-    return run_svi(pair, batches(data, config, seed), device, state, scale=scale, until=until, adversary=critics)[0]
+    return fit_part(pair, batches(data, config, seed), device, state, scale=scale, until=until, adversary=critics)
 
 
 def choose_steps(data: Data, config: Config, reference: Autoencoder, seed: int, say: Callable[[str], None]) -> tuple[int, list[dict[str, float]]]:

@@ -30,7 +30,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_st.inference.randomness import epoch_order, rng_scope
-from ppl_st.inference.svi import FitConfig, Pair, fit
+from ppl_st.inference.svi import FitConfig, Pair, fit_part
 from ppl_st.likelihoods import NegativeBinomial
 from ppl_st.models.common.cells import all_counts, find_directions, log_normalise, median_depth, moments
 from ppl_st.models.spagene.data import Data
@@ -271,7 +271,7 @@ def train(data: Data, shape: Shape, config: FitConfig, batch_cells: int, seed: i
         with torch.no_grad():
             net.decoder[-1].bias.copy_(torch.from_numpy(level))  # type: ignore[operator]
     scale = 1.0 / data.counts.shape[0] if shape.codes == "point" else 1.0 / (data.counts.shape[0] * data.counts.shape[1])
-    fit(autoencoder_pair(net), CellBatches(net, data, batch_cells, seed), config, scale=scale)
+    fit_part(autoencoder_pair(net), CellBatches(net, data, batch_cells, seed), config, scale=scale)
     return net.freeze()
 
 

@@ -45,8 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppl_st.inference.ensemble import chains_of, ensemble
-from ppl_st.inference.svi import Pair
-from ppl_st.inference.svi import fit as run_svi
+from ppl_st.inference.svi import Pair, fit_part
 from ppl_st.models.common.counts import Codes, Hyper
 from ppl_st.models.common.inner import default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
@@ -105,7 +104,7 @@ class _InnerNetwork(NamedTuple):
 def _inner_network(config: Config, seed: int, data: Data, genes: NDArray[np.int64]) -> _InnerNetwork:
     pair = build(config, Spec([], default_hyper(data, config)), data)
     scale = 1.0 / (data.counts.shape[0] * len(data.panel))
-    run_svi(pair, batches(data, config, seed), replace(config.fit, steps=config.inner_steps, device="cpu"), scale=scale)
+    fit_part(pair, batches(data, config, seed), replace(config.fit, steps=config.inner_steps, device="cpu"), scale=scale)
     guide = guide_of(pair)
     assert isinstance(guide, NetworkGuide)
     guide.finish(data, observations(data, config))
