@@ -1,8 +1,17 @@
-"""What VISTA learns on inner genes does not depend on how many counts they have."""
+"""Levels, slopes and exponents of VISTA: apart from each other, and from how many counts a gene has."""
 
 import numpy as np
+import pytest
+import torch
 
+import ppl_st
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.inference.randomness import rng_scope
+from ppl_st.models import vista
 from ppl_st.models.vista.inner import CENTER, _regressions, _trend
+from ppl_st.models.vista.levels import interpolate, tabulate
+from ppl_st.models.vista.model import sides
+from ppl_st.simulate import spatial_field
 
 
 def test_slopes_and_exponents_of_faint_genes_are_those_of_bright_ones():
@@ -21,3 +30,39 @@ def test_slopes_and_exponents_of_faint_genes_are_those_of_bright_ones():
         np.testing.assert_allclose(ends, truth, atol=0.06)
         shrunk = np.array([1, -3.5]) @ _trend(design, found[:, column], variance[:, column])
         assert abs(shrunk - truth) > 0.05
+
+
+def test_the_level_that_a_slope_adds_is_interpolated_with_its_gradient():
+    rng = np.random.default_rng(0)
+    v, log_total, exponent = rng.normal(0, 1.0, (900, 5)), rng.normal(0, 0.5, 900), np.array([0.2, 0.6, 0.8, 1.0, 1.5])
+    table = torch.from_numpy(tabulate(lambda part: v[:, part], 5, log_total, exponent))
+    genes = torch.tensor([4, 0, 2, 3])
+    for slopes in ([-0.9, 0.1, 1.3, 4.6], [0.0, 5.0, 2.75, 3.01]):
+        slope = torch.tensor(slopes, dtype=torch.float64, requires_grad=True)
+        found = interpolate(table, slope, genes)
+        power = torch.from_numpy(exponent[genes] * log_total[:, None]) + slope * torch.from_numpy(v[:, genes])
+        exact = torch.logsumexp(power, 0) - torch.logsumexp(torch.from_numpy(log_total), 0)
+        torch.testing.assert_close(found, exact, atol=2e-3, rtol=0)
+        gradients = [torch.autograd.grad(one.sum(), slope)[0] for one in (found, exact)]
+        torch.testing.assert_close(*gradients, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+def test_an_unmeasured_gene_has_the_level_of_the_reference_whatever_its_slope(likelihood):
+    """Platforms agree here; a level that is learned beside the slope spread as much as the slopes do, and was drawn apart from them."""
+    world = spatial_field(seed=2, n_cells=500, n_reference=600, n_genes=60, n_panel=40, n_types=5, platform_sd=0.0)
+    settings = ["penalty=3", "reweight=false", "fit.steps=4", "process=0.4", f"likelihood={likelihood}"]
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=settings, seed=0)
+    model, _ = sides(chains_of(run.pair)[0])
+    predictor = vista.Predictor(run.pair, run.data, run.config, run.spec)
+    genes, batch = torch.from_numpy(np.flatnonzero(model.measured.numpy() == 0)), predictor.at(np.arange(500))
+    loc, scale, log_total, phi, _ = predictor.local(batch, 0)
+    drawn, total = {name: site[0] for name, site in model.priors().items()}, float(batch.total.sum())
+    for slope in (0.3, 1.5, 3.0):
+        drawn |= {"slope": torch.full((60,), slope), "log_gain": torch.zeros(60)}
+        with torch.no_grad(), rng_scope(0, "states"):
+            states = [loc + scale * torch.randn_like(loc) for _ in range(20)]
+            mean = sum(model.count_dist(drawn, z, log_total, genes, phi).mean.sum(0) for z in states) / 20
+        off = ((mean / total).log() - model.level[genes]).numpy()
+        assert np.abs(off).max() < 0.2 and abs(off.mean()) < 0.05, (slope, off)
+    assert run.spec.hyper.gain[2] < 0.1, run.spec.hyper.gain  # .18 before

@@ -8,8 +8,10 @@ GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes 
     log l_n        ~ Normal(m, v)                                                library of a reference cell
     x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB); A without its last row there,
     delta_g, k_g, log theta'_g ~ Normal(hyper-priors learned on inner held-out genes)    gain, slope, inverse dispersion in the target
-    x'_ig          ~ NB(l'_i^a_g exp(b_g + delta_g + k_g bend((z_i A)_g)), theta'_g)     spatial counts; l' the cell's total, a_g its exponent;
-                                                                                 bend: `ppl_st.models.common.counts`. Of an unmeasured
+    x'_ig          ~ NB(l'_i^a_g exp(b_g + delta_g + k_g bend((z_i A)_g) - c_g(k_g)), theta'_g)    spatial counts; l' the cell's total,
+                                                                                 a_g its exponent; bend:
+                                                                                 `ppl_st.models.common.counts`; c_g takes off what
+                                                                                 the slope adds to the level (`levels.py`). Of an unmeasured
                                                                                  gene z_i A is mixed with a process over the reference's
                                                                                  cells (`process.py`)
     "adversary"    factor -kappa N loss of a critic that tells the two sides' z apart (off by default)
@@ -56,10 +58,13 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
+from ppl_st.models.common.counts import bend
 from ppl_st.models.common.process import Field
 from ppl_st.models.vista.batches import Batch, Batches, Data
 from ppl_st.models.vista.closed import (
     SPREAD,
+    Floats,
+    Moments,
     find_directions,
     fit_map,
     log_share,
@@ -74,8 +79,9 @@ from ppl_st.models.vista.closed import (
 )
 from ppl_st.models.vista.config import PRESETS, Config
 from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
+from ppl_st.models.vista.levels import tabulate
 from ppl_st.models.vista.model import RESERVED, Guide, Model, Spec, build, sides
-from ppl_st.models.vista.process import fit_process, weigh
+from ppl_st.models.vista.process import fit_process, mixed_features, weigh
 from ppl_st.observation import find
 
 __all__ = [
@@ -83,7 +89,7 @@ __all__ = [
     "batches", "build", "empty", "initialise", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
-LEVEL_CELLS, LEVEL_DRAWS = 2000, 30  # over which the mean rate of a measured gene is taken
+LEVEL_CELLS, LEVEL_DRAWS = 2000, 30  # over which the mean rate of a gene is taken
 MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn settings from
 
 
@@ -167,16 +173,37 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             for side in (model, guide):
                 if hasattr(side, "gate"):
                     side.gate.fill_(float(np.arctanh(hyper.mix)))
-            if process is not None:
-                weights_of = weigh(data, mine, process, z, model.decoder.numpy().astype(np.float64), hyper.share, hyper.mix, rng)
-                for name, value in weights_of._asdict().items():
-                    _write(getattr(model, name), value)
+            _write(model.levels, _levels(model, guide, data, mine, z, rng))
         for name, (loc, _) in model.priors().items():
             getattr(guide, f"{name}_loc").copy_(loc)
         if "log_gain" in model.priors():
             counts = np.asarray(data.counts.sum(0), dtype=np.float64).ravel() + 0.5
             observed = torch.from_numpy(np.log(counts / counts.sum())).float()
             guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
+
+
+def _levels(model: Model, guide: Guide, data: Data, mine: Moments, states: Floats, rng: np.random.Generator) -> Floats:
+    """Weights of the process, where there is one, and the table of `levels.py`, from some cells with their states [n, d]."""
+    hyper, found = model.spec.hyper, model.process
+    some = rng.permutation(len(states))
+    rows = np.sort(np.resize(some, LEVEL_CELLS) if len(some) < LEVEL_CELLS else some[:LEVEL_CELLS])
+    decoder, z, phi = model.decoder.numpy().astype(np.float64), states[rows], None
+    if found is not None:
+        distinct, place = np.unique(rows, return_inverse=True)
+        phi = mixed_features(data, mine, found, hyper.mix, distinct)[place]
+        for name, value in weigh(phi, z, decoder, found, hyper.share, data.panel)._asdict().items():
+            _write(getattr(model, name), value)
+    own, beside, center = (value.numpy().astype(np.float64) for value in (model.own, model.beside, model.center))
+    drawn = z + guide.log_scale.exp().numpy() * rng.standard_normal(z.shape)
+
+    def scores(part: slice) -> Floats:
+        score = own[part] * (drawn @ decoder[:, part])
+        if phi is not None and found is not None:
+            score += beside[part] * (phi @ found.beta[:, part] - center[part])
+        return bend(torch.from_numpy(score), hyper.bend)[0].numpy()
+
+    log_total = np.log(totals_of(data.measured[rows]) / mine.depth)
+    return tabulate(scores, decoder.shape[1], log_total, model.exponents().numpy().astype(np.float64))
 
 
 def _write(to: Tensor, value: NDArray[Any]) -> None:

@@ -259,10 +259,11 @@ def _hyper_priors(
     z = share[data.panel[genes]] - share.mean()
     design = np.column_stack([np.ones_like(z), z])
     exponent = _trend(design, free[:, 2], variance[:, 2])
-    # Level: regression on the covariate, then the random effect around it.
+    # Level: counts per count of the target over the same of the reference; regression on the covariate, then the random effect around it.
     doubt = np.maximum(variance[:, 0], 1e-6)
-    beta = _trend(design, found[:, 0], doubt)
-    center, gain_sd = random_effects(found[:, 0] - design @ beta, doubt)
+    gains = np.log((counts.sum(0) + 0.5) / (np.exp(offset + depth).sum(0) + 0.5))
+    beta = _trend(design, gains, doubt)
+    center, gain_sd = random_effects(gains - design @ beta, doubt)
     trend = _trend(design, free[:, 1], np.maximum(variance[:, 1], 1e-6))
     shift, slope_sd = random_effects(free[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
     slope = [float(trend[0] + shift), float(trend[1]), float(slope_sd)]

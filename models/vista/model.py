@@ -17,6 +17,7 @@ from ppl_st.models.vista.batches import Batch
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
 from ppl_st.models.vista.config import Config
 from ppl_st.models.vista.inner import EXPONENTS, Hyper
+from ppl_st.models.vista.levels import KNOTS, interpolate
 from ppl_st.networks import MLP, GraphAttention
 from ppl_st.observation import find
 
@@ -54,6 +55,7 @@ class Model(PyroModule):
     own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
     beside: Tensor  # [G]
     center: Tensor  # [G]
+    levels: Tensor  # [2, knots, G] (`levels.py`)
     DIMS = {  # noqa: RUF012
         "log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",), "gene_key": (),
     }  # fmt: skip
@@ -78,6 +80,7 @@ class Model(PyroModule):
         self.process: Field | None = None  # over the reference's cells; a function of them, not stored with the weights
         for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0)):
             self.register_buffer(name, torch.full((genes,), value))
+        self.register_buffer("levels", torch.zeros(2, len(KNOTS), genes if self.closed else 0))
         decoder = torch.zeros(d, genes) if self.closed else nn.init.xavier_uniform_(torch.empty(d, genes))
         self.decoder = nn.Parameter(decoder, requires_grad=not self.closed)  # A
         self.bias = nn.Parameter(torch.zeros(genes))  # of the reference's log rates, beside the level
@@ -130,9 +133,13 @@ class Model(PyroModule):
             level = level + drawn["log_gain"][self.parent[genes]]
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
         log_depth, hyper = torch.tensor(self.spec.depth).log(), self.spec.hyper
-        exponent = (hyper.depth[0] + hyper.depth[1] * (self.covariate[self.parent[genes]] - hyper.covariate_mean)).clamp(*EXPONENTS)
-        depth = log_depth + exponent * (log_total - log_depth)[:, None]  # [n, g]
-        return (depth + level + slope * bend(score, self.spec.hyper.bend)[0]).clamp(*LOG_RATE)
+        depth = log_depth + self.exponents()[genes] * (log_total - log_depth)[:, None]  # [n, g]
+        return (depth + level + slope * bend(score, hyper.bend)[0] - interpolate(self.levels, slope, genes)).clamp(*LOG_RATE)
+
+    def exponents(self) -> Tensor:
+        """Of a cell's total in the rate of every gene, [G]."""
+        hyper = self.spec.hyper
+        return (hyper.depth[0] + hyper.depth[1] * (self.covariate[self.parent] - hyper.covariate_mean)).clamp(*EXPONENTS)
 
     def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
         """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""

@@ -19,7 +19,6 @@ from ppl_st.models.common.process import Field, field, some_cells, unit
 from ppl_st.models.vista.batches import Data
 from ppl_st.models.vista.closed import Floats, Moments, mean_of_neighbors, moments, standardise, totals_of
 
-CELLS = 2000  # of the target, over which means and standard deviations are taken
 ROWS = 2048  # cells made dense together
 
 
@@ -53,19 +52,22 @@ def features_of(found: Field, counts: sp.csr_matrix, batch: NDArray[np.int64], m
     return np.concatenate([found.features(rows) for rows in _unit_rows(counts, batch, m, panel)])
 
 
-def weigh(data: Data, mine: Moments, found: Field, states: Floats, decoder: Floats, share: float, mix: float, rng: np.random.Generator) -> Weights:
-    """Of every gene that the target lacks, given the states [n, d] of its cells and A [d, G], of which every score has unit sd."""
-    rows = np.sort(rng.permutation(data.counts.shape[0])[:CELLS])
+def mixed_features(data: Data, mine: Moments, found: Field, mix: float, rows: NDArray[np.int64]) -> Floats:
+    """phi [rows, F] of cells of the target, with their neighbors' share."""
     mixer = mean_of_neighbors(data.graph)[rows]
     needed = np.union1d(rows, mixer.indices)
-    features = features_of(found, data.measured[needed], data.batch[needed], mine, len(data.panel))
-    phi: Floats = (1 - mix) * features[np.searchsorted(needed, rows)] + mix * (mixer[:, needed] @ features)
-    mean, z = phi.mean(0), states[rows] - states[rows].mean(0)
+    phi = features_of(found, data.measured[needed], data.batch[needed], mine, len(data.panel))
+    mixed: Floats = (1 - mix) * phi[np.searchsorted(needed, rows)] + mix * (mixer[:, needed] @ phi)
+    return mixed
+
+
+def weigh(phi: Floats, states: Floats, decoder: Floats, found: Field, share: float, panel: NDArray[np.int64]) -> Weights:
+    """Of every gene that the target lacks, given features [n, F] and states [n, d] of some cells and A [d, G], of which every score has unit sd."""
+    mean, z = phi.mean(0), states - states.mean(0)
     phi = phi - mean
-    spread = np.maximum(np.sqrt(np.einsum("fg,fe,eg->g", found.beta, phi.T @ phi / len(rows), found.beta, optimize=True)), 1e-6)
-    together = np.einsum("dg,df,fg->g", decoder, z.T @ phi / len(rows), found.beta, optimize=True) / spread
-    size = np.sqrt((1 - share) ** 2 + share**2 + 2 * share * (1 - share) * np.clip(together, -1, 1))
-    size = np.maximum(size, 0.1)
+    spread = np.maximum(np.sqrt(np.einsum("fg,fe,eg->g", found.beta, phi.T @ phi / len(phi), found.beta, optimize=True)), 1e-6)
+    together = np.einsum("dg,df,fg->g", decoder, z.T @ phi / len(phi), found.beta, optimize=True) / spread
+    size = np.maximum(np.sqrt((1 - share) ** 2 + share**2 + 2 * share * (1 - share) * np.clip(together, -1, 1)), 0.1)
     own, beside = (1 - share) / size, share / (size * spread)
-    own[data.panel], beside[data.panel] = 1.0, 0.0
+    own[panel], beside[panel] = 1.0, 0.0
     return Weights(own, beside, mean @ found.beta)
