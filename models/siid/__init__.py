@@ -48,9 +48,9 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ppl_st.compositions import match_factors
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
@@ -72,7 +72,7 @@ __all__ = [
 BOOTSTRAP_STEPS = 30  # sweeps from the posterior mean in one draw of the spots' proportions
 CONVERGED = 3  # compositions are read off after so many times the sweeps of imputation, which stops early
 NEGLIGIBLE = 0.05  # counts: a factor with fewer in a cell adds less than this to the variance of the cell's counts
-SAME_FACTORS = 0.9  # mean cosine of matched profiles from which two chains are said to have found the same factors
+SAME_FACTORS = 0.9  # share of the average cell from which two chains are said to have found the same factors
 MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn settings from
 
 
@@ -222,17 +222,23 @@ def _draw_activity(posterior: Local) -> Tensor:
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the best chain, for every cell: ``obsm`` proportions [n, h]; ``obs`` factor (the largest), size and captured (N and M of the paper)."""
-    _, guide = sides(chains_of(pair)[0])
-    shares = np.zeros((data.counts.shape[0], spec.factors), np.float32)
+    shares, sizes = _compositions(chains_of(pair)[0], data, config)
+    names = np.array([f"factor{k}" for k in range(spec.factors)])
+    factor = pd.Categorical(names[shares.argmax(1)], categories=names)
+    return {"proportions": shares}, {"factor": factor, "size": sizes[:, 0], "captured": sizes[:, 1]}
+
+
+def _compositions(chain: Pair, data: Data, config: Config) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Factor proportions of every cell [n, h], its size and what is captured of it [n, 2]."""
+    _, guide = sides(chain)
+    shares = np.zeros((data.counts.shape[0], guide.spec.factors), np.float32)
     sizes = np.zeros((data.counts.shape[0], 2), np.float32)
     for batch in Batches(data, config.batch_spots, 0).in_order(2048):
         local: Local = guide.local_posterior(batch, CONVERGED * config.predict_steps)
         rows, total = batch.cells[batch.owned].numpy(), local.activity.sum(1)
         shares[rows] = (local.activity / total[:, None].clamp_min(1e-8))[batch.owned].numpy()
         sizes[rows] = torch.stack([total, total * local.capture], 1)[batch.owned].numpy()
-    names = np.array([f"factor{k}" for k in range(spec.factors)])
-    factor = pd.Categorical(names[shares.argmax(1)], categories=names)
-    return {"proportions": shares}, {"factor": factor, "size": sizes[:, 0], "captured": sizes[:, 1]}
+    return shares, sizes
 
 
 def proportions(
@@ -244,7 +250,7 @@ def proportions(
     for the activities again: unlike independent gamma posteriors of the activities it keeps the trade-off between factors that explain the same
     counts. Chains that found the same factors (`_same_factors`) take turns: what differs between fits is uncertainty too.
     """
-    chains, orders = _same_factors(chains_of(pair))
+    chains, orders = _same_factors(chains_of(pair), data, config)
     guides = [sides(chain)[1] for chain in chains]
     spots = np.zeros((draws, data.spot_counts.shape[0], guides[0].spec.factors), np.float32)
     drawn = draw_globals(chains, draws, seed)
@@ -267,18 +273,20 @@ def proportions(
     return spots, torch.softmax(guides[0].xi_loc.detach(), -1).numpy()
 
 
-def _same_factors(chains: list[Pair]) -> tuple[list[Pair], list[Tensor]]:
+def _same_factors(chains: list[Pair], data: Data, config: Config) -> tuple[list[Pair], list[Tensor]]:
     """The chains whose factors are those of the first one, and for each the order that makes them so.
 
-    Factors are matched one to one by the cosine of their profiles; a chain is left out when the mean cosine is below `SAME_FACTORS` (with many
-    factors every start cuts the cells in another way).
+    Factors are matched one to one by the cells that are made of them (`match_factors`), not by their profiles: two factors that share a type have
+    the same. A chain is left out when less than `SAME_FACTORS` of the average cell is of the same factors (with many factors every start cuts the
+    cells in another way).
     """
-    profiles = [torch.nn.functional.normalize(torch.softmax(sides(c)[1].xi_loc.detach(), -1), dim=1) for c in chains]
+    if len(chains) == 1:
+        return chains, [torch.arange(sides(chains[0])[1].spec.factors)]
+    shares = [_compositions(chain, data, config)[0] for chain in chains]
     kept, orders = [], []
-    for chain, unit in zip(chains, profiles, strict=True):
-        cosine = (profiles[0] @ unit.T).numpy()
-        rows, order = linear_sum_assignment(-cosine)
-        if cosine[rows, order].mean() >= SAME_FACTORS:
+    for chain, one in zip(chains, shares, strict=True):
+        order = match_factors(shares[0], one)
+        if np.minimum(shares[0], one[:, order]).sum(1).mean() >= SAME_FACTORS:
             kept.append(chain)
             orders.append(torch.from_numpy(order))
     return kept, orders
