@@ -144,10 +144,10 @@ def test_vista_mixes_map_and_process_to_scores_of_unit_spread_and_leaves_measure
     run = ppl_st.fit("vista", target=target[:, :30].copy(), reference=reference, overrides=settings, seed=0)
     predictor = vista.Predictor(run.pair, run.data, run.config, run.spec)
     model = predictor.models[0]
-    loc, _, _, phi, _ = predictor.local(predictor.at(np.arange(500)), 0)
+    local = predictor.local(predictor.at(np.arange(500)), 0)
     with torch.no_grad():
-        own = (loc @ model.decoder).numpy()
-        beyond = (phi @ torch.from_numpy(model.process.beta) - model.center).numpy()
+        own = (local.loc @ model.decoder).numpy()
+        beyond = (local.phi @ torch.from_numpy(model.process.beta) - model.center).numpy()
     score = model.own.numpy() * own + model.beside.numpy() * beyond
     np.testing.assert_allclose(score.std(0), 1, atol=0.05)
     np.testing.assert_allclose(score.mean(0)[30:], own.mean(0)[30:] * model.own.numpy()[30:], atol=0.01)

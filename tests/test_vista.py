@@ -292,8 +292,8 @@ def test_the_error_of_a_pattern_is_the_same_in_every_block_and_spares_measured_g
     def rates(batch, key, genes):
         guide = predictor.guides[0]
         drawn = {name: getattr(guide, f"{name}_loc") for name in predictor.models[0].priors()} | {"gene_key": torch.tensor(key)}
-        loc, _, *rest = predictor.local(batch, 0)
-        return predictor.count_dist(batch, 0, drawn, (loc, torch.zeros_like(loc), *rest), genes).mean
+        local = predictor.local(batch, 0)
+        return predictor.count_dist(batch, 0, drawn, local._replace(scale=torch.zeros_like(local.scale)), genes).mean
 
     with torch.no_grad():
         one, again, other = rates(whole, 1, genes), rates(part, 1, genes[5:30]), rates(whole, 2, genes)

@@ -56,13 +56,14 @@ def test_an_unmeasured_gene_has_the_level_of_the_reference_whatever_its_slope(li
     model, _ = sides(chains_of(run.pair)[0])
     predictor = vista.Predictor(run.pair, run.data, run.config, run.spec)
     genes, batch = torch.from_numpy(np.flatnonzero(model.measured.numpy() == 0)), predictor.at(np.arange(500))
-    loc, scale, log_total, phi, _ = predictor.local(batch, 0)
+    local = predictor.local(batch, 0)
     drawn, total = {name: site[0] for name, site in model.priors().items()}, float(batch.total.sum())
     for slope in (0.3, 1.5, 3.0):
         drawn |= {"slope": torch.full((60,), slope), "log_gain": torch.zeros(60)}
         with torch.no_grad(), rng_scope(0, "states"):
-            states = [loc + scale * torch.randn_like(loc) for _ in range(20)]
-            mean = sum(model.count_dist(drawn, z, log_total, genes, phi).mean.sum(0) for z in states) / 20
+            states = [local.loc + local.scale * torch.randn_like(local.loc) for _ in range(20)]
+            beyond = model.beyond(local.phi, genes)
+            mean = sum(model.count_dist(drawn, z, local.log_total, genes, beyond).mean.sum(0) for z in states) / 20
         off = ((mean / total).log() - model.level[genes]).numpy()
         assert np.abs(off).max() < 0.2 and abs(off.mean()) < 0.05, (slope, off)
     assert run.spec.hyper.gain[2] < 0.1, run.spec.hyper.gain  # .18 before

@@ -45,7 +45,7 @@ DIFFERENCES from paper and released code
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -272,6 +272,17 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     return pair
 
 
+class Local(NamedTuple):
+    """Cells of a block before the draws."""
+
+    loc: Tensor  # [n, d] of q(z)
+    scale: Tensor
+    log_total: Tensor  # [n]
+    along: Tensor | None  # [n, q + K] along what patterns err, in sd of the log rate
+    phi: Tensor | None  # [n, F] features of the process
+    beyond: dict[tuple[int, ...], Tensor]  # the process's part of the scores of the last genes asked for, the same in all draws
+
+
 class Predictor:
     """Posterior predictive of spatial cells; see `ppl_st.inference.predict.Predictor`."""
 
@@ -300,25 +311,29 @@ class Predictor:
         """Rows of the result that the batch owns."""
         return batch.rows.numpy()
 
-    def local(self, batch: Batch, chain: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Location and scale of q(z) of the owned cells, their log totals, features of the process, and along what patterns err, in sd of the log
-        rate."""
+    def local(self, batch: Batch, chain: int) -> Local:
+        """What is known of the owned cells before the draws."""
         with torch.no_grad():
             loc, scale = self.guides[chain].states(batch)
             phi, along = self.guides[chain].features(batch), None
             if self.models[chain].closed:
                 features = torch.cat([self.guides[chain].places(batch), torch.from_numpy(self.data.waves[batch.rows.numpy()])], 1)
                 along = features * torch.from_numpy(self.loads).float()  # [n, q + K]
-            return loc, scale, batch.total[: len(batch.rows)].log(), phi, along
+            return Local(loc, scale, batch.total[: len(batch.rows)].log(), along, phi, {})
 
-    def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
+    def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Local, genes: Tensor) -> Any:
         """p(count | draw): states are drawn here; the error of an unmeasured gene's pattern is the same in all blocks of cells."""
-        loc, scale, log_total, phi, along = local
-        model, error = self.models[chain], 0.0
-        if along is not None:
-            error = along @ self.noise(int(drawn["gene_key"]), tuple(genes.tolist())) - 0.5 * along.square().sum(1, keepdim=True)
+        model, key, error, beyond = self.models[chain], tuple(genes.tolist()), torch.tensor(0.0), None
+        if local.along is not None:
+            error = local.along @ self.noise(int(drawn["gene_key"]), key) - 0.5 * local.along.square().sum(1, keepdim=True)
             error = error * (1 - model.measured[genes])
-        return model.count_dist(drawn, loc + scale * torch.randn_like(loc), log_total, genes, phi, error)
+        if local.phi is not None:
+            if key not in local.beyond:
+                local.beyond.clear()  # one block of genes at a time: memory must not grow with the genes asked for
+                local.beyond[key] = model.beyond(local.phi, genes)
+            beyond = local.beyond[key]
+        z = local.loc + local.scale * torch.randn_like(local.loc)
+        return model.count_dist(drawn, z, local.log_total, genes, beyond, error)
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

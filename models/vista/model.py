@@ -118,23 +118,28 @@ class Model(PyroModule):
 
     # ---- rates ----
 
-    def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, phi: Tensor | None = None) -> Tensor:
-        """Log rate of ``genes`` [g] in spatial cells with states z [n, d], log totals [n] and, if any, features of the process [n, F]: [n, g]."""
+    def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, beyond: Tensor | None = None) -> Tensor:
+        """Log rate of ``genes`` [g] in spatial cells with states z [n, d], log totals [n] and, if any, the process's part of their scores: [n, g]."""
         if not self.closed:  # shares are relative to the panel, as in gimVI
             level = self.level + self.bias + (drawn["log_gain"] if "log_gain" in drawn else 0.0)
             panel = z @ self.decoder.index_select(1, self.panel) + level.index_select(0, self.panel)
             own = panel if genes is self.panel else z @ self.decoder[:, genes] + level[genes]
             return (own + (log_total[:, None] - torch.logsumexp(panel, -1, keepdim=True))).clamp(*LOG_RATE)
         score, level = z @ self.decoder[:, genes], self.level[genes]
-        if phi is not None and self.process is not None:
-            beta = torch.from_numpy(self.process.beta[:, genes.numpy()])
-            score = self.own[genes] * score + self.beside[genes] * (phi @ beta - self.center[genes])
+        if beyond is not None:
+            score = self.own[genes] * score + beyond
         if "log_gain" in drawn:
             level = level + drawn["log_gain"][self.parent[genes]]
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
         log_depth, hyper = torch.tensor(self.spec.depth).log(), self.spec.hyper
         depth = log_depth + self.exponents()[genes] * (log_total - log_depth)[:, None]  # [n, g]
         return (depth + level + slope * bend(score, hyper.bend)[0] - interpolate(self.levels, slope, genes)).clamp(*LOG_RATE)
+
+    def beyond(self, phi: Tensor, genes: Tensor) -> Tensor:
+        """What the process says of the scores of ``genes`` [g] where its features are phi [n, F]: [n, g]."""
+        assert self.process is not None
+        beta = torch.from_numpy(self.process.beta[:, genes.numpy()])
+        return self.beside[genes] * (phi @ beta - self.center[genes])
 
     def exponents(self) -> Tensor:
         """Of a cell's total in the rate of every gene, [G]."""
@@ -221,10 +226,10 @@ class Model(PyroModule):
     # ---- prediction ----
 
     def count_dist(
-        self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, phi: Tensor | None = None, error: Tensor | float = 0.0
+        self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, beyond: Tensor | None = None, error: Tensor | float = 0.0
     ) -> Any:
         """p(count | draw) of ``genes`` [g] in spatial cells, see `log_rate`; its mean is the rate [n, g], ``error`` is added to its log."""
-        rate = (self.log_rate(drawn, z, log_total, genes, phi) + error).exp()
+        rate = (self.log_rate(drawn, z, log_total, genes, beyond) + error).exp()
         return self.likelihood(rate, {name: drawn[name][genes] for name in self.likelihood.priors})
 
 
