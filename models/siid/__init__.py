@@ -48,9 +48,9 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ppl_st.compositions import match_factors
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
@@ -276,7 +276,7 @@ def proportions(
 def _same_factors(chains: list[Pair], data: Data, config: Config) -> tuple[list[Pair], list[Tensor]]:
     """The chains whose factors are those of the first one, and for each the order that makes them so.
 
-    Factors are matched one to one by the cells that are made of them (`match_factors`), not by their profiles: two factors that share a type have
+    Factors are matched one to one by the cells that are made of them, not by their profiles: two factors that share a type have
     the same. A chain is left out when less than `SAME_FACTORS` of the average cell is of the same factors (with many factors every start cuts the
     cells in another way).
     """
@@ -285,7 +285,7 @@ def _same_factors(chains: list[Pair], data: Data, config: Config) -> tuple[list[
     shares = [_compositions(chain, data, config)[0] for chain in chains]
     kept, orders = [], []
     for chain, one in zip(chains, shares, strict=True):
-        order = match_factors(shares[0], one)
+        order = linear_sum_assignment(shares[0].T @ one, maximize=True)[1]
         if np.minimum(shares[0], one[:, order]).sum(1).mean() >= SAME_FACTORS:
             kept.append(chain)
             orders.append(torch.from_numpy(order))
