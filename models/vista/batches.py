@@ -115,6 +115,19 @@ class Batches:
         )
 
 
+def neighbor_mean(x: Tensor, batch: Batch) -> Tensor:
+    """Mean of x [c, d] over the neighbors of each seed [B, d]; 0 for a seed without any."""
+    present = batch.present.to(x.dtype)
+    total = torch.einsum("bk,bkd->bd", present, x[batch.neighbors])
+    return total / present.sum(1, keepdim=True).clamp_min(1.0)
+
+
+def mixed(x: Tensor, batch: Batch, share: Tensor | float) -> Tensor:
+    """x [c, k] of the seeds with this share of their neighbors' mean, [B, k]; a seed without neighbors keeps its own."""
+    own = x[: len(batch.rows)]
+    return torch.where(batch.present.any(1, keepdim=True), own + share * (neighbor_mean(x, batch) - own), own)
+
+
 def surroundings(graph: sp.csr_matrix, seeds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Rows of the seeds and then of their other neighbors [c], positions of the seeds' neighbors among these [B, k], and whether each exists."""
     if not graph.nnz:

@@ -13,7 +13,7 @@ from ppl_st.inference.adversary import Kind, generator_loss, logits
 from ppl_st.inference.svi import Pair
 from ppl_st.models.common.counts import bend
 from ppl_st.models.common.process import Field, unit
-from ppl_st.models.vista.batches import Batch
+from ppl_st.models.vista.batches import Batch, mixed, neighbor_mean
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
 from ppl_st.models.vista.config import Config
 from ppl_st.models.vista.inner import EXPONENTS, Hyper
@@ -233,13 +233,6 @@ class Model(PyroModule):
         return self.likelihood(rate, {name: drawn[name][genes] for name in self.likelihood.priors})
 
 
-def neighbor_mean(x: Tensor, batch: Batch) -> Tensor:
-    """Mean of x [c, d] over the neighbors of each seed [B, d]; 0 for a seed without any."""
-    present = batch.present.to(x.dtype)
-    total = torch.einsum("bk,bkd->bd", present, x[batch.neighbors])
-    return total / present.sum(1, keepdim=True).clamp_min(1.0)
-
-
 class Guide(PyroModule):
     """q: encoder of the standardised panel (closed) or the published networks (learned), and what the graph adds."""
 
@@ -395,8 +388,7 @@ class Guide(PyroModule):
         n = len(batch.rows)
         loc, scale = base[:n], spread[:n]
         if self.config.graph == "prior":
-            there = batch.present.any(1, keepdim=True)
-            return torch.where(there, loc + torch.tanh(self.gate) * (neighbor_mean(base, batch) - loc), loc), scale
+            return mixed(base, batch, torch.tanh(self.gate)), scale
         if self.attends:
             return loc + torch.tanh(self.gate) * (self.attention(base, batch.neighbors, batch.present) - loc), scale
         if self.config.graph in ("posterior", "kl_only"):
@@ -415,18 +407,11 @@ class Guide(PyroModule):
         genes = torch.cat([batch.counts, batch.others], 1)
         return _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch])
 
-    def mixed(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [c, k] of the seeds with their neighbors' share, [B, k]."""
-        own, mix = x[: len(batch.rows)], self.spec.hyper.mix
-        if not mix:
-            return own
-        return torch.where(batch.present.any(1, keepdim=True), own + mix * (neighbor_mean(x, batch) - own), own)
-
     def places(self, batch: Batch) -> Tensor:
         """Places of the seeds [B, q] along the directions of the target, with their neighbors' share, in standard deviations."""
         inner = torch.eye(self.loadings.shape[1]) + self.loadings.T @ self.loadings
         u = self.z_scores(batch) @ torch.linalg.solve(inner, self.loadings.T).T
-        return ((self.mixed(u, batch) - self.place_mean) / self.place_sd).clamp(-FAR, FAR)
+        return ((mixed(u, batch, self.spec.hyper.mix) - self.place_mean) / self.place_sd).clamp(-FAR, FAR)
 
     def features(self, batch: Batch) -> Tensor | None:
         """phi of the seeds [B, F] with their neighbors' share; None where there is no process."""
@@ -434,7 +419,7 @@ class Guide(PyroModule):
         if found is None:
             return None
         rows = unit(self.z_scores(batch)[:, : len(self.spec.panel)].numpy())
-        return self.mixed(torch.from_numpy(found.features(rows)), batch)
+        return mixed(torch.from_numpy(found.features(rows)), batch, self.spec.hyper.mix)
 
 
 def _standardise(counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
