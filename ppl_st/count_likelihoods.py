@@ -46,7 +46,7 @@ from ppl_st.likelihoods import (
     check_shape,
     count_quantile,
 )
-from ppl_st.sampling import poisson, standard_gamma
+from ppl_st.sampling import negative_binomial
 
 LOGITS_RANGE = (-50.0, 40.0)  # means from 1e-14 to 1e8 at every shape from 1e-8 to 1e8
 
@@ -264,11 +264,10 @@ class SharedOddsNegativeBinomial(_Observation):
         return self._whole(result, value)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Counts as floats: a Gamma rate, then Poisson, in float64, from torch's global generator."""
+        """Counts as floats, drawn in float64 from torch's global generator."""
         r, u = self.total_count.detach(), self.logits.detach()
         wide = torch.Size(sample_shape) + self.batch_shape
-        rate = standard_gamma(r.double().expand(wide)) * u.double().exp()
-        return poisson(rate).to(result_dtype(r, u))
+        return negative_binomial(r.double().expand(wide), u.double().exp().expand(wide)).to(result_dtype(r, u))
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value) = I_{s(-logits)}(shape, value + 1), by scipy in float64; no gradient."""

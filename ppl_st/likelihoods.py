@@ -44,7 +44,7 @@ from ppl_st.likelihood_math import (
     poisson_terms,
     result_dtype,
 )
-from ppl_st.sampling import poisson, standard_gamma
+from ppl_st.sampling import negative_binomial, poisson
 
 
 def check_shape(value: Tensor, shape: torch.Size, name: str) -> None:
@@ -306,12 +306,11 @@ class NegativeBinomial(_Observation):
         )
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Counts as floats: a Gamma rate, then Poisson, in float64 so that no theta under- or overflows."""
+        """Counts as floats, drawn in float64 so that no theta under- or overflows."""
         mean, theta = _mean(self._given).detach(), self.theta.detach()
         shape = torch.Size(sample_shape) + self.batch_shape
         wide = theta.double().expand(shape)
-        rate = standard_gamma(wide) / wide * mean.double()
-        return poisson(rate).to(result_dtype(mean, theta))
+        return negative_binomial(wide, mean.double() / wide).to(result_dtype(mean, theta))
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value) = 1 - I_q(value + 1, theta), q = mean / (mean + theta); by scipy, float64, no

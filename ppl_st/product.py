@@ -39,7 +39,7 @@ from ppl_st.errors import UserError
 from ppl_st.likelihood_math import LOG_THETA_RANGE
 from ppl_st.likelihoods import check_counts, check_parameters
 from ppl_st.product_math import Blocks, Counts, NegativeBinomialKernel, PoissonKernel, PoissonSparse, SharedOddsKernel
-from ppl_st.sampling import poisson, standard_gamma
+from ppl_st.sampling import negative_binomial, poisson
 
 DENSE_ABOVE = 0.3
 
@@ -212,7 +212,7 @@ class ProductNegativeBinomial(_Product):
         """Dense counts as floats, sample + [n, G]: for small blocks only."""
         mean = self.mean.detach()
         theta = self.theta.detach().double().expand(self._extended_shape(torch.Size(sample_shape)))
-        return poisson(standard_gamma(theta) / theta * mean.double()).to(mean.dtype)
+        return negative_binomial(theta, mean.double() / theta).to(mean.dtype)
 
     def _score(self, counts: Counts) -> Tensor:
         theta = self.theta
@@ -261,7 +261,8 @@ class ProductSharedOddsNegativeBinomial(_Product):
         """Dense counts as floats, sample + [n, G]: for small blocks only."""
         shape = super().mean.detach()
         wide = shape.double().expand(self._extended_shape(torch.Size(sample_shape)))
-        return poisson(standard_gamma(wide) * self.logits.detach().double().clamp(*LOGITS_RANGE).exp()).to(shape.dtype)
+        odds = self.logits.detach().double().clamp(*LOGITS_RANGE).exp().expand(wide.shape)
+        return negative_binomial(wide, odds).to(shape.dtype)
 
     def _score(self, counts: Counts) -> Tensor:
         return Blocks.apply(SharedOddsKernel(counts), self.activity, self.loadings, self.logits.clamp(*LOGITS_RANGE))
