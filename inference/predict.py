@@ -8,10 +8,13 @@ summaries are exact functions of the draws:
     count_sd               sqrt(E[Var(count | draw)] + Var(rate)): the law of total variance          (epistemic + observation noise)
     between_sd             the part of rate_sd that comes from fits which disagree: with m_k the mean rate of the n_k draws of fit k and m of all,
                            sum_k n_k / S (m_k - m)^2, less what the draws within fits make of it by chance (chains of one run, runs of one mixture)
-    q05, q50, q95          quantiles of the count draws
+    q05, q50, q95          quantiles of the count draws: the one of rank q (S + 1), rounded outwards; of fewer than 19 draws the least and the largest
     lognorm_mean           mean over draws of E[log1p(count x factor) | draw], factor per cell (median depth over its own depth), taking
                            a count that is not 0 at its mean: P(count > 0) log1p(factor E[count | count > 0])
     scores of a truth      log mean_d p(x | d), fair CRPS of the count draws, randomised-PIT bounds
+
+Draws take turns between chains. Where chains say different things, that makes S draws a little more spread than S from the mixture at random: pairs
+from different fits count S / (S - 1) times in the CRPS, at most one part in S in its second term.
 
 The log score is exact for the mixture of S laws. The CRPS is not: its closed form, sum_k (F(k) - 1[x <= k])^2 with F the mean of the S distribution
 functions, runs over every count up to the far tail and costs a hundred times the sorted draws, whose error all but vanishes in the mean over the
@@ -129,8 +132,8 @@ def posterior_predictive(
     """Summaries of the predictive of ``genes`` in all cells, and scores of ``truth`` [n, g] where given; ``factor`` [n] asks for
     ``lognorm_mean``.
 
-    ``ends`` [2, g] are two probabilities per gene: quantiles "lower" and "upper". ``mass`` [draws, g] is what a corrected predictive gives to the
-    draws in rising order (1 / draws each without it): scores then have ``corrected_crps``.
+    ``ends`` [2, g] are two probabilities per gene: quantiles "lower" and "upper", 0 and inf where the draws do not reach so far. ``mass`` [draws, g]
+    is what a corrected predictive gives to the draws in rising order (1 / draws each without it): scores then have ``corrected_crps``.
 
     The stream of random numbers depends on ``seed``, ``draws`` and the block sizes, hence on ``memory_gb``; on nothing else.
     """
@@ -284,7 +287,7 @@ def _block(
             distance += (count[d] - truth).abs()
     between = square / max(1, draws - 1)
     ordered = np.sort(count.numpy(), axis=0)  # [S, n, g]
-    quantiles = {name: _quantile(ordered, q) for name, q in wanted.items()}
+    quantiles = {name: _quantile(ordered, name, q) for name, q in wanted.items()}
     summary = Summary(
         mean.float().numpy(),
         between.sqrt().float().numpy(),
@@ -295,7 +298,7 @@ def _block(
     )
     if x is None:
         return summary, None
-    # The truth's rank among the draws: exactly uniform for any number of draws when it is exchangeable with them.
+    # The truth's rank among the draws: uniform for any number of draws when it is exchangeable with them (chains that agree, or draws of one).
     low, high = below / (draws + 1), (below + equal + 1) / (draws + 1)
     crps = (distance / draws - _half_spread(ordered)).numpy()
     corrected = None if mass is None else _weighted_crps(ordered, mass, x)
@@ -320,10 +323,18 @@ def _weighted_crps(ordered: NDArray[np.float32], mass: NDArray[np.float64], x: N
     return np.asarray(distance - spread / pairs, dtype=np.float32)
 
 
-def _quantile(ordered: NDArray[np.float32], q: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Smallest drawn count [n, g] whose empirical distribution function reaches q [g]."""
-    place = np.clip(np.ceil(q * len(ordered)) - 1, 0, len(ordered) - 1).astype(np.int64)
-    return ordered[place, :, np.arange(len(place))].T
+def _quantile(ordered: NDArray[np.float32], name: str, q: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Drawn count [n, g] of rank q [g] x (S + 1) among S sorted draws, rounded outwards: an interval then holds what the PIT says that it holds.
+
+    Rank 0 and rank S + 1 are beyond all draws: 0 and infinity as ends of a recalibrated interval, the outermost draw in a plain quantile.
+    """
+    draws = len(ordered)
+    exact = np.round(q * (draws + 1), 9)
+    rank = (np.ceil(exact) if name in ("q95", "upper") else np.floor(exact)).astype(np.int64)
+    found = ordered[np.clip(rank, 1, draws) - 1, :, np.arange(len(rank))].T
+    if name == "lower":
+        return np.where(rank < 1, np.float32(0), found)
+    return np.where(rank > draws, np.float32(np.inf), found) if name == "upper" else found
 
 
 def _half_spread(ordered: NDArray[np.float32]) -> Tensor:

@@ -133,7 +133,7 @@ def _tables(
         order = pd.Index(truth.names).get_indexer(pd.Index(predicted.obs_names))
         counts = truth.take_genes(np.array(held_out)).matrix[order]
         mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
-        table = score_prediction(counts, mean, lognorm, run.target.totals, held_out)
+        table = score_prediction(counts, mean, lognorm, run.shared_total, held_out)
         table = table.join(predicted.var[["log_score", "crps", "coverage_90"]])
         kept = np.sort(np.random.default_rng([seed, 9]).permutation(predicted.n_obs)[:INNER_CELLS])
         entries = {run.method: pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], held_out)}
@@ -168,14 +168,13 @@ def _standard_error(values: np.ndarray) -> float:
 def _with_stack(ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: list[str], seed: int) -> pd.DataFrame:
     """The table with stacking weights, and the mixture as its last row; its difference is to the best method on the same cells."""
     cells = sorted(set.intersection(*(set(table.index) for table in entries.values())))
-    if not cells:
+    if not cells or len(genes) < 2:
         return ranked
     log_prob = np.stack([table.loc[cells, genes].to_numpy(dtype=np.float64) for table in entries.values()])
     score = np.zeros(len(genes))
     for held in gene_folds(np.array(genes), min(STACK_FOLDS, len(genes)), seed):
         at = np.isin(genes, held)
-        learned = stacking_weights(log_prob[:, :, ~at]) if not at.all() else np.full(len(log_prob), 1 / len(log_prob))
-        score[at] = stacked(log_prob[:, :, at], learned).mean(0)
+        score[at] = stacked(log_prob[:, :, at], stacking_weights(log_prob[:, :, ~at])).mean(0)
     difference = score - log_prob[0].mean(0)
     interval = bootstrap_mean(difference, np.random.default_rng(seed))
     row = {"genes": len(genes), "log_score": ranked["log_score"].iloc[0] + interval.mean, "difference": interval.mean}

@@ -106,11 +106,13 @@ class _Plan:
             for d in range(len(turn)):
                 with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):
                     one = dist(c, d, self.panel)
+                with rng_scope(self.seed, "export panel", b, c, d):
                     made["x"][c, d] = one.sample().numpy()
                 made["log_lik"][c, d] = one.log_prob(seen).sum(1).numpy()
                 if len(self.unmeasured):
                     with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):  # the same draw of the local sites
                         one = dist(c, d, self.unmeasured)
+                    with rng_scope(self.seed, "export count", b, c, d):
                         made["count"][c, d], made["rate"][c, d] = one.sample().numpy(), one.mean.numpy()
                 if truth is not None:
                     with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):

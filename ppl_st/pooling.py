@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from ppl_st.errors import UserError
+from ppl_st.metrics import is_constant
 
 __all__ = [
     "Pooled", "Statistic", "draws_of", "joined", "ligand_receptor", "log_fold_change", "morans_i", "pool", "pooled", "widened",
@@ -112,8 +113,9 @@ def widened(found: Pooled, inner: Pooled, truth: Any, *, level: float = 0.95) ->
     """Intervals of new genes as wide as the errors on inner held-out genes ask for.
 
     With z_g = |truth_g - estimate_g| / se_g of the m inner genes the interval is estimate -+ q se, q the ceil((m + 1) level)-th smallest z
-    (infinite if there are too few genes), and p = (1 + number of z_g >= |estimate| / se) / (m + 1): whatever the model, a new gene that is
-    exchangeable with the inner ones is covered with probability ``level`` or more, because genes, not cells, are counted (split conformal).
+    (infinite if there are too few genes), and p = (1 + number of z_g >= |estimate| / se) / (m + 1): whatever the model, a new gene whose z is
+    exchangeable with the inner ones' is covered with probability ``level`` or more, because genes, not cells, are counted. The inner genes' runs were
+    shown fewer genes than the run of the new one, so that is a promise as far as the fits err alike (`ppl_st.conformal`).
 
     Parameters
     ----------
@@ -127,7 +129,7 @@ def widened(found: Pooled, inner: Pooled, truth: Any, *, level: float = 0.95) ->
         raise UserError(f"widened: {error.shape} inner genes; need [m] finite estimates and truths")
     z = np.sort(np.where(error > 0, error / np.maximum(inner.se, 1e-300), 0.0))
     rank = int(np.ceil((z.size + 1) * level - 1e-9))
-    half = (z[rank - 1] if rank <= z.size else np.inf) * found.se
+    half = z[rank - 1] * found.se if rank <= z.size else np.full_like(found.se, np.inf)
     own = np.abs(found.estimate) / np.maximum(found.se, 1e-300)
     p = (1 + z.size - np.searchsorted(z, own)) / (z.size + 1)
     return found._replace(lo=found.estimate - half, hi=found.estimate + half, p=p)
@@ -178,7 +180,7 @@ def _columns(names: list[str], genes: Any) -> list[int]:
 def log_fold_change(counts: Any, group: Any) -> Statistic:
     """log(mean count in the group / mean count outside), [genes], with its delta-method variance.
 
-    ``counts`` [cells, genes], ``group`` [cells] bool. A gene's own level cancels. Means are floored at half a count in all the cells of their side.
+    ``counts`` [cells, genes], ``group`` [cells] bool. A gene's own level cancels. Both means are floored at half a count in all cells of both sides.
     """
     x, inside = _counts(counts), np.asarray(group, dtype=bool)
     if inside.shape != x.shape[:1] or min(inside.sum(), (~inside).sum()) < 2:
@@ -186,7 +188,7 @@ def log_fold_change(counts: Any, group: Any) -> Statistic:
     value, variance = np.zeros(x.shape[1]), np.zeros(x.shape[1])
     for sign, side in ((1, inside), (-1, ~inside)):
         n = int(side.sum())
-        mean = np.maximum(x[side].mean(0), 0.5 / n)
+        mean = np.maximum(x[side].mean(0), 0.5 / len(x))  # one floor: a gene that nobody has does not differ
         value += sign * np.log(mean)
         variance += np.maximum(x[side].var(0, ddof=1), mean) / (n * mean**2)
     return Statistic(value, variance)
@@ -200,11 +202,11 @@ def morans_i(counts: Any, graph: sp.csr_matrix) -> Statistic:
     """
     x = _counts(counts)
     w = _graph(graph, len(x))
-    n, z = len(x), x - x.mean(0)
+    n, z, varies = len(x), x - x.mean(0), ~is_constant(x)
     square = (z**2).sum(0)
     total = w.sum()
-    scale = np.where(square > 0, square, 1.0)
-    i = np.where(square > 0, n / total * np.einsum("ig,ig->g", z, w @ z) / scale, 0.0)
+    scale = np.where(varies, square, 1.0)
+    i = np.where(varies, n / total * np.einsum("ig,ig->g", z, w @ z) / scale, 0.0)
     both = w + w.T
     s1, s2 = 0.5 * both.multiply(both).sum(), float(np.square(np.asarray(both.sum(1))).sum())
     kurtosis = n * (z**4).sum(0) / scale**2
@@ -212,7 +214,7 @@ def morans_i(counts: Any, graph: sp.csr_matrix) -> Statistic:
     second = kurtosis * ((n**2 - n) * s1 - 2 * n * s2 + 6 * total**2)
     expected = -1 / (n - 1)
     variance = (first - second) / ((n - 1) * (n - 2) * (n - 3) * total**2) - expected**2
-    return Statistic(np.where(square > 0, i - expected, 0.0), np.where(square > 0, np.maximum(variance, 0.0), 0.0))
+    return Statistic(np.where(varies, i - expected, 0.0), np.where(varies, np.maximum(variance, 0.0), 0.0))
 
 
 def ligand_receptor(counts: Any, graph: sp.csr_matrix, pairs: Any) -> Statistic:

@@ -79,6 +79,11 @@ class Run:
         return np.isin(self.genes, self.target.genes)
 
     @property
+    def shared_total(self) -> NDArray[np.float64]:
+        """Counts of each cell over the genes shared with the reference: the depth of scores on log-normalised counts."""
+        return np.asarray(self.target.take_genes(self.genes[self.measured]).totals, dtype=np.float64)
+
+    @property
     def reference_mean(self) -> NDArray[np.float64]:
         """Mean count of each of `genes` in the reference."""
         return np.asarray(self.reference.matrix.mean(0), dtype=np.float64).ravel()
@@ -352,7 +357,7 @@ class Run:
         var = var_of(self, index, *moments, doubt, ends)
         result = ad.AnnData(summary.rate_mean, obs=counts.obs.copy(), var=var)
         result.obs_names = counts.names
-        for name, values in layers_of(summary, ends).items():
+        for name, values in layers_of(summary).items():
             result.layers[name] = values
         result.layers["rate_mean"] = summary.rate_mean.copy()  # X is it, too
         if counts.xy is not None:

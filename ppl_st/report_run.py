@@ -108,6 +108,7 @@ def report_run(
         scores = methods[run.method].join(predicted.var.reindex(columns=["trust", "between_fits"]).dropna(axis=1))
     shares = variance_decomposition(*(predicted.layers[name] for name in ("rate_mean", "rate_sd", "count_sd"))).set_axis(predicted.var_names)
     scores = scores.join(shares.div(shares.sum(axis=1), axis=0))
+    boundless = int(np.isinf(predicted.layers["upper"]).any(0).sum()) if "upper" in predicted.layers else 0
     talk("predictive checks")
     checks = predictive_checks(run, counted, None if counted is None else judged, seed=seed)
     browsed, why = _browsed(run, judged, scores, genes, counted is not None)
@@ -121,7 +122,7 @@ def report_run(
     links = {gene: f"#gene={quote(gene, safe='')}" for gene in browsed}
     short = report_sections.in_short(run, scores, methods, noun) + note
     page = [
-        Section("In short", short, warnings=warning_signs(run, scores, methods, noun)),
+        Section("In short", short, warnings=warning_signs(run, scores, methods, noun, boundless)),
         Section("Gene browser", f"{why} {about}", html=browser),
     ]
     if counted is not None:
@@ -186,7 +187,7 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
     """Score table per method, ours first, on the genes of ``predicted``."""
     genes = np.asarray(predicted.var_names, dtype=str)
     counts = truth.take_genes(genes).matrix[pd.Index(truth.names).get_indexer(predicted.obs_names)]
-    total = run.target.totals
+    total = run.shared_total
     ours = metrics.score_prediction(counts, np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"]), total, genes)
     tables = {run.method: ours.join(predicted.var.drop(columns=["measured", "trust", "between_fits", "mean_count"], errors="ignore"))}
     if run.target.xy is None:  # spots are copied by place, and the upper reference smooths over neighbors

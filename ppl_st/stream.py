@@ -127,7 +127,7 @@ def write_prediction(
         for rows, part, summary, _ in predictive_blocks(
             predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, ends=ends
         ):
-            layers = layers_of(summary, None if ends is None else ends[:, part])
+            layers = layers_of(summary)
             rate = layers["rate_mean"].astype(np.float64)
             doubt, between = (np.square(layers.get(name, np.zeros((0, 1))), dtype=np.float64).sum(0) for name in ("rate_sd", "between_sd"))
             moments[:, part] += np.stack(np.broadcast_arrays(rate.sum(0), (rate**2).sum(0), doubt, between))
@@ -150,6 +150,9 @@ def write_prediction(
         obs, obsm = obs.assign(**columns), obsm | more
     names = ["rate_mean", "rate_sd", "count_sd", *(["between_sd"] if several else []), *QUANTILES, *([] if ends is None else ["lower", "upper"])]
     size, free = 4e-9 * n * len(index) * (1 + len(names)), shutil.disk_usage(Path(path).absolute().parent).free / 1e9
+    if ends is not None and (beyond := (ends[1] * (draws + 1) > draws) & (ends[1] < 1)).any():
+        needed = int(np.ceil(round(float((ends[1] / (1 - ends[1]))[beyond].max()), 6)))
+        say(f"upper ends of {int(beyond.sum())} genes lie beyond {draws} draws and are infinite; with --draws {needed} they are finite")
     say(f"{n} cells x {len(index)} genes, {draws} draws: {size:.1f} GB before compression, {free:.1f} GB are free there")
     write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest)}, run.genes[index], names, blocks(), var)
     return n, len(index)
@@ -169,16 +172,13 @@ def _pace(n: int, say: Callable[[str], None]) -> Callable[[int], None]:
     return tell
 
 
-def layers_of(summary: Summary, ends: NDArray[np.float64] | None) -> dict[str, NDArray[np.float32]]:
+def layers_of(summary: Summary) -> dict[str, NDArray[np.float32]]:
     """The arrays of a summary by the names that `ppl_st.posterior.Run.predict` gives them."""
     layers = {"rate_mean": summary.rate_mean, "rate_sd": summary.rate_sd, "count_sd": summary.count_sd}
     for name, values in (("between_sd", summary.between_sd), ("lognorm_mean", summary.lognorm_mean)):
         if values is not None:
             layers[name] = values
-    layers |= summary.quantiles
-    if ends is not None:  # where no finite interval covers what was asked for
-        layers["lower"][:, ends[0] <= 0], layers["upper"][:, ends[1] >= 1] = 0.0, np.inf
-    return layers
+    return layers | summary.quantiles
 
 
 def var_of(

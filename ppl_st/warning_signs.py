@@ -17,8 +17,8 @@ FEW_GENES, FEW_ROWS, FEW_COUNTS = 50, 200, 10  # below: a warning
 POOR_REFERENCE, LOW_TRUST = 0.5, 0.05
 
 
-def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> list[str]:
-    """What should lower the reader's trust; each with its number and, where there is one, a remedy."""
+def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str, boundless: int) -> list[str]:
+    """What should lower the reader's trust, with its number and, where there is one, a remedy. ``boundless``: genes with an infinite ``upper``."""
     found = []
     if reference_kind(run) != "image":
         found += _reference_warnings(run)
@@ -42,10 +42,11 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
         where = "hidden spots" if reference_kind(run) == "image" else "genes of the panel"
         found.append(f"The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on {where}.")
     else:
-        at = pd.Index(run.genes).get_indexer(scores.index)
-        boundless = int((layer.ends_of(run.reference_mean[at])[1] >= 1).sum())
         if boundless:
-            found.append(f"No finite interval would cover {layer.level:.0%} for {boundless} of {len(scores)} genes: their width is drawn grey.")
+            found.append(
+                f"No finite interval, as far as the draws reach, would cover {layer.level:.0%} for {boundless} of {len(scores)} genes: "
+                "their width is drawn grey."
+            )
     if methods:
         covered = scores["coverage_90"]
         bad = ~covered.between(0.8, 0.97)

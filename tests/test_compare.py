@@ -103,6 +103,8 @@ def test_runs_are_scored_on_their_held_out_genes(tmp_path):
     assert table.loc["stack", "difference"] > -0.01 and table["rank"].tolist()[:2] == [1, 2]
     long = api.load(tmp_path / "long").score(sim.truth, draws=20)
     assert table.loc[f"siid ({tmp_path / 'long'})", "log_score"] == pytest.approx(long["log_score"].mean())
+    alone = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth[:, :1].copy(), draws=5)  # no other gene to learn weights from
+    assert len(alone) == 2 and "weight" not in alone
     measured = sim.target[:, :5].copy()
     with pytest.raises(UserError, match="none of the 5 genes"):
         compare([tmp_path / "long", tmp_path / "short"], truth=measured)

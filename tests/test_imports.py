@@ -52,7 +52,7 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"data", "metrics"},
     "conformal": {"calibration"},
     "neighbor_score": set(),
-    "pooling": set(),
+    "pooling": {"metrics"},
     "image_features": set(),
     "image_baselines": set(),
     "image_plots": {"io"},

@@ -62,6 +62,15 @@ def test_fold_change_is_the_ratio_of_means_and_its_variance_that_of_resampled_ce
         log_fold_change(x, np.ones(60))
 
 
+def test_a_gene_that_hardly_anybody_has_does_not_differ():
+    """A floor of its own for either side called it higher in the smaller one."""
+    rng, group = np.random.default_rng(5), np.arange(6030) < 30
+    x = np.hstack([np.zeros((6030, 1)), rng.poisson(1e-3, (6030, 200))])
+    found = log_fold_change(x, group)
+    assert found.estimate[0] == 0
+    assert (np.abs(found.estimate) > 1.96 * np.sqrt(found.variance)).mean() < 0.1
+
+
 def test_spatial_scores_have_the_moments_of_random_exchange(tissue):
     x, graph, _ = tissue
     x = x.copy()
@@ -93,6 +102,8 @@ def test_a_pattern_is_found_and_a_constant_gene_is_nothing(tissue):
     smooth = graph @ (graph @ rng.standard_normal((60, 1)))
     found = morans_i(np.hstack([smooth, np.ones((60, 1))]), graph)
     assert found.estimate[0] > 3 * np.sqrt(found.variance[0]) and found.estimate[1] == found.variance[1] == 0
+    tenths = morans_i(np.full((60, 1), 0.1), graph)  # whose mean is not .1 in floating point
+    assert tenths.estimate[0] == tenths.variance[0] == 0
     with pytest.raises(UserError, match="graph"):
         morans_i(np.ones((60, 1)), sp.csr_matrix((60, 60)))
 
@@ -177,6 +188,8 @@ def test_what_the_model_forgets_is_learned_from_measured_genes():
     assert np.mean(found["pooled"]) < 0.5 and 0.885 < np.mean(found["widened"]) < 0.95
     few = widened(new, inner._replace(**{k: v[:5] for k, v in inner._asdict().items()}), truth[:5])
     assert np.isinf(few.hi).all() and (few.p >= 1 / 6).all()  # five genes cannot promise 95 %
+    nothing = new._replace(estimate=np.zeros(30), se=np.zeros(30))
+    assert np.isinf(widened(nothing, inner._replace(**{k: v[:5] for k, v in inner._asdict().items()}), truth[:5]).hi).all()
     with pytest.raises(UserError, match="finite"):
         widened(new, inner, np.full(30, np.nan))
 

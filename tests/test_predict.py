@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from scipy import stats
 from torch import nn
 
-from ppl_st.calibration import coverage
+from ppl_st.calibration import coverage, interval_coverage
 from ppl_st.inference import predict
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import block_sizes, count_draws, draw_globals, fits_of_draws, posterior_predictive
@@ -111,7 +111,10 @@ def test_crps_and_quantiles_of_known_draws():
     draws = np.array([1.0, 2.0, 4.0, 8.0], np.float32)[:, None, None]
     pairs = np.abs(draws.ravel()[:, None] - draws.ravel()[None]).sum() / (4 * 3)
     assert float(predict._half_spread(draws)[0, 0]) == pytest.approx(pairs / 2)
-    assert [predict._quantile(draws, np.array([q]))[0, 0] for q in (0.0, 0.25, 0.26, 0.5, 1.0)] == [1, 1, 2, 2, 8]
+    levels, names = (0.1, 0.2, 0.45, 0.6, 0.65, 0.85), ("q05", "lower", "q95", "upper")
+    found = {name: [predict._quantile(draws, name, np.array([q]))[0, 0] for q in levels] for name in names}
+    assert found["q05"] == [1, 1, 2, 4, 4, 8] and found["lower"] == [0, 1, 2, 4, 4, 8]  # ranks .5, 1, 2.25, 3, 3.25, 4.25 of 4 draws, rounded down
+    assert found["q95"] == [1, 1, 4, 4, 8, 8] and found["upper"] == [1, 1, 4, 4, 8, np.inf]  # and up
 
 
 def test_fair_crps_is_unbiased_for_few_draws(case):
@@ -150,6 +153,24 @@ def test_coverage_of_the_true_model_is_nominal():
     )
     found = coverage(scores.pit_low, scores.pit_high, (0.5, 0.9))
     assert found.overall == pytest.approx([0.5, 0.9], abs=0.025)
+
+
+@pytest.mark.parametrize("draws", [20, 100])
+@pytest.mark.parametrize("sure", [1, 30])  # how much narrower than the truth the forecaster is; 1: it is right
+def test_intervals_hold_what_their_probabilities_say(draws, sure):
+    """What is handed out is counted, not computed from ranks: with ends beyond the draws nothing but an infinite end keeps the word."""
+    rng = np.random.default_rng(3)
+    shape = rng.gamma(4.0, 100.0, (300, 4)) + 50
+    truth = sp.csr_matrix(rng.poisson(rng.gamma(shape / sure) * sure / RATE).astype(np.float32))
+    ends = np.array([[0.05, 0.02, 0.004, 0.0], [0.95, 0.98, 0.996, 0.9]])
+    summary, scores = posterior_predictive(Conjugate(shape), [chain()], np.arange(4), draws=draws, seed=0, truth=truth, ends=ends)
+    x, q = truth.toarray(), summary.quantiles
+    held = ((q["lower"] <= x) & (x <= q["upper"])).mean(0)
+    assert (held >= interval_coverage(scores.pit_low, scores.pit_high, ends) - 1e-9).all()
+    assert (held >= np.array([0.88, 0.94, 0.97, 0.87]) * (sure == 1)).all()
+    assert np.isinf(q["upper"][:, 2]).all() and (q["lower"][:, 2:] == 0).all() and np.isfinite(q["upper"][:, [0, 3]]).all()
+    if sure == 1:
+        assert ((q["q05"] <= x) & (x <= q["q95"])).mean() == pytest.approx(0.9, abs=0.025)
 
 
 def test_memory_bounds_the_block_not_the_answer(case):

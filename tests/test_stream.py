@@ -7,6 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 import xarray as xr
 from hypothesis import given, settings
@@ -160,3 +161,43 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(done.stdout) < 150  # MB: two slabs of 32, one block, names
     with xr.open_zarr(tmp_path / "t.zarr", group="layers", consolidated=False) as layers:
         np.testing.assert_array_equal(layers["b"][:, 3], np.arange(100_000))
+
+
+def test_ends_beyond_the_draws_are_said(run, tmp_path):
+    """An upper end at .985 of 40 draws lies beyond the largest: infinite, and the line says how many draws reach it."""
+    from dataclasses import replace
+
+    from ppl_st.conformal import KNOTS, Recalibration
+
+    wide, said = replace(run, recalibration=Recalibration(0.9, [], [KNOTS.tolist()], [0.97], 3, 0.8)), []
+    wide.write(tmp_path / "a.zarr", ["gene0035"], draws=40, say=said.append)
+    assert np.isinf(ad.read_zarr(tmp_path / "a.zarr").layers["upper"]).all() and "with --draws 66 they are finite" in said[0]
+    assert np.isfinite(wide.predict(["gene0035"], draws=66).layers["upper"]).all()
+    assert np.isinf(wide.predict(["gene0035"], draws=65).layers["upper"]).all()
+
+
+def test_counts_of_the_panel_and_of_other_genes_are_exported_from_streams_apart(run, monkeypatch):
+    from ppl_st import export
+    from ppl_st.likelihoods import NegativeBinomial
+
+    plan = export._Plan(run, 2, 0, None, None)
+    law = NegativeBinomial(mean=torch.full((250, 10), 2.0), theta=torch.tensor(3.0))
+    monkeypatch.setattr(plan.predictor, "count_dist", lambda batch, chain, drawn, local, genes: law)
+    plan.panel = plan.panel[:10]
+    monkeypatch.setattr(plan, "observed", run.target.matrix[:, :10])
+    _, made = next(plan.blocks())
+    pairs = np.stack([made["x"].ravel(), made["count"].ravel()])
+    assert pairs.shape[1] >= 5000 and abs(np.corrcoef(pairs)[0, 1]) < 5 / np.sqrt(pairs.shape[1])
+
+
+def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
+    from dataclasses import replace
+
+    from ppl_st.data import read_counts
+
+    more = ad.AnnData(sp.hstack([sim.target.X, np.full((250, 1), 50, np.float32)], format="csr"), obs=sim.target.obs, obsm=sim.target.obsm)
+    more.var_names = [*sim.target.var_names, "alone"]
+    wider = replace(run, target=read_counts(more, role="target"))
+    panel = np.asarray(sim.target.X.sum(1)).ravel()
+    np.testing.assert_array_equal(wider.shared_total, panel)
+    np.testing.assert_array_equal(wider.target.totals, panel + 50)
