@@ -404,18 +404,26 @@ def neighbors(
 
 
 def neighbor_mean(cells: Counts, k: int, library_key: str | None = None) -> sparse.csr_matrix | None:
-    """Rows average over the k nearest cells in space, within the section named by ``obs[library_key]``; None without coordinates."""
+    """Rows average over the k nearest cells in space, within the section named by ``obs[library_key]``; a cell without any keeps its own value.
+
+    None without coordinates.
+    """
+    library = sections(cells, library_key)
     if cells.xy is None or len(cells.names) < 2:
         return None
-    library = None
-    if library_key is not None:
-        if library_key not in cells.obs:
-            columns = ", ".join(map(str, cells.obs.columns[:5])) or "no columns"
-            raise UserError(f"target ({cells.source}): no obs column {library_key!r} (library_key); it has {columns}")
-        library = cells.obs[library_key].astype(str).tolist()
     graph = neighbors(cells.xy, k, library)
-    size = np.maximum(np.asarray(graph.sum(1)).ravel(), 1)
-    return sparse.csr_matrix(sparse.diags(1 / size) @ graph, dtype=np.float32)
+    size = np.asarray(graph.sum(1)).ravel()
+    return sparse.csr_matrix(sparse.diags(1 / np.maximum(size, 1)) @ graph + sparse.diags((size == 0).astype(np.float64)), dtype=np.float32)
+
+
+def sections(cells: Counts, library_key: str | None) -> NDArray[np.int64] | None:
+    """Section of every cell by ``obs[library_key]``, counted from 0; None: one section."""
+    if library_key is None:
+        return None
+    if library_key not in cells.obs:
+        columns = ", ".join(map(str, cells.obs.columns[:5])) or "no columns"
+        raise UserError(f"target ({cells.source}): no obs column {library_key!r} (library_key); it has {columns}")
+    return np.unique(cells.obs[library_key].astype(str), return_inverse=True)[1].astype(np.int64)
 
 
 def _query(tree: cKDTree, points: Floats, k: int, bound: float = np.inf) -> tuple[Floats, NDArray[np.int64]]:

@@ -108,13 +108,13 @@ def test_vista():
     with torch.no_grad():
         loc, scale = guide.states(batch)
     hidden, new = model.panel[~seen], torch.ones(16, dtype=torch.bool).index_fill(0, model.panel, False)
-    depth, drawn = batch.total[: len(loc)].log(), draw_globals([pair], DRAWS, 0)
+    depth, usual, drawn = batch.total[: len(loc)].log(), batch.usual.log(), draw_globals([pair], DRAWS, 0)
 
     def posterior():
         """p(sites, states | hidden counts), states a priori as the visible genes say."""
         sites = model.globals()
         z = pyro.sample("z", dist.Normal(loc, scale).to_event(2))
-        law = model.likelihood(model.log_rate(sites, z, depth, hidden).exp(), {name: value[hidden] for name, value in sites.items()})
+        law = model.likelihood(model.log_rate(sites, z, depth, usual, hidden).exp(), {name: value[hidden] for name, value in sites.items()})
         pyro.sample("x", law.to_event(2), obs=batch.counts[:, ~seen])
 
     exact = nuts(posterior, {**drawn[0], "z": loc}, 150, 100)

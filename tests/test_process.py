@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.linalg
 import scipy.sparse as sp
 import torch
 from torch.distributions import Normal
@@ -201,3 +202,20 @@ def test_a_run_whose_settings_this_version_does_not_know_says_fit_again(tmp_path
     settings.write_text("depth_exponent = 0.7\n" + settings.read_text())
     with pytest.raises(UserError, match=r"config.toml: unknown key 'depth_exponent'.*written by ppl_st .*: use that version, or fit again"):
         ppl_st.load(tmp_path / "run")
+
+
+def test_features_have_the_signs_that_their_eigenvectors_have_not(monkeypatch):
+    """A run stores places of some cells and fits the process again when it is loaded, maybe with other threads: levels went wrong by a third."""
+    (target, _), (reference, _) = ring(300, 3), ring(400, 4)
+    _, found, phi = fitted(target[:, :30].copy(), reference)
+    eigh, rng = scipy.linalg.eigh, np.random.default_rng(0)
+
+    def turned(*args, **kwargs):
+        values, vectors = eigh(*args, **kwargs)
+        return values, vectors * rng.choice([-1.0, 1.0], vectors.shape[1])
+
+    monkeypatch.setattr(scipy.linalg, "eigh", turned)
+    _, again, other = fitted(target[:, :30].copy(), reference)
+    scale = np.abs(phi).max()
+    np.testing.assert_allclose(other / scale, phi / scale, atol=1e-3)
+    np.testing.assert_allclose(again.field.beta, found.field.beta, atol=1e-3 * np.abs(found.field.beta).max())

@@ -122,7 +122,7 @@ def test_expected_kernel_is_the_mean_over_profile_noise():
     profiles = rng.normal(size=(2, 6)).astype(np.float32)
     errors = np.full((2, 6), 0.4, np.float32)
     reference = sp.csr_matrix(rng.poisson(1.0, (30, 2)).astype(np.float32))
-    data = spaim.Data(reference, np.arange(2), np.arange(2), reference, profiles, errors, np.zeros(2), np.ones(2))
+    data = spaim.Data(reference, np.arange(2), np.arange(2), reference, profiles, errors, np.zeros(2), np.ones(2), np.ones(reference.shape[0]))
     both = kernel.GeneKernel(data, 0.5)
     c = both.correlation(np.array([0]), np.array([1]))[0, 0]
     near = 3 * (both(np.array([0]), np.array([1]))[0, 0] - kernel.CONSTANT) - c - np.exp(-(1 - c) / 0.5)

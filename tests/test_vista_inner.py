@@ -35,7 +35,7 @@ def test_slopes_and_exponents_of_faint_genes_are_those_of_bright_ones():
 def test_the_level_that_a_slope_adds_is_interpolated_with_its_gradient():
     rng = np.random.default_rng(0)
     v, log_total, exponent = rng.normal(0, 1.0, (900, 5)), rng.normal(0, 0.5, 900), np.array([0.2, 0.6, 0.8, 1.0, 1.5])
-    table = torch.from_numpy(tabulate(lambda part: v[:, part], 5, log_total, exponent))
+    table = torch.from_numpy(tabulate(lambda part: v[:, part], 5, log_total, np.zeros_like(log_total), exponent))
     genes = torch.tensor([4, 0, 2, 3])
     for slopes in ([-0.9, 0.1, 1.3, 4.6], [0.0, 5.0, 2.75, 3.01]):
         slope = torch.tensor(slopes, dtype=torch.float64, requires_grad=True)
@@ -63,7 +63,7 @@ def test_an_unmeasured_gene_has_the_level_of_the_reference_whatever_its_slope(li
         with torch.no_grad(), rng_scope(0, "states"):
             states = [local.loc + local.scale * torch.randn_like(local.loc) for _ in range(20)]
             beyond = model.beyond(local.phi, genes)
-            mean = sum(model.count_dist(drawn, z, local.log_total, genes, beyond).mean.sum(0) for z in states) / 20
+            mean = sum(model.count_dist(drawn, z, local.log_total, local.log_usual, genes, beyond).mean.sum(0) for z in states) / 20
         off = ((mean / total).log() - model.level[genes]).numpy()
         assert np.abs(off).max() < 0.2 and abs(off.mean()) < 0.05, (slope, off)
     assert run.spec.hyper.gain[2] < 0.1, run.spec.hyper.gain  # .18 before

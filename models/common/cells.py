@@ -33,6 +33,10 @@ class Problem(Protocol):
         """[P] and among the G."""
 
     @property
+    def reference(self) -> sp.csr_matrix:
+        """[M, G] counts of the reference's cells, or their logs."""
+
+    @property
     def log_share(self) -> NDArray[np.float64]:
         """[G] log of a gene's counts per count of the P genes, in the reference."""
 
@@ -43,6 +47,10 @@ class Problem(Protocol):
     @property
     def neighbors(self) -> sp.csr_matrix | None:
         """[n, n] rows sum to 1: mean over the spatial neighbors."""
+
+    @property
+    def relative(self) -> NDArray[np.float64]:
+        """[n] usual depth of the cell's section, over that of the fit."""
 
     @property
     def totals(self) -> NDArray[np.float64]:
@@ -57,6 +65,12 @@ def all_counts(counts: sp.csr_matrix) -> NDArray[np.float64]:
 def totals_of(data: Problem) -> NDArray[np.float64]:
     """[n] counts of each cell over the shared genes."""
     return all_counts(data.counts[:, data.columns])
+
+
+def living(data: Problem) -> NDArray[np.bool_]:
+    """[P] shared genes that have counts on both sides; the others are probes that fail, or genes out of reach, and say nothing of levels."""
+    here, there = (np.asarray(counts[:, columns].sum(0)).ravel() for counts, columns in ((data.counts, data.columns), (data.reference, data.panel)))
+    return np.asarray((here > 0) & (there > 0))
 
 
 def log_shares(reference: sp.csr_matrix, panel: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -83,12 +97,13 @@ def without(data: Some, inner: NDArray[np.int64]) -> Some:
 
 
 def take_cells(data: Some, rows: NDArray[np.int64]) -> Some:
-    """The problem of some cells; neighbors outside are lost."""
+    """The problem of some cells; neighbors outside are lost, and a cell that loses all of them keeps its own value."""
     near = None
     if data.neighbors is not None:
         near = sp.csr_matrix(data.neighbors[rows][:, rows])
-        near = sp.csr_matrix(sp.diags(1 / np.maximum(np.asarray(near.sum(1)).ravel(), 1e-6)) @ near)
-    return data._replace(counts=sp.csr_matrix(data.counts[rows]), neighbors=near)
+        size = np.asarray(near.sum(1)).ravel()
+        near = sp.csr_matrix(sp.diags(1 / np.where(size > 0, size, 1.0)) @ near + sp.diags((size == 0).astype(np.float64)), dtype=np.float32)
+    return data._replace(counts=sp.csr_matrix(data.counts[rows]), neighbors=near, relative=data.relative[rows])
 
 
 class Directions(NamedTuple):

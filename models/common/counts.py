@@ -4,9 +4,9 @@ r"""From a standardised map f of a gene to its counts.
     v_ig    = bend(m_ig),   d_ig = slope_g bend'(m_ig) (f_ig - m_ig)
     rate_ig = depth_i exp(log_gain_g + slope_g v_ig - c_g(slope_g)) exp(d_ig - var(d_ig) / 2)
     x_ig    ~ NB(rate_ig, theta_g)
-    depth_i ~ total_i + a T, T the mean total: posterior mean of a depth that is Gamma over cells, known from a total over all genes of the target
-              (also those that the reference lacks); a, chosen on inner genes, is larger the less these say of the others. Scaled so that its sum
-              is that of the counts of the shared genes
+    depth_i ~ total_i + a T, T the usual total in the cell's section: posterior mean of a depth that is Gamma over cells, known from a total over all
+              genes of the target (also those that the reference lacks); a, chosen on inner genes, is larger the less these say of the others. Scaled
+              so that its sum is that of the counts of the shared genes
     c_g(b)  = log of the mean of exp(b v_ig) over cells of the fit, weighted by their depths
     bend(m) = log(1 + k m) / k (its argument kept above 0; k = 0: m itself), so exp(slope bend(m)) = (1 + k m)^(slope / k)
 
@@ -105,9 +105,9 @@ def log_mean(share: Tensor, depth: Tensor, log_theta: Tensor | None, median: flo
     return positive * torch.log1p(factor * rate / positive)
 
 
-def depths(totals: NDArray[np.float64], depth_prior: float) -> NDArray[np.float64]:
-    """Relative depth [n] of cells with these totals over all genes: total + a x mean total; see the file's docstring."""
-    return np.asarray(np.maximum(totals, 0.5) + depth_prior * totals.mean())
+def depths(totals: NDArray[np.float64], relative: NDArray[np.float64], depth_prior: float) -> NDArray[np.float64]:
+    """Relative depth [n] of cells with these totals over all genes, in sections that are ``relative`` [n] times as deep as usual: total + a T."""
+    return np.asarray(np.maximum(totals, 0.5) + depth_prior * totals.mean() * relative)
 
 
 def true_shares(data: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -161,8 +161,8 @@ class CountLayer(PyroModule):
 
     sample: Tensor  # [S, q] smoothed places of some cells of the fit, for c_g
     weight: Tensor  # [S] their share of the depth
-    offset: Tensor  # log depth = offset + log(total + added)
-    added: Tensor  # a T
+    offset: Tensor  # log depth = offset + log(total + added relative)
+    added: Tensor  # a T of the fit
 
     def __init__(self, data: Problem, hyper: Hyper, width: int) -> None:
         super().__init__()
@@ -191,16 +191,16 @@ class CountLayer(PyroModule):
             pyro.sample(name, dist.Normal(loc, scale).to_event(1))  # [G]
         pyro.deterministic("gene_key", torch.randint(2**31, ()))
 
-    def log_depth(self, totals: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Log depth of cells with these totals over all genes of the target, [n]."""
-        return np.asarray(float(self.offset) + np.log(np.maximum(totals, 0.5) + float(self.added)), dtype=np.float32)
+    def log_depth(self, totals: NDArray[np.float64], relative: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Log depth of cells with these totals over all genes of the target, in sections that are ``relative`` times as deep as the fit, [n]."""
+        return np.asarray(float(self.offset) + np.log(np.maximum(totals, 0.5) + float(self.added) * relative), dtype=np.float32)
 
     def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
         """Level, slope and theta of the measured genes from their own counts; ``codes(genes)`` gives known loadings [q, g]."""
         n, p = data.counts.shape[0], len(data.panel)
         rows = np.random.default_rng(0).permutation(n)[:LEVEL_CELLS]
         where, totals, every = place(rows), data.totals[rows], all_counts(data.counts[rows])
-        depth = depths(every, self.depth_prior)
+        depth = depths(every, data.relative[rows], self.depth_prior)
         self.sample, self.weight = torch.from_numpy(where).float(), torch.from_numpy(depth / depth.sum()).float()
         self.offset.fill_(float(np.log(np.maximum(totals, 0.5).sum() / depth.sum())))
         self.added.fill_(self.depth_prior * every.mean())

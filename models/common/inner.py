@@ -7,7 +7,7 @@ describe what is left *beside* the spread of the draws; residuals of genes that 
     e          how far loadings are, over how far they are said to be:    r_g what the mean map leaves of the standardised gene z_g,  A = u'u / n,
                e^2 = sum_g (|u'r_g / n|^2 - tr(A) var(r_g) / n) / sum_g tr(A var(t_g) A)
     depth prior a, bend k             by the log score again
-    level, slope, theta               random effects over genes
+    level, slope, theta               random effects over genes; levels of genes with counts on both sides
     own depth                         which mean of a log-normalised count correlates better with them
 
 e is measured by distances, not by the score of single counts, which cannot tell an error that all cells share from noise: intervals of sums and
@@ -24,7 +24,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from ppl_st.inference.hyperpriors import MIN_SCALE, parameter_prior, random_effects
-from ppl_st.models.common.cells import Problem, all_counts, log_shares, take_cells, without
+from ppl_st.models.common.cells import Problem, all_counts, living, log_shares, take_cells, without
 from ppl_st.models.common.counts import (
     LARGEST,
     LOG_THETA,
@@ -93,7 +93,8 @@ def default_hyper(data: Problem, config: Settings) -> Hyper:
 
 
 def _mean_gain(data: Problem) -> float:
-    return float(log_shares(data.counts, data.columns)[0][data.columns].mean())
+    own, alive = log_shares(data.counts, data.columns)[0][data.columns], living(data)
+    return float(own[alive if alive.any() else slice(None)].mean())
 
 
 def learn_hyper(
@@ -122,13 +123,14 @@ def learn_hyper(
         counts = data.counts[seen][:, data.columns[judged[-1]]].toarray().astype(np.float64)
         place = problem.place(split)
         places = {option: smooth(place, split.neighbors, option)[seen] for option in options}
-        tests.append(Fold(counts, split.totals[seen], all_counts(split.counts[seen]), places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
+        every, relative = all_counts(split.counts[seen]), split.relative[seen]
+        tests.append(Fold(counts, split.totals[seen], every, relative, places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
     scores: dict[tuple[float, float, float, float, float], NDArray[np.float64]] = {}
 
     def tried(smoothing: float, share: float, doubt: float, a: float, k: float) -> float:
         one = smoothing, share, doubt, a, k
         if one not in scores:
-            parts = [score_counts(t.counts, depths(t.every, a), k, t.places[smoothing], t.codes.mixed(share, doubt)) for t in tests]
+            parts = [score_counts(t.counts, depths(t.every, t.relative, a), k, t.places[smoothing], t.codes.mixed(share, doubt)) for t in tests]
             scores[one] = np.concatenate(parts, 2)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
@@ -144,7 +146,10 @@ def learn_hyper(
     genes = np.concatenate(judged)
     z, doubt = (values[data.panel[genes]] for values in true_shares(data))
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
-    hyper = _priors(scores[best], level, noise, z, doubt, config)
+    alive = living(data)[genes]
+    if not alive.all():
+        say(f"{int((~alive).sum())} shared genes have no count in the target or in the reference: they say nothing of the levels of other genes")
+    hyper = _priors(scores[best], level, noise, z, doubt, alive, config)
     hyper = hyper._replace(smoothing=smoothing, share=share, doubt=wide, depth_prior=depth_prior, bend=bent, candidates=candidates)
     hyper = hyper._replace(own_depth=own_depth(tests, hyper, z))
     say(
@@ -165,6 +170,7 @@ class Fold(NamedTuple):
     counts: NDArray[np.float64]  # [n, genes]
     totals: NDArray[np.float64]  # [n] over the shared genes
     every: NDArray[np.float64]  # [n] over all genes of the target
+    relative: NDArray[np.float64]  # [n] usual depth of the cell's section, over that of all
     places: dict[float, NDArray[np.float32]]  # [n, q] by smoothing
     codes: Codes
 
@@ -180,7 +186,7 @@ def own_depth(tests: Sequence[Fold], hyper: Hyper, z: NDArray[np.float64]) -> bo
         mean = t.places[hyper.smoothing].astype(np.float64) @ t.codes.mixed(hyper.share, hyper.doubt).mean
         trend, _ = bend(torch.from_numpy(mean), hyper.bend)
         share = (torch.from_numpy(slope).clamp_min(SLOPES[0]) * trend).clamp(-LARGEST, LARGEST).exp()
-        depth, factor = (torch.from_numpy(x)[:, None] for x in (depths(t.every, hyper.depth_prior), np.median(t.totals) / t.totals))
+        depth, factor = (torch.from_numpy(x)[:, None] for x in (depths(t.every, t.relative, hyper.depth_prior), np.median(t.totals) / t.totals))
         depth = depth * (t.totals.sum() / depth.sum())
         share *= torch.from_numpy(t.counts.sum(0) + 0.5) / ((share * depth).sum(0) + 0.5)
         logs = torch.log1p(torch.from_numpy(t.counts) * factor)
@@ -244,6 +250,7 @@ def _priors(
     noise: NDArray[np.float64],
     z: NDArray[np.float64],
     doubt: NDArray[np.float64],
+    alive: NDArray[np.bool_],
     config: Settings,
 ) -> Hyper:
     center = float(z.mean())
@@ -251,9 +258,11 @@ def _priors(
     loc, scale = float(np.clip(loc, *SLOPE_LOC)), min(scale, SLOPE_SCALE)
     prior = -0.5 * ((SLOPES[:, None] - loc - tilt * (z - center)) / scale) ** 2  # [slopes, genes]
     theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior, axis=0))[:, None], axis=0), z - center, LOG_THETA, 1.0, 1.5)
-    gain, covariance = level_prior(level, noise, z - center, doubt)
+    alive = alive if alive.sum() > 2 else np.ones(len(z), dtype=bool)
+    level, noise, at, doubt = (values[alive] for values in (level, noise, z - center, doubt))
+    gain, covariance = level_prior(level, noise, at, doubt)
     if config.gain == "none":
-        mean, _ = random_effects(level - (z - center), noise)
+        mean, _ = random_effects(level - at, noise)
         gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
     return Hyper(0.0, 0.0, 1.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
 

@@ -95,7 +95,7 @@ class MapPredictor:
         """Places [n, q] and log depth [n, 1] of the cells."""
         every = all_counts(self.data.counts[batch.rows])
         place = smoothed_place(self.guides[chain], self.data, self.smoothing, batch.rows)
-        return torch.from_numpy(place), torch.from_numpy(self.guides[chain].counts.log_depth(every))[:, None]
+        return torch.from_numpy(place), torch.from_numpy(self.guides[chain].counts.log_depth(every, self.data.relative[batch.rows]))[:, None]
 
     def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
         """p(count | draw): a gene's loadings are the same in all cells; what differs from cell to cell is drawn here."""
@@ -140,7 +140,7 @@ class MapPredictor:
 
     def _trend(self, chain: int, place: Tensor, genes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bent mean map, its slope, and the variance of the map [n, g] each: the same in every draw of a block, so made once."""
-        key = chain, len(genes), int(genes[0]), int(genes[-1])
+        key = chain, *genes.tolist()
         kept = self.block
         if kept is None or kept[0] is not place or kept[1] != key:
             mean, variance = self._mean(chain, genes)
@@ -169,7 +169,7 @@ class MapPredictor:
 
     def _keep(self, key: tuple[int, ...], genes: Tensor, make: Callable[[], Any]) -> Any:
         """What does not depend on cells is made once per block of genes."""
-        whole = (*key, len(genes), int(genes[0]), int(genes[-1]))
+        whole = (*key, *genes.tolist())
         if whole not in self.kept:
             if len(self.kept) >= CACHED:
                 self.kept.clear()

@@ -159,7 +159,9 @@ def field(inside: NDArray[np.float32], outputs: sp.csr_matrix, unseen: NDArray[n
                 best = float(left), width, penalty, half, rotation[:, keep > FAINT], phi
     assert best is not None
     _, width, penalty, half, rotation, phi = best
-    root, phi = half @ rotation, phi @ rotation.astype(np.float32)
+    root = half @ rotation
+    sign = np.sign(root[np.abs(root).argmax(0), np.arange(root.shape[1])])  # eigenvectors have none; what a run stores beside the fit needs one
+    root, phi = root * sign, phi @ (rotation * sign).astype(np.float32)
     found, strength = _moments(phi, outputs, sd), np.square(phi, dtype=np.float64).sum(0)[:, None]
     whole = strength + penalty
     freedom = min(float((strength / whole).sum() + 1), FREEDOM * len(phi))

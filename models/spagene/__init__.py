@@ -19,7 +19,7 @@ GENERATIVE STORY
         f_ig = (1 - s) z_i . ((1 - c) W d_g + c b_g) + s phi_i . beta_g + z_i . deviation_g
                b_g by the reference's own regression (`regression.py`), beta_g by a Gaussian process over the reference's cells
                (`ppl_st.models.common.process`), of use where both sides are alike; c and s are chosen on inner genes
-        x_ig ~ NB(total_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
+        x_ig ~ NB(depth_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
 
 GUIDE
     default: W | t is Gaussian and exact at the start, for either direction; SVI then lets the factors move its mean. An unmeasured gene integrates

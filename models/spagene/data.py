@@ -21,23 +21,29 @@ class Data(NamedTuple):
     reference: sp.csr_matrix  # [M, G]
     log_share: NDArray[np.float64]  # [G] log of a gene's counts per count of the P genes, in the reference
     share_variance: NDArray[np.float64]  # [G] its sampling variance
+    relative: NDArray[np.float64]  # [n] usual depth of the cell's section, over that of the fit
     neighbors: sp.csr_matrix | None = None  # [n, n] rows sum to 1: mean over the spatial neighbors
 
     @property
     def totals(self) -> NDArray[np.float64]:
-        """[n] counts of each spatial cell over the shared genes: its depth."""
+        """[n] counts of each spatial cell over the shared genes."""
         return totals_of(self)
 
     def turned(self) -> "Data":
         """The other direction: reference cells are the target, and know the genes that only the spatial side has."""
-        return make(self.reference, self.panel, self.columns, self.counts, None)
+        return make(self.reference, self.panel, self.columns, self.counts, None, np.ones(self.reference.shape[0]))
 
 
 def make(
-    counts: sp.csr_matrix, columns: NDArray[np.int64], panel: NDArray[np.int64], reference: sp.csr_matrix, neighbors: sp.csr_matrix | None
+    counts: sp.csr_matrix,
+    columns: NDArray[np.int64],
+    panel: NDArray[np.int64],
+    reference: sp.csr_matrix,
+    neighbors: sp.csr_matrix | None,
+    relative: NDArray[np.float64],
 ) -> Data:
     """The problem with what follows from the counts."""
-    return Data(counts, columns, panel, reference, *log_shares(reference, panel), neighbors)
+    return Data(counts, columns, panel, reference, *log_shares(reference, panel), relative, neighbors)
 
 
 class Batch(NamedTuple):

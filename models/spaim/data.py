@@ -23,11 +23,12 @@ class Data(NamedTuple):
     errors: NDArray[np.float32]  # [G, K] standard errors of the profiles
     log_share: NDArray[np.float64]  # [G] log of a gene's counts per count of the P genes, in the reference
     share_variance: NDArray[np.float64]  # [G] its sampling variance
+    relative: NDArray[np.float64]  # [n] usual depth of the cell's section, over that of the fit
     neighbors: sp.csr_matrix | None = None  # [n, n] rows sum to 1: mean over the spatial neighbors
 
     @property
     def totals(self) -> NDArray[np.float64]:
-        """[n] counts of each cell over the shared genes: its depth."""
+        """[n] counts of each cell over the shared genes."""
         return totals_of(self)
 
 

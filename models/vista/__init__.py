@@ -58,6 +58,7 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
+from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import bend
 from ppl_st.models.common.process import Field
 from ppl_st.models.vista.batches import Batch, Batches, Data
@@ -140,6 +141,8 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
         _write(model.covariate, share)
         model.parent.copy_(torch.from_numpy(data.parent))
         _write(model.level, share - np.log(np.exp(share[data.panel]).sum()))
+        if model.closed:
+            _write(model.level_variance, log_shares(data.reference, data.panel)[1])
         for name, value in (("mean", mine.mean), ("sd", mine.sd), ("reference_mean", theirs.mean), ("reference_sd", theirs.sd)):
             _write(getattr(guide, name), value)
         _write(guide.depths, np.array([mine.depth, theirs.depth]))
@@ -202,8 +205,8 @@ def _levels(model: Model, guide: Guide, data: Data, mine: Moments, states: Float
             score += beside[part] * (phi @ found.beta[:, part] - center[part])
         return bend(torch.from_numpy(score), hyper.bend)[0].numpy()
 
-    log_total = np.log(totals_of(data.measured[rows]) / mine.depth)
-    return tabulate(scores, decoder.shape[1], log_total, model.exponents().numpy().astype(np.float64))
+    log_total, log_usual = (np.log(total[rows] / mine.depth) for total in (totals_of(data.measured), data.usual))
+    return tabulate(scores, decoder.shape[1], log_total, log_usual, model.exponents().numpy().astype(np.float64))
 
 
 def _write(to: Tensor, value: NDArray[Any]) -> None:
@@ -278,6 +281,7 @@ class Local(NamedTuple):
     loc: Tensor  # [n, d] of q(z)
     scale: Tensor
     log_total: Tensor  # [n]
+    log_usual: Tensor  # [n] of the median total in the cell's section
     along: Tensor | None  # [n, q + K] along what patterns err, in sd of the log rate
     phi: Tensor | None  # [n, F] features of the process
     beyond: dict[tuple[int, ...], Tensor]  # the process's part of the scores of the last genes asked for, the same in all draws
@@ -319,7 +323,7 @@ class Predictor:
             if self.models[chain].closed:
                 features = torch.cat([self.guides[chain].places(batch), torch.from_numpy(self.data.waves[batch.rows.numpy()])], 1)
                 along = features * torch.from_numpy(self.loads).float()  # [n, q + K]
-            return Local(loc, scale, batch.total[: len(batch.rows)].log(), along, phi, {})
+            return Local(loc, scale, batch.total[: len(batch.rows)].log(), batch.usual.log(), along, phi, {})
 
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Local, genes: Tensor) -> Any:
         """p(count | draw): states are drawn here; the error of an unmeasured gene's pattern is the same in all blocks of cells."""
@@ -333,7 +337,7 @@ class Predictor:
                 local.beyond[key] = model.beyond(local.phi, genes)
             beyond = local.beyond[key]
         z = local.loc + local.scale * torch.randn_like(local.loc)
-        return model.count_dist(drawn, z, local.log_total, genes, beyond, error)
+        return model.count_dist(drawn, z, local.log_total, local.log_usual, genes, beyond, error)
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

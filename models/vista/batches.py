@@ -28,6 +28,7 @@ class Data(NamedTuple):
     batch: NDArray[np.int64]  # [n] batch of each spatial cell
     reference_batch: NDArray[np.int64]  # [m]
     parent: NDArray[np.int64]  # [G] the gene itself; of a gene GENE:layer, position of the gene
+    usual: NDArray[np.float64]  # [n] median total (all genes of the target) of the section of each spatial cell
 
     @property
     def measured(self) -> sp.csr_matrix:
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
 
     counts: Tensor  # [c, P] seeds first
     others: Tensor  # [c, E]
+    usual: Tensor  # [B] median total in the section of each seed
     total: Tensor  # [c] counts of the visible genes of the target over their usual share: depth as it would be without the hidden ones
     batch: Tensor  # [c] batch of each
     rows: Tensor  # [B] rows of the seeds in the data
@@ -100,6 +102,7 @@ class Batches:
         return Batch(
             counts=torch.from_numpy(counts),
             others=torch.from_numpy(own),
+            usual=torch.from_numpy(data.usual[seeds].astype(np.float32)),
             total=torch.from_numpy(np.maximum(total, 1.0).astype(np.float32)),
             batch=torch.from_numpy(data.batch[context]),
             rows=torch.from_numpy(seeds),

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
+from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import LOG_THETA, bend
 from ppl_st.models.common.inner import BENDS, SHARES, climb
 from ppl_st.models.vista.batches import Data, shares
@@ -259,11 +260,14 @@ def _hyper_priors(
     z = share[data.panel[genes]] - share.mean()
     design = np.column_stack([np.ones_like(z), z])
     exponent = _trend(design, free[:, 2], variance[:, 2])
-    # Level: counts per count of the target over the same of the reference; regression on the covariate, then the random effect around it.
-    doubt = np.maximum(variance[:, 0], 1e-6)
+    # Level: counts per count of the target over the same of the reference; regression on the covariate, then the random effect around it. Both sides
+    # are estimates; a gene without a count on one of them is a probe that fails, or out of reach, and says nothing of levels.
+    doubt = np.maximum(variance[:, 0], 1e-6) + log_shares(data.reference, data.panel)[1][data.panel[genes]]
     gains = np.log((counts.sum(0) + 0.5) / (np.exp(offset + depth).sum(0) + 0.5))
-    beta = _trend(design, gains, doubt)
-    center, gain_sd = random_effects(gains - design @ beta, doubt)
+    alive = (counts.sum(0) > 0) & (panel[genes] > 0.5)
+    alive |= alive.sum() < 3
+    beta = _trend(design[alive], gains[alive], doubt[alive])
+    center, gain_sd = random_effects((gains - design @ beta)[alive], doubt[alive])
     trend = _trend(design, free[:, 1], np.maximum(variance[:, 1], 1e-6))
     shift, slope_sd = random_effects(free[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
     slope = [float(trend[0] + shift), float(trend[1]), float(slope_sd)]

@@ -1,10 +1,11 @@
 r"""The level of a gene apart from its slope: what exp(slope v) adds to its mean rate.
 
-    log rate_ig = log D + a_g log(t_i / D) + level_g + log_gain_g + k_g v_ig - c_g(k_g),        v_ig = bend(score_ig)
-    c_g(k)      = log mean_i (t_i / D)^a_g exp(k v_ig) - log mean_i t_i / D                     over cells of the fit and draws of their states
+    log rate_ig = log D_i + a_g log(t_i / D_i) + level_g + log_gain_g + k_g v_ig - c_g(k_g),        v_ig = bend(score_ig)
+    c_g(k)      = log mean_i D_i (t_i / D_i)^a_g exp(k v_ig) - log mean_i t_i                   over cells of the fit and draws of their states
 
 so that log_gain_g is the log of the gene's counts per count of the target less the same of the reference, whatever its slope and exponent: what a
-hyper-prior can know. D is the median total. c_g is tabulated at `KNOTS` with its derivative, and interpolated by cubics (Hermite).
+hyper-prior can know. D_i is the median total in the cell's section: a section that is shallower as a whole has fewer counts of every gene. c_g is
+tabulated at `KNOTS` with its derivative, and interpolated by cubics (Hermite).
 """
 
 from collections.abc import Callable
@@ -19,13 +20,13 @@ KNOTS = np.arange(-1.0, 5.0 + STEP / 2, STEP)  # slopes; beyond them the nearest
 GENES = 256  # tabulated together
 
 
-def tabulate(scores: Callable[[slice], Floats], genes: int, log_total: Floats, exponent: Floats) -> Floats:
-    """c and its derivative [2, knots, genes] from v [cells, some genes], log(t / D) [cells] and a [genes]."""
+def tabulate(scores: Callable[[slice], Floats], genes: int, log_total: Floats, log_usual: Floats, exponent: Floats) -> Floats:
+    """c and its derivative [2, knots, genes] from v [cells, some genes], log t and log D [cells] in one unit, and a [genes]."""
     table, usual = np.zeros((2, len(KNOTS), genes)), np.log(np.mean(np.exp(log_total)))
     for start in range(0, genes, GENES):
         part = slice(start, min(start + GENES, genes))
         v = scores(part)
-        base = exponent[part] * log_total[:, None]
+        base = log_usual[:, None] + exponent[part] * (log_total - log_usual)[:, None]
         for k, slope in enumerate(KNOTS):
             power = base + slope * v
             top = power.max(0)

@@ -51,6 +51,7 @@ class Model(PyroModule):
     parent: Tensor  # [G] gene whose gain and slope a gene has: itself, or of GENE:layer the gene
     library: Tensor  # [batches, 2]
     covariate: Tensor  # [G]
+    level_variance: Tensor  # [G]
     level: Tensor  # [G]
     own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
     beside: Tensor  # [G]
@@ -77,6 +78,7 @@ class Model(PyroModule):
         self.register_buffer("library", torch.tensor(spec.library))
         self.register_buffer("covariate", torch.zeros(genes))  # log share in the reference
         self.register_buffer("level", torch.zeros(genes))  # log of the gene's share of the reference's panel counts
+        self.register_buffer("level_variance", torch.zeros(genes))  # of that as an estimate; 0 where the level is learned
         self.process: Field | None = None  # over the reference's cells; a function of them, not stored with the weights
         for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0)):
             self.register_buffer(name, torch.full((genes,), value))
@@ -102,7 +104,7 @@ class Model(PyroModule):
         found = {}
         if self.config.platform == "hierarchical":
             a, b, s = hyper.gain
-            found["log_gain"] = (a + b * z, torch.full_like(z, s))
+            found["log_gain"] = (a + b * z, (s**2 + self.level_variance).sqrt())
             if self.closed:
                 a, b, s = hyper.slope
                 found["slope"] = ((a + b * z).clamp_min(LEAST_SLOPE), torch.full_like(z, s))
@@ -118,8 +120,11 @@ class Model(PyroModule):
 
     # ---- rates ----
 
-    def log_rate(self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, beyond: Tensor | None = None) -> Tensor:
-        """Log rate of ``genes`` [g] in spatial cells with states z [n, d], log totals [n] and, if any, the process's part of their scores: [n, g]."""
+    def log_rate(
+        self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, log_usual: Tensor, genes: Tensor, beyond: Tensor | None = None
+    ) -> Tensor:
+        """Log rate of ``genes`` [g] in spatial cells with states z [n, d], log totals [n], log median totals of their sections [n] and, if any, the
+        process's part of their scores: [n, g]."""
         if not self.closed:  # shares are relative to the panel, as in gimVI
             level = self.level + self.bias + (drawn["log_gain"] if "log_gain" in drawn else 0.0)
             panel = z @ self.decoder.index_select(1, self.panel) + level.index_select(0, self.panel)
@@ -131,9 +136,8 @@ class Model(PyroModule):
         if "log_gain" in drawn:
             level = level + drawn["log_gain"][self.parent[genes]]
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
-        log_depth, hyper = torch.tensor(self.spec.depth).log(), self.spec.hyper
-        depth = log_depth + self.exponents()[genes] * (log_total - log_depth)[:, None]  # [n, g]
-        return (depth + level + slope * bend(score, hyper.bend)[0] - interpolate(self.levels, slope, genes)).clamp(*LOG_RATE)
+        depth = log_usual[:, None] + self.exponents()[genes] * (log_total - log_usual)[:, None]  # [n, g]
+        return (depth + level + slope * bend(score, self.spec.hyper.bend)[0] - interpolate(self.levels, slope, genes)).clamp(*LOG_RATE)
 
     def beyond(self, phi: Tensor, genes: Tensor) -> Tensor:
         """What the process says of the scores of ``genes`` [g] where its features are phi [n, F]: [n, g]."""
@@ -181,7 +185,7 @@ class Model(PyroModule):
             cells: Any = pyro.plate("cells", batch.n_cells, subsample=batch.rows)
             z = self._states(batch, cells)  # [B, d]
             own = batch.counts[: len(batch.rows)]
-            rate = self.log_rate(drawn, z, batch.total[: len(own)].log(), self.panel).exp()
+            rate = self.log_rate(drawn, z, batch.total[: len(own)].log(), batch.usual.log(), self.panel).exp()
             law = self.likelihood(rate, {name: value[self.panel] for name, value in drawn.items()})
             if c.visible < 1 and not bool(batch.visible.all()):
                 law = law.mask(~batch.visible)
@@ -226,10 +230,17 @@ class Model(PyroModule):
     # ---- prediction ----
 
     def count_dist(
-        self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, genes: Tensor, beyond: Tensor | None = None, error: Tensor | float = 0.0
+        self,
+        drawn: dict[str, Tensor],
+        z: Tensor,
+        log_total: Tensor,
+        log_usual: Tensor,
+        genes: Tensor,
+        beyond: Tensor | None = None,
+        error: Tensor | float = 0.0,
     ) -> Any:
         """p(count | draw) of ``genes`` [g] in spatial cells, see `log_rate`; its mean is the rate [n, g], ``error`` is added to its log."""
-        rate = (self.log_rate(drawn, z, log_total, genes, beyond) + error).exp()
+        rate = (self.log_rate(drawn, z, log_total, log_usual, genes, beyond) + error).exp()
         return self.likelihood(rate, {name: drawn[name][genes] for name in self.likelihood.priors})
 
 

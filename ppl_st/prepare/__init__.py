@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
+from ppl_st.spatial import sections
 
-__all__ = ["hold_out_genes", "load_prepare", "same_genes"]
+__all__ = ["hold_out_genes", "load_prepare", "relative_depths", "same_genes"]
 
 
 def load_prepare(method: str) -> ModuleType:
@@ -52,3 +53,22 @@ def same_genes(target: Counts, fitted: Counts) -> Counts:
             f"{', '.join(missing[:3])}; a run predicts cells measured with the same genes"
         )
     return target.take_genes(fitted.genes)
+
+
+def relative_depths(target: Counts, fitted: Counts, library_key: str | None) -> NDArray[np.float64]:
+    """Usual depth of the section of each cell over that of the fitted target, [n]: what a depth that is only partly known is drawn to.
+
+    A section is what ``obs[library_key]`` names, or all the cells. With d the log ratio of median totals and v its sampling variance, the ratio is
+    exp(d (1 - 4 v / d^2)_+): 1 unless the section differs beyond chance, so that a few cells of the fit are predicted as they were among the others.
+    """
+    logs, usual = (np.log(np.maximum(one.totals, 1.0)) for one in (target, fitted))
+    found = sections(target, library_key)
+    section = np.zeros(len(logs), np.int64) if found is None else found
+    size = np.bincount(section)
+    degrees = len(logs) - len(size)
+    if degrees < 1:
+        return np.ones(len(logs))
+    away = np.array([np.median(logs[section == one]) for one in range(len(size))]) - np.median(usual)
+    spread = np.square(logs - (np.bincount(section, logs) / size)[section]).sum() / degrees
+    chance = 4 * (np.pi / 2) * spread / size  # of a median
+    return np.asarray(np.exp(np.maximum(1 - chance / np.maximum(away**2, 1e-12), 0.0) * away)[section])

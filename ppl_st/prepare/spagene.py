@@ -8,7 +8,7 @@ import pandas as pd
 from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.spagene import Config, Data, make
-from ppl_st.prepare import same_genes
+from ppl_st.prepare import relative_depths, same_genes
 from ppl_st.spatial import neighbor_mean
 
 MIN_SHARED = 5
@@ -34,10 +34,11 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
         reference = reference.take_rows(usable)
     columns = pd.Index(target.genes).get_indexer(pd.Index(shared)).astype(np.int64)
     near = neighbor_mean(target, config.neighbors, config.library_key)
-    return make(target.matrix, columns, at, reference.matrix, near), target, reference
+    return make(target.matrix, columns, at, reference.matrix, near, relative_depths(target, target, config.library_key)), target, reference
 
 
 def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tuple[Data, Counts]:
     """The same problem for other cells, measured with all the genes of the target of the fit (``fitted``)."""
     target = same_genes(target, fitted)
-    return data._replace(counts=target.matrix, neighbors=neighbor_mean(target, config.neighbors, config.library_key)), target
+    near = neighbor_mean(target, config.neighbors, config.library_key)
+    return data._replace(counts=target.matrix, neighbors=near, relative=relative_depths(target, fitted, config.library_key)), target

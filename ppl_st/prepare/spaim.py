@@ -12,7 +12,7 @@ from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.common.cells import log_normalise, log_shares, median_depth
 from ppl_st.models.spaim import Config, Data
-from ppl_st.prepare import same_genes
+from ppl_st.prepare import relative_depths, same_genes
 from ppl_st.spatial import neighbor_mean
 
 MIN_SHARED = 5
@@ -61,6 +61,7 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
         log_share=log_share,
         share_variance=variance if config.reference_errors else np.zeros_like(variance),
         neighbors=neighbor_mean(target, config.neighbors, config.library_key),
+        relative=relative_depths(target, target, config.library_key),
     )
     return data, target, reference
 
@@ -70,7 +71,8 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
     if config.features == "network":
         raise UserError("features='network' has a row of weights for every cell of the fit: it cannot predict others; take features='kernel'")
     target = same_genes(target, fitted)
-    return data._replace(counts=target.matrix, neighbors=neighbor_mean(target, config.neighbors, config.library_key)), target
+    near = neighbor_mean(target, config.neighbors, config.library_key)
+    return data._replace(counts=target.matrix, neighbors=near, relative=relative_depths(target, fitted, config.library_key)), target
 
 
 def cluster_profiles(

@@ -1,6 +1,7 @@
 """VISTA's problem from checked counts: gene matching, anchor genes, batches, the spatial neighbor graph (once, within sections)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
-from ppl_st.prepare import same_genes
-from ppl_st.spatial import neighbors
+from ppl_st.prepare import relative_depths, same_genes
+from ppl_st.spatial import neighbors, sections
 
 MIN_PANEL = 5
 MAX_OTHERS = 1000
 LENGTHS, WAVES = (5.0, 10.0, 20.0, 40.0), 8  # of the waves, in distances between cells; waves of each
+DEPTH = "vista_shared_total"  # obs column of a stored run with ``anchor_key``
 ANCHOR_R, ANCHOR_P = 0.5, 0.05  # the paper's thresholds
 
 
@@ -38,6 +40,7 @@ def problem(
         say(f"of the genes that only the target has {len(others.genes)} help to place its cells, {rest} are left out")
     everything, target = target, target.take_genes(panel_genes)
     if config.anchor_key is not None:
+        everything, target, reference = (_with_depth(side, panel_genes) for side in (everything, target, reference))
         keep = anchors(target, reference.take_genes(panel_genes), config.anchor_key)
         say(f"{int(keep.sum())} of {len(keep)} shared genes are anchors (r > {ANCHOR_R}, p < {ANCHOR_P} over {config.anchor_key})")
         if keep.sum() < MIN_PANEL:
@@ -51,7 +54,7 @@ def problem(
         say(f"{int(empty.sum())} reference cells without a count in the panel are left out")
         reference = reference.take_rows(~empty)
     panel = pd.Index(reference.genes).get_indexer(pd.Index(target.genes)).astype(np.int64)
-    near = graph(target, config)
+    near, used = graph(target, config), everything.take_genes(np.concatenate([target.genes, others.genes]))
     data = Data(
         counts=target.matrix,
         others=others.matrix,
@@ -62,8 +65,9 @@ def problem(
         batch=_codes(target, config.batch_key, "target"),
         reference_batch=_codes(reference, config.batch_key, "reference"),
         parent=parents(reference.genes, config.reference_layers),
+        usual=_usual(used, used, config),
     )
-    return data, everything.take_genes(np.concatenate([target.genes, others.genes])), reference
+    return data, used, reference
 
 
 def _others(target: Counts, panel: NDArray[np.str_], config: Config) -> NDArray[np.str_]:
@@ -94,6 +98,7 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
         waves=waves(target, near, config),
         graph=near,
         batch=codes,
+        usual=_usual(target, fitted, config),
     )
     return fresh, target
 
@@ -109,10 +114,7 @@ def graph(target: Counts, config: Config) -> sp.csr_matrix:
             f"target ({target.source}) has no obsm['spatial'], which graph={config.graph!r} needs; add coordinates, or fit with "
             "--set graph=none"
         )
-    library = None
-    if config.library_key is not None:
-        library = _column(target, config.library_key, "target", "library_key")
-    return neighbors(target.xy, config.neighbors, library)
+    return neighbors(target.xy, config.neighbors, sections(target, config.library_key))
 
 
 def waves(target: Counts, graph: sp.csr_matrix, config: Config) -> NDArray[np.float32]:
@@ -133,11 +135,16 @@ def waves(target: Counts, graph: sp.csr_matrix, config: Config) -> NDArray[np.fl
     return np.asarray(np.sqrt(2) * np.cos(target.xy[:, :2] @ frequency + phase), dtype=np.float32)
 
 
+def _with_depth(counts: Counts, genes: NDArray[np.str_]) -> Counts:
+    """The counts with their totals over ``genes`` in obs: stored with a run, where those that are no anchors are no longer among its genes."""
+    return counts if DEPTH in counts.obs else replace(counts, obs=counts.obs.assign(**{DEPTH: counts.take_genes(genes).totals}))
+
+
 def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
     """Genes whose mean profile over the cell types in ``obs[key]`` agrees between the sides, [P].
 
-    The paper's filter (Pearson r > 0.5 and p < 0.05 over the shared types), on pseudo-bulks normalised to one depth and logged; it sees training
-    genes only.
+    The paper's filter (Pearson r > 0.5 and p < 0.05 over the shared types), on pseudo-bulks normalised by the cells' totals in obs (`_with_depth`)
+    and logged; it sees training genes only. The verdict on a gene depends on no other one but through these totals.
     """
     labels = [_column(side, key, role, "anchor_key") for side, role in ((target, "target"), (reference, "reference"))]
     types = np.intersect1d(labels[0], labels[1])
@@ -149,7 +156,8 @@ def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
     for side, own in zip((target, reference), labels, strict=True):
         member = sp.csr_matrix((own[None] == types[:, None]).astype(np.float64))
         sums = np.asarray((member @ side.matrix).todense())
-        bulks.append(np.log1p(1e4 * sums / np.maximum(sums.sum(1, keepdims=True), 1.0)))
+        depth = member @ np.asarray(side.obs.get(DEPTH, side.totals), dtype=np.float64)
+        bulks.append(np.log1p(1e4 * sums / np.maximum(depth, 1.0)[:, None]))
     keep = np.zeros(len(target.genes), dtype=bool)
     for g in range(len(keep)):
         a, b = bulks[0][:, g], bulks[1][:, g]
@@ -157,6 +165,12 @@ def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
             r, p = stats.pearsonr(a, b)
             keep[g] = r > ANCHOR_R and p < ANCHOR_P
     return keep
+
+
+def _usual(target: Counts, fitted: Counts, config: Config) -> NDArray[np.float64]:
+    """Median total of the section of each cell, [n]; sections that do not differ from the fit beyond chance have its median."""
+    usual = float(np.median(np.maximum(fitted.totals, 1.0)))
+    return usual * relative_depths(target, fitted, config.library_key)
 
 
 def _codes(counts: Counts, key: str | None, role: str) -> NDArray[np.int64]:
