@@ -24,6 +24,7 @@ from ppl_st.inference.svi import load_state
 from ppl_st.layers import with_layers
 from ppl_st.models import METHODS, load_method
 from ppl_st.observation import name_of
+from ppl_st.pairs import read_pair
 from ppl_st.posterior import Run
 from ppl_st.prepare import hold_out_genes, load_prepare
 from ppl_st.slides import read_slides
@@ -129,11 +130,11 @@ def fit(
         pictures = Path() if folder is None else folder.parent
         data, kept = load_prepare(method).problem(slides, settings.input, talk, pictures)
         return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
-    cells = read_counts(targets[0], role="target", layer=settings.layer, gene_key=settings.gene_key)
+    assert reference is not None and targets[0] is not None
+    spots = METHODS[method].reference == "spots"
+    cells, other = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(True, spots))
     if hold_out is not None:
         cells = hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
-    assert reference is not None
-    other = _read_reference(method, reference, settings.layer, settings.gene_key)
     if getattr(settings, "reference_layers", ()):
         other = with_layers(other, reference, settings.reference_layers, gene_key=settings.gene_key)
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
@@ -176,11 +177,6 @@ def fit_sections(
     run = train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
     assert isinstance(run, ImageRun)
     return run
-
-
-def _read_reference(method: str, source: Source, layer: str | None, gene_key: str | None) -> Counts:
-    spatial = METHODS[method].reference == "spots"
-    return read_counts(source, role="reference", layer=layer, gene_key=gene_key, need_spatial=spatial)
 
 
 def load(path: str | Path) -> Run:
@@ -254,7 +250,7 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
         data, cells = read_sections(folder)
         return method, module, settings, data, cells, cells, manifest
     cells = read_counts(folder / "target.h5ad", role="target", layer="X")
-    other = _read_reference(method, folder / "reference.h5ad", "X", None)
+    other = read_counts(folder / "reference.h5ad", role="reference", layer="X", need_spatial=METHODS[method].reference == "spots")
     data, cells, other = load_prepare(method).problem(cells, other, settings, lambda line: None)
     return method, module, settings, data, cells, other, manifest
 

@@ -29,7 +29,8 @@ ROOMS: dict[str, set[str]] = {
     "io": set(),
     "data": {"io"},
     "spatial": {"io", "data"},
-    "layers": {"data"},
+    "layers": {"io", "data"},
+    "pairs": {"io", "data"},  # the two files of a fit
     "images": {"io", "data"},
     "annotations": {"images"},
     "shapes": {"data", "images"},  # the simulated sections

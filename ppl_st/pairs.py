@@ -1,0 +1,49 @@
+"""Files that are read by one ``layer`` and one ``gene_key`` although they need not look alike: target and reference, and what judges a run."""
+
+from pathlib import Path
+from typing import TypeAlias
+
+from anndata import AnnData
+
+from ppl_st.data import Counts, read_counts
+from ppl_st.errors import UserError
+from ppl_st.io import read_adata
+
+__all__ = ["read_pair"]
+
+Source: TypeAlias = str | Path | AnnData
+
+
+def read_pair(
+    target: Source,
+    reference: Source,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    need_spatial: tuple[bool, bool] = (True, True),
+) -> tuple[Counts, Counts]:
+    """Target and reference; ``need_spatial``: of the one, of the other.
+
+    ``gene_key`` names the genes of each that has such a column in ``var``; the other keeps its ``var_names``.
+
+    Raises
+    ------
+    UserError
+        As `read_counts` does, and where neither has the column.
+    """
+    found, named = [], gene_key is None
+    for source, role, needed in zip((target, reference), ("target", "reference"), need_spatial, strict=True):
+        adata = read_adata(source, role=role)
+        own = gene_key if gene_key in adata.var else None
+        named |= own is not None
+        found.append(read_counts(adata, role=role, layer=layer, gene_key=own, need_spatial=needed, file=_file(source)))
+    if not named:
+        raise UserError(
+            f"gene_key {gene_key!r}: neither target ({found[0].source}) nor reference ({found[1].source}) has such a column in var; name a column "
+            "that at least one of them has, or leave gene_key out"
+        )
+    return found[0], found[1]
+
+
+def _file(source: Source) -> str | None:
+    return None if isinstance(source, AnnData) else str(source)
