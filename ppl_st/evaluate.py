@@ -31,13 +31,13 @@ from ppl_st import config as configs
 from ppl_st.api import Source, fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
 from ppl_st.calibration import LEVELS, coverage, pit_bounds
-from ppl_st.data import Counts, gene_folds, read_counts, shared_genes
+from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
 from ppl_st.layers import read_layers
 from ppl_st.metrics import bootstrap_mean, crps_from_draws, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
-from ppl_st.pairs import read_pair
+from ppl_st.pairs import read_like, read_pair
 from ppl_st.peers import PEERS, check
 from ppl_st.posterior import INNER_CELLS
 from ppl_st.run_folder import begun
@@ -144,7 +144,8 @@ def evaluate(
     names = getattr(settings, "reference_layers", ())
     further = read_layers(reference, names, gene_key=gene_key) if names else []
     layers = {name: one.take_genes(other.genes).matrix for name, one in zip(names, further, strict=True)}
-    tasks = _tasks(cells, other, folds, truth, seed, talk)[:max_folds]
+    known = None if truth is None else read_like(truth, role="truth", layer=layer, gene_key=gene_key)
+    tasks = _tasks(cells, other, folds, known, seed, talk)[:max_folds]
 
     parts, entries = [], []
     with begun(folder, record):
@@ -261,13 +262,13 @@ def _tasks(
     cells: Counts,
     other: Counts,
     folds: int | str | Path,
-    truth: Source | None,
+    truth: Counts | None,
     seed: int,
     say: Callable[[str], None],
 ) -> list[_Task]:
     shared = np.sort(shared_genes(cells, other))
     if truth is not None:
-        counted = _same_cells(read_counts(truth, role="truth", need_spatial=False), cells)
+        counted = _same_cells(truth, cells)
         wanted = np.setdiff1d(np.intersect1d(counted.genes, other.genes), cells.genes)
         if not wanted.size:
             raise UserError(

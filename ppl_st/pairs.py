@@ -9,7 +9,7 @@ from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.io import read_adata
 
-__all__ = ["read_pair"]
+__all__ = ["read_like", "read_pair"]
 
 Source: TypeAlias = str | Path | AnnData
 
@@ -43,6 +43,14 @@ def read_pair(
             "that at least one of them has, or leave gene_key out"
         )
     return found[0], found[1]
+
+
+def read_like(source: Source, *, role: str, layer: str | None, gene_key: str | None) -> Counts:
+    """Counts beside those of a fit with these settings, which apply where the file has such a layer or column; coordinates may be absent."""
+    adata = read_adata(source, role=role)
+    own_layer = layer if layer == "X" or layer in adata.layers else None
+    own_key = gene_key if gene_key in adata.var else None
+    return read_counts(adata, role=role, layer=own_layer, gene_key=own_key, need_spatial=False, file=_file(source))
 
 
 def _file(source: Source) -> str | None:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from ppl_st.calibration import LEVELS, coverage, interval_coverage
 from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
-from ppl_st.data import Counts, matched, read_counts
+from ppl_st.data import Counts, matched
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
+from ppl_st.pairs import read_like
 from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Run:
         data, counts = (self.data, self.target) if target is None else self._other(target)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
-        observed = None if truth is None else matched(_counts(truth), counts, self.genes[index])
+        observed = None if truth is None else matched(self.counts_of(truth), counts, self.genes[index])
         known = self.reference_mean[index]
         ends = None if self.recalibration is None else self.recalibration.ends_of(known)
         maps = None if self.recalibration is None else self.recalibration.maps_of(known)
@@ -218,9 +219,15 @@ class Run:
             randomised coverage of the central interval); of a recalibrated run also recalibrated_crps (of the corrected predictive) and
             recalibrated_coverage (of the interval lower, upper).
         """
-        names = _counts(truth).genes if genes is None else genes
-        table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
+        known = self.counts_of(truth)
+        table = self.predict(known.genes if genes is None else genes, draws=draws, seed=seed, memory_gb=memory_gb, truth=known).var
         return table.drop(columns=["measured", "trust", "between_fits", "nominal_level"], errors="ignore").rename_axis("gene")
+
+    def counts_of(self, source: str | Path | ad.AnnData | Counts, *, role: str = "truth") -> Counts:
+        """Counts of a file, by default to judge by: from the layer and under the gene names of the fit, where the file has these."""
+        if isinstance(source, Counts):
+            return source
+        return read_like(source, role=role, layer=self.config.layer, gene_key=self.config.gene_key)
 
     def inner_scores(self, truth: Counts, *, draws: int = 100, seed: int = 0, memory_gb: float = 1.0) -> Inner:
         """Scores of the genes of ``truth`` (counts of the run's cells), as `ppl_st.recalibrate` keeps them of genes that the run was not shown."""
@@ -307,7 +314,7 @@ class Run:
         path = Path(path)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
-        known = None if truth is None else _counts(truth)
+        known = None if truth is None else self.counts_of(truth)
         write_groups(self, path, draws=draws, seed=seed, max_cells=max_cells, truth=known, say=say or (lambda line: None))
 
     def arviz_groups(
@@ -324,7 +331,7 @@ class Run:
         """
         from ppl_st.export import arviz_groups
 
-        known = None if truth is None else _counts(truth)
+        known = None if truth is None else self.counts_of(truth)
         return arviz_groups(self, draws=draws, seed=seed, max_cells=max_cells, truth=known)
 
     # ---- helpers ----
@@ -342,11 +349,7 @@ class Run:
         return index.astype(np.int64)
 
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
-        return self.new_cells(
-            read_counts(
-                target, role="target", layer=self.config.layer, gene_key=self.config.gene_key, need_spatial=False
-            )
-        )
+        return self.new_cells(self.counts_of(target, role="target"))
 
     def _table(
         self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None
@@ -371,10 +374,6 @@ def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
     total = counts.take_genes(counts.genes[np.isin(counts.genes, genes)]).totals
     positive = total > 0
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
-
-
-def _counts(truth: str | Path | ad.AnnData | Counts) -> Counts:
-    return truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)
 
 
 def _at(u: NDArray[np.float64], maps: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -61,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "prepare": {"data", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "config", "conformal", "inference"},
-    "posterior": {"io", "data", "inference", "metrics", "calibration", "conformal", "export", "stream"},
+    "posterior": {"io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"io", "data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},

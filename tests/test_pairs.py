@@ -4,9 +4,19 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from ppl_st import api
+from ppl_st.compare import compare
 from ppl_st.errors import UserError
+from ppl_st.evaluate import evaluate
 from ppl_st.pairs import read_pair
+from ppl_st.report_run import report_folder
+from ppl_st.simulate import checkerboard
+
+FAST = ["factors=3", "chains=1", "sparsity=0", "sweeps=3", "fit.steps=2", "batch_spots=0"]
+
+torch.set_num_threads(1)
 
 
 def table(genes, **var):
@@ -33,3 +43,27 @@ def test_errors_name_the_file(tmp_path):
     bad.write_h5ad(tmp_path / "t.h5ad")
     with pytest.raises(UserError, match=r"^target \(.*t\.h5ad\), X: 8 of 8 stored values"):
         read_pair(tmp_path / "t.h5ad", table(["a"]))
+
+
+def elsewhere(plain):
+    """The same counts in another layer, under ids; what lies in X and var_names would be refused."""
+    made = ad.AnnData(plain.X * 0.3, var=pd.DataFrame({"symbol": plain.var_names}, index=[f"ENSG{name}" for name in plain.var_names]))
+    made.obs_names, made.layers["molecules"], made.obsm["spatial"] = plain.obs_names, plain.X.copy(), plain.obsm["spatial"]
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bokeh")
+def test_a_truth_is_read_as_the_files_of_the_fit(tmp_path):
+    world = checkerboard(seed=2, n_cells=200, side=5, squares=5, n_types=3, n_genes=30, n_panel=20, contrast=1.0)
+    target, reference, truth = map(elsewhere, (world.target, world.reference, world.truth))
+    overrides = [*FAST, "layer=molecules", "gene_key=symbol"]
+    run = api.fit("siid", target=target, reference=reference, overrides=overrides, out=tmp_path / "run")
+    assert run.genes.tolist() == world.reference.var_names.tolist()
+    pd.testing.assert_frame_equal(run.score(truth, draws=8), run.score(world.truth, draws=8))  # a truth of another layout is read as it is
+    np.testing.assert_array_equal(run.predict(target=target, draws=8).X, run.predict(target=world.target, draws=8).X)
+    assert run.arviz_groups(draws=2, truth=truth)["predictions_constant_data"]["count"].sum() > 0
+    run.export(tmp_path / "p.nc", draws=2, truth=truth)
+    assert compare([run.folder, run.folder], truth=truth, draws=8)["genes"].iloc[0] == 10
+    report_folder(run.folder, tmp_path / "r.html", truth=truth, draws=8)
+    judged = evaluate(["siid"], target, reference, truth=truth, overrides=overrides, baselines=False, draws=8).scores
+    assert set(judged["gene"]) == set(world.truth.var_names)
