@@ -20,7 +20,7 @@ from ppl_st.image_run import ImageRun, read_sections, spots_of, write_inputs
 from ppl_st.images import Source as ImageSource
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit as run_svi
-from ppl_st.inference.svi import load_state
+from ppl_st.inference.svi import load_state, pick_device
 from ppl_st.layers import with_layers
 from ppl_st.models import METHODS, load_method
 from ppl_st.observation import name_of
@@ -75,14 +75,15 @@ def fit(
     likelihood
         Over all of these, the likelihood of the target's counts: a name, or a function of your own (contract: `ppl_st.observation`).
     seed, device
-        One seed for everything; "auto" uses a GPU where there is one.
+        One seed for everything; "auto" uses a GPU where there is one (with ``resume``: the device that the run began on).
     seeds
         So many fits, with the seeds ``seed``, ``seed`` + 1, ...: together one run whose draws take turns, so that what differs between fits is
         part of its doubt and can be looked at (``between_sd`` of `Run.predict`, chains in ArviZ). Each is a run folder of its own within ``out``.
     out
         Run folder; None keeps the run in memory.
     resume
-        Continue the interrupted run in ``out`` with its own data and settings.
+        Continue the interrupted run in ``out`` with its own data and settings; anything else than ``device`` beside it is refused. With
+        ``seeds`` it continues those that had begun, and fits the others as is asked.
     progress, say
         Progress bar of the training loop; a function that receives one line per event.
 
@@ -101,9 +102,15 @@ def fit(
             fit, method, target=target, reference=reference, image=image, hold_out=hold_out, preset=preset, likelihood=likelihood, config=config,
             overrides=overrides, device=device, progress=progress, command=command,
         )  # fmt: skip
-        return _fit_seeds(one, range(seed, seed + seeds), folder, resume, talk)
+        again = partial(fit, method, device=device, resume=True, progress=progress)
+        return _fit_seeds(one, again, range(seed, seed + seeds), folder, resume, talk)
     if resume:
-        return _resume(method, module, folder, progress, talk)
+        options = {"target": target, "reference": reference, "image": image, "hold-out": hold_out, "preset": preset != "default" or None}
+        options |= {"likelihood": likelihood, "config": config, "set": overrides or None, "seed": seed or None}
+        beside = ", ".join(f"--{name}" for name, value in options.items() if value is not None)
+        if beside:
+            raise UserError(f"--resume: {folder} is continued with its own data and settings; leave out {beside}, or fit anew with another --out")
+        return _resume(method, module, folder, device, progress, talk)
     images = METHODS[method].reference == "image"
     if target is None or (reference is None and not images):
         raise UserError(f"{method} needs target{'' if images else ' and reference'} (see `ppl-st methods`); give {'it' if images else 'both'}")
@@ -120,6 +127,7 @@ def fit(
     if likelihood is not None:
         overrides = [*overrides, f"likelihood={likelihood if isinstance(likelihood, str) else name_of(likelihood)}"]
     settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
+    pick_device(settings.fit.device)  # refused before anything is written
     if images:
         given: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         inputs = {f"target{n or ''}": one for n, one in enumerate(targets)}
@@ -147,15 +155,21 @@ def fit(
     return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
 
 
-def _fit_seeds(one: Callable[..., Run], numbers: Sequence[int], folder: Path | None, resume: bool, say: Callable[[str], None]) -> Run:
-    """The fits of several seeds as one run; in a folder each has its own, and ``manifest.json`` beside them is written last."""
+def _fit_seeds(
+    one: Callable[..., Run], again: Callable[..., Run], numbers: Sequence[int], folder: Path | None, resume: bool, say: Callable[[str], None]
+) -> Run:
+    """The fits of several seeds as one run; in a folder each has its own, and ``manifest.json`` beside them is written last.
+
+    ``one`` fits a seed, ``again`` continues it.
+    """
     if folder is not None and not resume:
         _refuse_used(folder)
     runs = []
     for number in numbers:
         own = None if folder is None else folder / f"seed{number}"
-        going_on = resume and own is not None and (own / "config.toml").is_file()
-        runs.append(one(seed=number, out=own, resume=going_on, say=lambda line, n=number: say(f"seed {n}: {line}")))
+        begun = resume and own is not None and (own / "config.toml").is_file()
+        how = again if begun else partial(one, seed=number)
+        runs.append(how(out=own, say=lambda line, n=number: say(f"seed {n}: {line}")))
     if folder is not None:
         run_folder.write_json(folder / "manifest.json", seeds_of(runs).manifest)
     return seeds_of(runs, folder)
@@ -229,7 +243,7 @@ def _refuse_used(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         known = (folder / "config.toml").is_file() or (folder / "manifest.json").is_file()  # of one, or of several seeds
         remedy = (
-            "add --resume to continue it, or choose another --out" if known else "choose an empty or new folder (--out)"
+            "--resume and --out alone continue it; else choose another --out" if known else "choose an empty or new folder (--out)"
         )
         raise UserError(f"{folder}: {'already holds a run' if known else 'is not empty and not a run'}; {remedy}")
 
@@ -256,7 +270,7 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
 
 
 def _resume(
-    method: str, module: Any, folder: Path | None, progress: Literal["auto", "quiet"], say: Callable[[str], None]
+    method: str, module: Any, folder: Path | None, device: str, progress: Literal["auto", "quiet"], say: Callable[[str], None]
 ) -> Run:
     if folder is None or not (folder / "config.toml").is_file():
         raise UserError(f"--resume: {folder} is not a run folder; name the folder of the interrupted run (--out)")
@@ -266,6 +280,13 @@ def _resume(
     stored, module, settings, data, cells, other, manifest = _stored(folder)
     if stored != method:
         raise UserError(f"--resume: {folder} holds a run of {stored}, not of {method}")
+    try:
+        pick_device(settings.fit.device if device == "auto" else device)
+    except UserError as error:
+        raise UserError(f"--resume: {folder}: {error}: name one with --device") from error
+    if device not in ("auto", settings.fit.device):
+        settings = replace(settings, fit=replace(settings.fit, device=device))
+        configs.write(settings, folder / "config.toml")
     record = None
     if (folder / "fit.json").is_file() and (folder / "state.pt").is_file():
         record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))

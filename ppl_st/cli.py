@@ -141,7 +141,7 @@ def fit(
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="So many fits, seeds --seed and up, as one run: shows what differs between fits.")] = 1,
     device: Device = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out with its own data and settings.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit a method and write the run folder."""

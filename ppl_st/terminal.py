@@ -43,7 +43,7 @@ class Commands(TyperGroup):
         except UserError as error:
             raise _failed(str(error)) from None
         except KeyboardInterrupt:
-            more = "; repeat the command with --resume to continue" if ctx.invoked_subcommand == "fit" else ""
+            more = "; if there is a run folder already, --resume and --out alone continue it" if ctx.invoked_subcommand == "fit" else ""
             typer.echo(f"interrupted{more}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except MemoryError:

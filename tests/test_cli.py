@@ -98,8 +98,8 @@ def test_fit_leaves_a_run_with_its_command(folder):
 
 
 def test_predict_writes_unmeasured_genes_by_default(folder, tmp_path):
-    ok("predict", folder / "run", "--out", tmp_path / "imputed.h5ad", "--draws", 10)
-    imputed = ad.read_h5ad(tmp_path / "imputed.h5ad")
+    ok("predict", folder / "run", "--out", tmp_path / "new" / "p" / "imputed.h5ad", "--draws", 10)
+    imputed = ad.read_h5ad(tmp_path / "new" / "p" / "imputed.h5ad")
     truth = ad.read_h5ad(folder / "data" / "truth.h5ad")
     assert set(imputed.var_names) == set(truth.var_names) and imputed.n_obs == 250
     assert {"rate_mean", "rate_sd", "count_sd", "q05", "q50", "q95"} <= set(imputed.layers)
@@ -144,10 +144,10 @@ def test_compare_ranks_runs_and_evaluations(folder, tmp_path):
 
 
 def test_export_and_report(folder, tmp_path):
-    ok("export", folder / "run", "--out", tmp_path / "posterior.nc", "--draws", 2)
+    ok("export", folder / "run", "--out", tmp_path / "new" / "posterior.nc", "--draws", 2)
     import xarray as xr
 
-    with xr.open_datatree(tmp_path / "posterior.nc", engine="h5netcdf") as tree:
+    with xr.open_datatree(tmp_path / "new" / "posterior.nc", engine="h5netcdf") as tree:
         assert "posterior" in tree and "predictions" in tree
     ok("report", folder / "run", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -198,8 +198,26 @@ def test_wrong_settings_of_a_fit_are_named(folder, tmp_path):
 
 
 def test_a_used_run_folder_is_refused_and_a_finished_one_resumes(folder):
-    assert "add --resume to continue it" in refused("fit", "siid", *pair(folder), "--out", folder / "run")
+    assert "--resume and --out alone continue it" in refused("fit", "siid", *pair(folder), "--out", folder / "run")
     assert "already finished" in ok("fit", "siid", "--resume", "--out", folder / "run").output
+    own = ["--set", "factors=9", "--seed", 4, "--preset", "paper", "--target", folder / "data/target.h5ad"]
+    said = refused("fit", "siid", "--resume", "--out", folder / "run", *own)
+    assert "leave out --target, --preset, --set, --seed, or fit anew" in said
+
+
+def test_a_device_that_is_not_there_leaves_nothing_and_a_resumed_run_may_change_it(folder, tmp_path):
+    import torch
+
+    absent = f"cuda:{torch.cuda.device_count()}"
+    assert "CUDA devices" in refused("fit", "siid", *pair(folder), "--out", tmp_path / "new", "--device", absent, *FAST)
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(folder / "run", tmp_path / "run")  # as one that was interrupted on a machine with a GPU
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace('device = "auto"', f'device = "{absent}"'))
+    assert "name one with --device" in refused("fit", "siid", "--resume", "--out", tmp_path / "run")
+    ok("fit", "siid", "--resume", "--out", tmp_path / "run", "--device", "cpu")
+    assert 'device = "cpu"' in config.read_text() and (tmp_path / "run" / "weights.safetensors").is_file()
 
 
 def test_predict_refuses_what_it_cannot_do(folder, tmp_path):
