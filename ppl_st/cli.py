@@ -235,8 +235,6 @@ def predict(
         write_adata(result, out)
         shape = result.shape
     else:
-        if names is None and fitted.measured.all():
-            raise UserError(f"{runs[0]}: its {'reference' if turned else 'target'} measured every gene; name genes with --genes")
         shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb, say=say)
     typer.echo(f"{out}: {shape[0]} x {shape[1]}")
     if samples:

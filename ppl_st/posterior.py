@@ -337,15 +337,17 @@ class Run:
     # ---- helpers ----
 
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
-        if genes is None:
-            return np.flatnonzero(~self.measured)
-        index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
-        if (index < 0).any():
-            missing = np.asarray(genes, dtype=str)[index < 0]
-            raise UserError(
-                f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
-                f"{len(self.genes)} genes of its reference (genes.txt in its folder)"
-            )
+        index = np.flatnonzero(~self.measured)
+        if genes is not None:
+            index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
+            if (index < 0).any():
+                missing = np.asarray(genes, dtype=str)[index < 0]
+                raise UserError(
+                    f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
+                    f"{len(self.genes)} genes of its reference (genes.txt in its folder)"
+                )
+        if not index.size:
+            raise UserError(f"{self.folder or f'this run of {self.method}'}: no gene is left to predict, all are measured; name genes with --genes")
         return index.astype(np.int64)
 
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
