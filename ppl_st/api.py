@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ppl_st import config as configs
 from ppl_st import run_folder
-from ppl_st.data import Counts, read_counts, read_genes
+from ppl_st.data import Counts, read_genes
 from ppl_st.errors import UserError
 from ppl_st.image_run import ImageRun, read_sections, spots_of, write_inputs
 from ppl_st.images import Source as ImageSource
@@ -140,7 +140,9 @@ def fit(
         return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
     assert reference is not None and targets[0] is not None
     spots = METHODS[method].reference == "spots"
-    cells, other = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(True, spots))
+    cells, other = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
+    if cells.xy is None:
+        talk(f"target ({cells.source}): no coordinates (obsm['spatial']); nothing is learned from neighbors in space")
     if hold_out is not None:
         cells = hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
     if getattr(settings, "reference_layers", ()):
@@ -263,8 +265,8 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
     if METHODS[method].reference == "image":
         data, cells = read_sections(folder)
         return method, module, settings, data, cells, cells, manifest
-    cells = read_counts(folder / "target.h5ad", role="target", layer="X")
-    other = read_counts(folder / "reference.h5ad", role="reference", layer="X", need_spatial=METHODS[method].reference == "spots")
+    spots = METHODS[method].reference == "spots"
+    cells, other = read_pair(folder / "target.h5ad", folder / "reference.h5ad", layer="X", need_spatial=(spots, spots))
     data, cells, other = load_prepare(method).problem(cells, other, settings, lambda line: None)
     return method, module, settings, data, cells, other, manifest
 

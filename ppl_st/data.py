@@ -99,8 +99,8 @@ def read_counts(
 ) -> Counts:
     """Read raw counts and check every stored value, every name and every coordinate.
 
-    The source is never modified. Counts come from `layer` ("X" means X) if given, else from
-    `layers["counts"]`, else from `X`.
+    The source is never modified. Counts come from `layer` if given, else from `layers["counts"]`, else from `X`.
+    "X" means X; "raw", where no layer has that name, `adata.raw` with the genes that it has.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def read_counts(
     if 0 in adata.shape:
         raise UserError(f"{where}: {adata.n_obs} cells x {adata.n_vars} genes: there is nothing to fit; check the filter that made it")
     raw, key = _find_counts(adata, layer, where)
-    genes = _gene_names(adata, gene_key, where)
+    genes = _gene_names(adata.raw if in_raw(adata, layer) else adata, gene_key, where)
     names = np.asarray(adata.obs_names, dtype=str)
     remedy = "obs_names_make_unique() renames them; concatenated sections need their own prefix"
     _refuse_duplicates(names, f"{where}: cell names (obs_names)", remedy)
@@ -131,14 +131,21 @@ def read_counts(
     _check_values(matrix, genes, names, f"{where}, {key}", _remedy(adata, key))
     matrix = matrix.astype(np.float32, copy=False)
     if matrix.nnz == 0:
-        raise UserError(f"{where}, {key}: all {adata.n_obs} x {adata.n_vars} values are zero; check the layer and the filter that made it")
+        raise UserError(f"{where}, {key}: all {len(names)} x {len(genes)} values are zero; check the layer and the filter that made it")
     xy = _coordinates(adata, names, where, need_spatial)
     counts = Counts(matrix, genes, names, xy, adata.obs.copy(), file, key)
     return counts.take_rows(~counts.empty_rows) if drop_empty and counts.empty_rows.any() else counts
 
 
+def in_raw(adata: anndata.AnnData, layer: str | None) -> bool:
+    """Whether `layer` means the table `adata.raw`, which has genes of its own."""
+    return layer == "raw" and "raw" not in adata.layers and adata.raw is not None
+
+
 def _find_counts(adata: anndata.AnnData, layer: str | None, where: str) -> tuple[Any, str]:
-    layers = list(adata.layers.keys())
+    if in_raw(adata, layer):
+        return adata.raw.X, "raw"
+    layers = [*adata.layers.keys(), *(["raw"] if adata.raw is not None else [])]
     if layer is not None and layer != "X":
         if layer not in layers:
             raise UserError(f"{where}: no layer {layer!r}; it has {_some(layers) or 'no layers'}; give one of these, or X")
@@ -153,7 +160,7 @@ def _find_counts(adata: anndata.AnnData, layer: str | None, where: str) -> tuple
     return adata.X, "X"
 
 
-def _gene_names(adata: anndata.AnnData, gene_key: str | None, where: str) -> NDArray[np.str_]:
+def _gene_names(adata: Any, gene_key: str | None, where: str) -> NDArray[np.str_]:
     if gene_key is None:
         genes, label = adata.var_names.to_series(), "gene names (var_names)"
     elif gene_key not in adata.var.columns:
@@ -253,7 +260,7 @@ def _looks_like(matrix: sparse.csr_matrix) -> str:
 
 def _remedy(adata: anndata.AnnData, key: str) -> str:
     others = [f"layers[{name!r}]" for name in adata.layers if f"layers[{name!r}]" != key]
-    if adata.raw is not None:
+    if adata.raw is not None and key != "raw":
         others.append("raw")
     have = f" (this file also has {_some(others)})" if others else ""
     return f"pass the raw counts as layers['counts'], or name their layer with --set layer=...{have}"

@@ -140,7 +140,7 @@ def evaluate(
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
         record |= {"folds": str(folds) if truth is None else None, "draws": draws}
-    cells, other = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(True, spots))
+    cells, other = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots or baselines, spots))
     names = getattr(settings, "reference_layers", ())
     further = read_layers(reference, names, gene_key=gene_key) if names else []
     layers = {name: one.take_genes(other.genes).matrix for name, one in zip(names, further, strict=True)}

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from anndata import AnnData
 
-from ppl_st.data import Counts, read_counts
+from ppl_st.data import Counts, in_raw, read_counts
 from ppl_st.errors import UserError
 from ppl_st.io import read_adata
 
@@ -22,7 +22,7 @@ def read_pair(
     gene_key: str | None = None,
     need_spatial: tuple[bool, bool] = (True, True),
 ) -> tuple[Counts, Counts]:
-    """Target and reference; ``need_spatial``: of the one, of the other.
+    """Target and reference; ``need_spatial``: whether coordinates of the one, of the other may not be absent; those of the target must be sound.
 
     ``gene_key`` names the genes of each that has such a column in ``var``; the other keeps its ``var_names``.
 
@@ -34,8 +34,9 @@ def read_pair(
     found, named = [], gene_key is None
     for source, role, needed in zip((target, reference), ("target", "reference"), need_spatial, strict=True):
         adata = read_adata(source, role=role)
-        own = gene_key if gene_key in adata.var else None
+        own = _own_key(adata, layer, gene_key)
         named |= own is not None
+        needed |= role == "target" and "spatial" in adata.obsm
         found.append(read_counts(adata, role=role, layer=layer, gene_key=own, need_spatial=needed, file=_file(source)))
     if not named:
         raise UserError(
@@ -48,9 +49,13 @@ def read_pair(
 def read_like(source: Source, *, role: str, layer: str | None, gene_key: str | None) -> Counts:
     """Counts beside those of a fit with these settings, which apply where the file has such a layer or column; coordinates may be absent."""
     adata = read_adata(source, role=role)
-    own_layer = layer if layer == "X" or layer in adata.layers else None
-    own_key = gene_key if gene_key in adata.var else None
-    return read_counts(adata, role=role, layer=own_layer, gene_key=own_key, need_spatial=False, file=_file(source))
+    own = layer if layer == "X" or layer in adata.layers or in_raw(adata, layer) else None
+    return read_counts(adata, role=role, layer=own, gene_key=_own_key(adata, own, gene_key), need_spatial=False, file=_file(source))
+
+
+def _own_key(adata: AnnData, layer: str | None, gene_key: str | None) -> str | None:
+    """The column if the table with the counts has it."""
+    return gene_key if gene_key in (adata.raw if in_raw(adata, layer) else adata).var else None
 
 
 def _file(source: Source) -> str | None:

@@ -86,6 +86,23 @@ def test_layer_choice() -> None:
         read_counts(adata, role="target")
 
 
+def test_counts_of_raw_come_with_its_own_genes(tmp_path: Path) -> None:
+    whole = make()
+    whole.var["symbol"] = [f"S{i}" for i in range(8)]
+    adata = whole[:, :5].copy()
+    adata.X = np.log1p(adata.X)
+    adata.raw = whole
+    with pytest.raises(UserError, match=r"looks log-normalised; .*--set layer=.*has raw"):
+        read_counts(adata, role="target")
+    adata.write_h5ad(tmp_path / "t.h5ad")
+    for source in (adata, tmp_path / "t.h5ad"):
+        counts = read_counts(source, role="target", layer="raw", gene_key="symbol")
+        assert counts.key == "raw" and counts.genes.tolist() == [f"S{i}" for i in range(8)] and counts.xy is not None
+        assert np.array_equal(counts.matrix.toarray(), whole.X)
+    with pytest.raises(UserError, match="no layer 'umi'; it has raw; give one of these"):
+        read_counts(adata, role="target", layer="umi")
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

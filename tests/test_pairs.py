@@ -12,7 +12,7 @@ from ppl_st.errors import UserError
 from ppl_st.evaluate import evaluate
 from ppl_st.pairs import read_pair
 from ppl_st.report_run import report_folder
-from ppl_st.simulate import checkerboard
+from ppl_st.simulate import checkerboard, spatial_field
 
 FAST = ["factors=3", "chains=1", "sparsity=0", "sweeps=3", "fit.steps=2", "batch_spots=0"]
 
@@ -67,3 +67,21 @@ def test_a_truth_is_read_as_the_files_of_the_fit(tmp_path):
     report_folder(run.folder, tmp_path / "r.html", truth=truth, draws=8)
     judged = evaluate(["siid"], target, reference, truth=truth, overrides=overrides, baselines=False, draws=8).scores
     assert set(judged["gene"]) == set(world.truth.var_names)
+
+
+def test_a_target_may_lack_coordinates_where_the_method_does_without_but_not_have_bad_ones(tmp_path):
+    world = spatial_field(seed=1, n_cells=120, n_reference=100, n_genes=24, n_panel=16, rho=3.0)
+    bare, said = world.target.copy(), []
+    del bare.obsm["spatial"]
+    run = api.fit("spaim", target=bare, reference=world.reference, overrides=["clusters=4"], out=tmp_path / "run", say=said.append)
+    assert "no coordinates" in said[0]
+    np.testing.assert_array_equal(api.load(run.folder).predict(draws=3).X, run.predict(draws=3).X)
+    fast = ["graph=none", "penalty=3", "reweight=false", "process=0", "fit.steps=2"]
+    assert api.fit("vista", target=bare, reference=world.reference, overrides=fast).predict(draws=2).n_vars == 8
+    with pytest.raises(UserError, match="--set graph=none"):
+        api.fit("vista", target=bare, reference=world.reference)
+    with pytest.raises(UserError, match=r"no obsm\['spatial'\]"):
+        api.fit("siid", target=bare, reference=world.target)
+    bare.obsm["spatial"] = np.full((120, 2), np.nan)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        api.fit("spaim", target=bare, reference=world.reference)
