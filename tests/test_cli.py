@@ -79,7 +79,16 @@ def test_simulate_shapes_writes_sections_images_truth_and_settings(tmp_path):
         (["checkerboard", "--set", "n_cell=3"], "did you mean 'n_cells'"),
         (["checkerboard", "--set", "n_cells=many"], "n_cells must be a whole number"),
         (["checkerboard", "--set", "rho=x"], "rho must be a number"),
-        (["checkerboard", "--set", "n_panel=900"], "n_panel=900"),
+        (["checkerboard", "--set", "n_panel=900"], "n_panel=900 cannot be simulated; it must lie between 1 and 299"),
+        *((["checkerboard", "--set", f"rho={value}"], f"rho={value}") for value in ("-1", "nan", "inf", "0")),
+        *((["checkerboard", "--set", f"{knob}=nan"], f"{knob}=nan") for knob in ("contrast", "mixing", "platform_sd", "shift")),
+        (["checkerboard", "--set", "squares=0"], "squares=0"),
+        (["checkerboard", "--set", "platform_sd=1000"], "platform_sd=1000"),
+        (["blocks", "--set", "n_spots=0"], "n_spots=0"),
+        (["blocks", "--set", "zeros=-1"], "zeros=-1"),
+        *((["spatial_field", "--set", f"{knob}=-1"], f"{knob}=-1") for knob in ("rho", "length", "theta", "depth_reference", "contrast")),
+        *((["shapes", "--set", f"{knob}=nan"], f"{knob}=nan") for knob in ("reads", "pitch", "noise", "occlusion", "batch_sd", "depth_sd")),
+        (["shapes", "--set", "batches=0"], "batches=0"),
     ],
 )
 def test_simulate_refuses(tmp_path, arguments, message):

@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "pairs": {"io", "data"},  # the two files of a fit
     "images": {"io", "data"},
     "annotations": {"images"},
-    "shapes": {"data", "images"},  # the simulated sections
+    "shapes": {"data", "images", "simulate"},  # the simulated sections
     "slides": {"io", "data", "images", "spaceranger", "spatialdata_zarr"},  # one section's counts and image, whatever holds them
     "spaceranger": {"data", "images"},
     "spatialdata_zarr": {"data", "images"},
