@@ -1,6 +1,7 @@
 """fit and load: from files or AnnData to a `Run`. The only room that knows data, methods and inference at once."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -144,7 +145,7 @@ def fit(
     if cells.xy is None:
         talk(f"target ({cells.source}): no coordinates (obsm['spatial']); nothing is learned from neighbors in space")
     if hold_out is not None:
-        cells = hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
+        cells = hold_out_genes(cells, other, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
     if getattr(settings, "reference_layers", ()):
         other = with_layers(other, reference, settings.reference_layers, gene_key=settings.gene_key)
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
@@ -334,7 +335,7 @@ def train(
     options: dict[str, Any] = {"folder": folder, "scale": scale, "progress": progress, "adversary": adversary, "edit": edit, "watch": watch}
     state, info = run_svi(pair, batches, plan, state, **options)
     if info.stop_reason == INTERRUPTED and state.step < steps:
-        kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
+        kept = "nothing is kept" if folder is None else f"continue with --resume --out {shlex.quote(str(folder))}"
         raise Interrupted(f"interrupted at step {state.step} of {steps}; {kept}")
     pair = module.select(pair, data, settings, seed)
     say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {info.stop_reason}")

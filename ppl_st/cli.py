@@ -5,6 +5,7 @@ codes: 0 done, 2 a mistake that the message tells how to mend (or a machine that
 Output paths are tried before any computation. No statistics here; what commands share is `ppl_st.terminal`.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -159,7 +160,7 @@ def fit(
     )  # fmt: skip
     known = int(run.measured.sum())
     unknown = len(run.genes) - known
-    typer.echo(f"{out}: {known} measured and {unknown} unmeasured genes; next: ppl-st predict {out}")
+    typer.echo(f"{out}: {known} measured and {unknown} unmeasured genes; next: ppl-st predict {shlex.quote(str(out))} --out imputed.h5ad")
 
 
 @app.command()
@@ -260,7 +261,7 @@ def recalibrate(
     run_recalibration(
         load(run), folds=folds, level=level, guarantee=guarantee, draws=draws, seed=seed, say=speaker(quiet)
     )
-    typer.echo(f"{run / 'recalibration.json'}; next: ppl-st predict {run} --out imputed.h5ad")
+    typer.echo(f"{run / 'recalibration.json'}; next: ppl-st predict {shlex.quote(str(run))} --out imputed.h5ad")
 
 
 @app.command()

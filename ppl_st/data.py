@@ -355,6 +355,20 @@ def matched(truth: Counts, cells: Counts, genes: NDArray[np.str_]) -> sparse.csr
     return sparse.csr_matrix(counts.matrix[order])
 
 
+def labels_of(counts: Counts, key: str, role: str, setting: str) -> NDArray[np.str_]:
+    """Column `key` of `obs`, which `setting` names, as text [n]; a cell without a value is an error, as it belongs nowhere."""
+    if key not in counts.obs:
+        columns = _some(list(counts.obs.columns), 5) or "none"
+        raise UserError(f"{role} ({counts.source}): no obs column {key!r} ({setting}); it has {columns}")
+    missing = counts.obs[key].isna().to_numpy()
+    if missing.any():
+        raise UserError(
+            f"{role} ({counts.source}): {missing.sum()} of {len(missing)} cells have no value in obs column {key!r} ({setting}), e.g. "
+            f"{_some(counts.names[missing])}; fill it in, or drop them"
+        )
+    return np.asarray(counts.obs[key].astype(str), dtype=str)
+
+
 def gene_folds(genes: Sequence[str] | NDArray[np.str_], k: int, seed: int) -> list[NDArray[np.str_]]:
     """Split genes into `k` folds, each gene in exactly one, whatever the order of `genes`.
 

@@ -181,6 +181,8 @@ class Run:
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         ends = None if self.recalibration is None else self.recalibration.ends_of(self.reference_mean[index])
         own, talk = target is None, say or (lambda line: None)
+        if counts.xy is None and self.target.xy is not None:
+            talk(f"target ({counts.source}): no usable coordinates (obsm['spatial']), which those of the fit have; neighbors in space are not used")
         return write_prediction(
             self, path, predictor, index, counts, ends, own=own, draws=draws, seed=seed, memory_gb=memory_gb, say=talk
         )

@@ -16,6 +16,7 @@ and ``manifest.json``.
 """
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,7 @@ def read_inner(folder: Path) -> tuple[Inner | None, Recalibration | None]:
             return Inner(*(stored[name] for name in Inner._fields)), made
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{folder / 'recalibration.json'}: cannot be read ({error}); remove it, and repeat `ppl-st recalibrate {folder}`"
+            f"{folder / 'recalibration.json'}: cannot be read ({error}); remove it, and repeat `ppl-st recalibrate {shlex.quote(str(folder))}`"
         ) from error
 
 

@@ -28,7 +28,7 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 from scipy.spatial import cKDTree
 
-from ppl_st.data import Counts
+from ppl_st.data import Counts, labels_of
 from ppl_st.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -407,12 +407,7 @@ def neighbor_mean(cells: Counts, k: int, library_key: str | None = None) -> spar
     """Rows average over the k nearest cells in space, within the section named by ``obs[library_key]``; None without coordinates."""
     if cells.xy is None or len(cells.names) < 2:
         return None
-    library = None
-    if library_key is not None:
-        if library_key not in cells.obs:
-            columns = ", ".join(map(str, cells.obs.columns[:5])) or "no columns"
-            raise UserError(f"target ({cells.source}): no obs column {library_key!r} (library_key); it has {columns}")
-        library = cells.obs[library_key].astype(str).tolist()
+    library = None if library_key is None else labels_of(cells, library_key, "target", "library_key").tolist()
     graph = neighbors(cells.xy, k, library)
     size = np.maximum(np.asarray(graph.sum(1)).ravel(), 1)
     return sparse.csr_matrix(sparse.diags(1 / size) @ graph, dtype=np.float32)

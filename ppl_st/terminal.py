@@ -185,7 +185,7 @@ def print_evaluation(summary: "pd.DataFrame", out: Path) -> None:
     for title, table in overview(summary).items():
         print_table(title, table)
     typer.echo("mean / median over genes, [95 % bootstrap interval of the mean], #rank")
-    typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {out} --out report.html")
+    typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {shlex.quote(str(out))} --out report.html")
 
 
 def _cell(value: Any) -> str:

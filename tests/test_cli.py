@@ -214,6 +214,11 @@ def test_a_used_run_folder_is_refused_and_a_finished_one_resumes(folder):
     assert "leave out --target, --preset, --set, --seed, or fit anew" in said
 
 
+def test_the_next_command_can_be_copied(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run z")
+    assert f"next: ppl-st predict '{tmp_path / 'run z'}' --out" in ok("fit", "siid", "--resume", "--out", tmp_path / "run z").output
+
+
 def test_a_device_that_is_not_there_leaves_nothing_and_a_resumed_run_may_change_it(folder, tmp_path):
     import torch
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from ppl_st import data
-from ppl_st.data import gene_folds, read_counts, read_genes, row_blocks, shared_genes, thin
+from ppl_st.data import gene_folds, labels_of, read_counts, read_genes, row_blocks, shared_genes, thin
 from ppl_st.errors import UserError
 from realdata import path
 
@@ -187,6 +187,18 @@ def test_coordinates() -> None:
         read_counts(adata, role="target")
     adata.obsm["spatial"] = pd.DataFrame(np.ones((20, 2)), index=adata.obs_names, columns=["x", "y"])
     assert read_counts(adata, role="target").xy is not None
+
+
+def test_a_label_that_is_missing_is_refused() -> None:
+    adata = make()
+    adata.obs["slide"] = ["a", "b"] * 10
+    assert labels_of(read_counts(adata, role="target"), "slide", "target", "library_key").tolist() == ["a", "b"] * 10
+    with pytest.raises(UserError, match=r"target \(AnnData\): no obs column 'lane' \(library_key\); it has slide"):
+        labels_of(read_counts(adata, role="target"), "lane", "target", "library_key")
+    for missing in (None, np.nan, pd.NA):
+        adata.obs["slide"] = pd.Categorical(["a", missing] * 10)
+        with pytest.raises(UserError, match=r"10 of 20 cells have no value in obs column 'slide' \(library_key\), e.g. c1, c3, c5 and 7 more"):
+            labels_of(read_counts(adata, role="target"), "slide", "target", "library_key")
 
 
 def test_empty_rows_genes_and_matrices() -> None:

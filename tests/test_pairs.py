@@ -76,6 +76,9 @@ def test_a_target_may_lack_coordinates_where_the_method_does_without_but_not_hav
     run = api.fit("spaim", target=bare, reference=world.reference, overrides=["clusters=4"], out=tmp_path / "run", say=said.append)
     assert "no coordinates" in said[0]
     np.testing.assert_array_equal(api.load(run.folder).predict(draws=3).X, run.predict(draws=3).X)
+    placed, told = api.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=4"]), []
+    placed.write(tmp_path / "p.h5ad", target=bare, draws=2, say=told.append)
+    assert "neighbors in space are not used" in told[0]
     fast = ["graph=none", "penalty=3", "reweight=false", "process=0", "fit.steps=2"]
     assert api.fit("vista", target=bare, reference=world.reference, overrides=fast).predict(draws=2).n_vars == 8
     with pytest.raises(UserError, match="--set graph=none"):
@@ -85,3 +88,14 @@ def test_a_target_may_lack_coordinates_where_the_method_does_without_but_not_hav
     bare.obsm["spatial"] = np.full((120, 2), np.nan)
     with pytest.raises(UserError, match="NaN or infinite"):
         api.fit("spaim", target=bare, reference=world.reference)
+
+
+@pytest.mark.parametrize("method", ["siid", "vista", "spaim", "spagene"])
+def test_a_cell_without_a_section_and_a_held_out_gene_that_cannot_be_predicted_are_refused(method):
+    world = checkerboard(seed=2, n_cells=100, side=4, squares=4, n_types=2, n_genes=30, n_panel=20)
+    target, reference = world.target.copy(), world.reference.copy()
+    target.obs["slide"], reference.obs["slide"] = np.where(np.arange(100) % 4 > 0, "a", None), "a"
+    with pytest.raises(UserError, match=r"25 of 100 cells have no value in obs column 'slide' \(library_key\)"):
+        api.fit(method, target=target, reference=reference, overrides=["library_key=slide"])
+    with pytest.raises(UserError, match=r"--hold-out: 1 of 2 genes are not in the reference \(AnnData\), e.g. gene0002"):
+        api.fit(method, target=target, reference=reference[:, 5:].copy(), hold_out=["gene0002", "gene0007"])
