@@ -1,6 +1,7 @@
 """fit and load: from files or AnnData to a `Run`. The only room that knows data, methods and inference at once."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,16 +15,17 @@ from numpy.typing import NDArray
 
 from ppl_st import config as configs
 from ppl_st import run_folder
-from ppl_st.data import Counts, read_counts, read_genes
+from ppl_st.data import Counts, read_genes
 from ppl_st.errors import UserError
 from ppl_st.image_run import ImageRun, read_sections, spots_of, write_inputs
 from ppl_st.images import Source as ImageSource
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit as run_svi
-from ppl_st.inference.svi import load_state
+from ppl_st.inference.svi import load_state, pick_device
 from ppl_st.layers import with_layers
 from ppl_st.models import METHODS, load_method
 from ppl_st.observation import name_of
+from ppl_st.pairs import read_pair
 from ppl_st.posterior import Run
 from ppl_st.prepare import hold_out_genes, load_prepare
 from ppl_st.slides import read_slides
@@ -74,14 +76,15 @@ def fit(
     likelihood
         Over all of these, the likelihood of the target's counts: a name, or a function of your own (contract: `ppl_st.observation`).
     seed, device
-        One seed for everything; "auto" uses a GPU where there is one.
+        One seed for everything; "auto" uses a GPU where there is one (with ``resume``: the device that the run began on).
     seeds
         So many fits, with the seeds ``seed``, ``seed`` + 1, ...: together one run whose draws take turns, so that what differs between fits is
         part of its doubt and can be looked at (``between_sd`` of `Run.predict`, chains in ArviZ). Each is a run folder of its own within ``out``.
     out
         Run folder; None keeps the run in memory.
     resume
-        Continue the interrupted run in ``out`` with its own data and settings.
+        Continue the interrupted run in ``out`` with its own data and settings; anything else than ``device`` beside it is refused. With
+        ``seeds`` it continues those that had begun, and fits the others as is asked.
     progress, say
         Progress bar of the training loop; a function that receives one line per event.
 
@@ -100,9 +103,15 @@ def fit(
             fit, method, target=target, reference=reference, image=image, hold_out=hold_out, preset=preset, likelihood=likelihood, config=config,
             overrides=overrides, device=device, progress=progress, command=command,
         )  # fmt: skip
-        return _fit_seeds(one, range(seed, seed + seeds), folder, resume, talk)
+        again = partial(fit, method, device=device, resume=True, progress=progress)
+        return _fit_seeds(one, again, range(seed, seed + seeds), folder, resume, talk)
     if resume:
-        return _resume(method, module, folder, progress, talk)
+        options = {"target": target, "reference": reference, "image": image, "hold-out": hold_out, "preset": preset != "default" or None}
+        options |= {"likelihood": likelihood, "config": config, "set": overrides or None, "seed": seed or None}
+        beside = ", ".join(f"--{name}" for name, value in options.items() if value is not None)
+        if beside:
+            raise UserError(f"--resume: {folder} is continued with its own data and settings; leave out {beside}, or fit anew with another --out")
+        return _resume(method, module, folder, device, progress, talk)
     images = METHODS[method].reference == "image"
     if target is None or (reference is None and not images):
         raise UserError(f"{method} needs target{'' if images else ' and reference'} (see `ppl-st methods`); give {'it' if images else 'both'}")
@@ -119,6 +128,7 @@ def fit(
     if likelihood is not None:
         overrides = [*overrides, f"likelihood={likelihood if isinstance(likelihood, str) else name_of(likelihood)}"]
     settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
+    pick_device(settings.fit.device)  # refused before anything is written
     if images:
         given: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         inputs = {f"target{n or ''}": one for n, one in enumerate(targets)}
@@ -129,11 +139,13 @@ def fit(
         pictures = Path() if folder is None else folder.parent
         data, kept = load_prepare(method).problem(slides, settings.input, talk, pictures)
         return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
-    cells = read_counts(targets[0], role="target", layer=settings.layer, gene_key=settings.gene_key)
+    assert reference is not None and targets[0] is not None
+    spots = METHODS[method].reference == "spots"
+    cells, other = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
+    if cells.xy is None:
+        talk(f"target ({cells.source}): no coordinates (obsm['spatial']); nothing is learned from neighbors in space")
     if hold_out is not None:
-        cells = hold_out_genes(cells, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
-    assert reference is not None
-    other = _read_reference(method, reference, settings.layer, settings.gene_key)
+        cells = hold_out_genes(cells, other, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
     if getattr(settings, "reference_layers", ()):
         other = with_layers(other, reference, settings.reference_layers, gene_key=settings.gene_key)
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
@@ -146,15 +158,21 @@ def fit(
     return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
 
 
-def _fit_seeds(one: Callable[..., Run], numbers: Sequence[int], folder: Path | None, resume: bool, say: Callable[[str], None]) -> Run:
-    """The fits of several seeds as one run; in a folder each has its own, and ``manifest.json`` beside them is written last."""
+def _fit_seeds(
+    one: Callable[..., Run], again: Callable[..., Run], numbers: Sequence[int], folder: Path | None, resume: bool, say: Callable[[str], None]
+) -> Run:
+    """The fits of several seeds as one run; in a folder each has its own, and ``manifest.json`` beside them is written last.
+
+    ``one`` fits a seed, ``again`` continues it.
+    """
     if folder is not None and not resume:
         _refuse_used(folder)
     runs = []
     for number in numbers:
         own = None if folder is None else folder / f"seed{number}"
-        going_on = resume and own is not None and (own / "config.toml").is_file()
-        runs.append(one(seed=number, out=own, resume=going_on, say=lambda line, n=number: say(f"seed {n}: {line}")))
+        begun = resume and own is not None and (own / "config.toml").is_file()
+        how = again if begun else partial(one, seed=number)
+        runs.append(how(out=own, say=lambda line, n=number: say(f"seed {n}: {line}")))
     if folder is not None:
         run_folder.write_json(folder / "manifest.json", seeds_of(runs).manifest)
     return seeds_of(runs, folder)
@@ -176,11 +194,6 @@ def fit_sections(
     run = train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
     assert isinstance(run, ImageRun)
     return run
-
-
-def _read_reference(method: str, source: Source, layer: str | None, gene_key: str | None) -> Counts:
-    spatial = METHODS[method].reference == "spots"
-    return read_counts(source, role="reference", layer=layer, gene_key=gene_key, need_spatial=spatial)
 
 
 def load(path: str | Path) -> Run:
@@ -233,7 +246,7 @@ def _refuse_used(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         known = (folder / "config.toml").is_file() or (folder / "manifest.json").is_file()  # of one, or of several seeds
         remedy = (
-            "add --resume to continue it, or choose another --out" if known else "choose an empty or new folder (--out)"
+            "--resume and --out alone continue it; else choose another --out" if known else "choose an empty or new folder (--out)"
         )
         raise UserError(f"{folder}: {'already holds a run' if known else 'is not empty and not a run'}; {remedy}")
 
@@ -253,14 +266,14 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
     if METHODS[method].reference == "image":
         data, cells = read_sections(folder)
         return method, module, settings, data, cells, cells, manifest
-    cells = read_counts(folder / "target.h5ad", role="target", layer="X")
-    other = _read_reference(method, folder / "reference.h5ad", "X", None)
+    spots = METHODS[method].reference == "spots"
+    cells, other = read_pair(folder / "target.h5ad", folder / "reference.h5ad", layer="X", need_spatial=(spots, spots))
     data, cells, other = load_prepare(method).problem(cells, other, settings, lambda line: None)
     return method, module, settings, data, cells, other, manifest
 
 
 def _resume(
-    method: str, module: Any, folder: Path | None, progress: Literal["auto", "quiet"], say: Callable[[str], None]
+    method: str, module: Any, folder: Path | None, device: str, progress: Literal["auto", "quiet"], say: Callable[[str], None]
 ) -> Run:
     if folder is None or not (folder / "config.toml").is_file():
         raise UserError(f"--resume: {folder} is not a run folder; name the folder of the interrupted run (--out)")
@@ -270,6 +283,13 @@ def _resume(
     stored, module, settings, data, cells, other, manifest = _stored(folder)
     if stored != method:
         raise UserError(f"--resume: {folder} holds a run of {stored}, not of {method}")
+    try:
+        pick_device(settings.fit.device if device == "auto" else device)
+    except UserError as error:
+        raise UserError(f"--resume: {folder}: {error}: name one with --device") from error
+    if device not in ("auto", settings.fit.device):
+        settings = replace(settings, fit=replace(settings.fit, device=device))
+        configs.write(settings, folder / "config.toml")
     record = None
     if (folder / "fit.json").is_file() and (folder / "state.pt").is_file():
         record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
@@ -315,7 +335,7 @@ def train(
     options: dict[str, Any] = {"folder": folder, "scale": scale, "progress": progress, "adversary": adversary, "edit": edit, "watch": watch}
     state, info = run_svi(pair, batches, plan, state, **options)
     if info.stop_reason == INTERRUPTED and state.step < steps:
-        kept = "nothing is kept" if folder is None else f"continue with --resume --out {folder}"
+        kept = "nothing is kept" if folder is None else f"continue with --resume --out {shlex.quote(str(folder))}"
         raise Interrupted(f"interrupted at step {state.step} of {steps}; {kept}")
     pair = module.select(pair, data, settings, seed)
     say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {info.stop_reason}")

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from ppl_st.data import Counts
+from ppl_st.data import Counts, labels_of
 from ppl_st.errors import UserError
 from ppl_st.metrics import Scale, log1p_normalise
 from ppl_st.ridge import fit_ridge, moments
@@ -194,7 +194,7 @@ def _coordinates(counts: Counts, role: str) -> np.ndarray:
 
 def _neighbor_mean(split: Split, k: int) -> sp.csr_matrix:
     """Row-normalised neighbor matrix of the target cells within each section (self not included), [cells, cells]."""
-    library = None if split.library_key is None else split.target.obs[split.library_key].astype(str).to_numpy()
+    library = None if split.library_key is None else labels_of(split.target, split.library_key, "target", "library_key")
     graph = sp.csr_matrix(neighbors(_coordinates(split.target, "target"), k, library), dtype=np.float64)
     return _scale_rows(graph, 1.0 / np.maximum(_row_sums(graph), 1.0))
 

@@ -5,6 +5,7 @@ codes: 0 done, 2 a mistake that the message tells how to mend (or a machine that
 Output paths are tried before any computation. No statistics here; what commands share is `ppl_st.terminal`.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -141,7 +142,7 @@ def fit(
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="So many fits, seeds --seed and up, as one run: shows what differs between fits.")] = 1,
     device: Device = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out with its own data and settings.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit a method and write the run folder."""
@@ -159,7 +160,7 @@ def fit(
     )  # fmt: skip
     known = int(run.measured.sum())
     unknown = len(run.genes) - known
-    typer.echo(f"{out}: {known} measured and {unknown} unmeasured genes; next: ppl-st predict {out}")
+    typer.echo(f"{out}: {known} measured and {unknown} unmeasured genes; next: ppl-st predict {shlex.quote(str(out))} --out imputed.h5ad")
 
 
 @app.command()
@@ -235,8 +236,6 @@ def predict(
         write_adata(result, out)
         shape = result.shape
     else:
-        if names is None and fitted.measured.all():
-            raise UserError(f"{runs[0]}: its {'reference' if turned else 'target'} measured every gene; name genes with --genes")
         shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb, say=say)
     typer.echo(f"{out}: {shape[0]} x {shape[1]}")
     if samples:
@@ -262,7 +261,7 @@ def recalibrate(
     run_recalibration(
         load(run), folds=folds, level=level, guarantee=guarantee, draws=draws, seed=seed, say=speaker(quiet)
     )
-    typer.echo(f"{run / 'recalibration.json'}; next: ppl-st predict {run} --out imputed.h5ad")
+    typer.echo(f"{run / 'recalibration.json'}; next: ppl-st predict {shlex.quote(str(run))} --out imputed.h5ad")
 
 
 @app.command()

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ppl_st.api import Source, load
-from ppl_st.data import Counts, gene_folds, read_counts
+from ppl_st.data import gene_folds
 from ppl_st.errors import UserError
 from ppl_st.evaluate import read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
@@ -78,9 +78,8 @@ def compare(
         raise UserError(f"compare: unknown metric {metric!r}; one of {', '.join(METRICS)}")
     tables: dict[str, pd.DataFrame] = {}
     entries: dict[str, pd.DataFrame] = {}
-    counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
     for source in map(Path, sources):
-        scored, log_probs = _tables(source, counted, draws, seed, talk)
+        scored, log_probs = _tables(source, truth, draws, seed, talk)
         for name, table in scored.items():
             if metric not in table or table[metric].isna().any():
                 talk(f"{source}: {name} has no {metric} and is left out")
@@ -107,7 +106,7 @@ def compare(
 
 
 def _tables(
-    folder: Path, truth: Counts | None, draws: int, seed: int, say: Callable[[str], None]
+    folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
     """Method -> scores [genes x metrics] of one folder, and method -> log predictive probabilities [cells x genes] where they are known."""
     entries: dict[str, pd.DataFrame]
@@ -121,8 +120,9 @@ def _tables(
         entries = read_entries(folder)
     else:
         run = load(folder)
-        if truth is None:
+        if given is None:
             raise UserError(f"{folder} is a run: give the counts to judge it by (--truth)")
+        truth = run.counts_of(given)
         held_out = [gene for gene in run.genes[~run.measured] if gene in set(truth.genes)]
         if not held_out:
             raise UserError(

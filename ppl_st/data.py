@@ -74,10 +74,8 @@ class Counts:
         index = pd.Index(self.genes).get_indexer(pd.Index(wanted))
         missing = wanted[index < 0]
         if missing.size:
-            raise UserError(
-                f"{self.source}: {missing.size} of {wanted.size} genes are not in it: {_some(missing)}; "
-                "check the spelling, or drop them from the list"
-            )
+            shown = f"{missing.size} of {wanted.size} genes are not in it: {_some(missing)}"
+            raise UserError(f"{self.source}: {shown}; check the spelling, or drop them from the list")
         matrix = self.matrix[:, index]
         matrix.sort_indices()
         return replace(self, matrix=matrix, genes=self.genes[index])
@@ -97,11 +95,12 @@ def read_counts(
     need_spatial: bool = True,
     gene_key: str | None = None,
     drop_empty: bool = False,
+    file: str | None = None,
 ) -> Counts:
     """Read raw counts and check every stored value, every name and every coordinate.
 
-    The source is never modified. Counts come from `layer` ("X" means X) if given, else from
-    `layers["counts"]`, else from `X`.
+    The source is never modified. Counts come from `layer` if given, else from `layers["counts"]`, else from `X`.
+    "X" means X; "raw", where no layer has that name, `adata.raw` with the genes that it has.
 
     Parameters
     ----------
@@ -111,6 +110,7 @@ def read_counts(
     gene_key : column of `var` that holds the gene names, instead of `var_names`.
     drop_empty : drop rows without a single count. By default they stay: every row of the target gets its
         prediction.
+    file : where an AnnData was read from, named in errors.
 
     Raises
     ------
@@ -118,15 +118,12 @@ def read_counts(
         With file, key, offending values and remedy.
     """
     adata = read_adata(source, role=role)
-    file = "AnnData" if isinstance(source, anndata.AnnData) else str(source)
+    file = file or ("AnnData" if isinstance(source, anndata.AnnData) else str(source))
     where = f"{role} ({file})"
     if 0 in adata.shape:
-        raise UserError(
-            f"{where}: {adata.n_obs} cells x {adata.n_vars} genes: there is nothing to fit; check the "
-            "filter that made it"
-        )
+        raise UserError(f"{where}: {adata.n_obs} cells x {adata.n_vars} genes: there is nothing to fit; check the filter that made it")
     raw, key = _find_counts(adata, layer, where)
-    genes = _gene_names(adata, gene_key, where)
+    genes = _gene_names(adata.raw if in_raw(adata, layer) else adata, gene_key, where)
     names = np.asarray(adata.obs_names, dtype=str)
     remedy = "obs_names_make_unique() renames them; concatenated sections need their own prefix"
     _refuse_duplicates(names, f"{where}: cell names (obs_names)", remedy)
@@ -134,24 +131,24 @@ def read_counts(
     _check_values(matrix, genes, names, f"{where}, {key}", _remedy(adata, key))
     matrix = matrix.astype(np.float32, copy=False)
     if matrix.nnz == 0:
-        raise UserError(
-            f"{where}, {key}: all {adata.n_obs} x {adata.n_vars} values are zero; check the layer and the "
-            "filter that made it"
-        )
+        raise UserError(f"{where}, {key}: all {len(names)} x {len(genes)} values are zero; check the layer and the filter that made it")
     xy = _coordinates(adata, names, where, need_spatial)
     counts = Counts(matrix, genes, names, xy, adata.obs.copy(), file, key)
-    if drop_empty and counts.empty_rows.any():
-        counts = counts.take_rows(~counts.empty_rows)
-    return counts
+    return counts.take_rows(~counts.empty_rows) if drop_empty and counts.empty_rows.any() else counts
+
+
+def in_raw(adata: anndata.AnnData, layer: str | None) -> bool:
+    """Whether `layer` means the table `adata.raw`, which has genes of its own."""
+    return layer == "raw" and "raw" not in adata.layers and adata.raw is not None
 
 
 def _find_counts(adata: anndata.AnnData, layer: str | None, where: str) -> tuple[Any, str]:
-    layers = list(adata.layers.keys())
+    if in_raw(adata, layer):
+        return adata.raw.X, "raw"
+    layers = [*adata.layers.keys(), *(["raw"] if adata.raw is not None else [])]
     if layer is not None and layer != "X":
         if layer not in layers:
-            raise UserError(
-                f"{where}: no layer {layer!r}; it has {_some(layers) or 'no layers'}; give one of these, or X"
-            )
+            raise UserError(f"{where}: no layer {layer!r}; it has {_some(layers) or 'no layers'}; give one of these, or X")
         return adata.layers[layer], f"layers[{layer!r}]"
     if layer is None and "counts" in layers:
         return adata.layers["counts"], "layers['counts']"
@@ -163,7 +160,7 @@ def _find_counts(adata: anndata.AnnData, layer: str | None, where: str) -> tuple
     return adata.X, "X"
 
 
-def _gene_names(adata: anndata.AnnData, gene_key: str | None, where: str) -> NDArray[np.str_]:
+def _gene_names(adata: Any, gene_key: str | None, where: str) -> NDArray[np.str_]:
     if gene_key is None:
         genes, label = adata.var_names.to_series(), "gene names (var_names)"
     elif gene_key not in adata.var.columns:
@@ -177,8 +174,7 @@ def _gene_names(adata: anndata.AnnData, gene_key: str | None, where: str) -> NDA
     if nameless.any():
         rows = adata.var_names[nameless]
         raise UserError(
-            f"{where}: {label}: {nameless.sum()} of {len(genes)} are empty (var_names {_some(rows)}); fill "
-            "or drop these genes"
+            f"{where}: {label}: {nameless.sum()} of {len(genes)} are empty (var_names {_some(rows)}); fill or drop these genes"
         )
     names = np.asarray(genes.astype(str), dtype=str)
     remedy = "sum or drop the repeated genes, or rename them with var_names_make_unique()"
@@ -191,10 +187,7 @@ def _to_csr(raw: Any, where: str) -> sparse.csr_matrix:
     if hasattr(raw, "to_memory"):  # sparse on disk (backed AnnData)
         raw = raw.to_memory()
     if not hasattr(raw, "dtype") or not hasattr(raw, "shape"):
-        raise UserError(
-            f"{where}: a {type(raw).__name__} is no matrix of counts; store a numpy array or a scipy "
-            "sparse matrix"
-        )
+        raise UserError(f"{where}: a {type(raw).__name__} is no matrix of counts; store a numpy array or a scipy sparse matrix")
     if raw.dtype.kind not in "biuf":
         raise UserError(f"{where}: values of type {raw.dtype} are no counts; store integers or floats")
     # scipy computes with neither half precision nor truth values
@@ -203,9 +196,7 @@ def _to_csr(raw: Any, where: str) -> sparse.csr_matrix:
         shared = sparse.csr_matrix(cast(Any, raw), dtype=safe)
     else:
         size = max(1, _BLOCK_VALUES // max(1, raw.shape[1]))
-        blocks = [
-            sparse.csr_matrix(np.asarray(raw[rows], dtype=safe)) for rows in row_blocks(raw.shape[0], size)
-        ]
+        blocks = [sparse.csr_matrix(np.asarray(raw[rows], dtype=safe)) for rows in row_blocks(raw.shape[0], size)]
         shared = blocks[0] if len(blocks) == 1 else sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
     if not shared.has_canonical_format or len(shared.data) != shared.nnz or (shared.data == 0).any():
         shared = shared.copy()  # the arrays may be the caller's
@@ -232,9 +223,7 @@ def _check_values(
         for kind, mask in bad.items():
             if mask.any():
                 number, examples = found.get(kind, (0, []))
-                examples = examples + [
-                    int(i) + block.start for i in np.flatnonzero(mask)[: 3 - len(examples)]
-                ]
+                examples = examples + [int(i) + block.start for i in np.flatnonzero(mask)[: 3 - len(examples)]]
                 found[kind] = (number + int(mask.sum()), examples)
     if not found:
         return
@@ -245,10 +234,7 @@ def _check_values(
             f"{matrix.data[i]:.6g} in cell {str(names[row])!r} gene {str(genes[matrix.indices[i]])!r}"
             for i, row in zip(examples, rows, strict=True)
         )
-        parts.append(
-            f"{number} of {matrix.nnz} stored values ({number / matrix.nnz:.2%}) are {kind}, for example "
-            f"{shown}"
-        )
+        parts.append(f"{number} of {matrix.nnz} stored values ({number / matrix.nnz:.2%}) are {kind}, for example {shown}")
     if "not an integer" in found or "negative" in found:
         parts.append(_looks_like(matrix))
     elif "NaN or infinite" in found:
@@ -274,7 +260,7 @@ def _looks_like(matrix: sparse.csr_matrix) -> str:
 
 def _remedy(adata: anndata.AnnData, key: str) -> str:
     others = [f"layers[{name!r}]" for name in adata.layers if f"layers[{name!r}]" != key]
-    if adata.raw is not None:
+    if adata.raw is not None and key != "raw":
         others.append("raw")
     have = f" (this file also has {_some(others)})" if others else ""
     return f"pass the raw counts as layers['counts'], or name their layer with --set layer=...{have}"
@@ -369,6 +355,20 @@ def matched(truth: Counts, cells: Counts, genes: NDArray[np.str_]) -> sparse.csr
     return sparse.csr_matrix(counts.matrix[order])
 
 
+def labels_of(counts: Counts, key: str, role: str, setting: str) -> NDArray[np.str_]:
+    """Column `key` of `obs`, which `setting` names, as text [n]; a cell without a value is an error, as it belongs nowhere."""
+    if key not in counts.obs:
+        columns = _some(list(counts.obs.columns), 5) or "none"
+        raise UserError(f"{role} ({counts.source}): no obs column {key!r} ({setting}); it has {columns}")
+    missing = counts.obs[key].isna().to_numpy()
+    if missing.any():
+        raise UserError(
+            f"{role} ({counts.source}): {missing.sum()} of {len(missing)} cells have no value in obs column {key!r} ({setting}), e.g. "
+            f"{_some(counts.names[missing])}; fill it in, or drop them"
+        )
+    return np.asarray(counts.obs[key].astype(str), dtype=str)
+
+
 def gene_folds(genes: Sequence[str] | NDArray[np.str_], k: int, seed: int) -> list[NDArray[np.str_]]:
     """Split genes into `k` folds, each gene in exactly one, whatever the order of `genes`.
 
@@ -377,9 +377,7 @@ def gene_folds(genes: Sequence[str] | NDArray[np.str_], k: int, seed: int) -> li
     ordered = np.sort(np.asarray(genes, dtype=str))
     _refuse_duplicates(ordered, "gene folds: genes", "name each gene once")
     if not 2 <= k <= ordered.size:
-        raise UserError(
-            f"gene folds: {k} folds of {ordered.size} genes; choose between 2 and {ordered.size} folds"
-        )
+        raise UserError(f"gene folds: {k} folds of {ordered.size} genes; choose between 2 and {ordered.size} folds")
     order = np.random.default_rng(seed).permutation(ordered.size)
     return [ordered[np.sort(order[i::k])] for i in range(k)]
 
@@ -390,13 +388,9 @@ def read_genes(path: str | Path) -> NDArray[np.str_]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
-        raise UserError(
-            f"gene list: no such file: {path}; give a text file with one gene per line"
-        ) from error
+        raise UserError(f"gene list: no such file: {path}; give a text file with one gene per line") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"gene list: cannot read {path}: {error}; give a plain text file with one gene per line"
-        ) from error
+        raise UserError(f"gene list: cannot read {path}: {error}; give a plain text file with one gene per line") from error
     stripped = [line.strip() for line in lines]
     genes = np.asarray([line for line in stripped if line and not line.startswith("#")], dtype=str)
     if genes.size == 0:

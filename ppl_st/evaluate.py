@@ -31,14 +31,16 @@ from ppl_st import config as configs
 from ppl_st.api import Source, fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
 from ppl_st.calibration import LEVELS, coverage, pit_bounds
-from ppl_st.data import Counts, gene_folds, read_counts, shared_genes
+from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
+from ppl_st.layers import read_layers
 from ppl_st.metrics import bootstrap_mean, crps_from_draws, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
+from ppl_st.pairs import read_like, read_pair
 from ppl_st.peers import PEERS, check
 from ppl_st.posterior import INNER_CELLS
-from ppl_st.run_folder import write_json
+from ppl_st.run_folder import begun
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
 
@@ -110,7 +112,8 @@ def evaluate(
     draws, memory_gb
         Posterior draws of a prediction, and the bound on their memory.
     out
-        Folder for ``scores.csv`` and ``log_prob.npz`` (rewritten after every split), ``summary.csv`` and ``evaluation.json``.
+        Folder for ``scores.csv`` and ``log_prob.npz`` (rewritten after every split, and kept where a later one fails), ``summary.csv`` and
+        ``evaluation.json``; nothing stays where the first split fails.
     say
         Receives one line per event.
 
@@ -127,8 +130,9 @@ def evaluate(
     spots = _reference_is_spots(own)
     if spots and others:
         raise UserError(f"evaluate: {', '.join(own)} takes spots as reference, {', '.join(others)} dissociated cells; evaluate apart")
-    layer, library_key = _shared_settings(own, preset, config, overrides)
-    folder = None if out is None else Path(out)
+    settings = _shared_settings(own, preset, config, overrides)
+    layer, gene_key, library_key = (getattr(settings, name, None) for name in ("layer", "gene_key", "library_key"))
+    folder, record = None if out is None else Path(out), {}
     if folder is not None:
         if (folder / "scores.csv").exists():
             raise UserError(f"{folder}: already holds an evaluation; choose another --out or remove it")
@@ -136,35 +140,37 @@ def evaluate(
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
         record |= {"folds": str(folds) if truth is None else None, "draws": draws}
-    cells = read_counts(target, role="target", layer=layer)
-    other = read_counts(reference, role="reference", layer=layer, need_spatial=spots)
-    tasks = _tasks(cells, other, folds, truth, seed, talk)[:max_folds]
-    if folder is not None:  # the input is sound; says before any fit if the folder cannot be written
-        write_json(folder / "evaluation.json", record)
+    cells, other = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots or baselines, spots))
+    names = getattr(settings, "reference_layers", ())
+    further = read_layers(reference, names, gene_key=gene_key) if names else []
+    layers = {name: one.take_genes(other.genes).matrix for name, one in zip(names, further, strict=True)}
+    known = None if truth is None else read_like(truth, role="truth", layer=layer, gene_key=gene_key)
+    tasks = _tasks(cells, other, folds, known, seed, talk)[:max_folds]
 
     parts, entries = [], []
-    for task in tasks:
-        talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
-        split = Split(task.target, other, task.held_out, seed, library_key)
-        for method in others:
-            parts.append(_score_peer(method, task, split, draws))
-            talk(line_of(parts[-1]))
-        for method in own:
-            # The counts handed over lie in X, whatever layer they came from.
-            options: dict[str, Any] = {"overrides": [*overrides, "layer=X"], "config": config}
-            options |= {"preset": preset, "seed": seed, "device": device, "progress": progress, "say": say}
-            table, log_prob = _score_method(method, task, split, options, draws, memory_gb)
-            parts.append(table)
-            entries.append(log_prob)
-            talk(line_of(parts[-1]))
-        if baselines:
-            for table in _score_baselines(task, split, SPOT_BASELINES if spots else REFERENCE_BASELINES):
+    with begun(folder, record):
+        for task in tasks:
+            talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
+            split = Split(task.target, other, task.held_out, seed, library_key)
+            for method in others:
+                parts.append(_score_peer(method, task, split, draws))
+                talk(line_of(parts[-1]))
+            for method in own:
+                # The counts handed over lie in X under their genes' names, wherever they came from.
+                options: dict[str, Any] = {"overrides": [*overrides, "layer=X", "gene_key=none"], "config": config}
+                options |= {"preset": preset, "seed": seed, "device": device, "progress": progress, "say": say}
+                table, log_prob = _score_method(method, task, split, layers, options, draws, memory_gb)
                 parts.append(table)
-                talk(line_of(table))
-        if folder is not None:
-            write_csv(pd.concat(parts, ignore_index=True), folder / "scores.csv")
-            if own:
-                write_entries(folder, own, entries)
+                entries.append(log_prob)
+                talk(line_of(parts[-1]))
+            if baselines:
+                for table in _score_baselines(task, split, SPOT_BASELINES if spots else REFERENCE_BASELINES):
+                    parts.append(table)
+                    talk(line_of(table))
+            if folder is not None:
+                write_csv(pd.concat(parts, ignore_index=True), folder / "scores.csv")
+                if own:
+                    write_entries(folder, own, entries)
     scores = pd.concat(parts, ignore_index=True)
     summary = summarise(scores, seed)
     if folder is not None:
@@ -242,30 +248,27 @@ def _reference_is_spots(methods: Sequence[str]) -> bool:
     return bool(spots)
 
 
-def _shared_settings(
-    methods: Sequence[str], preset: str, config: Any, overrides: Sequence[str]
-) -> tuple[str | None, str | None]:
-    """Layer and library_key that the settings name; also checks preset, file and overrides before any work."""
-    found: list[tuple[str | None, str | None]] = []
+def _shared_settings(methods: Sequence[str], preset: str, config: Any, overrides: Sequence[str]) -> Any:
+    """Settings of the first method, None without any: how the files are read; checks preset, file and overrides of all before any work."""
+    found = []
     for method in methods:
         settings = configs.pick_preset(load_method(method).PRESETS, preset)
         settings = settings if config is None else configs.read(config, settings)
-        settings = configs.with_overrides(settings, overrides)
-        found.append((settings.layer, getattr(settings, "library_key", None)))
-    return found[0] if found else (None, None)
+        found.append(configs.with_overrides(settings, overrides))
+    return found[0] if found else None
 
 
 def _tasks(
     cells: Counts,
     other: Counts,
     folds: int | str | Path,
-    truth: Source | None,
+    truth: Counts | None,
     seed: int,
     say: Callable[[str], None],
 ) -> list[_Task]:
     shared = np.sort(shared_genes(cells, other))
     if truth is not None:
-        counted = _same_cells(read_counts(truth, role="truth", need_spatial=False), cells)
+        counted = _same_cells(truth, cells)
         wanted = np.setdiff1d(np.intersect1d(counted.genes, other.genes), cells.genes)
         if not wanted.size:
             raise UserError(
@@ -316,12 +319,12 @@ def _same_cells(truth: Counts, cells: Counts) -> Counts:
 
 
 def _score_method(
-    method: str, task: _Task, split: Split, options: dict[str, Any], draws: int, memory_gb: float
+    method: str, task: _Task, split: Split, layers: dict[str, Any], options: dict[str, Any], draws: int, memory_gb: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores [genes], and log predictive probabilities [cells, genes] in a seeded subset of the cells."""
     reset_peak()
     began = time.perf_counter()
-    run = fit(method, target=_adata(task.target), reference=_adata(split.reference), **options)
+    run = fit(method, target=_adata(task.target), reference=_adata(split.reference, layers), **options)
     width = max(1, int(memory_gb * 1e9 / (_BYTES_PER_PREDICTION * len(task.target.names))))
     parts, entries = [], []
     kept = np.sort(np.random.default_rng([options["seed"], 9]).permutation(len(task.target.names))[:INNER_CELLS])
@@ -389,8 +392,8 @@ def line_of(table: pd.DataFrame) -> str:
     )
 
 
-def _adata(counts: Counts) -> ad.AnnData:
-    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes))
+def _adata(counts: Counts, layers: dict[str, Any] | None = None) -> ad.AnnData:
+    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes), layers=layers)
     adata.obs_names = counts.names
     if counts.xy is not None:
         adata.obsm["spatial"] = counts.xy

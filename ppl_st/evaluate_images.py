@@ -33,7 +33,7 @@ from ppl_st.models import METHODS, load_method
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.prepare import load_prepare
 from ppl_st.prepare.xfuse import section_at, without
-from ppl_st.run_folder import write_json
+from ppl_st.run_folder import begun
 from ppl_st.slides import read_slides
 
 __all__ = ["evaluate_spots", "hidden_rows", "score_baselines", "score_hidden", "visible"]
@@ -97,23 +97,21 @@ def evaluate_spots(
     manifest = configs.manifest(seed=seed, device=device, inputs={f"target{n}": one for n, one in enumerate(targets)}, command=command)
     manifest |= {"methods": list(methods), "preset": preset, "overrides": list(overrides), "draws": draws, "genes": genes}
     manifest |= {"holdout": list(sections) or share}
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", manifest)
 
     total = np.sum([np.asarray(one.matrix.sum(0), np.float64).ravel() for one in kept], 0)
     judged = np.sort(np.argsort(-total, kind="stable")[:genes])
     seen = without(data, hidden)
     parts = []
-    for method in methods:
-        reset_peak()
-        began = time.perf_counter()
-        fitted, spots = visible(seen, kept, hidden)
-        run = fit_sections(method, fitted, spots, settings, manifest, None, progress, talk)
-        seconds = time.perf_counter() - began
-        parts += score_hidden(run, data, kept, hidden, judged, seconds=seconds, draws=draws, memory_gb=memory_gb, say=talk)
-    if baselines:
-        parts += score_baselines(data, kept, hidden, judged, talk)
+    with begun(folder, manifest):
+        for method in methods:
+            reset_peak()
+            began = time.perf_counter()
+            fitted, spots = visible(seen, kept, hidden)
+            run = fit_sections(method, fitted, spots, settings, manifest, None, progress, talk)
+            seconds = time.perf_counter() - began
+            parts += score_hidden(run, data, kept, hidden, judged, seconds=seconds, draws=draws, memory_gb=memory_gb, say=talk)
+        if baselines:
+            parts += score_baselines(data, kept, hidden, judged, talk)
     scores = pd.concat(parts, ignore_index=True)
     summary = summarise(scores, seed)
     if folder is not None:

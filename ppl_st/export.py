@@ -15,7 +15,6 @@ So `az.loo(idata)`, `az.plot_bpv` of x, `az.plot_ppc` (ArviZ 1.x: `plot_ppc_dist
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +28,7 @@ from ppl_st.data import Counts, matched
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import rng_scope
-from ppl_st.io import atomic, hdf5_target
+from ppl_st.io import atomic, free_bytes, hdf5_target
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -169,7 +168,7 @@ def write_groups(
     import xarray as xr
 
     plan = _Plan(run, draws, seed, max_cells, truth)
-    free = shutil.disk_usage(path.absolute().parent).free
+    free = free_bytes(path)
     size = f"{plan.size / 1e9:.2g} GB before compression, {free / 1e9:.1f} GB are free there"
     say(f"{len(plan.cells)} cells, {len(plan.turns)} x {draws} draws: {size}")
     with atomic(path) as temporary:

@@ -226,6 +226,14 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def free_bytes(path: str | Path) -> int:
+    """Free space where `path` will be written, whose parent folders need not be there yet."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def _make_parents(folder: Path) -> list[Path]:
     """Make `folder` and its missing parents; returns those made, innermost first."""
     missing = []

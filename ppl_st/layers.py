@@ -16,8 +16,16 @@ from numpy.typing import NDArray
 
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
+from ppl_st.io import read_adata
 
-__all__ = ["as_layers", "parents", "with_layers"]
+__all__ = ["as_layers", "parents", "read_layers", "with_layers"]
+
+
+def read_layers(source: str | Path | ad.AnnData, layers: Sequence[str], *, gene_key: str | None = None) -> list[Counts]:
+    """The counts in each of these layers of a reference, whose genes ``gene_key`` names if it has that column of ``var``."""
+    adata = read_adata(source, role="reference")
+    own, file = gene_key if gene_key in adata.var else None, None if isinstance(source, ad.AnnData) else str(source)
+    return [read_counts(adata, role="reference", layer=name, need_spatial=False, gene_key=own, file=file) for name in layers]
 
 
 def with_layers(counts: Counts, source: str | Path | ad.AnnData, layers: Sequence[str], *, gene_key: str | None = None) -> Counts:
@@ -31,7 +39,7 @@ def with_layers(counts: Counts, source: str | Path | ad.AnnData, layers: Sequenc
     taken = [gene for gene in counts.genes if gene.rsplit(":", 1)[-1] in layers and ":" in gene]
     if taken:
         raise UserError(f"reference ({counts.source}): gene {taken[0]!r} looks like a gene of a layer (reference_layers); rename it")
-    others = [read_counts(source, role="reference", layer=name, need_spatial=False, gene_key=gene_key) for name in layers]
+    others = read_layers(source, layers, gene_key=gene_key)
     return replace(
         counts,
         matrix=sp.csr_matrix(sp.hstack([counts.matrix, *(other.matrix for other in others)], format="csr")),

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from ppl_st.calibration import LEVELS, coverage, interval_coverage
 from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
-from ppl_st.data import Counts, matched, read_counts
+from ppl_st.data import Counts, matched
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
+from ppl_st.pairs import read_like
 from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Run:
         data, counts = (self.data, self.target) if target is None else self._other(target)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
-        observed = None if truth is None else matched(_counts(truth), counts, self.genes[index])
+        observed = None if truth is None else matched(self.counts_of(truth), counts, self.genes[index])
         known = self.reference_mean[index]
         ends = None if self.recalibration is None else self.recalibration.ends_of(known)
         maps = None if self.recalibration is None else self.recalibration.maps_of(known)
@@ -180,6 +181,8 @@ class Run:
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         ends = None if self.recalibration is None else self.recalibration.ends_of(self.reference_mean[index])
         own, talk = target is None, say or (lambda line: None)
+        if counts.xy is None and self.target.xy is not None:
+            talk(f"target ({counts.source}): no usable coordinates (obsm['spatial']), which those of the fit have; neighbors in space are not used")
         return write_prediction(
             self, path, predictor, index, counts, ends, own=own, draws=draws, seed=seed, memory_gb=memory_gb, say=talk
         )
@@ -218,9 +221,15 @@ class Run:
             randomised coverage of the central interval); of a recalibrated run also recalibrated_crps (of the corrected predictive) and
             recalibrated_coverage (of the interval lower, upper).
         """
-        names = _counts(truth).genes if genes is None else genes
-        table = self.predict(names, draws=draws, seed=seed, memory_gb=memory_gb, truth=truth).var
+        known = self.counts_of(truth)
+        table = self.predict(known.genes if genes is None else genes, draws=draws, seed=seed, memory_gb=memory_gb, truth=known).var
         return table.drop(columns=["measured", "trust", "between_fits", "nominal_level"], errors="ignore").rename_axis("gene")
+
+    def counts_of(self, source: str | Path | ad.AnnData | Counts, *, role: str = "truth") -> Counts:
+        """Counts of a file, by default to judge by: from the layer and under the gene names of the fit, where the file has these."""
+        if isinstance(source, Counts):
+            return source
+        return read_like(source, role=role, layer=self.config.layer, gene_key=self.config.gene_key)
 
     def inner_scores(self, truth: Counts, *, draws: int = 100, seed: int = 0, memory_gb: float = 1.0) -> Inner:
         """Scores of the genes of ``truth`` (counts of the run's cells), as `ppl_st.recalibrate` keeps them of genes that the run was not shown."""
@@ -307,7 +316,7 @@ class Run:
         path = Path(path)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
-        known = None if truth is None else _counts(truth)
+        known = None if truth is None else self.counts_of(truth)
         write_groups(self, path, draws=draws, seed=seed, max_cells=max_cells, truth=known, say=say or (lambda line: None))
 
     def arviz_groups(
@@ -324,29 +333,27 @@ class Run:
         """
         from ppl_st.export import arviz_groups
 
-        known = None if truth is None else _counts(truth)
+        known = None if truth is None else self.counts_of(truth)
         return arviz_groups(self, draws=draws, seed=seed, max_cells=max_cells, truth=known)
 
     # ---- helpers ----
 
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
-        if genes is None:
-            return np.flatnonzero(~self.measured)
-        index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
-        if (index < 0).any():
-            missing = np.asarray(genes, dtype=str)[index < 0]
-            raise UserError(
-                f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
-                f"{len(self.genes)} genes of its reference (genes.txt in its folder)"
-            )
+        index = np.flatnonzero(~self.measured)
+        if genes is not None:
+            index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
+            if (index < 0).any():
+                missing = np.asarray(genes, dtype=str)[index < 0]
+                raise UserError(
+                    f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
+                    f"{len(self.genes)} genes of its reference (genes.txt in its folder)"
+                )
+        if not index.size:
+            raise UserError(f"{self.folder or f'this run of {self.method}'}: no gene is left to predict, all are measured; name genes with --genes")
         return index.astype(np.int64)
 
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
-        return self.new_cells(
-            read_counts(
-                target, role="target", layer=self.config.layer, gene_key=self.config.gene_key, need_spatial=False
-            )
-        )
+        return self.new_cells(self.counts_of(target, role="target"))
 
     def _table(
         self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None
@@ -371,10 +378,6 @@ def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
     total = counts.take_genes(counts.genes[np.isin(counts.genes, genes)]).totals
     positive = total > 0
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
-
-
-def _counts(truth: str | Path | ad.AnnData | Counts) -> Counts:
-    return truth if isinstance(truth, Counts) else read_counts(truth, role="truth", need_spatial=False)
 
 
 def _at(u: NDArray[np.float64], maps: NDArray[np.float64]) -> NDArray[np.float64]:

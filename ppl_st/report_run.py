@@ -20,7 +20,7 @@ from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervi
 from ppl_st.browser import MAX_CELLS, RELATIVE_ERROR, GeneMaps, gene_browser
 from ppl_st.calibration import variance_decomposition
 from ppl_st.checks import predictive_checks
-from ppl_st.data import Counts, read_counts
+from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.posterior import Run
 from ppl_st.report import Section, evaluation_report, read_json, write_report
@@ -97,7 +97,7 @@ def report_run(
     talk = say or (lambda line: None)
     labels = _labels(run, groups)
     noun = "spot" if reference_kind(run) == "image" else "cell"
-    counted = None if truth is None else read_counts(truth, role="truth", need_spatial=False)
+    counted = None if truth is None else run.counts_of(truth)
     judged, note = _judged(run, counted, seed)
     talk(f"predicting {len(judged)} genes in {len(run.target.names)} {noun}s, {draws} draws")
     predicted = run.predict(judged, truth=counted, lognorm=counted is not None, draws=draws, seed=seed)

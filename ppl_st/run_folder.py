@@ -16,6 +16,9 @@ and ``manifest.json``.
 """
 
 import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +99,31 @@ def read_inner(folder: Path) -> tuple[Inner | None, Recalibration | None]:
             return Inner(*(stored[name] for name in Inner._fields)), made
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{folder / 'recalibration.json'}: cannot be read ({error}); remove it, and repeat `ppl-st recalibrate {folder}`"
+            f"{folder / 'recalibration.json'}: cannot be read ({error}); remove it, and repeat `ppl-st recalibrate {shlex.quote(str(folder))}`"
         ) from error
+
+
+@contextmanager
+def begun(folder: Path | None, record: dict[str, Any]) -> Iterator[None]:
+    """An evaluation in ``folder``, which gets ``evaluation.json`` first: what cannot be written is said before any fit.
+
+    Where the block ends with an error and no scores, the record and the folders made for it go again; scores of finished splits stay.
+    """
+    if folder is None:
+        yield
+        return
+    made = [one for one in (folder, *folder.parents) if not one.exists()]  # innermost first
+    write_json(folder / "evaluation.json", record)
+    try:
+        yield
+    except BaseException:
+        if not (folder / "scores.csv").exists():
+            (folder / "evaluation.json").unlink(missing_ok=True)
+            for one in made:
+                if any(one.iterdir()):
+                    break
+                one.rmdir()
+        raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.images import Slide, label_spots
+from ppl_st.simulate import SCALES, within
 
 __all__ = ["KINDS", "ShapeSection", "Shapes", "shapes"]
 
@@ -111,6 +112,10 @@ def shapes(
             f"shapes: kinds={kinds}, genes={genes}, sections={sections}, size={size}, spots={spots!r}, color={color!r} cannot be simulated; need "
             f"1 <= kinds <= {len(KINDS)}, genes >= kinds, sections >= 1, size >= 128, spots tiles or hexagonal, color kind or same"
         )
+    within(
+        "shapes", reads=(reads, *SCALES), pitch=(pitch, 4, size / 2), noise=(noise, 0, 10), misalignment=(misalignment, 0, 10),
+        occlusion=(occlusion, 0, 1), batches=(batches, 1, 1000), batch_sd=(batch_sd, 0, 5), depth_sd=(depth_sd, 0, 5),
+    )  # fmt: skip
     rng = np.random.default_rng([seed, 0])
     profiles = reads * (np.eye(kinds) if genes == kinds else rng.dirichlet(np.full(genes, 0.2), kinds))
     shift = np.where(np.arange(batches)[:, None] > 0, batch_sd * rng.standard_normal((batches, genes)), 0.0)

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from ppl_st.errors import UserError
 
 PITCH = 100.0  # um, Visium
+MANY, SCALES = 1e8, (1e-6, 1e6)  # most cells or genes; range of a positive knob
 FloatArray = NDArray[np.float64]
 
 
@@ -59,6 +60,13 @@ class Simulation:
     reference: ad.AnnData
     truth: ad.AnnData
     proportions: FloatArray | None
+
+
+def within(protocol: str, **knobs: tuple[float, float, float]) -> None:
+    """Refuse a knob (value, lowest, highest) that is not a number in its range; NaN and infinity never are."""
+    for name, (value, low, high) in knobs.items():
+        if not low <= value <= high:
+            raise UserError(f"{protocol}: {name}={value:g} cannot be simulated; it must lie between {low:g} and {high:g}")
 
 
 def checkerboard(
@@ -101,11 +109,11 @@ def checkerboard(
     -------
     Simulation
     """
-    if not 2 <= n_types <= 200 or not 1 <= n_panel < n_genes or n_cells < 1 or side < 2:
-        raise UserError(
-            f"checkerboard: n_types={n_types}, n_panel={n_panel}, n_genes={n_genes}, n_cells={n_cells}, side={side} cannot be simulated; "
-            "need 2 <= n_types <= 200, 1 <= n_panel < n_genes, n_cells >= 1, side >= 2"
-        )
+    within(
+        "checkerboard", n_types=(n_types, 2, 200), n_genes=(n_genes, 2, MANY), n_panel=(n_panel, 1, n_genes - 1), n_cells=(n_cells, 1, MANY),
+        side=(side, 2, 1000), squares=(squares, 1, 1000), rho=(rho, *SCALES), contrast=(contrast, 0, 10), mixing=(mixing, 0, 1e6),
+        platform_sd=(platform_sd, 0, 5), shift=(shift, -1e6, 1e6),
+    )  # fmt: skip
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, side * PITCH, size=(n_cells, 2))
     grid = (np.arange(side) + 0.5) * PITCH
@@ -153,6 +161,10 @@ def blocks(
     Parameters are as in `checkerboard`; ``zeros`` is the share of zeros in both factor matrices, ``cell_scale`` the counts per cell over
     all genes and ``spot_scale`` the capture of a spot relative to its cells.
     """
+    within(
+        "blocks", n_types=(n_types, 1, 200), n_genes=(n_genes, 2, MANY), n_panel=(n_panel, 1, n_genes - 1), n_cells=(n_cells, 1, MANY),
+        n_spots=(n_spots, 1, n_cells), zeros=(zeros, 0, 1), cell_scale=(cell_scale, *SCALES), spot_scale=(spot_scale, *SCALES),
+    )  # fmt: skip
     if n_cells % n_spots:
         raise UserError(f"blocks: n_cells={n_cells} must be a multiple of n_spots={n_spots}")
     rng = np.random.default_rng(seed)
@@ -219,12 +231,11 @@ def spatial_field(
     Simulation
         ``obs["type"]`` on all three tables; ``truth.var``: ``theta`` and ``log_gain``; ``truth.obsm["latent"]`` [n, d].
     """
-    if not 2 <= n_types <= 200 or not 1 <= n_panel < n_genes or min(n_cells, n_reference, states) < 1 or not 0 <= spatial <= 1:
-        raise UserError(
-            f"spatial_field: n_types={n_types}, n_panel={n_panel}, n_genes={n_genes}, n_cells={n_cells}, n_reference={n_reference}, "
-            f"states={states}, spatial={spatial} cannot be simulated; need 2 <= n_types <= 200, 1 <= n_panel < n_genes, positive sizes, "
-            "0 <= spatial <= 1"
-        )
+    within(
+        "spatial_field", n_types=(n_types, 2, 200), n_genes=(n_genes, 2, MANY), n_panel=(n_panel, 1, n_genes - 1), n_cells=(n_cells, 2, MANY),
+        n_reference=(n_reference, 1, MANY), states=(states, 1, 1000), rho=(rho, *SCALES), depth_reference=(depth_reference, *SCALES),
+        contrast=(contrast, 0, 10), spatial=(spatial, 0, 1), length=(length, *SCALES), platform_sd=(platform_sd, 0, 5), theta=(theta, *SCALES),
+    )  # fmt: skip
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 16 * PITCH, size=(n_cells, 2))
     centers = 1.5 * rng.standard_normal((n_types, states))

@@ -28,7 +28,7 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 from scipy.spatial import cKDTree
 
-from ppl_st.data import Counts
+from ppl_st.data import Counts, labels_of
 from ppl_st.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -420,10 +420,7 @@ def sections(cells: Counts, library_key: str | None) -> NDArray[np.int64] | None
     """Section of every cell by ``obs[library_key]``, counted from 0; None: one section."""
     if library_key is None:
         return None
-    if library_key not in cells.obs:
-        columns = ", ".join(map(str, cells.obs.columns[:5])) or "no columns"
-        raise UserError(f"target ({cells.source}): no obs column {library_key!r} (library_key); it has {columns}")
-    return np.unique(cells.obs[library_key].astype(str), return_inverse=True)[1].astype(np.int64)
+    return np.unique(labels_of(cells, library_key, "target", "library_key"), return_inverse=True)[1].astype(np.int64)
 
 
 def _query(tree: cKDTree, points: Floats, k: int, bound: float = np.inf) -> tuple[Floats, NDArray[np.int64]]:

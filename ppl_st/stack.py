@@ -16,6 +16,7 @@ single one of them is to be believed, however short its own intervals are; ``bet
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -90,7 +91,7 @@ def stack(runs: Sequence[Run]) -> Run:
         if not np.array_equal(run.target.names, runs[0].target.names):
             raise UserError(f"stack: {name} was fitted on other cells than {names[0]}; fit both on the same target")
         if run.inner is None:
-            raise UserError(f"stack: {name} has no scores of held-out genes; first: ppl-st recalibrate {run.folder or 'RUN'}")
+            raise UserError(f"stack: {name} has no scores of held-out genes; first: ppl-st recalibrate {shlex.quote(str(run.folder or 'RUN'))}")
     log_prob, inner = _inner_scores(runs)
     weights = stacking_weights(log_prob)
     scores = [float(one.mean()) for one in (*log_prob, stacked(log_prob, weights))]

@@ -9,7 +9,6 @@ anndata reads back at once or lazily, and that xarray opens lazily with ``xr.ope
 """
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ppl_st.inference.predict import QUANTILES, Summary, fits_of_draws, predictive_blocks
-from ppl_st.io import atomic, hdf5_target
+from ppl_st.io import atomic, free_bytes, hdf5_target
 
 if TYPE_CHECKING:
     from ppl_st.posterior import Run
@@ -149,7 +148,7 @@ def write_prediction(
         more, columns = run.module.quantities(run.pair, run.data, run.config, run.spec)
         obs, obsm = obs.assign(**columns), obsm | more
     names = ["rate_mean", "rate_sd", "count_sd", *(["between_sd"] if several else []), *QUANTILES, *([] if ends is None else ["lower", "upper"])]
-    size, free = 4e-9 * n * len(index) * (1 + len(names)), shutil.disk_usage(Path(path).absolute().parent).free / 1e9
+    size, free = 4e-9 * n * len(index) * (1 + len(names)), free_bytes(path) / 1e9
     if ends is not None and (beyond := (ends[1] * (draws + 1) > draws) & (ends[1] < 1)).any():
         needed = int(np.ceil(round(float((ends[1] / (1 - ends[1]))[beyond].max()), 6)))
         say(f"upper ends of {int(beyond.sum())} genes lie beyond {draws} draws and are infinite; with --draws {needed} they are finite")

@@ -43,7 +43,7 @@ class Commands(TyperGroup):
         except UserError as error:
             raise _failed(str(error)) from None
         except KeyboardInterrupt:
-            more = "; repeat the command with --resume to continue" if ctx.invoked_subcommand == "fit" else ""
+            more = "; if there is a run folder already, --resume and --out alone continue it" if ctx.invoked_subcommand == "fit" else ""
             typer.echo(f"interrupted{more}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except MemoryError:
@@ -185,7 +185,7 @@ def print_evaluation(summary: "pd.DataFrame", out: Path) -> None:
     for title, table in overview(summary).items():
         print_table(title, table)
     typer.echo("mean / median over genes, [95 % bootstrap interval of the mean], #rank")
-    typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {out} --out report.html")
+    typer.echo(f"{out / 'scores.csv'}, {out / 'summary.csv'}; next: ppl-st report {shlex.quote(str(out))} --out report.html")
 
 
 def _cell(value: Any) -> str:

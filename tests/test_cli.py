@@ -79,7 +79,16 @@ def test_simulate_shapes_writes_sections_images_truth_and_settings(tmp_path):
         (["checkerboard", "--set", "n_cell=3"], "did you mean 'n_cells'"),
         (["checkerboard", "--set", "n_cells=many"], "n_cells must be a whole number"),
         (["checkerboard", "--set", "rho=x"], "rho must be a number"),
-        (["checkerboard", "--set", "n_panel=900"], "n_panel=900"),
+        (["checkerboard", "--set", "n_panel=900"], "n_panel=900 cannot be simulated; it must lie between 1 and 299"),
+        *((["checkerboard", "--set", f"rho={value}"], f"rho={value}") for value in ("-1", "nan", "inf", "0")),
+        *((["checkerboard", "--set", f"{knob}=nan"], f"{knob}=nan") for knob in ("contrast", "mixing", "platform_sd", "shift")),
+        (["checkerboard", "--set", "squares=0"], "squares=0"),
+        (["checkerboard", "--set", "platform_sd=1000"], "platform_sd=1000"),
+        (["blocks", "--set", "n_spots=0"], "n_spots=0"),
+        (["blocks", "--set", "zeros=-1"], "zeros=-1"),
+        *((["spatial_field", "--set", f"{knob}=-1"], f"{knob}=-1") for knob in ("rho", "length", "theta", "depth_reference", "contrast")),
+        *((["shapes", "--set", f"{knob}=nan"], f"{knob}=nan") for knob in ("reads", "pitch", "noise", "occlusion", "batch_sd", "depth_sd")),
+        (["shapes", "--set", "batches=0"], "batches=0"),
     ],
 )
 def test_simulate_refuses(tmp_path, arguments, message):
@@ -98,8 +107,8 @@ def test_fit_leaves_a_run_with_its_command(folder):
 
 
 def test_predict_writes_unmeasured_genes_by_default(folder, tmp_path):
-    ok("predict", folder / "run", "--out", tmp_path / "imputed.h5ad", "--draws", 10)
-    imputed = ad.read_h5ad(tmp_path / "imputed.h5ad")
+    ok("predict", folder / "run", "--out", tmp_path / "new" / "p" / "imputed.h5ad", "--draws", 10)
+    imputed = ad.read_h5ad(tmp_path / "new" / "p" / "imputed.h5ad")
     truth = ad.read_h5ad(folder / "data" / "truth.h5ad")
     assert set(imputed.var_names) == set(truth.var_names) and imputed.n_obs == 250
     assert {"rate_mean", "rate_sd", "count_sd", "q05", "q50", "q95"} <= set(imputed.layers)
@@ -144,10 +153,10 @@ def test_compare_ranks_runs_and_evaluations(folder, tmp_path):
 
 
 def test_export_and_report(folder, tmp_path):
-    ok("export", folder / "run", "--out", tmp_path / "posterior.nc", "--draws", 2)
+    ok("export", folder / "run", "--out", tmp_path / "new" / "posterior.nc", "--draws", 2)
     import xarray as xr
 
-    with xr.open_datatree(tmp_path / "posterior.nc", engine="h5netcdf") as tree:
+    with xr.open_datatree(tmp_path / "new" / "posterior.nc", engine="h5netcdf") as tree:
         assert "posterior" in tree and "predictions" in tree
     ok("report", folder / "run", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -198,8 +207,31 @@ def test_wrong_settings_of_a_fit_are_named(folder, tmp_path):
 
 
 def test_a_used_run_folder_is_refused_and_a_finished_one_resumes(folder):
-    assert "add --resume to continue it" in refused("fit", "siid", *pair(folder), "--out", folder / "run")
+    assert "--resume and --out alone continue it" in refused("fit", "siid", *pair(folder), "--out", folder / "run")
     assert "already finished" in ok("fit", "siid", "--resume", "--out", folder / "run").output
+    own = ["--set", "factors=9", "--seed", 4, "--preset", "paper", "--target", folder / "data/target.h5ad"]
+    said = refused("fit", "siid", "--resume", "--out", folder / "run", *own)
+    assert "leave out --target, --preset, --set, --seed, or fit anew" in said
+
+
+def test_the_next_command_can_be_copied(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run z")
+    assert f"next: ppl-st predict '{tmp_path / 'run z'}' --out" in ok("fit", "siid", "--resume", "--out", tmp_path / "run z").output
+
+
+def test_a_device_that_is_not_there_leaves_nothing_and_a_resumed_run_may_change_it(folder, tmp_path):
+    import torch
+
+    absent = f"cuda:{torch.cuda.device_count()}"
+    assert "CUDA devices" in refused("fit", "siid", *pair(folder), "--out", tmp_path / "new", "--device", absent, *FAST)
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(folder / "run", tmp_path / "run")  # as one that was interrupted on a machine with a GPU
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace('device = "auto"', f'device = "{absent}"'))
+    assert "name one with --device" in refused("fit", "siid", "--resume", "--out", tmp_path / "run")
+    ok("fit", "siid", "--resume", "--out", tmp_path / "run", "--device", "cpu")
+    assert 'device = "cpu"' in config.read_text() and (tmp_path / "run" / "weights.safetensors").is_file()
 
 
 def test_predict_refuses_what_it_cannot_do(folder, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from ppl_st import data
-from ppl_st.data import gene_folds, read_counts, read_genes, row_blocks, shared_genes, thin
+from ppl_st.data import gene_folds, labels_of, read_counts, read_genes, row_blocks, shared_genes, thin
 from ppl_st.errors import UserError
 from realdata import path
 
@@ -84,6 +84,23 @@ def test_layer_choice() -> None:
     adata.X = None
     with pytest.raises(UserError, match="neither X nor layers"):
         read_counts(adata, role="target")
+
+
+def test_counts_of_raw_come_with_its_own_genes(tmp_path: Path) -> None:
+    whole = make()
+    whole.var["symbol"] = [f"S{i}" for i in range(8)]
+    adata = whole[:, :5].copy()
+    adata.X = np.log1p(adata.X)
+    adata.raw = whole
+    with pytest.raises(UserError, match=r"looks log-normalised; .*--set layer=.*has raw"):
+        read_counts(adata, role="target")
+    adata.write_h5ad(tmp_path / "t.h5ad")
+    for source in (adata, tmp_path / "t.h5ad"):
+        counts = read_counts(source, role="target", layer="raw", gene_key="symbol")
+        assert counts.key == "raw" and counts.genes.tolist() == [f"S{i}" for i in range(8)] and counts.xy is not None
+        assert np.array_equal(counts.matrix.toarray(), whole.X)
+    with pytest.raises(UserError, match="no layer 'umi'; it has raw; give one of these"):
+        read_counts(adata, role="target", layer="umi")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,18 @@ def test_coordinates() -> None:
         read_counts(adata, role="target")
     adata.obsm["spatial"] = pd.DataFrame(np.ones((20, 2)), index=adata.obs_names, columns=["x", "y"])
     assert read_counts(adata, role="target").xy is not None
+
+
+def test_a_label_that_is_missing_is_refused() -> None:
+    adata = make()
+    adata.obs["slide"] = ["a", "b"] * 10
+    assert labels_of(read_counts(adata, role="target"), "slide", "target", "library_key").tolist() == ["a", "b"] * 10
+    with pytest.raises(UserError, match=r"target \(AnnData\): no obs column 'lane' \(library_key\); it has slide"):
+        labels_of(read_counts(adata, role="target"), "lane", "target", "library_key")
+    for missing in (None, np.nan, pd.NA):
+        adata.obs["slide"] = pd.Categorical(["a", missing] * 10)
+        with pytest.raises(UserError, match=r"10 of 20 cells have no value in obs column 'slide' \(library_key\), e.g. c1, c3, c5 and 7 more"):
+            labels_of(read_counts(adata, role="target"), "slide", "target", "library_key")
 
 
 def test_empty_rows_genes_and_matrices() -> None:

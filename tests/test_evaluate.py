@@ -11,7 +11,7 @@ from ppl_st.errors import UserError
 from ppl_st.metrics import score_table
 from ppl_st.report import overview
 from ppl_st.report_run import report_folder
-from ppl_st.simulate import checkerboard
+from ppl_st.simulate import checkerboard, spatial_field
 
 FAST = ["factors=3", "chains=1", "sparsity=0", "sweeps=3", "fit.steps=3", "batch_spots=0"]
 CELLS, PANEL, GENES = 250, 30, 40
@@ -190,3 +190,45 @@ def test_wrong_requests_are_refused_before_any_fit(world):
         ev.evaluate(["siid"], world.target, world.reference, truth=world.target)
     with pytest.raises(UserError, match="10 of the target's 250 cells are not in it"):
         ev.evaluate(["siid"], world.target, world.reference, truth=world.truth[10:].copy())
+
+
+def test_gene_names_of_either_file_may_lie_in_a_column(world, tmp_path):
+    options = {"folds": 3, "max_folds": 1, "baselines": False, "draws": 10}
+    reference = world.reference.copy()
+    reference.var["symbol"] = reference.var_names
+    reference.var_names = [f"ENSG{g:05d}" for g in range(reference.n_vars)]
+    scores = [
+        ev.evaluate(["siid"], world.target, table, overrides=[*FAST, *more], **options).scores.drop(columns=["seconds", "peak_gb"])
+        for table, more in ((world.reference, []), (reference, ['gene_key="symbol"']))
+    ]
+    pd.testing.assert_frame_equal(*scores)
+    with pytest.raises(UserError, match=r"gene_key 'name': neither target \(AnnData\) nor reference"):
+        ev.evaluate(["siid"], world.target, reference, overrides=["gene_key=name"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_further_layers_of_the_reference_reach_the_fit(monkeypatch):
+    world = spatial_field(seed=1, n_cells=120, n_reference=100, n_genes=24, n_panel=16, rho=3.0)
+    world.reference.layers["spliced"] = world.reference.X.copy()
+    runs, fit = [], ev.fit
+    monkeypatch.setattr(ev, "fit", lambda *arguments, **options: runs.append(fit(*arguments, **options)) or runs[-1])
+    fast = ["penalty=3", "reweight=false", "process=0", "fit.steps=2", 'reference_layers=["spliced"]']
+    ev.evaluate(["vista"], world.target, world.reference, folds=3, max_folds=1, baselines=False, draws=4, overrides=fast)
+    assert "gene0000:spliced" in runs[0].genes
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_what_a_failed_evaluation_leaves(world, perfect, monkeypatch, tmp_path, finished):
+    stub, left = ev.fit, [None] * finished
+
+    def fails(*arguments, **options):
+        if not left:
+            raise UserError("no GPU")
+        left.pop()
+        return stub(*arguments, **options)
+
+    monkeypatch.setattr(ev, "fit", fails)
+    with pytest.raises(UserError, match="no GPU"):
+        ev.evaluate(["siid"], world.target, world.reference, folds=3, baselines=False, out=tmp_path / "new" / "scores")
+    kept = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert kept == (["evaluation.json", "log_prob.npz", "scores.csv"] if finished else []) and (tmp_path / "new").exists() == bool(finished)

@@ -29,10 +29,11 @@ ROOMS: dict[str, set[str]] = {
     "io": set(),
     "data": {"io"},
     "spatial": {"io", "data"},
-    "layers": {"data"},
+    "layers": {"io", "data"},
+    "pairs": {"io", "data"},  # the two files of a fit
     "images": {"io", "data"},
     "annotations": {"images"},
-    "shapes": {"data", "images"},  # the simulated sections
+    "shapes": {"data", "images", "simulate"},  # the simulated sections
     "slides": {"io", "data", "images", "spaceranger", "spatialdata_zarr"},  # one section's counts and image, whatever holds them
     "spaceranger": {"data", "images"},
     "spatialdata_zarr": {"data", "images"},
@@ -60,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "prepare": {"data", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "config", "conformal", "inference"},
-    "posterior": {"io", "data", "inference", "metrics", "calibration", "conformal", "export", "stream"},
+    "posterior": {"io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"io", "data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},

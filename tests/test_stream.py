@@ -201,3 +201,14 @@ def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
     panel = np.asarray(sim.target.X.sum(1)).ravel()
     np.testing.assert_array_equal(wider.shared_total, panel)
     np.testing.assert_array_equal(wider.target.totals, panel + 50)
+
+
+def test_without_an_unmeasured_gene_names_are_asked_for(run, tmp_path):
+    from dataclasses import replace
+
+    full = replace(run, reference=run.reference.take_genes(run.target.genes))
+    writes = (lambda: full.write(tmp_path / "p.h5ad"), lambda: full.write_samples(tmp_path / "s.zarr", None, 2))
+    for ask in (full.predict, *writes, lambda: run.predict([])):
+        with pytest.raises(UserError, match=r"this run of siid: no gene is left to predict.*--genes"):
+            ask()
+    assert list(tmp_path.iterdir()) == []

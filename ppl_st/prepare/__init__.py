@@ -31,8 +31,8 @@ def load_prepare(method: str) -> ModuleType:
     return import_module(f"ppl_st.prepare.{method}")
 
 
-def hold_out_genes(target: Counts, genes: Sequence[str] | NDArray[np.str_]) -> Counts:
-    """The target without ``genes``; asking to hold out a gene that the target does not have is an error."""
+def hold_out_genes(target: Counts, reference: Counts, genes: Sequence[str] | NDArray[np.str_]) -> Counts:
+    """The target without ``genes``; asking to hold out a gene that one side does not have is an error."""
     held = np.asarray(genes, dtype=str)
     missing = held[~np.isin(held, target.genes)]
     if len(missing):
@@ -40,6 +40,12 @@ def hold_out_genes(target: Counts, genes: Sequence[str] | NDArray[np.str_]) -> C
         raise UserError(
             f"--hold-out: {len(missing)} of {len(held)} genes are not in the target ({target.source}), e.g. {shown}; "
             "list genes that the target measured (genes it never measured need no holding out)"
+        )
+    unknown = held[~np.isin(held, reference.genes)]
+    if len(unknown):
+        raise UserError(
+            f"--hold-out: {len(unknown)} of {len(held)} genes are not in the reference ({reference.source}), e.g. {', '.join(unknown[:3])}; they "
+            "could not be predicted: leave them out of the list"
         )
     return target.take_genes(target.genes[~np.isin(target.genes, held)])
 

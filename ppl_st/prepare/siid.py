@@ -9,7 +9,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.data import Counts, read_counts, shared_genes
+from ppl_st.data import Counts, labels_of, read_counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.siid import Config, Data
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, spot_pitch
@@ -93,14 +93,7 @@ def _separate_sections(
     """Move sections far apart, so that no map, kernel or graph crosses them."""
     if key is None:
         return cell_xy, spot_xy
-    columns = []
-    for role, counts in (("target", target), ("reference", reference)):
-        if key not in counts.obs:
-            raise UserError(
-                f"{role} ({counts.source}): no obs column {key!r} (library_key); it has {', '.join(map(str, counts.obs.columns[:5]))}"
-            )
-        columns.append(counts.obs[key].astype(str).to_numpy())
-    cells, spots = columns
+    cells, spots = (labels_of(counts, key, role, "library_key") for role, counts in (("target", target), ("reference", reference)))
     alone = sorted(set(cells) ^ set(spots))
     if alone:
         raise UserError(

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy import stats
 
-from ppl_st.data import Counts, shared_genes
+from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
@@ -146,7 +146,7 @@ def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
     The paper's filter (Pearson r > 0.5 and p < 0.05 over the shared types), on pseudo-bulks normalised by the cells' totals in obs (`_with_depth`)
     and logged; it sees training genes only. The verdict on a gene depends on no other one but through these totals.
     """
-    labels = [_column(side, key, role, "anchor_key") for side, role in ((target, "target"), (reference, "reference"))]
+    labels = [labels_of(side, key, role, "anchor_key") for side, role in ((target, "target"), (reference, "reference"))]
     types = np.intersect1d(labels[0], labels[1])
     if len(types) < 3:
         raise UserError(
@@ -176,12 +176,4 @@ def _usual(target: Counts, fitted: Counts, config: Config) -> NDArray[np.float64
 def _codes(counts: Counts, key: str | None, role: str) -> NDArray[np.int64]:
     if key is None:
         return np.zeros(len(counts.names), np.int64)
-    return np.unique(_column(counts, key, role, "batch_key"), return_inverse=True)[1].astype(np.int64)
-
-
-def _column(counts: Counts, key: str, role: str, setting: str) -> NDArray[np.str_]:
-    if key not in counts.obs:
-        raise UserError(
-            f"{role} ({counts.source}): no obs column {key!r} ({setting}); it has {', '.join(map(str, counts.obs.columns[:5])) or 'none'}"
-        )
-    return np.asarray(counts.obs[key].astype(str), dtype=str)
+    return np.unique(labels_of(counts, key, role, "batch_key"), return_inverse=True)[1].astype(np.int64)

@@ -1,0 +1,62 @@
+"""Files that are read by one ``layer`` and one ``gene_key`` although they need not look alike: target and reference, and what judges a run."""
+
+from pathlib import Path
+from typing import TypeAlias
+
+from anndata import AnnData
+
+from ppl_st.data import Counts, in_raw, read_counts
+from ppl_st.errors import UserError
+from ppl_st.io import read_adata
+
+__all__ = ["read_like", "read_pair"]
+
+Source: TypeAlias = str | Path | AnnData
+
+
+def read_pair(
+    target: Source,
+    reference: Source,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    need_spatial: tuple[bool, bool] = (True, True),
+) -> tuple[Counts, Counts]:
+    """Target and reference; ``need_spatial``: whether coordinates of the one, of the other may not be absent; those of the target must be sound.
+
+    ``gene_key`` names the genes of each that has such a column in ``var``; the other keeps its ``var_names``.
+
+    Raises
+    ------
+    UserError
+        As `read_counts` does, and where neither has the column.
+    """
+    found, named = [], gene_key is None
+    for source, role, needed in zip((target, reference), ("target", "reference"), need_spatial, strict=True):
+        adata = read_adata(source, role=role)
+        own = _own_key(adata, layer, gene_key)
+        named |= own is not None
+        needed |= role == "target" and "spatial" in adata.obsm
+        found.append(read_counts(adata, role=role, layer=layer, gene_key=own, need_spatial=needed, file=_file(source)))
+    if not named:
+        raise UserError(
+            f"gene_key {gene_key!r}: neither target ({found[0].source}) nor reference ({found[1].source}) has such a column in var; name a column "
+            "that at least one of them has, or leave gene_key out"
+        )
+    return found[0], found[1]
+
+
+def read_like(source: Source, *, role: str, layer: str | None, gene_key: str | None) -> Counts:
+    """Counts beside those of a fit with these settings, which apply where the file has such a layer or column; coordinates may be absent."""
+    adata = read_adata(source, role=role)
+    own = layer if layer == "X" or layer in adata.layers or in_raw(adata, layer) else None
+    return read_counts(adata, role=role, layer=own, gene_key=_own_key(adata, own, gene_key), need_spatial=False, file=_file(source))
+
+
+def _own_key(adata: AnnData, layer: str | None, gene_key: str | None) -> str | None:
+    """The column if the table with the counts has it."""
+    return gene_key if gene_key in (adata.raw if in_raw(adata, layer) else adata).var else None
+
+
+def _file(source: Source) -> str | None:
+    return None if isinstance(source, AnnData) else str(source)
