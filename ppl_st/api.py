@@ -98,13 +98,15 @@ def fit(
     module = load_method(method)
     folder = None if out is None else Path(out)
     talk = say or (lambda line: None)
+    law = [] if likelihood is None else [f"likelihood={likelihood if isinstance(likelihood, str) else name_of(likelihood)}"]
+    asked = partial(_settings, module, preset, config, [*overrides, *law], device)
     if seeds > 1:
         one = partial(
             fit, method, target=target, reference=reference, image=image, hold_out=hold_out, preset=preset, likelihood=likelihood, config=config,
             overrides=overrides, device=device, progress=progress, command=command,
         )  # fmt: skip
         again = partial(fit, method, device=device, resume=True, progress=progress)
-        return _fit_seeds(one, again, range(seed, seed + seeds), folder, resume, talk)
+        return _fit_seeds(one, again, asked, range(seed, seed + seeds), folder, resume, talk)
     if resume:
         options = {"target": target, "reference": reference, "image": image, "hold-out": hold_out, "preset": preset != "default" or None}
         options |= {"likelihood": likelihood, "config": config, "set": overrides or None, "seed": seed or None}
@@ -122,12 +124,7 @@ def fit(
         raise UserError(f"{method} takes one target and no image (see `ppl-st methods`)")
     if folder is not None:
         _refuse_used(folder)
-    settings = configs.pick_preset(module.PRESETS, preset)
-    if config is not None:
-        settings = configs.read(config, settings)
-    if likelihood is not None:
-        overrides = [*overrides, f"likelihood={likelihood if isinstance(likelihood, str) else name_of(likelihood)}"]
-    settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
+    settings, overrides = asked(seed), [*overrides, *law]
     pick_device(settings.fit.device)  # refused before anything is written
     if images:
         given: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
@@ -158,20 +155,38 @@ def fit(
     return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
 
 
+def _settings(module: Any, preset: str, config: str | Path | None, overrides: Sequence[str], device: str, seed: int) -> Any:
+    settings = configs.pick_preset(module.PRESETS, preset)
+    settings = settings if config is None else configs.read(config, settings)
+    return configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
+
+
 def _fit_seeds(
-    one: Callable[..., Run], again: Callable[..., Run], numbers: Sequence[int], folder: Path | None, resume: bool, say: Callable[[str], None]
+    one: Callable[..., Run],
+    again: Callable[..., Run],
+    asked: Callable[[int], Any],
+    numbers: Sequence[int],
+    folder: Path | None,
+    resume: bool,
+    say: Callable[[str], None],
 ) -> Run:
     """The fits of several seeds as one run; in a folder each has its own, and ``manifest.json`` beside them is written last.
 
-    ``one`` fits a seed, ``again`` continues it.
+    ``one`` fits a seed, ``again`` continues it, ``asked`` gives the settings of a new one: those of a seed that had begun must be the same.
     """
     if folder is not None and not resume:
         _refuse_used(folder)
     runs = []
+    begun = [n for n in numbers if resume and folder is not None and (folder / f"seed{n}" / "config.toml").is_file()]
+    for number in begun if len(begun) < len(numbers) else []:
+        assert folder is not None
+        wanted = asked(number)
+        stored = configs.read(folder / f"seed{number}" / "config.toml", wanted)
+        if replace(stored, fit=replace(stored.fit, device=wanted.fit.device)) != wanted:
+            raise UserError(f"--resume: {folder / f'seed{number}'} was begun with other settings (config.toml); the other seeds need the same")
     for number in numbers:
         own = None if folder is None else folder / f"seed{number}"
-        begun = resume and own is not None and (own / "config.toml").is_file()
-        how = again if begun else partial(one, seed=number)
+        how = again if number in begun else partial(one, seed=number)
         runs.append(how(out=own, say=lambda line, n=number: say(f"seed {n}: {line}")))
     if folder is not None:
         run_folder.write_json(folder / "manifest.json", seeds_of(runs).manifest)

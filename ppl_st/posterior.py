@@ -131,8 +131,8 @@ class Run:
             Of a recalibrated run also layers ``lower``, ``upper`` (the interval that covers ``recalibration.level`` of the counts of a new gene
             on average) and ``var["nominal_level"]``.
         """
-        index = self._index(genes)
         data, counts = (self.data, self.target) if target is None else self._other(target)
+        index = self._index(genes)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
         observed = None if truth is None else matched(self.counts_of(truth), counts, self.genes[index])
@@ -176,8 +176,8 @@ class Run:
 
         ``say`` gets lines about size and progress.
         """
-        index = self._index(genes)
         data, counts = (self.data, self.target) if target is None else self._other(target)
+        index = self._index(genes)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         ends = None if self.recalibration is None else self.recalibration.ends_of(self.reference_mean[index])
         own, talk = target is None, say or (lambda line: None)
@@ -197,8 +197,8 @@ class Run:
         target: str | Path | ad.AnnData | None = None,
     ) -> None:
         """Write ``count[sample, cell, gene]``, joint posterior predictive draws, as a zarr store, block by block."""
-        index = self._index(genes)
         data, counts = (self.data, self.target) if target is None else self._other(target)
+        index = self._index(genes)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         blocks = count_draws(predictor, predictor.chains, index, draws=draws, seed=seed)
         write_samples(path, counts.names, self.genes[index], draws, blocks, self.manifest)

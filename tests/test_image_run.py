@@ -254,6 +254,17 @@ def test_evaluation_of_hidden_spots_and_of_a_hidden_section(base, world):
         evaluate_spots(["vista"], targets, images, config=None)
 
 
+def test_a_failed_evaluation_leaves_nothing(base, world, monkeypatch, tmp_path):
+    def fails(*arguments):
+        raise UserError("no GPU")
+
+    monkeypatch.setattr("ppl_st.evaluate_images.fit_sections", fails)
+    targets, images = [one.adata for one in world.sections], [one.image for one in world.sections]
+    with pytest.raises(UserError, match="no GPU"):
+        evaluate_spots(["xfuse"], targets, images, config=base / "data/config.toml", overrides=FAST, out=tmp_path / "new" / "scores")
+    assert not (tmp_path / "new").exists()
+
+
 # ---- demonstration ----
 
 

@@ -89,6 +89,8 @@ def test_an_unfinished_set_of_seeds_is_continued(run, sim, tmp_path):
         api.load(folder)
     with pytest.raises(UserError, match="empty or new folder"):
         api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST, seed=4, seeds=3, out=folder)
+    with pytest.raises(UserError, match=r"seed4 was begun with other settings"):
+        api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST[:-1], seed=4, seeds=3, out=folder, resume=True)
     again = api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST, seed=4, seeds=3, out=folder, resume=True)
     np.testing.assert_array_equal(again.predict(draws=6).X, run.predict(draws=6).X)
     assert json.loads((folder / "manifest.json").read_text())["seeds"] == [4, 5, 6]
