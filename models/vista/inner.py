@@ -30,7 +30,7 @@ from scipy.special import logsumexp
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
 from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import LOG_THETA, bend
-from ppl_st.models.common.inner import BENDS, SHARES, climb
+from ppl_st.models.common.inner import BENDS, SHARES, climb, level_prior
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,
@@ -81,6 +81,7 @@ class Hyper(NamedTuple):
     bend: float  # of a gene's score in its log rate
     covariate_mean: float  # of the log share in the reference
     gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
+    gain_covariance: list[float]  # of the first two: aa, ab, bb
     slope: list[float]  # slope: mean, slope by covariate, sd
     parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slope by covariate, sd
     error: list[float]  # tau [q]: sd of the error of a gene's log rate along each direction
@@ -209,7 +210,7 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
     return Hyper(
         known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0, center,
-        [0.0, 0.0, 1.0], [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],
+        [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
 
@@ -262,22 +263,21 @@ def _hyper_priors(
     exponent = _trend(design, free[:, 2], variance[:, 2])
     # Level: counts per count of the target over the same of the reference; regression on the covariate, then the random effect around it. Both sides
     # are estimates; a gene without a count on one of them is a probe that fails, or out of reach, and says nothing of levels.
-    doubt = np.maximum(variance[:, 0], 1e-6) + log_shares(data.reference, data.panel)[1][data.panel[genes]]
     gains = np.log((counts.sum(0) + 0.5) / (np.exp(offset + depth).sum(0) + 0.5))
     alive = (counts.sum(0) > 0) & (panel[genes] > 0.5)
     alive |= alive.sum() < 3
-    beta = _trend(design[alive], gains[alive], doubt[alive])
-    center, gain_sd = random_effects((gains - design @ beta)[alive], doubt[alive])
+    unsure = log_shares(data.reference, data.panel)[1][data.panel[genes]]
+    (level, tilt, gain_sd), covariance = level_prior(*(one[alive] for one in (gains + z, np.maximum(variance[:, 0], 1e-6), z, unsure)))
     trend = _trend(design, free[:, 1], np.maximum(variance[:, 1], 1e-6))
     shift, slope_sd = random_effects(free[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
     slope = [float(trend[0] + shift), float(trend[1]), float(slope_sd)]
     fitted = _rates(found, scores, depth, offset)
     waves = data.waves[rows].astype(np.float64)
     error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
-    gain = [float(beta[0] + center), float(beta[1]), float(gain_sd)]
+    gain = [level, tilt - 1, gain_sd]
     hyper = Hyper(
         chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], chosen["share"],
-        exponent.tolist(), bent, float(share.mean()), gain, slope, {}, *error, candidates,
+        exponent.tolist(), bent, float(share.mean()), gain, list(covariance), slope, {}, *error, candidates,
     )  # fmt: skip
     exponents = np.clip(design @ exponent, *EXPONENTS)
     along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]

@@ -103,8 +103,8 @@ class Model(PyroModule):
         hyper, z = self.spec.hyper, self.covariate - self.spec.hyper.covariate_mean
         found = {}
         if self.config.platform == "hierarchical":
-            a, b, s = hyper.gain
-            found["log_gain"] = (a + b * z, (s**2 + self.level_variance).sqrt())
+            (a, b, s), (aa, ab, bb) = hyper.gain, hyper.gain_covariance
+            found["log_gain"] = (a + b * z, (s**2 + aa + 2 * ab * z + bb * z**2 + (1 + b) ** 2 * self.level_variance).sqrt())
             if self.closed:
                 a, b, s = hyper.slope
                 found["slope"] = ((a + b * z).clamp_min(LEAST_SLOPE), torch.full_like(z, s))
