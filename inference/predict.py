@@ -193,7 +193,8 @@ def predictive_blocks(
             masses = None if mass is None else mass[:, part]
             block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, quantiles, depth, masses, fits)
             if hasattr(predictor, "closed_form"):
-                exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part]), depth) for c, one in enumerate(local)]
+                with torch.no_grad():
+                    exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part]), depth) for c, one in enumerate(local)]
                 rate, lognorm = (torch.stack(values).mean(0).numpy() for values in zip(*exact, strict=True))
                 block = block._replace(rate_mean=rate, lognorm_mean=None if depth is None else lognorm)
             yield rows, part, block, score

@@ -59,7 +59,8 @@ from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.models.common.cells import log_shares
-from ppl_st.models.common.counts import bend
+from ppl_st.models.common.counts import bend, log_mean
+from ppl_st.models.common.predictor import QUADRATURE
 from ppl_st.models.common.process import Field
 from ppl_st.models.vista.batches import Batch, Batches, Data
 from ppl_st.models.vista.closed import (
@@ -90,6 +91,7 @@ __all__ = [
     "batches", "build", "empty", "initialise", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
+NODES = ((-np.sqrt(3.0), 1 / 6), (0.0, 2 / 3), (np.sqrt(3.0), 1 / 6))  # as `QUADRATURE`, with three nodes
 LEVEL_CELLS, LEVEL_DRAWS = 2000, 30  # over which the mean rate of a gene is taken
 MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn settings from
 
@@ -296,6 +298,8 @@ class Predictor:
         self.n_cells = data.counts.shape[0]
         self.data, self.batches = data, Batches(data, 0, 0, 0)
         self.loads = error_loads(spec.hyper, data.waves.shape[1])  # [q + K]
+        if config.map == "closed" and config.platform == "hierarchical" and config.likelihood in ("nb", "poisson"):
+            self.closed_form = self._closed_form
         self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(self.loads)))
 
     def blocks(self, max_cells: int) -> Any:
@@ -332,12 +336,44 @@ class Predictor:
             error = local.along @ self.noise(int(drawn["gene_key"]), key) - 0.5 * local.along.square().sum(1, keepdim=True)
             error = error * (1 - model.measured[genes])
         if local.phi is not None:
-            if key not in local.beyond:
-                local.beyond.clear()  # one block of genes at a time: memory must not grow with the genes asked for
-                local.beyond[key] = model.beyond(local.phi, genes)
-            beyond = local.beyond[key]
+            beyond = self._beyond(model, local, genes)
         z = local.loc + local.scale * torch.randn_like(local.loc)
         return model.count_dist(drawn, z, local.log_total, local.log_usual, genes, beyond, error)
+
+
+    def _beyond(self, model: Model, local: Local, genes: Tensor) -> Tensor:
+        assert local.phi is not None
+        key = tuple(genes.tolist())
+        if key not in local.beyond:
+            local.beyond.clear()  # one block of genes at a time: memory must not grow with the genes asked for
+            local.beyond[key] = model.beyond(local.phi, genes)
+        return local.beyond[key]
+
+    def _closed_form(self, batch: Batch, chain: int, local: Local, genes: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Posterior means [n, g] of the rate and of log1p(count x ``factor`` [n, 1]): states, slopes and, in the latter, levels by quadrature.
+
+        The level's doubt and the pattern's error, whose factor has mean 1, are integrated in the rate exactly.
+        """
+        model, laws = self.models[chain], self.guides[chain].gene_laws()
+        decoder = model.decoder[:, genes]
+        mean, noise = local.loc @ decoder, (local.scale.square() @ decoder.square()).sqrt()
+        if local.phi is not None:
+            mean, noise = model.own[genes] * mean + self._beyond(model, local, genes), model.own[genes] * noise
+        (gain, gain_sd), (slope, slope_sd) = laws["log_gain"], laws["slope"]
+        drawn, log_theta = {"log_gain": gain + 0.5 * gain_sd.square()}, laws["log_theta"][0][genes] if "log_theta" in laws else None
+        spread = gain_sd[model.parent[genes]].square()[None]
+        if local.along is not None:
+            spread = spread + local.along.square().sum(1, keepdim=True) * (1 - model.measured[genes])
+        rate, lognorm, one = torch.zeros_like(mean), torch.zeros_like(mean), torch.ones(1)
+        for slope_node, slope_weight in zip(*QUADRATURE, strict=True):
+            drawn["slope"] = slope + slope_node * slope_sd
+            for node, weight in NODES:
+                found = model.log_rate_at(drawn, mean + node * noise, local.log_total, local.log_usual, genes).exp()
+                rate += slope_weight * weight * found
+                for level, level_weight in NODES if factor is not None else ():
+                    drifted = found * (level * spread.sqrt() - 0.5 * spread).exp()
+                    lognorm += slope_weight * weight * level_weight * log_mean(drifted, one, log_theta, 1.0, factor)
+        return rate, lognorm
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -130,11 +130,12 @@ class Model(PyroModule):
             panel = z @ self.decoder.index_select(1, self.panel) + level.index_select(0, self.panel)
             own = panel if genes is self.panel else z @ self.decoder[:, genes] + level[genes]
             return (own + (log_total[:, None] - torch.logsumexp(panel, -1, keepdim=True))).clamp(*LOG_RATE)
-        score, level = z @ self.decoder[:, genes], self.level[genes]
-        if beyond is not None:
-            score = self.own[genes] * score + beyond
-        if "log_gain" in drawn:
-            level = level + drawn["log_gain"][self.parent[genes]]
+        score = z @ self.decoder[:, genes]
+        return self.log_rate_at(drawn, score if beyond is None else self.own[genes] * score + beyond, log_total, log_usual, genes)
+
+    def log_rate_at(self, drawn: dict[str, Tensor], score: Tensor, log_total: Tensor, log_usual: Tensor, genes: Tensor) -> Tensor:
+        """The same [n, g] at scores [n, g] of the closed map."""
+        level = self.level[genes] + (drawn["log_gain"][self.parent[genes]] if "log_gain" in drawn else 0.0)
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
         depth = log_usual[:, None] + self.exponents()[genes] * (log_total - log_usual)[:, None]  # [n, g]
         return (depth + level + slope * bend(score, self.spec.hyper.bend)[0] - interpolate(self.levels, slope, genes)).clamp(*LOG_RATE)
@@ -230,14 +231,7 @@ class Model(PyroModule):
     # ---- prediction ----
 
     def count_dist(
-        self,
-        drawn: dict[str, Tensor],
-        z: Tensor,
-        log_total: Tensor,
-        log_usual: Tensor,
-        genes: Tensor,
-        beyond: Tensor | None = None,
-        error: Tensor | float = 0.0,
+        self, drawn: dict[str, Tensor], z: Tensor, log_total: Tensor, log_usual: Tensor, genes: Tensor, beyond: Tensor | None, error: Tensor
     ) -> Any:
         """p(count | draw) of ``genes`` [g] in spatial cells, see `log_rate`; its mean is the rate [n, g], ``error`` is added to its log."""
         rate = (self.log_rate(drawn, z, log_total, log_usual, genes, beyond) + error).exp()
@@ -334,12 +328,17 @@ class Guide(PyroModule):
 
     def gene_sites(self) -> None:
         """Sample gene-level sites: measured genes their own normal, the others the hyper-prior."""
-        measured, hierarchical = self.model[0].measured > 0, self.config.platform == "hierarchical"
+        with poutine.mask(mask=self.config.platform == "hierarchical"):
+            for name, (loc, scale) in self.gene_laws().items():
+                pyro.sample(name, dist.Normal(loc, scale).to_event(1))  # [G]
+
+    def gene_laws(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Location and scale of every gene-level site, [G] each."""
+        measured, found = self.model[0].measured > 0, {}
         for name, (prior_loc, prior_scale) in self.model[0].priors().items():
-            loc, log_scale = getattr(self, f"{name}_loc"), getattr(self, f"{name}_log_scale")
-            scale = torch.where(measured, log_scale.exp() if hierarchical else 1e-3, prior_scale)
-            with poutine.mask(mask=hierarchical):
-                pyro.sample(name, dist.Normal(torch.where(measured, loc, prior_loc), scale).to_event(1))  # [G]
+            own = getattr(self, f"{name}_log_scale").exp() if self.config.platform == "hierarchical" else 1e-3
+            found[name] = torch.where(measured, getattr(self, f"{name}_loc"), prior_loc), torch.where(measured, own, prior_scale)
+        return found
 
     def _encoders(self, visible: Tensor) -> tuple[Tensor, Tensor]:
         """What turns the z-scores of all genes of the target [A, d], and of the panel in the reference [P, d], into states when only these genes
