@@ -52,20 +52,21 @@ def negative_binomial(shape: Tensor, odds: Tensor) -> Tensor:
 
 
 def _negative_binomial(rng: np.random.Generator, shape: NDArray[Any], odds: NDArray[Any]) -> NDArray[Any]:
-    result = np.zeros(len(shape))
-    inverted = (shape * odds < INVERTED[1]) & (shape > INVERTED[0])
-    mixed, left = np.flatnonzero(~inverted), np.flatnonzero(inverted)
-    rate = rng.standard_gamma(shape[mixed]) * odds[mixed]
-    result[mixed] = rng.poisson(np.minimum(rate, LARGEST_RATE))
-    rest, shape, odds = rng.random(len(left)), shape[left], odds[left]
-    mass, ratio = np.exp(-shape * np.log1p(odds)), odds / (1 + odds)
+    result, rest, mass = np.zeros(len(shape)), rng.random(len(shape)), np.exp(-shape * np.log1p(odds))
+    mixed = (shape * odds >= INVERTED[1]) | (shape <= INVERTED[0])
+    left = np.flatnonzero((rest > mass) | mixed)  # all others are 0
+    mixed = mixed[left]
+    drawn, left = left[mixed], left[~mixed]
+    if len(drawn):
+        result[drawn] = rng.poisson(np.minimum(rng.standard_gamma(shape[drawn]) * odds[drawn], LARGEST_RATE))
+    rest, mass, shape, ratio = rest[left] - mass[left], mass[left], shape[left], odds[left] / (1 + odds[left])
     for k in itertools.count():  # rows that are not decided yet: what is left of their uniform number, P(k)
-        more = rest > np.maximum(mass, 1e-15)  # what float64 cannot tell from the end of the tail is the end
-        left, rest, mass, shape, ratio = left[more], (rest - mass)[more], mass[more], shape[more], ratio[more]
         if not len(left):
             break
         result[left] = k + 1
         mass *= ratio * (shape + k) / (k + 1)
+        more = np.flatnonzero(rest > np.maximum(mass, 1e-15))  # what float64 cannot tell from the end of the tail is the end
+        left, rest, mass, shape, ratio = left[more], rest[more] - mass[more], mass[more], shape[more], ratio[more]
     return result
 
 
