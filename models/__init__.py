@@ -59,7 +59,7 @@ METHODS = {
     "vista": Method(
         module="ppl_st.models.vista",
         summary="one latent state for dissociated and spatial cells, with a neighbor graph that reaches the prediction",
-        needs="target: cells with a gene panel and coordinates; reference: scRNA-seq with more genes",
+        needs="target: cells with a gene panel and coordinates (without them: graph=none); reference: scRNA-seq with more genes",
         gives="unmeasured genes in every cell, latent state of every cell; graph=none is gimVI",
         reference="cells",
     ),

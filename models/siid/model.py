@@ -50,7 +50,7 @@ class Config:
     transform: tuple[tuple[float, float, float], ...] | None = None
     library_key: str | None = None  # obs column of the section, on both sides; sections share Q
     layer: str | None = None  # layer with the counts
-    gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
+    gene_key: str | None = None  # var column with the gene names, of each file that has it; none = var_names
     label_key: str | None = None  # obs column of the cells with partial labels (semi-supervision)
     label_weight: float = field(default=0.0, metadata={"ge": 0})  # pseudo-counts of a label, share of the cell's counts
     # h5ad of scRNA-seq whose mean profiles per ``profile_key`` are the prior of the first factors

@@ -248,7 +248,7 @@ def build_network(config: "Config", hyper: Hyper, data: Data, seed: int) -> Pair
 
 
 def gene_draws(guide: NetworkGuide, genes: NDArray[np.int64], draws: int, seed: list[int]) -> Codes:
-    """Mean, variance and draws of loadings, as `ppl_st.models.spaim.counts.Fit` has them."""
+    """Mean, variance and draws of loadings, as `ppl_st.models.common.counts.Codes` has them."""
     from pyro import poutine
 
     index = torch.from_numpy(genes)

@@ -8,8 +8,8 @@ GENERATIVE STORY (preset "default"; reference cells n, spatial cells i, G genes 
     log l_n        ~ Normal(m, v)                                                library of a reference cell
     x_ng           ~ NB(l_n softmax_g(b_g + s_g (z_n A)_g), theta_g)             reference counts (or ZINB); A without its last row there,
     delta_g, k_g, log theta'_g ~ Normal(hyper-priors learned on inner held-out genes)    gain, slope, inverse dispersion in the target
-    x'_ig          ~ NB(l'_i^a_g exp(b_g + delta_g + k_g bend((z_i A)_g) - c_g(k_g)), theta'_g)    spatial counts; l' the cell's total,
-                                                                                 a_g its exponent; bend:
+    x'_ig          ~ NB(D_i (l'_i / D_i)^a_g exp(b_g + delta_g + k_g bend((z_i A)_g) - c_g(k_g)), theta'_g)    spatial counts; l' the cell's total,
+                                                                                 D its section's median, a_g an exponent; bend:
                                                                                  `ppl_st.models.common.counts`; c_g takes off what
                                                                                  the slope adds to the level (`levels.py`). Of an unmeasured
                                                                                  gene z_i A is mixed with a process over the reference's
@@ -28,7 +28,8 @@ GUIDE
                    whole evidence bound, which trains shares and spreads too). After the fit, gains of measured genes are set with all genes seen.
 
 PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors); where g was not measured delta_g, k_g, theta'_g ~ hyper-prior, and the error of its
-pattern, drawn once for all cells along directions of the target and smooth waves of the coordinates (`inner.py`); count ~ NB(rate, theta').
+pattern, drawn once for all cells along directions of the target and smooth waves of the coordinates (`inner.py`); count ~ NB(rate, theta'). Means of
+rates and of log-normalised counts are integrated, not drawn.
 
 ``map="learned"`` (presets "paper", "released", "gimvi") has the published networks, softmax over the panel, ZINB reference, classifier and settings.
 

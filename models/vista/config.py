@@ -48,7 +48,7 @@ class Config:
     anchor_key: str | None = None  # obs column of the cell type, on both sides: train on the paper's anchor genes only
     layer: str | None = None  # layer with the counts
     reference_layers: tuple[str, ...] = ()  # further layers of the reference to impute, as genes GENE:layer (`ppl_st.layers`)
-    gene_key: str | None = None  # var column with the gene names, on both sides; none = var_names
+    gene_key: str | None = None  # var column with the gene names, of each file that has it; none = var_names
     fit: FitConfig = FitConfig(
         steps=100, lr=0.03, schedule="cosine", final_lr_factor=0.05, clip_norm=1e3, kl_warmup_steps=20, elbo="meanfield", checkpoint_every=100,
     )  # fmt: skip
