@@ -53,10 +53,8 @@ def test_a_total_of_few_counts_says_little_of_the_depth(mean_total, expected):
     true = rng.gamma(2.0, 0.5, 4000)
     totals, counts = rng.poisson(mean_total * true).astype(np.float64), rng.poisson(6.0 * true[:, None], (4000, 6)).astype(np.float64)
     flat = np.zeros((1, 6), np.float32)
-    evidence = {
-        a: logsumexp(score_counts(counts, depths(totals, a), 0.0, np.zeros((4000, 1), np.float32), Codes(flat, flat, flat[None])), axis=(0, 1)).sum()
-        for a in DEPTH_PRIORS
-    }
+    place, codes, alike = np.zeros((4000, 1), np.float32), Codes(flat, flat, flat[None]), np.ones(4000)
+    evidence = {a: logsumexp(score_counts(counts, depths(totals, alike, a), 0.0, place, codes), axis=(0, 1)).sum() for a in DEPTH_PRIORS}
     assert climb(DEPTH_PRIORS, lambda a: evidence[a]) == max(evidence, key=lambda a: evidence[a]) == expected
 
 
@@ -71,7 +69,7 @@ def test_slopes_that_fall_with_the_level_are_learned_and_predicted():
         counts = rng.poisson(rate * rng.gamma(4.0, 1 / 4.0, rate.shape)).astype(np.float64)
         score = score_counts(counts, totals, 0.0, place, Codes(loadings, np.zeros_like(loadings), loadings[None]))
         tiny = np.full(24, 1e-3)
-        hyper = _priors(score, np.log(counts.sum(0) + 0.5), tiny, z, tiny, SimpleNamespace(gain="hierarchical"))
+        hyper = _priors(score, np.log(counts.sum(0) + 0.5), tiny, z, tiny, np.ones(24, dtype=bool), SimpleNamespace(gain="hierarchical"))
         assert hyper.slope[0] == pytest.approx(1.4, abs=0.2)
         tilts.append(hyper.slope[1])
     assert tilts[0] == pytest.approx(-0.5, abs=0.12) and tilts[1] == pytest.approx(0.0, abs=0.08), tilts
