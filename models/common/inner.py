@@ -148,7 +148,7 @@ def learn_hyper(
     level, noise = (values[data.columns[genes]] for values in log_shares(data.counts, data.columns))
     alive = living(data)[genes]
     if not alive.all():
-        say(f"{int((~alive).sum())} shared genes have no count in the target or in the reference: they say nothing of the levels of other genes")
+        say(dead_genes(int((~alive).sum())))
     hyper = _priors(scores[best], level, noise, z, doubt, alive, config)
     hyper = hyper._replace(smoothing=smoothing, share=share, doubt=wide, depth_prior=depth_prior, bend=bent, candidates=candidates)
     hyper = hyper._replace(own_depth=own_depth(tests, hyper, z))
@@ -265,6 +265,11 @@ def _priors(
         mean, _ = random_effects(level - at, noise)
         gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
     return Hyper(0.0, 0.0, 1.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
+
+
+def dead_genes(number: int) -> str:
+    """What a reader is told of genes that are left out of the levels."""
+    return f"{number} shared genes have no count in the cells looked at, of the target or of the reference: they say nothing of other genes' levels"
 
 
 def level_prior(

@@ -30,7 +30,7 @@ from scipy.special import logsumexp
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
 from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import LOG_THETA, bend
-from ppl_st.models.common.inner import BENDS, SHARES, climb, level_prior
+from ppl_st.models.common.inner import BENDS, SHARES, climb, dead_genes, level_prior
 from ppl_st.models.vista.batches import Data, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,
@@ -265,6 +265,8 @@ def _hyper_priors(
     # are estimates; a gene without a count on one of them is a probe that fails, or out of reach, and says nothing of levels.
     gains = np.log((counts.sum(0) + 0.5) / (np.exp(offset + depth).sum(0) + 0.5))
     alive = (counts.sum(0) > 0) & (panel[genes] > 0.5)
+    if not alive.all():
+        say(dead_genes(int((~alive).sum())))
     alive |= alive.sum() < 3
     unsure = log_shares(data.reference, data.panel)[1][data.panel[genes]]
     (level, tilt, gain_sd), covariance = level_prior(*(one[alive] for one in (gains + z, np.maximum(variance[:, 0], 1e-6), z, unsure)))
