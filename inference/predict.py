@@ -273,8 +273,8 @@ def _block(
         dist, count[d] = _count_dist(predictor, chains, batch, local, drawn, d, torch.from_numpy(genes), stream)
         rate = dist.mean.double()
         delta = rate - mean  # Welford
-        mean += delta / (d + 1)
-        square += delta * (rate - mean)
+        mean.add_(delta, alpha=1 / (d + 1))
+        square.addcmul_(delta, rate - mean)
         variance += dist.variance
         if fits is not None:
             sums[fits[d]] += rate

@@ -8,7 +8,7 @@ import torch
 from ppl_st import sampling
 from ppl_st.sampling import negative_binomial
 
-N = 2 * sampling.PIECE + 5
+N = 2**17 + 5
 
 
 def drawn(shape: float, mean: float) -> np.ndarray:

@@ -108,10 +108,11 @@ class MapPredictor:
         deviation = place[:, :first] @ difference[:first]
         noise = self.guides[chain].cell_noise(genes)
         if noise is not None:
-            deviation, spread = deviation + torch.randn(len(place), len(noise)) @ noise, spread + noise.square().sum(0)
+            deviation, spread = deviation.addmm_(torch.randn(len(place), len(noise)), noise), spread + noise.square().sum(0)
         level = drawn["log_gain"][genes] - self._log_mean(chain, int(drawn["gene_key"]), genes, slope)
-        steep = slope * steep
-        log_rate = log_depth + level + (slope * bent).clamp(-LARGEST, LARGEST) + steep * deviation - 0.5 * steep.square() * spread
+        steep = slope * steep  # below in place: log depth + level + slope bent + steep deviation - steep^2 spread / 2
+        log_rate = (slope * bent).clamp_(-LARGEST, LARGEST).add_(level).add_(log_depth)
+        log_rate.addcmul_(steep, deviation.addcmul_(steep, spread, value=-0.5))
         if self.likelihood == "poisson":
             return Poisson(log_rate.exp())
         return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
