@@ -68,7 +68,7 @@ from ppl_st.models.vista.closed import (
     SPREAD,
     Floats,
     Moments,
-    find_directions,
+    directions_above_noise,
     fit_map,
     log_share,
     mean_of_neighbors,
@@ -153,7 +153,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             rng = np.random.default_rng([seed, 4, chain])
             w = weights(data, mine, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
             found = fit_map(second_moments(data, w / w.sum()), hyper.penalty, config.latent)
-            loadings = find_directions(data, mine, np.random.default_rng([seed, 5]))
+            loadings = directions_above_noise(data, mine, np.random.default_rng([seed, 5]))
             encoder = target_encoder(found, loadings, hyper.denoise)
             encoder = np.column_stack([encoder, np.full(len(encoder), 1 / len(encoder))])
             z = project(data.measured, data.batch, mine, encoder)
