@@ -178,6 +178,14 @@ def test_awkward_data(sim):
         assert np.isfinite(run.proportions(draws=4).X).all()
 
 
+def test_a_minibatch_of_bare_spots_does_not_end_the_fit(sim):
+    """Few cells on a slide of many spots: a plate without cells was a ZeroDivisionError."""
+    run = api.fit("siid", target=sim.target[:3].copy(), reference=sim.reference, overrides=[*FAST, "radius=70"], seed=3)
+    batches = Batches(run.data, 9, 3)
+    assert any(not batch.owned.any() for batch in map(batches.at, range(10)))
+    assert np.isfinite(run.record["losses"]).all() and np.isfinite(run.predict(draws=4).X).all()
+
+
 @pytest.mark.parametrize("preset, more", [("paper", ["chains=2", "factors=4", "fit.steps=8"])])
 def test_paper_preset_runs_and_refuses_new_cells(sim, preset, more):
     run = api.fit("siid", target=sim.target, reference=sim.reference, preset=preset, overrides=more)

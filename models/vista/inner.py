@@ -160,7 +160,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
             for denoise, mix in itertools.product(options("denoise", DENOISES), mixes):
                 x, common = score.parts(denoise, mix)
                 r = _correlation(truth[:, genes], x) + commons * _correlation(truth[:, genes], common)
-                r /= np.sqrt(1 + commons**2 + 2 * commons * _correlation(x, common))  # [commons, genes] of x + weight x common
+                r /= np.sqrt(np.maximum(1 + commons**2 + 2 * commons * _correlation(x, common), 1e-12))  # [commons, genes] of x + weight x common
                 for weight, one in zip(commons[:, 0], r, strict=True):
                     correlations.setdefault((*key, denoise, mix, float(weight), 0.0), []).append(one)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}

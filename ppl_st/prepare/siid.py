@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ppl_st.data import Counts, labels_of, read_counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.siid import Config, Data
+from ppl_st.prepare import refuse_single
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, spot_pitch
 
 MIN_PANEL = 5
@@ -26,6 +27,7 @@ def problem(
     Genes: all of the reference; those that the target has too are the panel; genes that only the target has are left out (said through
     ``say``). Cells stay, also empty ones; spots without counts are dropped.
     """
+    refuse_single(target, "target")
     panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
     if len(panel_genes) < len(target.genes):
         say(f"{len(target.genes) - len(panel_genes)} genes of the target are not in the reference and are left out")
@@ -34,6 +36,7 @@ def problem(
     if empty.any():
         say(f"{int(empty.sum())} spots without counts are left out")
         reference = reference.take_rows(~empty)
+    refuse_single(reference, "reference", "spot")
     assert target.xy is not None and reference.xy is not None
     spot_xy = reference.xy if config.transform is None else apply_transform(reference.xy, np.array(config.transform))
     cell_xy, spot_xy = _separate_sections(target, reference, target.xy, spot_xy, config.library_key)
