@@ -15,10 +15,12 @@ from pyro import poutine
 
 import ppl_st.api as api
 from ppl_st.compositions import match_factors
+from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.models import siid
 from ppl_st.models.siid.batches import Batches
+from ppl_st.prepare import load_prepare
 from ppl_st.simulate import checkerboard
 from seeded import own_seed
 from siid_problems import FAST, KNOBS
@@ -184,6 +186,21 @@ def test_a_minibatch_of_bare_spots_does_not_end_the_fit(sim):
     batches = Batches(run.data, 9, 3)
     assert any(not batch.owned.any() for batch in map(batches.at, range(10)))
     assert np.isfinite(run.record["losses"]).all() and np.isfinite(run.predict(draws=4).X).all()
+
+
+def test_empty_labels_are_refused_and_few_spots_said(sim, tmp_path):
+    target = sim.target.copy()
+    target.obs["kind"] = np.nan
+    with pytest.raises(UserError, match=r"none of its 300 cells has a label in obs column 'kind' \(label_key\)"):
+        api.fit("siid", target=target, reference=sim.reference, overrides=[*FAST, "label_key=kind", "label_weight=0.1"])
+    target.write_h5ad(tmp_path / "atlas.h5ad")
+    with pytest.raises(UserError, match=r"atlas.h5ad\): none of its 300 cells has a value in obs column 'kind' \(profile_key\)"):
+        fitted(sim, f"profiles={tmp_path / 'atlas.h5ad'}", "profile_key=kind")
+    for spots, said in ((5, ["only 5 spots with counts"]), (36, [])):
+        lines = []
+        problem = load_prepare("siid").problem
+        problem(read_counts(sim.target, role="target"), read_counts(sim.reference[:spots], role="reference"), siid.Config(), lines.append)
+        assert [line[:24] for line in lines if line.startswith("only")] == said
 
 
 @pytest.mark.parametrize("preset, more", [("paper", ["chains=2", "factors=4", "fit.steps=8"])])

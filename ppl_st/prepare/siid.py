@@ -16,6 +16,7 @@ from ppl_st.prepare import refuse_single
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, spot_pitch
 
 MIN_PANEL = 5
+FEW_SPOTS = 30  # below: a warning
 SECTION_GAP = 100.0  # pitches between sections that share no coordinate frame
 
 
@@ -37,6 +38,8 @@ def problem(
         say(f"{int(empty.sum())} spots without counts are left out")
         reference = reference.take_rows(~empty)
     refuse_single(reference, "reference", "spot")
+    if len(reference.names) < FEW_SPOTS:
+        say(f"only {len(reference.names)} spots with counts: they alone tell profiles and levels of genes that cells lack; expect little of these")
     assert target.xy is not None and reference.xy is not None
     spot_xy = reference.xy if config.transform is None else apply_transform(reference.xy, np.array(config.transform))
     cell_xy, spot_xy = _separate_sections(target, reference, target.xy, spot_xy, config.library_key)
@@ -120,6 +123,11 @@ def _labels(target: Counts, config: Config, say: Callable[[str], None]) -> NDArr
             f"target ({target.source}): no obs column {config.label_key!r} (label_key); it has {', '.join(map(str, target.obs.columns[:5]))}"
         )
     codes, names = pd.factorize(target.obs[config.label_key].astype("object"), sort=True)
+    if not len(names):
+        raise UserError(
+            f"target ({target.source}): none of its {len(codes)} cells has a label in obs column {config.label_key!r} (label_key); name one that "
+            "labels some of them, or leave label_key out"
+        )
     if 0 < config.factors < len(names):
         raise UserError(
             f"label_key {config.label_key!r} has {len(names)} labels, more than factors={config.factors}; raise factors"
@@ -138,6 +146,11 @@ def _profiles(reference: Counts, config: Config) -> NDArray[np.float64] | None:
     if config.profile_key not in cells.obs:
         raise UserError(f"profiles ({cells.source}): no obs column {config.profile_key!r} (profile_key)")
     codes, names = pd.factorize(cells.obs[config.profile_key].astype("object"), sort=True)
+    if not len(names):
+        raise UserError(
+            f"profiles ({cells.source}): none of its {len(codes)} cells has a value in obs column {config.profile_key!r} (profile_key); name one "
+            "of cell types"
+        )
     shared = shared_genes(reference, cells, minimum=MIN_PANEL)
     counts = cells.take_genes(shared).matrix
     known = codes >= 0
