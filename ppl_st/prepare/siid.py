@@ -1,7 +1,6 @@
 """SIID's problem from checked counts: gene matching, sections, cell -> spot map, labels, prior profiles."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,10 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.data import Counts, labels_of, read_counts, shared_genes
+from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.siid import Config, Data
+from ppl_st.pairs import read_like
 from ppl_st.prepare import refuse_single
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, spot_pitch
 
@@ -142,7 +142,7 @@ def _profiles(reference: Counts, config: Config) -> NDArray[np.float64] | None:
     """Mean expression profile per cell type of a single-cell reference, on the spots' genes; genes it lacks take the spots' mean profile."""
     if config.profiles is None:
         return None
-    cells = read_counts(Path(config.profiles), role="profiles", need_spatial=False)
+    cells = read_like(config.profiles, role="profiles", layer=config.layer, gene_key=config.gene_key)
     if config.profile_key not in cells.obs:
         raise UserError(f"profiles ({cells.source}): no obs column {config.profile_key!r} (profile_key)")
     codes, names = pd.factorize(cells.obs[config.profile_key].astype("object"), sort=True)
