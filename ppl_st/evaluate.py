@@ -40,7 +40,7 @@ from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import read_like, read_pair
 from ppl_st.peers import PEERS, check
 from ppl_st.posterior import INNER_CELLS
-from ppl_st.run_folder import begun
+from ppl_st.run_folder import begun, refuse_evaluated
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
 
@@ -134,8 +134,7 @@ def evaluate(
     layer, gene_key, library_key = (getattr(settings, name, None) for name in ("layer", "gene_key", "library_key"))
     folder, record = None if out is None else Path(out), {}
     if folder is not None:
-        if (folder / "scores.csv").exists():
-            raise UserError(f"{folder}: already holds an evaluation; choose another --out or remove it")
+        refuse_evaluated(folder)
         inputs = {"target": target, "reference": reference} | ({} if truth is None else {"truth": truth})
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
