@@ -40,7 +40,7 @@ from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import read_like, read_pair
 from ppl_st.peers import PEERS, check
 from ppl_st.posterior import INNER_CELLS
-from ppl_st.run_folder import begun
+from ppl_st.run_folder import begun, refuse_evaluated
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
 
@@ -134,8 +134,7 @@ def evaluate(
     layer, gene_key, library_key = (getattr(settings, name, None) for name in ("layer", "gene_key", "library_key"))
     folder, record = None if out is None else Path(out), {}
     if folder is not None:
-        if (folder / "scores.csv").exists():
-            raise UserError(f"{folder}: already holds an evaluation; choose another --out or remove it")
+        refuse_evaluated(folder)
         inputs = {"target": target, "reference": reference} | ({} if truth is None else {"truth": truth})
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
@@ -156,10 +155,10 @@ def evaluate(
                 parts.append(_score_peer(method, task, split, draws))
                 talk(line_of(parts[-1]))
             for method in own:
-                # The counts handed over lie in X under their genes' names, wherever they came from.
-                options: dict[str, Any] = {"overrides": [*overrides, "layer=X", "gene_key=none"], "config": config}
+                options: dict[str, Any] = {"overrides": overrides, "config": config}
                 options |= {"preset": preset, "seed": seed, "device": device, "progress": progress, "say": say}
-                table, log_prob = _score_method(method, task, split, layers, options, draws, memory_gb)
+                handed = [_adata(one, layer, gene_key, more) for one, more in ((task.target, {}), (other, layers))]
+                table, log_prob = _score_method(method, task, split, handed, options, draws, memory_gb)
                 parts.append(table)
                 entries.append(log_prob)
                 talk(line_of(parts[-1]))
@@ -319,12 +318,12 @@ def _same_cells(truth: Counts, cells: Counts) -> Counts:
 
 
 def _score_method(
-    method: str, task: _Task, split: Split, layers: dict[str, Any], options: dict[str, Any], draws: int, memory_gb: float
+    method: str, task: _Task, split: Split, handed: Sequence[ad.AnnData], options: dict[str, Any], draws: int, memory_gb: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores [genes], and log predictive probabilities [cells, genes] in a seeded subset of the cells."""
     reset_peak()
     began = time.perf_counter()
-    run = fit(method, target=_adata(task.target), reference=_adata(split.reference, layers), **options)
+    run = fit(method, target=handed[0], reference=handed[1], **options)
     width = max(1, int(memory_gb * 1e9 / (_BYTES_PER_PREDICTION * len(task.target.names))))
     parts, entries = [], []
     kept = np.sort(np.random.default_rng([options["seed"], 9]).permutation(len(task.target.names))[:INNER_CELLS])
@@ -392,8 +391,10 @@ def line_of(table: pd.DataFrame) -> str:
     )
 
 
-def _adata(counts: Counts, layers: dict[str, Any] | None = None) -> ad.AnnData:
-    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes), layers=layers)
+def _adata(counts: Counts, layer: str | None, gene_key: str | None, more: dict[str, Any]) -> ad.AnnData:
+    """The counts where these settings look for them, wherever they came from, beside ``more`` layers."""
+    var = pd.DataFrame({} if gene_key is None else {gene_key: counts.genes}, index=counts.genes)
+    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=var, layers={**more, layer or "counts": counts.matrix})
     adata.obs_names = counts.names
     if counts.xy is not None:
         adata.obsm["spatial"] = counts.xy

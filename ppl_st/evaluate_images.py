@@ -33,7 +33,7 @@ from ppl_st.models import METHODS, load_method
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.prepare import load_prepare
 from ppl_st.prepare.xfuse import section_at, without
-from ppl_st.run_folder import begun
+from ppl_st.run_folder import begun, refuse_evaluated
 from ppl_st.slides import read_slides
 
 __all__ = ["evaluate_spots", "hidden_rows", "score_baselines", "score_hidden", "visible"]
@@ -88,8 +88,8 @@ def evaluate_spots(
     settings = settings if config is None else configs.read(config, settings)
     settings = configs.with_overrides(settings, [*overrides, f"fit.seed={seed}", f"fit.device={device}"])
     folder = None if out is None else Path(out)
-    if folder is not None and (folder / "scores.csv").exists():
-        raise UserError(f"{folder}: already holds an evaluation; choose another --out or remove it")
+    if folder is not None:
+        refuse_evaluated(folder)
     slides = read_slides(targets, images, layer=settings.layer, gene_key=settings.gene_key)
     pictures = Path() if folder is None else folder.parent
     data, kept = load_prepare("xfuse").problem(slides, settings.input, talk, pictures)

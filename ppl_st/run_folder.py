@@ -103,6 +103,13 @@ def read_inner(folder: Path) -> tuple[Inner | None, Recalibration | None]:
         ) from error
 
 
+def refuse_evaluated(folder: Path) -> None:
+    """A folder with anything of an older evaluation is no place for a new one, which would be mixed with it."""
+    old = [name for name in ("scores.csv", "summary.csv", "log_prob.npz") if (folder / name).exists()]
+    if old:
+        raise UserError(f"{folder}: already holds an evaluation ({', '.join(old)}); choose another --out, or remove the folder")
+
+
 @contextmanager
 def begun(folder: Path | None, record: dict[str, Any]) -> Iterator[None]:
     """An evaluation in ``folder``, which gets ``evaluation.json`` first: what cannot be written is said before any fit.
@@ -112,6 +119,7 @@ def begun(folder: Path | None, record: dict[str, Any]) -> Iterator[None]:
     if folder is None:
         yield
         return
+    refuse_evaluated(folder)  # again: another process may have written there while the data were read
     made = [one for one in (folder, *folder.parents) if not one.exists()]  # innermost first
     write_json(folder / "evaluation.json", record)
     try:

@@ -206,6 +206,17 @@ def test_wrong_settings_of_a_fit_are_named(folder, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("method", ["siid", "vista", "spaim", "spagene"])
+def test_a_single_cell_or_spot_is_refused(folder, tmp_path, method):
+    files = {role: folder / "data" / f"{role}.h5ad" for role in ("target", "reference")}
+    for role in ("target", "reference"):
+        one = tmp_path / "one.h5ad"
+        ad.read_h5ad(files[role])[:1].write_h5ad(one)
+        both = [f"--{name}={one if name == role else file}" for name, file in files.items()]
+        message = refused("fit", method, *both, "--out", tmp_path / "run")
+        assert f"{role} ({one}): 1 " in message and "needed" in message and not (tmp_path / "run").exists()
+
+
 def test_a_used_run_folder_is_refused_and_a_finished_one_resumes(folder):
     assert "--resume and --out alone continue it" in refused("fit", "siid", *pair(folder), "--out", folder / "run")
     assert "already finished" in ok("fit", "siid", "--resume", "--out", folder / "run").output

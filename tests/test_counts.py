@@ -58,6 +58,14 @@ def test_a_total_of_few_counts_says_little_of_the_depth(mean_total, expected):
     assert climb(DEPTH_PRIORS, lambda a: evidence[a]) == max(evidence, key=lambda a: evidence[a]) == expected
 
 
+@pytest.mark.parametrize(("best", "expected"), [(0.0, 2), (0.15, 3), (0.6, 4)])
+def test_no_option_is_scored_twice(best, expected):
+    """A score may be a regression of every inner gene; options beyond the first fall are not tried at all."""
+    tried = []
+    assert climb(BENDS, lambda k: tried.append(k) or -abs(k - best)) == best
+    assert sorted(tried) == list(BENDS[:expected])
+
+
 def test_slopes_that_fall_with_the_level_are_learned_and_predicted():
     """Rare genes with steep slopes, abundant ones with flat slopes: the hyper-prior says so; where all slopes are alike it does not."""
     rng = np.random.default_rng(3)

@@ -8,6 +8,7 @@ import ppl_st.evaluate as ev
 from ppl_st.baselines import SPOT_BASELINES, Split, supervised_ridge
 from ppl_st.data import gene_folds, read_counts
 from ppl_st.errors import UserError
+from ppl_st.evaluate_images import evaluate_spots
 from ppl_st.metrics import score_table
 from ppl_st.report import overview
 from ppl_st.report_run import report_folder
@@ -232,3 +233,26 @@ def test_what_a_failed_evaluation_leaves(world, perfect, monkeypatch, tmp_path, 
         ev.evaluate(["siid"], world.target, world.reference, folds=3, baselines=False, out=tmp_path / "new" / "scores")
     kept = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert kept == (["evaluation.json", "log_prob.npz", "scores.csv"] if finished else []) and (tmp_path / "new").exists() == bool(finished)
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "summary.csv", "log_prob.npz"])
+def test_an_older_evaluation_is_left_as_it_is(world, perfect, monkeypatch, tmp_path, name):
+    """Whatever is left of it: its record was replaced, and removed where the first split failed. Also where it appears while the data are read."""
+    old = {"evaluation.json": "{}", name: "old"}
+
+    def write():
+        for file, text in old.items():
+            (tmp_path / file).write_text(text)
+
+    def kept():
+        return {file.name: file.read_text() for file in tmp_path.iterdir()}
+
+    read = ev.read_pair
+    monkeypatch.setattr(ev, "read_pair", lambda *arguments, **options: write() or read(*arguments, **options))
+    for _ in ("appears", "was there"):
+        with pytest.raises(UserError, match=rf"already holds an evaluation \({name}\)"):
+            ev.evaluate(["siid"], world.target, world.reference, folds=3, baselines=False, out=tmp_path)
+        assert kept() == old
+    with pytest.raises(UserError, match="already holds an evaluation"):
+        evaluate_spots(["xfuse"], [tmp_path / "unread.h5ad"], out=tmp_path)
+    assert kept() == old

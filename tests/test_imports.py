@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "image_baselines": set(),
     "image_plots": {"io"},
     "image_run": {"io", "data", "config", "images", "slides", "models", "prepare", "posterior", "run_folder"},
-    "prepare": {"data", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
+    "prepare": {"data", "pairs", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "config", "conformal", "inference"},
     "posterior": {"io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream"},

@@ -14,11 +14,14 @@ import torch
 from pyro import poutine
 
 import ppl_st.api as api
+from ppl_st import evaluate
 from ppl_st.compositions import match_factors
+from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.models import siid
 from ppl_st.models.siid.batches import Batches
+from ppl_st.prepare import load_prepare
 from ppl_st.simulate import checkerboard
 from seeded import own_seed
 from siid_problems import FAST, KNOBS
@@ -176,6 +179,52 @@ def test_awkward_data(sim):
         assert table[:, "gene0035"].X.mean() < 0.2 * table.X.mean()
         assert np.isfinite(table.obsm["proportions"]).all()
         assert np.isfinite(run.proportions(draws=4).X).all()
+
+
+def test_a_minibatch_of_bare_spots_does_not_end_the_fit(sim):
+    """Few cells on a slide of many spots: a plate without cells was a ZeroDivisionError."""
+    run = api.fit("siid", target=sim.target[:3].copy(), reference=sim.reference, overrides=[*FAST, "radius=70"], seed=3)
+    batches = Batches(run.data, 9, 3)
+    assert any(not batch.owned.any() for batch in map(batches.at, range(10)))
+    assert np.isfinite(run.record["losses"]).all() and np.isfinite(run.predict(draws=4).X).all()
+
+
+def test_empty_labels_are_refused_and_few_spots_said(sim, tmp_path):
+    target = sim.target.copy()
+    target.obs["kind"] = np.nan
+    with pytest.raises(UserError, match=r"none of its 300 cells has a label in obs column 'kind' \(label_key\)"):
+        api.fit("siid", target=target, reference=sim.reference, overrides=[*FAST, "label_key=kind", "label_weight=0.1"])
+    target.write_h5ad(tmp_path / "atlas.h5ad")
+    with pytest.raises(UserError, match=r"atlas.h5ad\): none of its 300 cells has a value in obs column 'kind' \(profile_key\)"):
+        fitted(sim, f"profiles={tmp_path / 'atlas.h5ad'}", "profile_key=kind")
+    for spots, said in ((5, ["only 5 spots with counts"]), (36, [])):
+        lines = []
+        problem = load_prepare("siid").problem
+        problem(read_counts(sim.target, role="target"), read_counts(sim.reference[:spots], role="reference"), siid.Config(), lines.append)
+        assert [line[:24] for line in lines if line.startswith("only")] == said
+
+
+def test_profiles_are_read_as_the_other_files_are(sim, tmp_path, monkeypatch):
+    """From the layer and under the gene names of the settings: in a fit, when its run is loaded, and in every fit of an evaluation."""
+    tables = {"target": sim.target[:, :14].copy(), "reference": sim.reference.copy(), "atlas": sim.target[:, :14].copy()}
+    for table in tables.values():
+        table.var["symbol"], table.layers["umi"] = table.var_names, table.X.copy()
+        table.var_names = [f"ENSG{g:05d}" for g in range(table.n_vars)]
+    for name, table in tables.items():
+        table.obs["kind"] = np.where(np.arange(table.n_obs) % 2, "a", "b")
+        table.X = table.X.multiply(0.5).tocsr()  # no counts
+        table.write_h5ad(tmp_path / f"{name}.h5ad")
+    pair = tmp_path / "target.h5ad", tmp_path / "reference.h5ad"
+    settings = [*FAST, "chains=1", "fit.steps=1", f"profiles={tmp_path / 'atlas.h5ad'}", "profile_key=kind", "layer=umi", "gene_key=symbol"]
+    run = api.fit("siid", target=pair[0], reference=pair[1], overrides=settings, seed=3, out=tmp_path / "run")
+    panel = np.asarray(sim.target[1::2, :14].X.sum(0)).ravel() + 0.5
+    found = run.data.profiles[:, run.data.panel]
+    np.testing.assert_allclose(found[0] / found[0].sum(), panel / panel.sum())
+    np.testing.assert_array_equal(api.load(tmp_path / "run").data.profiles, run.data.profiles)
+    runs = []
+    monkeypatch.setattr(evaluate, "fit", lambda *arguments, **named: runs.append(api.fit(*arguments, **named)) or runs[-1])
+    evaluate.evaluate(["siid"], *pair, overrides=settings, folds=2, max_folds=1, baselines=False, draws=4)
+    np.testing.assert_array_equal(runs[0].data.profiles, run.data.profiles)
 
 
 @pytest.mark.parametrize("preset, more", [("paper", ["chains=2", "factors=4", "fit.steps=8"])])

@@ -70,6 +70,7 @@ def test_alignment_tells_what_mixes_from_what_does_not():
     a, b = torch.randn(400, 5, generator=rng), torch.randn(300, 5, generator=rng)
     assert mixing(a, b) == pytest.approx(1, abs=0.1) and linear_accuracy(a, b) == pytest.approx(0.5, abs=0.06)
     assert mixing(a, b + 5) < 0.05 and linear_accuracy(a, b + 2) > 0.9
+    assert np.isnan(linear_accuracy(a[:3], b))
 
 
 def test_the_game_is_watched_in_the_log_and_in_the_report_and_watching_changes_nothing(world, tmp_path, monkeypatch):

@@ -193,6 +193,12 @@ def test_one_cell_batches_and_a_full_batch_work(world):
     assert np.isfinite(fitted(world, "posterior", *learned, "fit.steps=2").record["losses"]).all()
 
 
+def test_two_cells_are_enough(world):
+    """Correlations over them are 1 or -1: one was divided by zero."""
+    run = ppl_st.fit("vista", target=world.target[:2].copy(), reference=world.reference, overrides=["fit.steps=2"])
+    assert np.isfinite(run.predict(draws=2).X).all()
+
+
 def test_dispersion_of_unmeasured_genes_moves_with_the_data():
     found = []
     for theta in (0.5, 50.0):

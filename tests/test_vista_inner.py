@@ -50,27 +50,44 @@ def test_the_level_that_a_slope_adds_is_interpolated_with_its_gradient():
         torch.testing.assert_close(*gradients, atol=2e-2, rtol=0)
 
 
+def levels_off(run, slope):
+    """By how much the log totals of unmeasured genes miss the level of the reference, where every slope is ``slope``."""
+    model, _ = sides(chains_of(run.pair)[0])
+    predictor = vista.Predictor(run.pair, run.data, run.config, run.spec)
+    genes, batch = torch.from_numpy(np.flatnonzero(model.measured.numpy() == 0)), predictor.at(np.arange(predictor.n_cells))
+    local = predictor.local(batch, 0)
+    drawn, alike = {name: site[0] for name, site in model.priors().items()}, torch.ones(len(model.measured))
+    drawn |= {"slope": slope * alike, "log_gain": 0 * alike}
+    with torch.no_grad(), rng_scope(0, "states"):
+        states = [local.loc + local.scale * torch.randn_like(local.loc) for _ in range(20)]
+        beyond = None if local.phi is None else model.beyond(local.phi, genes)
+        depth, none = (local.log_total, local.log_usual), torch.tensor(0.0)
+        mean = sum(model.count_dist(drawn, z, *depth, genes, beyond, none).mean.sum(0) for z in states) / 20
+    return ((mean / float(batch.total.sum())).log() - model.level[genes]).numpy()
+
+
 @pytest.mark.parametrize("likelihood", ["nb", "poisson"])
 def test_an_unmeasured_gene_has_the_level_of_the_reference_whatever_its_slope(likelihood):
     """Platforms agree here; a level that is learned beside the slope spread as much as the slopes do, and was drawn apart from them."""
     world = spatial_field(seed=2, n_cells=500, n_reference=600, n_genes=60, n_panel=40, n_types=5, platform_sd=0.0)
     settings = ["penalty=3", "reweight=false", "fit.steps=4", "process=0.4", f"likelihood={likelihood}"]
     run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=settings, seed=0)
-    model, _ = sides(chains_of(run.pair)[0])
-    predictor = vista.Predictor(run.pair, run.data, run.config, run.spec)
-    genes, batch = torch.from_numpy(np.flatnonzero(model.measured.numpy() == 0)), predictor.at(np.arange(500))
-    local = predictor.local(batch, 0)
-    drawn, total = {name: site[0] for name, site in model.priors().items()}, float(batch.total.sum())
     for slope in (0.3, 1.5, 3.0):
-        drawn |= {"slope": torch.full((60,), slope), "log_gain": torch.zeros(60)}
-        with torch.no_grad(), rng_scope(0, "states"):
-            states = [local.loc + local.scale * torch.randn_like(local.loc) for _ in range(20)]
-            beyond = model.beyond(local.phi, genes)
-            depth, none = (local.log_total, local.log_usual), torch.tensor(0.0)
-            mean = sum(model.count_dist(drawn, z, *depth, genes, beyond, none).mean.sum(0) for z in states) / 20
-        off = ((mean / total).log() - model.level[genes]).numpy()
+        off = levels_off(run, slope)
         assert np.abs(off).max() < 0.2 and abs(off.mean()) < 0.05, (slope, off)
     assert run.spec.hyper.gain[2] < 0.1, run.spec.hyper.gain  # .18 before
+
+
+def test_levels_are_those_of_the_spreads_that_were_trained():
+    """The table of levels was that of the start, also where the spreads were trained; measured genes must not move with it."""
+    world = spatial_field(seed=2, n_cells=250, n_reference=200, n_genes=30, n_panel=11, n_types=5, platform_sd=0.0)
+    settings = ["penalty=3", "reweight=false", "process=0", "visible=1", "fit.steps=50", "fit.lr=0.1"]
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=settings, seed=0)
+    for slope in (0.3, 1.0, 1.5):
+        off = levels_off(run, slope)
+        assert np.abs(off).max() < 0.2 and abs(off.mean()) < 0.05, (slope, off)
+    mean = run.predict(genes=list(world.target.var_names), draws=20).layers["rate_mean"].mean(0)
+    np.testing.assert_allclose(np.log(mean / world.target.X.toarray().mean(0)), 0.0, atol=0.2)  # up to .7 where gains stay
 
 
 @pytest.mark.parametrize(("likelihood", "graph"), [("nb", "prior"), ("poisson", "none")])

@@ -15,6 +15,7 @@ differences over cells hang on it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -223,8 +224,8 @@ def doubt_of(tests: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], NDA
 
 
 def climb(options: Sequence[float], score: Callable[[float], float]) -> float:
-    """The best of ordered options, tried until the score falls."""
-    best = options[0]
+    """The best of ordered options, tried until the score falls, each at most once."""
+    score, best = cache(score), options[0]
     for option in options[1:]:
         if score(option) <= score(best):
             break

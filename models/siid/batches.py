@@ -118,6 +118,8 @@ class Batches:
     def _batch(self, owned: NDArray[np.int64], spots: NDArray[np.int64], step: int) -> Batch:
         members = self.members[spots]
         cells = np.union1d(owned, members.indices)  # in the data's order, guests included
+        if not len(cells):  # bare spots alone: a plate needs a member, so the first cell is a guest without a part in them
+            cells = np.zeros(1, np.int64)
         counts = self.data.counts[cells]
         links = members[:, cells].tocoo()
         labels = np.full(len(cells), -1) if self.data.labels is None else self.data.labels[cells]

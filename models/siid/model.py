@@ -53,7 +53,7 @@ class Config:
     gene_key: str | None = None  # var column with the gene names, of each file that has it; none = var_names
     label_key: str | None = None  # obs column of the cells with partial labels (semi-supervision)
     label_weight: float = field(default=0.0, metadata={"ge": 0})  # pseudo-counts of a label, share of the cell's counts
-    # h5ad of scRNA-seq whose mean profiles per ``profile_key`` are the prior of the first factors
+    # h5ad of scRNA-seq whose mean profiles per ``profile_key`` are the prior of the first factors; ``layer`` and ``gene_key`` apply where it has them
     profiles: str | None = None
     profile_key: str = "cell_type"
     # gamma shape of Q around the spots' mean profile

@@ -46,7 +46,9 @@ def critic_accuracy(critic: torch.nn.Module, real: Tensor, fake: Tensor) -> floa
 
 
 def linear_accuracy(real: Tensor, fake: Tensor) -> float:
-    """Balanced accuracy of a linear discriminant on the halves it was not fitted to."""
+    """Balanced accuracy of a linear discriminant on the halves it was not fitted to; nan where a half is one cell, which has no spread."""
+    if min(len(real), len(fake)) < 4:
+        return float("nan")
     right = []
     for fold in (0, 1):
         a, b = (side[fold::2].double() for side in (real, fake))

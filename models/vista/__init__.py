@@ -68,7 +68,7 @@ from ppl_st.models.vista.closed import (
     SPREAD,
     Floats,
     Moments,
-    find_directions,
+    directions_above_noise,
     fit_map,
     log_share,
     mean_of_neighbors,
@@ -82,8 +82,8 @@ from ppl_st.models.vista.closed import (
 )
 from ppl_st.models.vista.config import PRESETS, Config
 from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
-from ppl_st.models.vista.levels import tabulate
-from ppl_st.models.vista.model import RESERVED, Guide, Model, Spec, build, sides
+from ppl_st.models.vista.levels import interpolate, tabulate
+from ppl_st.models.vista.model import LOG_SCALE, RESERVED, Guide, Model, Spec, build, sides
 from ppl_st.models.vista.process import fit_process, mixed_features, weigh
 from ppl_st.observation import find
 
@@ -153,7 +153,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             rng = np.random.default_rng([seed, 4, chain])
             w = weights(data, mine, hyper.reweight, rng) * (rng.standard_exponential(panel.shape[0]) if config.chains > 1 else 1.0)
             found = fit_map(second_moments(data, w / w.sum()), hyper.penalty, config.latent)
-            loadings = find_directions(data, mine, np.random.default_rng([seed, 5]))
+            loadings = directions_above_noise(data, mine, np.random.default_rng([seed, 5]))
             encoder = target_encoder(found, loadings, hyper.denoise)
             encoder = np.column_stack([encoder, np.full(len(encoder), 1 / len(encoder))])
             z = project(data.measured, data.batch, mine, encoder)
@@ -188,19 +188,19 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
 
 
-def _levels(model: Model, guide: Guide, data: Data, mine: Moments, states: Floats, rng: np.random.Generator) -> Floats:
+def _levels(model: Model, guide: Guide, data: Data, mine: Moments, states: NDArray[Any], rng: np.random.Generator) -> Floats:
     """Weights of the process, where there is one, and the table of `levels.py`, from some cells with their states [n, d]."""
     hyper, found = model.spec.hyper, model.process
     some = rng.permutation(len(states))
     rows = np.sort(np.resize(some, LEVEL_CELLS) if len(some) < LEVEL_CELLS else some[:LEVEL_CELLS])
-    decoder, z, phi = model.decoder.numpy().astype(np.float64), states[rows], None
+    decoder, z, phi = model.decoder.numpy().astype(np.float64), states[rows].astype(np.float64), None
     if found is not None:
         distinct, place = np.unique(rows, return_inverse=True)
         phi = mixed_features(data, mine, found, hyper.mix, distinct)[place]
         for name, value in weigh(phi, z, decoder, found, hyper.share, data.panel)._asdict().items():
             _write(getattr(model, name), value)
     own, beside, center = (value.numpy().astype(np.float64) for value in (model.own, model.beside, model.center))
-    drawn = z + guide.log_scale.exp().numpy() * rng.standard_normal(z.shape)
+    drawn = z + guide.log_scale.clamp(*LOG_SCALE).exp().numpy() * rng.standard_normal(z.shape)
 
     def scores(part: slice) -> Floats:
         score = own[part] * (drawn @ decoder[:, part])
@@ -260,11 +260,15 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     """All chains are kept: they are draws of one posterior, not competitors.
 
     Measured genes were scored when they were hidden from the encoder, and are predicted when they are not: their states vary more then. So their
-    gains, where there are any, move to where the mean rate over cells is the measured one.
+    gains, where there are any, move to where the mean rate over cells is the measured one. With ``visible=1`` they were seen in training too, but the
+    states' spreads were trained: the table of levels of the closed map is made anew.
     """
+    chains = chains_of(pair)
+    if config.visible == 1 and config.map == "closed":
+        for c, chain in enumerate(chains):
+            _renew_levels(*sides(chain), data, np.random.default_rng([seed, 7, c]))
     if config.visible == 1 or config.platform != "hierarchical":
         return pair
-    chains = chains_of(pair)
     predictor = Predictor(pair, data, config, sides(chains[0])[0].spec)
     rows = np.sort(np.random.default_rng([seed, 6]).permutation(predictor.n_cells)[:LEVEL_CELLS])
     for c, chain in enumerate(chains):
@@ -276,6 +280,16 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
             total = sum(predictor.count_dist(batch, c, one, local, model.panel).mean.sum(0) for one in drawn) / LEVEL_DRAWS
             guide.log_gain_loc[model.panel] += ((batch.counts[: len(rows)].sum(0) + 0.5) / (total + 0.5)).log()
     return pair
+
+
+def _renew_levels(model: Model, guide: Guide, data: Data, rng: np.random.Generator) -> None:
+    """The table of levels of the trained states; gains of measured genes take up the difference at their slopes."""
+    panel, before = model.panel, model.levels.clone()
+    with torch.no_grad():
+        _write(model.levels, _levels(model, guide, data, moments(data.measured, data.batch), _states(guide, data), rng))
+        if "log_gain" in model.priors():
+            after, before = (interpolate(table, guide.slope_loc[panel], panel) for table in (model.levels, before))
+            guide.log_gain_loc[panel] += after - before
 
 
 class Local(NamedTuple):
@@ -341,7 +355,6 @@ class Predictor:
         z = local.loc + local.scale * torch.randn_like(local.loc)
         return model.count_dist(drawn, z, local.log_total, local.log_usual, genes, beyond, error)
 
-
     def _beyond(self, model: Model, local: Local, genes: Tensor) -> Tensor:
         assert local.phi is not None
         key = tuple(genes.tolist())
@@ -379,9 +392,10 @@ class Predictor:
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the first chain, for every cell: ``obsm`` latent [n, d], the posterior mean of its state."""
-    _, guide = sides(chains_of(pair)[0])
-    parts = []
+    return {"latent": _states(sides(chains_of(pair)[0])[1], data)}, {}
+
+
+def _states(guide: Guide, data: Data) -> NDArray[np.float32]:
+    """Posterior means of the states of all cells, [n, d]."""
     with torch.no_grad():
-        for batch in Batches(data, 0, 0, 0).in_order(2048):
-            parts.append(guide.states(batch)[0].numpy())
-    return {"latent": np.concatenate(parts)}, {}
+        return np.concatenate([guide.states(batch)[0].numpy() for batch in Batches(data, 0, 0, 0).in_order(2048)])

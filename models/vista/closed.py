@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from ppl_st.models.common import cells
-from ppl_st.models.common.cells import log_normalise
+from ppl_st.models.common.cells import DENSE_GENES, log_normalise
+from ppl_st.models.common.process import unit
 from ppl_st.models.vista.batches import Data
 
 Floats = NDArray[np.float64]
@@ -38,7 +39,6 @@ DIRECTIONS = 50  # at most
 CELLS = 2000  # cells of either side on which weights are found
 CLIP = 8.0  # standard deviations
 ROWS = 4096  # cells made dense together
-DENSE_GENES = 2000  # genes up to which all eigenvectors of their correlation matrix are computed at once
 ROUNDS, DAMPING, NEAR = 4, 0.7, 30  # of the density ratio
 RATIO_PENALTY = 3.0
 FAR = 4.0  # standard deviations: places are clipped
@@ -111,7 +111,7 @@ def density_ratio(x: Floats, r: Floats, rng: np.random.Generator) -> Floats:
         z = weighted(r, w)
         gram = (z * w[:, None]).T @ z
         smooth = np.linalg.solve(gram + RATIO_PENALTY * np.eye(len(gram)), gram)
-        mine, theirs = (_unit(side @ smooth).astype(np.float32) for side in (z, x))
+        mine, theirs = (unit(side @ smooth) for side in (z, x))
         used, expected = _nearest(theirs, mine[pool], k), _nearest(mine, mine[pool], k)
         usage = np.bincount(used.ravel(), minlength=len(pool)) / used.size
         base = np.bincount(expected.ravel(), weights=np.repeat(w, k), minlength=len(pool)) / k
@@ -119,10 +119,6 @@ def density_ratio(x: Floats, r: Floats, rng: np.random.Generator) -> Floats:
         w = w * ratio**DAMPING
         w = 0.8 * w / w.sum() + 0.2 / m
     return w
-
-
-def _unit(x: Floats) -> Floats:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def _nearest(x: NDArray[np.float32], pool: NDArray[np.float32], k: int) -> NDArray[np.int64]:
@@ -187,9 +183,10 @@ def fit_map(known: SecondMoments, penalty: float, latent: int) -> Map:
     return Map(known.gram, known.cross @ basis.T / size, solved @ basis.T / size, size[:, None] * basis, known.scale)
 
 
-def find_directions(data: Data, mine: Moments, rng: np.random.Generator) -> Floats:
+def directions_above_noise(data: Data, mine: Moments, rng: np.random.Generator) -> Floats:
     """Loadings L [A, DIRECTIONS] of the target's genes on its leading directions, strongest first, noise of unit variance; see the file's
-    docstring. Columns beyond the directions that rise above the noise are 0."""
+    docstring. Columns beyond the directions that rise above the noise are 0. (`ppl_st.models.common.cells.find_directions` has all directions asked
+    for, of unit variance, from all cells.)"""
     some = np.sort(rng.permutation(data.counts.shape[0])[:ROWS])
     x = standardise(data.measured[some], data.batch[some], mine)
     n, genes = x.shape

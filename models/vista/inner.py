@@ -36,7 +36,7 @@ from ppl_st.models.vista.closed import (
     DIRECTIONS,
     SPREAD,
     Floats,
-    find_directions,
+    directions_above_noise,
     log_share,
     mean_of_neighbors,
     moments,
@@ -135,7 +135,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
             counts=sp.csr_matrix(data.counts[:, kept]), panel=data.panel[kept], reference=reference, reference_batch=data.reference_batch[some]
         )
         measured, batch, mine = sub.measured[needed], sub.batch[needed], moments(sub.measured, sub.batch)
-        loadings = find_directions(sub, mine, np.random.default_rng([seed, 5]))
+        loadings = directions_above_noise(sub, mine, np.random.default_rng([seed, 5]))
         maps: dict[tuple[float, float], Floats] = {}
         for option in reweights:
             known = second_moments(sub, weights(sub, mine, option > 0, np.random.default_rng([seed, 2])), data.panel[genes])
@@ -160,7 +160,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
             for denoise, mix in itertools.product(options("denoise", DENOISES), mixes):
                 x, common = score.parts(denoise, mix)
                 r = _correlation(truth[:, genes], x) + commons * _correlation(truth[:, genes], common)
-                r /= np.sqrt(1 + commons**2 + 2 * commons * _correlation(x, common))  # [commons, genes] of x + weight x common
+                r /= np.sqrt(np.maximum(1 + commons**2 + 2 * commons * _correlation(x, common), 1e-12))  # [commons, genes] of x + weight x common
                 for weight, one in zip(commons[:, 0], r, strict=True):
                     correlations.setdefault((*key, denoise, mix, float(weight), 0.0), []).append(one)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}

@@ -23,12 +23,22 @@ from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.spatial import sections
 
-__all__ = ["hold_out_genes", "load_prepare", "relative_depths", "same_genes"]
+__all__ = ["hold_out_genes", "load_prepare", "refuse_single", "relative_depths", "same_genes"]
 
 
 def load_prepare(method: str) -> ModuleType:
     """The file of ``method``; it imports the method, hence torch."""
     return import_module(f"ppl_st.prepare.{method}")
+
+
+def refuse_single(counts: Counts, role: str, what: str = "cell") -> None:
+    """A side of one row (or none that is usable) teaches a fit nothing: that is an error."""
+    found = len(counts.names)
+    if found < 2:
+        raise UserError(
+            f"{role} ({counts.source}): {found} {what if found else what + 's'} to learn from, at least 2 are needed; give more {what}s"
+            + (", or predict this one with a run that was fitted to others (ppl-st predict RUN --target)" if role == "target" else "")
+        )
 
 
 def hold_out_genes(target: Counts, reference: Counts, genes: Sequence[str] | NDArray[np.str_]) -> Counts:

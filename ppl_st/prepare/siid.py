@@ -1,7 +1,6 @@
 """SIID's problem from checked counts: gene matching, sections, cell -> spot map, labels, prior profiles."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,15 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.data import Counts, labels_of, read_counts, shared_genes
+from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.siid import Config, Data
+from ppl_st.pairs import read_like
+from ppl_st.prepare import refuse_single
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, spot_pitch
 
 MIN_PANEL = 5
+FEW_SPOTS = 30  # below: a warning
 SECTION_GAP = 100.0  # pitches between sections that share no coordinate frame
 
 
@@ -26,6 +28,7 @@ def problem(
     Genes: all of the reference; those that the target has too are the panel; genes that only the target has are left out (said through
     ``say``). Cells stay, also empty ones; spots without counts are dropped.
     """
+    refuse_single(target, "target")
     panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
     if len(panel_genes) < len(target.genes):
         say(f"{len(target.genes) - len(panel_genes)} genes of the target are not in the reference and are left out")
@@ -34,6 +37,9 @@ def problem(
     if empty.any():
         say(f"{int(empty.sum())} spots without counts are left out")
         reference = reference.take_rows(~empty)
+    refuse_single(reference, "reference", "spot")
+    if len(reference.names) < FEW_SPOTS:
+        say(f"only {len(reference.names)} spots with counts: they alone tell profiles and levels of genes that cells lack; expect little of these")
     assert target.xy is not None and reference.xy is not None
     spot_xy = reference.xy if config.transform is None else apply_transform(reference.xy, np.array(config.transform))
     cell_xy, spot_xy = _separate_sections(target, reference, target.xy, spot_xy, config.library_key)
@@ -117,6 +123,11 @@ def _labels(target: Counts, config: Config, say: Callable[[str], None]) -> NDArr
             f"target ({target.source}): no obs column {config.label_key!r} (label_key); it has {', '.join(map(str, target.obs.columns[:5]))}"
         )
     codes, names = pd.factorize(target.obs[config.label_key].astype("object"), sort=True)
+    if not len(names):
+        raise UserError(
+            f"target ({target.source}): none of its {len(codes)} cells has a label in obs column {config.label_key!r} (label_key); name one that "
+            "labels some of them, or leave label_key out"
+        )
     if 0 < config.factors < len(names):
         raise UserError(
             f"label_key {config.label_key!r} has {len(names)} labels, more than factors={config.factors}; raise factors"
@@ -131,10 +142,15 @@ def _profiles(reference: Counts, config: Config) -> NDArray[np.float64] | None:
     """Mean expression profile per cell type of a single-cell reference, on the spots' genes; genes it lacks take the spots' mean profile."""
     if config.profiles is None:
         return None
-    cells = read_counts(Path(config.profiles), role="profiles", need_spatial=False)
+    cells = read_like(config.profiles, role="profiles", layer=config.layer, gene_key=config.gene_key)
     if config.profile_key not in cells.obs:
         raise UserError(f"profiles ({cells.source}): no obs column {config.profile_key!r} (profile_key)")
     codes, names = pd.factorize(cells.obs[config.profile_key].astype("object"), sort=True)
+    if not len(names):
+        raise UserError(
+            f"profiles ({cells.source}): none of its {len(codes)} cells has a value in obs column {config.profile_key!r} (profile_key); name one "
+            "of cell types"
+        )
     shared = shared_genes(reference, cells, minimum=MIN_PANEL)
     counts = cells.take_genes(shared).matrix
     known = codes >= 0

@@ -8,7 +8,7 @@ import pandas as pd
 from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.spagene import Config, Data, make
-from ppl_st.prepare import relative_depths, same_genes
+from ppl_st.prepare import refuse_single, relative_depths, same_genes
 from ppl_st.spatial import neighbor_mean
 
 MIN_SHARED = 5
@@ -21,6 +21,7 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
     All genes of the target place its cells, all of the reference can be predicted; the shared ones teach the translators. Target cells stay, also
     empty ones; reference cells without a count in the shared genes are dropped.
     """
+    refuse_single(target, "target")
     shared = shared_genes(target, reference, minimum=MIN_SHARED)
     at = pd.Index(reference.genes).get_indexer(pd.Index(shared)).astype(np.int64)
     usable = np.asarray(reference.matrix[:, at].sum(1)).ravel() > 0

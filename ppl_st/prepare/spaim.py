@@ -12,7 +12,7 @@ from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.common.cells import log_normalise, log_shares, median_depth
 from ppl_st.models.spaim import Config, Data
-from ppl_st.prepare import relative_depths, same_genes
+from ppl_st.prepare import refuse_single, relative_depths, same_genes
 from ppl_st.spatial import neighbor_mean
 
 MIN_SHARED = 5
@@ -29,6 +29,7 @@ def problem(target: Counts, reference: Counts, config: Config, say: Callable[[st
     of the reference can be predicted. Target cells stay, also empty ones; reference cells without a count in the shared genes, or without a
     label in ``cluster_key``, are dropped.
     """
+    refuse_single(target, "target")
     shared = shared_genes(target, reference, minimum=MIN_SHARED)
     at = pd.Index(reference.genes).get_indexer(pd.Index(shared)).astype(np.int64)
     usable = np.asarray(reference.matrix[:, at].sum(1)).ravel() > 0

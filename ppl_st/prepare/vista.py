@@ -14,7 +14,7 @@ from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
-from ppl_st.prepare import relative_depths, same_genes
+from ppl_st.prepare import refuse_single, relative_depths, same_genes
 from ppl_st.spatial import neighbors, sections
 
 MIN_PANEL = 5
@@ -33,6 +33,7 @@ def problem(
     only the target has help to place its cells (``others``; those with most counts, at most `MAX_OTHERS`). Cells of the target stay, also empty
     ones; reference cells without a panel gene are dropped.
     """
+    refuse_single(target, "target")
     panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
     others = target.take_genes(_others(target, panel_genes, config))
     rest = len(target.genes) - len(panel_genes) - len(others.genes)
@@ -53,6 +54,7 @@ def problem(
     if empty.any():
         say(f"{int(empty.sum())} reference cells without a count in the panel are left out")
         reference = reference.take_rows(~empty)
+    refuse_single(reference, "reference")
     panel = pd.Index(reference.genes).get_indexer(pd.Index(target.genes)).astype(np.int64)
     near, used = graph(target, config), everything.take_genes(np.concatenate([target.genes, others.genes]))
     data = Data(
