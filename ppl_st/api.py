@@ -281,6 +281,8 @@ def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str,
     if METHODS[method].reference == "image":
         data, cells = read_sections(folder)
         return method, module, settings, data, cells, cells, manifest
+    if (folder / "profiles.h5ad").is_file():
+        settings = replace(settings, profiles=str(folder / "profiles.h5ad"))
     spots = METHODS[method].reference == "spots"
     cells, other = read_pair(folder / "target.h5ad", folder / "reference.h5ad", layer="X", need_spatial=(spots, spots))
     data, cells, other = load_prepare(method).problem(cells, other, settings, lambda line: None)

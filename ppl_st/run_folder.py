@@ -5,6 +5,7 @@
     genes.txt           genes that can be predicted, in order; "gene<TAB>measured" (1: measured in the target)
     target.h5ad         the counts that the fit saw (training genes only), coordinates, obs
     reference.h5ad      the same of the reference
+    profiles.h5ad       the cells behind SIID's given profiles, where there are any
     inner.npz           scores of genes of the target that were hidden in turn, after `ppl_st.recalibrate`
     recalibration.json  what they say about the forecasts of new genes
     fit.json            specification and record of the fit (status, seconds, losses live in log.jsonl)
@@ -32,6 +33,7 @@ from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.inference.svi import Pair
 from ppl_st.io import atomic, write_adata
+from ppl_st.pairs import read_like
 
 
 def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], target: Counts, reference: Counts) -> None:
@@ -39,6 +41,9 @@ def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], target: Co
     folder.mkdir(parents=True, exist_ok=True)
     for name, counts in (("target", target), ("reference", reference)):
         write_counts(counts, folder / f"{name}.h5ad")
+    if getattr(config, "profiles", None) is not None:  # SIID's third file
+        profiles = read_like(config.profiles, role="profiles", layer=config.layer, gene_key=config.gene_key)
+        write_counts(profiles, folder / "profiles.h5ad")
     configs.write(config, folder / "config.toml")
     lines = [
         f"{gene}\t{int(known)}"
