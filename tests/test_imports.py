@@ -60,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     "image_run": {"io", "data", "config", "images", "slides", "models", "prepare", "posterior", "run_folder"},
     "prepare": {"data", "pairs", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
-    "run_folder": {"io", "data", "config", "conformal", "inference"},
+    "run_folder": {"io", "data", "pairs", "config", "conformal", "inference"},
     "posterior": {"io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream"},
     "export": {"io", "data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
