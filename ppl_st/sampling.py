@@ -1,6 +1,6 @@
 """Gamma, Poisson and negative binomial draws for tensors: on a CPU by NumPy's samplers (2 to 3 times as fast as torch's), on several threads.
 
-A negative binomial count with shape r and odds o (mean r o) is Poisson(o Gamma(r)); where its mean is below 1 it is one uniform number turned round:
+A negative binomial count with shape r and odds o (mean r o) is Poisson(o Gamma(r)); where its mean is below 3 it is one uniform number turned round:
 from P(0) = (1 + o)^-r on, P(k + 1) = P(k) (r + k) / (k + 1) o / (1 + o) is taken off until nothing is left, which most counts, being 0, are at once.
 
 The stream of torch's default generator decides every draw, so `torch.manual_seed` or `rng_scope` repeats them; NumPy's global state is not used.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PIECE = 2**14  # values drawn by one generator; a block of cells has some dozen of them, which fill the threads evenly
-INVERTED = (0.1, 1.0)  # shapes above the first with means below the second are drawn by inversion: few steps, at most some hundred
+INVERTED = (0.1, 3.0)  # shapes above the first with means below the second are drawn by inversion: few steps, at most some hundred
 LARGEST_RATE = 1e18
 # Threads that draw: the machine's, or as many as OMP_NUM_THREADS says. Not torch's number, which is 1 where its operations are small.
 WORKERS = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0) or os.cpu_count() or 1
