@@ -156,7 +156,7 @@ def score_hidden(
     """A score table per section with hidden spots; a section that the run does not know is predicted from its image alone."""
     known = {one.name: one for one in run.data.sections}
     parts = []
-    for section, one, rows in zip(data.sections, kept, hidden, strict=True):
+    for section, one, rows in zip(without(data, hidden).sections, kept, hidden, strict=True):
         if not len(rows):
             continue
         began = time.perf_counter()

@@ -244,13 +244,12 @@ class ImageRun(Run):
         return other.data, other.target
 
     def _at_labels(self, section: Section, label: NDArray[Any], names: NDArray[np.str_]) -> "ImageRun":
-        empty = _empty(len(names), len(self.genes))
         flat, (i, j) = label.ravel(), np.indices(label.shape).reshape(2, -1) + 0.5
         size = np.maximum(np.bincount(flat, minlength=len(names) + 1)[1:], 1)
         middle = np.stack([np.bincount(flat, axis, len(names) + 1)[1:] / size for axis in (j, i)], 1)
         xy = middle / section.scale + np.array(section.origin)
         whole = replace(self, inner=None, recalibration=None)  # it was learned on spots
-        return whole.looking(section._replace(label=label, counts=empty, virtual=-1, centers=middle), names, xy)
+        return whole.looking(section.at(label, middle), names, xy)
 
     def looking(self, section: Section, names: NDArray[np.str_], xy: NDArray[np.float64]) -> "ImageRun":
         obs = pd.DataFrame({"section": section.name, "pixels": np.bincount(section.label.ravel(), minlength=len(names) + 1)[1:]}, index=names)

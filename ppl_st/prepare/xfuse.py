@@ -83,9 +83,8 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
             "fit with a larger one (--set input.margin=...)"
         )
     pixels = section.radius if radius is None else radius * section.scale
-    empty = _no_counts(len(xy), section.counts.shape[1])
     label = label_spots(section.label.shape, centers, pixels, square=section.square)
-    return section._replace(label=label, counts=empty, virtual=-1, centers=centers, radius=pixels)
+    return section.at(label, centers)._replace(radius=pixels)
 
 
 def new_image(
@@ -246,6 +245,7 @@ def _section(
     square = slide.square if config.spot == "auto" else config.spot == "square"
     everything = label_spots(image.shape[:2], centers, frame.radius, square=square)
     label = np.append(0, np.cumsum(keep) * keep)[everything]
+    mask |= label > 0  # also where a spot is pale: hidden later, it is still known to be tissue
     if (np.bincount(label.ravel(), minlength=keep.sum() + 1)[1:] == 0).any():
         raise UserError(
             f"{slide.name}: at scale {frame.scale / slide.image_scale:.3g} some spots share all their pixels with others; raise input.scale "
