@@ -90,7 +90,7 @@ class ImageRun(Run):
     def areas(self, section: str | None = None) -> "ImageRun":
         """The run looking at the annotated regions of a section; their counts are sums over all of their pixels."""
         one = self.section(section)
-        if one.annotation is None:
+        if one.annotation is None or not one.regions:
             raise UserError(f"section {one.name!r} has no annotation; fit with --set input.annotation=...")
         return self._at_labels(one, one.annotation, np.array(one.regions))
 
@@ -236,9 +236,6 @@ class ImageRun(Run):
         color[:, : score.shape[1]] = ((score - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
         return np.rint(255 * color * on[:, None]).astype(np.uint8).reshape(*one.mask.shape, 3)
 
-    def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
-        return np.arange(len(self.genes)) if genes is None else super()._index(genes)
-
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
         other = self.at(target)
         return other.data, other.target
@@ -331,11 +328,10 @@ def _empty(rows: int, genes: int) -> sp.csr_matrix:
 
 
 def _whole(path: Path, section: Section) -> NDArray[np.int64]:
-    """The part of a label image over a section's whole image that the section covers: its size is taken to be that of the image's file."""
-    from ppl_st.images import image_size
-
-    height, width = image_size(path)
-    whole = read_labels(path, (max(1, round(height * section.scale)), max(1, round(width * section.scale))))
+    """The part of a label image over a section's whole image that the section covers."""
+    if not section.frame[0]:
+        raise UserError(f"section {section.name!r}: the run does not know the size of its whole image; fit again with this version")
+    whole = read_labels(path, section.frame)
     top, left = round(section.origin[1] * section.scale), round(section.origin[0] * section.scale)
     return whole[top : top + section.label.shape[0], left : left + section.label.shape[1]]
 
@@ -348,7 +344,7 @@ def spots_of(data: Data, kept: Sequence[Counts]) -> Counts:
     names = np.concatenate([one.names for one in kept])
     if len(set(names.tolist())) < len(names):
         names = np.concatenate([[f"{s.name}:{name}" for name in one.names] for s, one in zip(data.sections, kept, strict=True)])
-    tables = [one.obs.assign(section=s.name) for s, one in zip(data.sections, kept, strict=True)]
+    tables = [one.obs.dropna(axis=1, how="all").assign(section=s.name) for s, one in zip(data.sections, kept, strict=True)]
     obs = pd.concat(tables).set_axis(pd.Index(names.astype(str)))
     xy = np.concatenate([one.xy for one in kept if one.xy is not None])
     matrix = sp.csr_matrix(sp.vstack([one.matrix for one in kept], dtype=np.float32))
@@ -388,7 +384,7 @@ def read_sections(folder: Path) -> tuple[Data, Counts]:
     for n, (values, matrix) in enumerate(zip(fields, _split(spots, fields), strict=True)):
         values |= {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith(f"{n}/")}
         values["counts"] = matrix if values["virtual"] < 0 else sp.csr_matrix(sp.vstack([matrix, _empty(1, matrix.shape[1])], dtype=np.float32))
-        values["regions"], values["origin"] = tuple(values["regions"]), tuple(values["origin"])
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}  # regions, origin, frame
         sections.append(Section(**values))
     return Data(tuple(sections), spots.genes, {key: tuple(names) for key, names in covariates.items()}), spots
 

@@ -102,6 +102,10 @@ class Section(NamedTuple):
     shown
         The section as the fit saw it, where ``label`` and ``counts`` are of other places (`at`): what is tissue, and what the recognition network
         sees, does not depend on what is asked for. None: this one.
+    frame
+        Height and width of the whole image, of which ``image`` is a part, at the working resolution; (0, 0): unknown.
+    file_scale
+        Working pixels per pixel of the image's file (``scale`` is per coordinate); NaN: unknown.
     """
 
     name: str
@@ -121,6 +125,8 @@ class Section(NamedTuple):
     square: bool = False
     pitch: float = float("nan")
     shown: "Section | None" = None
+    frame: tuple[int, int] = (0, 0)
+    file_scale: float = float("nan")
 
     def at(self, label: NDArray[np.int64], centers: NDArray[np.float64]) -> "Section":
         """The section with other measurements [H, W] at ``centers`` [n, 2], without counts."""
