@@ -221,6 +221,7 @@ def predict(
             typer.echo(line)
         return
     places = several and METHODS[fitted.method].reference == "image"
+    names = fitted.genes if places and names is None else names
     if asked or section or image or png or (places and target):
         options = ", ".join(f"--{one}" for one in asked) or f"--section, --image and {'--target' if places else '--png'}"
         if several:

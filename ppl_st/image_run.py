@@ -236,6 +236,9 @@ class ImageRun(Run):
         color[:, : score.shape[1]] = ((score - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
         return np.rint(255 * color * on[:, None]).astype(np.uint8).reshape(*one.mask.shape, 3)
 
+    def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
+        return np.arange(len(self.genes)) if genes is None else super()._index(genes)
+
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
         other = self.at(target)
         return other.data, other.target

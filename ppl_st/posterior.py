@@ -19,7 +19,6 @@ from ppl_st.data import Counts, matched
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
-from ppl_st.models import METHODS
 from ppl_st.pairs import read_like
 from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
 
@@ -340,8 +339,7 @@ class Run:
     # ---- helpers ----
 
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
-        places = self.method in METHODS and METHODS[self.method].reference == "image"  # then genes are predicted where they were not measured
-        index = np.arange(len(self.genes)) if places else np.flatnonzero(~self.measured)
+        index = np.flatnonzero(~self.measured)
         if genes is not None:
             index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
             if (index < 0).any():
