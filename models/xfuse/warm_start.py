@@ -5,7 +5,7 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
 2. Length scales of space and image: marginal likelihood of Gaussian processes on the square root of the depth and the first principal components of
    the counts' Pearson residuals, as normal scores (a few extreme spots would make lengths short), each column with variances of its own:
    K_k = a_sk exp(-d_s^2 / 2 l_s^2) + a_ik exp(-d_i^2 / 2 l_i^2) + noise_k, d_s in spot pitches within a section, d_i between standardised image
-   features. Spots that failed (depth below `FAILED` of their section's median) are left out from here on. The model's own kernel in space has a
+   features. A few spots that failed (depth below `FAILED` of their section's median) are left out. The model's own kernel in space has a
    longer length beside l_s (`LENGTHS`): a depth varies more slowly than what the genes differ in.
 3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
    (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
@@ -39,10 +39,12 @@ __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "
 
 COMPONENTS = 25
 FAILED = 0.02  # of its section's median depth
+MOST_FAILED = 0.05  # of all spots; where more are empty it is the tissue that is
 MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the cube
 SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
 NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
-ODDS = np.linspace(-5.0, 5.0, 21)
+ODDS = np.linspace(-5.0, 12.0, 35)  # they grow with the counts of a spot, so that deep spots need high ones
+RARE = 5.0  # above, the likelihood is followed only for genes for which it still rises, and that several spots show
 THETA = 100.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
@@ -95,13 +97,20 @@ def gather(data: Data, tissues: Sequence[Tissue]) -> Spots:
 def fit_odds(counts: sp.csr_matrix, activity: Array, loadings: Array) -> Array:
     """Log-odds u [G] by maximum likelihood on `ODDS` (parabola through the best three) when the means are activity [n, h] @ loadings [h, G]."""
     x = sp.coo_matrix(counts)
+    gene, count = x.col, x.data
     mean = np.maximum(np.concatenate([(activity[i] * loadings[:, j].T).sum(1) for i, j in _chunks(x.row, x.col)] or [np.zeros(0)]), 1e-12)
     total = activity.sum(0) @ loadings
     score = np.empty((len(ODDS), loadings.shape[1]))
+    rises, several = np.ones(loadings.shape[1], bool), np.bincount(gene, minlength=loadings.shape[1]) > 1
     for k, u in enumerate(ODDS):
+        if u > RARE:
+            rises = several & (score[k - 1] > score[k - 2])
+            keep = rises[gene]
+            gene, count, mean = gene[keep], count[keep], mean[keep]
         r = mean * np.exp(-u)
-        at = gammaln(x.data + r) - gammaln(r) - x.data * np.logaddexp(0.0, -u)
-        score[k] = np.bincount(x.col, at, loadings.shape[1]) - total * np.exp(-u) * np.logaddexp(0.0, u)
+        at = gammaln(count + r) - gammaln(r) - count * np.logaddexp(0.0, -u)
+        value = np.bincount(gene, at, loadings.shape[1]) - total * np.exp(-u) * np.logaddexp(0.0, u)
+        score[k] = np.where(rises, value, score[k - 1] - 1)
     best = np.clip(score.argmax(0), 1, len(ODDS) - 2)
     genes = np.arange(len(best))
     left, middle, right = (score[best + d, genes] for d in (-1, 0, 1))
@@ -114,12 +123,14 @@ def _chunks(row: NDArray[np.int32], col: NDArray[np.int32], size: int = 200_000)
 
 
 def without_failed(spots: Spots, say: Callable[[str], None]) -> Spots:
-    """The spots whose depth is at least `FAILED` of their section's median."""
+    """The spots whose depth is at least `FAILED` of their section's median; all where more than `MOST_FAILED` of them would go."""
     depth = np.asarray(spots.counts.sum(1), np.float64).ravel()
     typical = np.empty_like(depth)
     for n in np.unique(spots.section):
         typical[spots.section == n] = np.median(depth[spots.section == n])
     keep = np.flatnonzero(depth >= FAILED * typical)
+    if len(keep) < (1 - MOST_FAILED) * len(depth):
+        return spots
     if len(keep) < len(depth):
         say(f"{len(depth) - len(keep)} of {len(depth)} spots with less than {FAILED:.0%} of their section's median counts are left out of the start")
     return Spots._make(part[keep] for part in spots)
