@@ -99,6 +99,11 @@ def test_the_closed_form_start_already_separates_the_halves(data, started):
     assert summary.rate_mean.mean() == pytest.approx(counts.mean(), rel=0.2)
 
 
+def test_effects_of_an_unseen_section_are_as_large_as_those_of_the_sections_seen(started):
+    model = sides(chains_of(started[0])[0])[0]
+    assert model.scale_of("logit_0").max() < 0.11 and 0.1 < model.scale_of("level_0").mean() < 0.4  # these two do not differ
+
+
 def test_a_spot_that_failed_is_left_out_of_the_start(data):
     """Its depth would be one more value that fields have to follow."""
     counts = data.sections[0].counts.tolil()

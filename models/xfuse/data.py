@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 __all__ = ["Data", "Input", "Section"]
 
 
-FEW_SPOTS = 60  # in all: fewer do not say how much varies; intervals were too short by half with 16, right with 180
+FEW_SPOTS = 60  # in all: fewer do not say how much varies; with 10 to 18, 90% intervals covered .83 to .97, depending on the section
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ THETA = 100.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
 LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
+LEAST_EFFECT = 0.1  # prior sd of covariates' effects, with which a new section draws its own; from 1 on, hundreds of steps do not bring it there
 UNIT = 0.5  # of the softplus of the scale, over the mean scale: a Gaussian field becomes a depth much as its root would
 MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
 Array = NDArray[np.float64]
@@ -309,12 +310,11 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     rough = smoother((raw := _logits(project(rates(columns[:, 1:]), w, h))) - raw.mean(0))
     found.noise[:] = np.append((noise_of_log * (x / -np.expm1(-x)) ** 2).mean(), rough.noise)
     found.parts[:, 1:] = rough.parts
-    for k, function in enumerate((basis_image, basis_space)):
+    for k, (name, function) in enumerate((("image_weights", basis_image), ("space", basis_space))):
         # prior variance of one weight: the part's, spread over functions that give the Gram matrix its trace
         variance = found.parts[1 - k] * len(function) / (function**2).sum()
         if m == 1:  # its logits say nothing; those that it will be split into need room
             variance[1:] = (kernel.image, kernel.space)[k] * len(function) / (function**2).sum()
-        name = ("image_weights", "space")[k]
         sd = np.sqrt(np.maximum(variance, 1e-8))  # [1 + m]
         trace = len(function) / (function**2).sum()
         location = trace * (function.T @ found.dual[1 - k]) / sd  # a weight is its posterior mean over its prior sd
@@ -366,7 +366,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
 
 
 def _section_effects(model: Model, guide: Guide, spots: Spots, activity: Array, profiles: Array) -> None:
-    """E of the first covariate: observed over predicted totals of each level, shrunk."""
+    """E of the first covariate, observed over predicted totals of each level, shrunk; prior sds of all effects as large as these ask for."""
     if not model.spec.levels:
         return
     codes = np.array(model.spec.codes)[spots.section, 0]
@@ -377,6 +377,10 @@ def _section_effects(model: Model, guide: Guide, spots: Spots, activity: Array, 
         effect[level] = np.log((np.asarray(spots.counts[mine].sum(0)).ravel() + 10.0) / (predicted + 10.0))
     _write(guide.level_0_loc, effect)
     _write(guide.level_0_log_sd, np.log(0.1))
+    size = (effect**2).mean(0)
+    for name, sd in model.log_sd.items():
+        if name != "metagenes":
+            _write(sd, 0.5 * np.log(LEAST_EFFECT**2 + name.startswith("level_") * 0.5 * (size + size.mean())))
 
 
 def _depth(spots: Spots) -> tuple[sp.csr_matrix, Array, Array]:

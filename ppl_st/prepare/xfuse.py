@@ -60,7 +60,7 @@ def problem(
         kept.append(counts)
     spots = sum(len(counts.names) for counts in kept)
     if spots < FEW_SPOTS:
-        say(f"only {spots} spots in all: variances are learned from them alone, and intervals come out too short (with 16 spots by half)")
+        say(f"only {spots} spots in all: variances are learned from them alone, and intervals can come out too short")
     return Data(tuple(sections), genes, levels), kept
 
 
