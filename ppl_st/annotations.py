@@ -1,6 +1,7 @@
 """Annotations of a section: named regions from GeoJSON polygons, a label image or the labels of the spots, as [H, W] int64."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,30 @@ def regions_from_geojson(path: Path, shape: tuple[int, int], scale: float, origi
     from skimage.draw import polygon
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"annotation {path}: cannot be read as GeoJSON ({error})") from error
-    features = content if isinstance(content, list) else content.get("features", [content])
+        polygons = list(_polygons(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
+        raise UserError(f"annotation {path}: cannot be read as GeoJSON ({type(error).__name__}: {error})") from error
     label = np.zeros(shape, np.int64)
-    names: list[str] = []
-    for number, feature in enumerate(features, start=1):
-        geometry = feature.get("geometry", feature)
-        parts = {"Polygon": lambda c: [c], "MultiPolygon": list}.get(geometry.get("type", ""))
-        if parts is None:
-            continue
-        name = _feature_name(feature.get("properties") or {}, number)
-        if name not in names:
-            names.append(name)
-        for rings in parts(geometry["coordinates"]):
-            inside = np.zeros(shape, bool)
-            for hole, ring in enumerate(rings):
-                x, y = ((np.asarray(ring, np.float64)[:, :2] - origin) * scale).T
-                inside[polygon(y - 0.5, x - 0.5, shape)] = hole == 0
-            label[inside] = names.index(name) + 1
+    names = list(dict.fromkeys(name for name, _ in polygons))
+    for name, rings in polygons:
+        inside = np.zeros(shape, bool)
+        for hole, ring in enumerate(rings):
+            x, y = ((ring - origin) * scale).T
+            inside[polygon(y - 0.5, x - 0.5, shape)] = hole == 0
+        label[inside] = names.index(name) + 1
     return _nonempty(label, tuple(names), f"annotation {path}", "its polygons must be in the coordinates of obsm['spatial']")
+
+
+def _polygons(content: Any) -> Iterator[tuple[str, list[NDArray[np.float64]]]]:
+    """Name and rings [k, 2] of every polygon of a GeoJSON object."""
+    features = content if isinstance(content, list) else content.get("features", [content])
+    for number, feature in enumerate(features, start=1):
+        geometry = feature.get("geometry", feature) or {}
+        kind = geometry.get("type")
+        if kind in ("Polygon", "MultiPolygon"):
+            name = _feature_name(feature.get("properties") or {}, number)
+            for rings in [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]:
+                yield name, [np.asarray(ring, np.float64)[:, :2] for ring in rings]
 
 
 def _feature_name(properties: dict[str, Any], number: int) -> str:
@@ -72,6 +76,8 @@ def regions_from_spots(values: pd.Series, label: NDArray[np.int64]) -> Regions:
 
 
 def _nonempty(label: NDArray[np.int64], names: tuple[str, ...], where: str, remedy: str) -> Regions:
+    """The regions that have a pixel."""
     if not label.any():
         raise UserError(f"{where}: no region covers a pixel of the section; {remedy}")
-    return label, names
+    present = np.unique(label[label > 0])
+    return np.where(label > 0, np.searchsorted(present, label) + 1, 0), tuple(names[k - 1] for k in present)

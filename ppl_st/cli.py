@@ -177,6 +177,9 @@ def predict(
     turned: Annotated[bool, typer.Option("--turned", help="Reference cells as the target's platform would show them.")] = False,
     section: Annotated[str | None, typer.Option("--section", help="xfuse: section to look at.")] = None,
     image: Annotated[Path | None, typer.Option("--image", help="xfuse: a new image without counts.")] = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="xfuse: side of the new image as used over its own; default: as of the fit's images.")
+    ] = None,
     maps: Annotated[Path | None, typer.Option("--maps", help="xfuse: genes to map at every pixel (out: .zarr).")] = None,
     quantiles: Annotated[bool, typer.Option("--quantiles", help="xfuse: maps of the 5 and 95 % quantiles too.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="xfuse: folder for a picture per map.")] = None,
@@ -211,14 +214,16 @@ def predict(
 
         lines = predict_places(
             cast(Any, fitted), out, cast(Any, asked[0] if asked else "spots"), genes=maps or genes, target=target, section=section, image=image,
-            cells=cells, regions=differential, pictures=png, quantiles=quantiles, draws=draws, samples=samples, seed=seed, memory_gb=memory_gb,
-            say=say,
+            scale=scale, cells=cells, regions=differential, pictures=png, quantiles=quantiles, draws=draws, samples=samples, seed=seed,
+            memory_gb=memory_gb, say=say,
         )  # fmt: skip
         for line in lines:
             typer.echo(line)
         return
-    if asked or section or image or png:
-        options = ", ".join(f"--{one}" for one in asked) or "--section, --image and --png"
+    places = several and METHODS[fitted.method].reference == "image"
+    names = fitted.genes if places and names is None else names
+    if asked or section or image or png or (places and target):
+        options = ", ".join(f"--{one}" for one in asked) or f"--section, --image and {'--target' if places else '--png'}"
         if several:
             raise UserError(f"{runs[0]}: seeds together predict their own cells or spots; for {options} give one of them, {runs[0]}/seed0, say")
         raise UserError(f"{runs[0]}: a run of {fitted.method} has no images; leave out {options}")

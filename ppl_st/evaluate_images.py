@@ -130,7 +130,10 @@ def hidden_rows(data: Data, kept: Sequence[Counts], share: float, names: Sequenc
         return [np.arange(len(one.names)) if name in names else np.zeros(0, np.int64) for name, one in zip(known, kept, strict=True)]
     if not 0 < share < 1:
         raise UserError(f"evaluate: the share of hidden spots is {share:g}; it must lie between 0 and 1")
-    return [np.sort(np.random.default_rng(seed).permutation(len(one.names))[: int(share * len(one.names))]) for one in kept]
+    hidden = [np.sort(np.random.default_rng(seed).permutation(len(one.names))[: int(share * len(one.names))]) for one in kept]
+    if not any(map(len, hidden)):
+        raise UserError(f"evaluate: a share of {share:g} of {max(len(one.names) for one in kept)} spots hides none; raise --holdout-spots")
+    return hidden
 
 
 def visible(seen: Data, kept: Sequence[Counts], hidden: Rows) -> tuple[Data, Counts]:
@@ -156,7 +159,7 @@ def score_hidden(
     """A score table per section with hidden spots; a section that the run does not know is predicted from its image alone."""
     known = {one.name: one for one in run.data.sections}
     parts = []
-    for section, one, rows in zip(data.sections, kept, hidden, strict=True):
+    for section, one, rows in zip(without(data, hidden).sections, kept, hidden, strict=True):
         if not len(rows):
             continue
         began = time.perf_counter()

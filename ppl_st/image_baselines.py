@@ -73,10 +73,15 @@ def knn(split: Split) -> Floats:
 def linear(split: Split) -> Floats:
     """Linear interpolation on the Delaunay triangles of the spots; the nearest spot outside their hull."""
     from scipy.interpolate import LinearNDInterpolator
+    from scipy.spatial import QhullError
 
     def interpolate(xy: Floats, counts: Floats, at: Floats) -> Floats:
-        found = np.asarray(LinearNDInterpolator(xy, counts)(at))
-        return np.where(np.isnan(found), counts[cKDTree(xy).query(at)[1]], found)
+        outside = counts[cKDTree(xy).query(at)[1]]
+        try:
+            found = np.asarray(LinearNDInterpolator(xy, counts)(at))
+        except QhullError:  # three spots or fewer, or all on one line
+            return np.asarray(outside)
+        return np.where(np.isnan(found), outside, found)
 
     return _by_section(split, interpolate)
 

@@ -27,6 +27,7 @@ def predict_places(
     target: Path | None,
     section: str | None,
     image: Path | None,
+    scale: float | None,
     cells: Path | None,
     regions: str | None,
     pictures: Path | None,
@@ -39,6 +40,8 @@ def predict_places(
 ) -> Iterator[str]:
     """Write ``out``; yields a line per file. ``regions``: two names with a comma between; ``pictures``: folder for a PNG per mapped gene."""
     names = None if genes is None else list(read_genes(genes))
+    if scale is not None and image is None:
+        raise UserError("--scale is of a new image; give one with --image")
     if want == "differential":
         first, comma, second = (regions or "").partition(",")
         if not comma:
@@ -49,7 +52,7 @@ def predict_places(
         yield f"{out}: {len(table)} genes"
         return
     if want in ("maps", "summary"):
-        seen = run.at(section=section, image=image)
+        seen = run.at(section=section, image=image, scale=scale)
         if want == "summary":
             from PIL import Image
 
@@ -79,7 +82,7 @@ def predict_places(
     elif target is None:
         raise UserError("which spots? give --target with their positions, or --maps, --areas, --cells, --summary")
     else:
-        seen = run.at(target, section=section, image=image)
+        seen = run.at(target, section=section, image=image, scale=scale)
     say(f"predicting {len(run.genes) if names is None else len(names)} genes at {len(seen.target.names)} {want}, {draws} draws")
     result = seen.predict(names, draws=draws, seed=seed, memory_gb=memory_gb)
     if image is not None:

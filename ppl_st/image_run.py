@@ -90,7 +90,7 @@ class ImageRun(Run):
     def areas(self, section: str | None = None) -> "ImageRun":
         """The run looking at the annotated regions of a section; their counts are sums over all of their pixels."""
         one = self.section(section)
-        if one.annotation is None:
+        if one.annotation is None or not one.regions:
             raise UserError(f"section {one.name!r} has no annotation; fit with --set input.annotation=...")
         return self._at_labels(one, one.annotation, np.array(one.regions))
 
@@ -244,13 +244,12 @@ class ImageRun(Run):
         return other.data, other.target
 
     def _at_labels(self, section: Section, label: NDArray[Any], names: NDArray[np.str_]) -> "ImageRun":
-        empty = _empty(len(names), len(self.genes))
         flat, (i, j) = label.ravel(), np.indices(label.shape).reshape(2, -1) + 0.5
         size = np.maximum(np.bincount(flat, minlength=len(names) + 1)[1:], 1)
         middle = np.stack([np.bincount(flat, axis, len(names) + 1)[1:] / size for axis in (j, i)], 1)
         xy = middle / section.scale + np.array(section.origin)
         whole = replace(self, inner=None, recalibration=None)  # it was learned on spots
-        return whole.looking(section._replace(label=label, counts=empty, virtual=-1, centers=middle), names, xy)
+        return whole.looking(section.at(label, middle), names, xy)
 
     def looking(self, section: Section, names: NDArray[np.str_], xy: NDArray[np.float64]) -> "ImageRun":
         obs = pd.DataFrame({"section": section.name, "pixels": np.bincount(section.label.ravel(), minlength=len(names) + 1)[1:]}, index=names)
@@ -332,11 +331,10 @@ def _empty(rows: int, genes: int) -> sp.csr_matrix:
 
 
 def _whole(path: Path, section: Section) -> NDArray[np.int64]:
-    """The part of a label image over a section's whole image that the section covers: its size is taken to be that of the image's file."""
-    from ppl_st.images import image_size
-
-    height, width = image_size(path)
-    whole = read_labels(path, (max(1, round(height * section.scale)), max(1, round(width * section.scale))))
+    """The part of a label image over a section's whole image that the section covers."""
+    if not section.frame[0]:
+        raise UserError(f"section {section.name!r}: the run does not know the size of its whole image; fit again with this version")
+    whole = read_labels(path, section.frame)
     top, left = round(section.origin[1] * section.scale), round(section.origin[0] * section.scale)
     return whole[top : top + section.label.shape[0], left : left + section.label.shape[1]]
 
@@ -349,7 +347,7 @@ def spots_of(data: Data, kept: Sequence[Counts]) -> Counts:
     names = np.concatenate([one.names for one in kept])
     if len(set(names.tolist())) < len(names):
         names = np.concatenate([[f"{s.name}:{name}" for name in one.names] for s, one in zip(data.sections, kept, strict=True)])
-    tables = [one.obs.assign(section=s.name) for s, one in zip(data.sections, kept, strict=True)]
+    tables = [one.obs.dropna(axis=1, how="all").assign(section=s.name) for s, one in zip(data.sections, kept, strict=True)]
     obs = pd.concat(tables).set_axis(pd.Index(names.astype(str)))
     xy = np.concatenate([one.xy for one in kept if one.xy is not None])
     matrix = sp.csr_matrix(sp.vstack([one.matrix for one in kept], dtype=np.float32))
@@ -389,7 +387,7 @@ def read_sections(folder: Path) -> tuple[Data, Counts]:
     for n, (values, matrix) in enumerate(zip(fields, _split(spots, fields), strict=True)):
         values |= {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith(f"{n}/")}
         values["counts"] = matrix if values["virtual"] < 0 else sp.csr_matrix(sp.vstack([matrix, _empty(1, matrix.shape[1])], dtype=np.float32))
-        values["regions"], values["origin"] = tuple(values["regions"]), tuple(values["origin"])
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}  # regions, origin, frame
         sections.append(Section(**values))
     return Data(tuple(sections), spots.genes, {key: tuple(names) for key, names in covariates.items()}), spots
 

@@ -131,17 +131,30 @@ def resize(image: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8
     return np.asarray(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BOX))
 
 
-def read_labels(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """A label or mask image on a grid of ``shape`` (height, width) by nearest pixel, [H, W] int64; of color images, whether a pixel is not black."""
+def read_labels(path: Path, shape: tuple[int, int], *, mask: bool = False) -> NDArray[np.int64]:
+    """A label or mask image over a whole image, of any resolution, on a grid of ``shape`` (height, width) by nearest pixel, [H, W] int64.
+
+    Of color images whether a pixel is not black; several colors are no labels, only a ``mask``.
+    """
     with _opened(path) as (kind, file):
         values: NDArray[Any] = file.asarray() if kind == "tiff" else np.asarray(file)
     values = np.squeeze(values)
-    if values.ndim == 3 and values.shape[2] in (2, 3, 4):
-        values = np.asarray(values[..., : 3 if values.shape[2] > 2 else 1].any(2))
-    if values.ndim != 2:
+    if values.ndim != 2 and (values.ndim != 3 or values.shape[2] not in (2, 3, 4)):
         raise UserError(f"label image {path}: shape {values.shape} is no plane image")
-    rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(shape, values.shape, strict=True))
-    return values[rows.astype(np.int64)[:, None], columns.astype(np.int64)].astype(np.int64)
+    (height, width), size = shape, values.shape
+    if abs(size[0] * width / (size[1] * height) - 1) > 0.02 + 1 / height + 1 / width:
+        raise UserError(
+            f"label image {path}: {size[1]} x {size[0]} px have other proportions than the section's image ({width} x {height} px at the working "
+            "resolution); give labels over the whole image, at any resolution"
+        )
+    rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(shape, size, strict=False))
+    values = values[rows.astype(np.int64)[:, None], columns.astype(np.int64)]
+    if values.ndim == 3:
+        color = values[..., : 3 if values.shape[2] > 2 else 1]
+        values = np.asarray(color.any(2))
+        if not mask and values.any() and np.ptp(color[values], axis=0).any():
+            raise UserError(f"label image {path}: several colors are no labels; save the number of each region or cell in one channel")
+    return values.astype(np.int64)
 
 
 def to_rgb(values: NDArray[Any], name: str = "array") -> NDArray[np.uint8]:
@@ -212,6 +225,9 @@ def _shrunk_tiff(file: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
     axes = "".join(one for one, size in zip(level.axes, level.shape, strict=True) if size > 1 or one in "YX")
     if axes not in ("YX", "YXS", "SYX", "CYX", "YXC"):
         raise UserError(f"image {name}: axes {level.axes} {level.shape} are no plane image; export one plane in RGB")
+    stored, packed = level.keyframe.photometric.name, level.keyframe.compression.name
+    if stored not in ("MINISBLACK", "MINISWHITE", "RGB") and not (stored == "YCBCR" and "JP" in packed):  # JPEG's decoder returns RGB
+        raise UserError(f"image {name}: its colors are stored as {stored}; save it in RGB")
     height, width = level.shape[level.axes.index("Y")], level.shape[level.axes.index("X")]
     channels = max(1, int(np.prod(level.shape)) // (height * width))
     factor = max(1, int(min(height / shape[0], width / shape[1])))

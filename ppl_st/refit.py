@@ -101,6 +101,9 @@ def _at_hidden_spots(
     of = run.target.obs["section"].astype(str).to_numpy()
     kept = [run.target.take_rows(np.flatnonzero(of == one.name)) for one in sections]
     parts = [np.array_split(np.random.default_rng([seed, 41, n]).permutation(len(one.names)), folds) for n, one in enumerate(kept)]
+    most = max(len(one.names) for one in kept)
+    if most < folds:
+        raise UserError(f"recalibrate: {most} spots (of the largest section) cannot be cut into {folds} parts; lower --folds")
     edges = gene_strata(run.reference_mean)
     stratum = np.searchsorted(edges, run.reference_mean)
     names, curves = [], []

@@ -1,7 +1,6 @@
 """Where a section's counts and image come from: AnnData with an image file, a Space Ranger folder, a SpatialData store."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,9 @@ def read_slide(
 
             return read_spatialdata(path, image, layer=layer, gene_key=gene_key)
     adata = read_adata(target, role="target")
-    counts = read_counts(adata, role="target", layer=layer, gene_key=gene_key)
-    name = "section"
-    if not isinstance(target, ad.AnnData):
-        name, counts = Path(target).stem, replace(counts, source=str(target))
+    file = None if isinstance(target, ad.AnnData) else str(target)
+    name = "section" if file is None else Path(file).stem
+    counts = read_counts(adata, role="target", layer=layer, gene_key=gene_key, file=file)
     radius, micron, factors, stored = _scanpy(adata)
     if image is not None:
         return Slide(name, counts, image, 1.0, radius, micron)

@@ -10,7 +10,6 @@ Coordinates are full-resolution pixels. An image that is given may be the full-r
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def read_spaceranger(folder: Path, image: Source | None = None) -> Slide:
     adata = adata[known].copy()
     adata.obs = table.loc[known, ["array_row", "array_col"]].copy()
     adata.obsm["spatial"] = table.loc[known, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(np.float64)
-    counts = replace(read_counts(adata, role="target"), source=str(folder))
+    counts = read_counts(adata, role="target", file=str(folder))
     square = "microns_per_pixel" in factors
     if square:  # HD: square bins
         micron = float(factors["microns_per_pixel"])

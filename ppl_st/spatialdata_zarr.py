@@ -4,7 +4,6 @@ Needed: one table with counts, one shapes element (or points of the table's regi
 the table's ``region`` names the shapes, and the image is the one with most pixels unless one is given by name.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def read_spatialdata(path: Path, image: Source | None = None, *, layer: str | No
     xy = np.stack([rows.geometry.centroid.x, rows.geometry.centroid.y], 1) @ matrix[:2, :2].T + matrix[:2, 2]
     adata = table.copy()
     adata.obsm["spatial"] = xy
-    counts = replace(read_counts(adata, role="target", layer=layer, gene_key=gene_key), source=str(path))
+    counts = read_counts(adata, role="target", layer=layer, gene_key=gene_key, file=str(path))
     grow = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
     size = rows["radius"].to_numpy(float) if "radius" in rows else np.sqrt(rows.geometry.area.to_numpy(float) / np.pi)
     pixels = image if image is not None and name != str(image) else _pixels(store.images[name])

@@ -23,7 +23,7 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
     if reference_kind(run) != "image":
         found += _reference_warnings(run)
     elif len(run.target.names) < FEW_SPOTS:
-        found.append(f"Few spots: {len(run.target.names)} in all. Variances are learned from them alone; intervals are too short (by half with 16).")
+        found.append(f"Few spots: {len(run.target.names)} in all. Variances are learned from them alone; intervals can be too short.")
     shallow = float((run.target.totals < FEW_COUNTS).mean())
     if shallow > 0.05:
         found.append(f"Shallow {noun}s: {shallow:.0%} have fewer than {FEW_COUNTS} counts; what is predicted there is mostly the average.")

@@ -102,3 +102,11 @@ def test_features_are_standardised_and_ignore_staining():
     assert found.shape == (FEATURES, 60, 80) and np.abs(found[:, mask].mean(1)).max() < 0.05 and np.abs(found[:, mask].std(1) - 1).max() < 0.05
     darker = image_features((image // 2 + 10).astype(np.uint8), mask, 8.0)
     assert np.corrcoef(found[:, mask].ravel(), darker[:, mask].ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_on_a_line_linear_interpolation_is_the_nearest_spot(split, number):
+    data, _, _ = split
+    line = data.seen._replace(xy=np.stack([np.arange(len(data.seen.xy)), np.zeros(len(data.seen.xy))], 1))
+    few = data._replace(seen=ib.Places(*(values[:number] for values in line)), counts=data.counts[:number], asked=line)
+    assert np.array_equal(ib.linear(few), ib.nearest(few))

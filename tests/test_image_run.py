@@ -303,6 +303,13 @@ def test_commands(base):
     ok("predict", base / "run", "--areas", "--section", "section0", "--draws", 2, "--out", base / "areas.h5ad")
     ok("predict", base / "run", "--cells", base / "kind0.png", "--section", "section0", "--draws", 2, "--out", base / "cells.h5ad")
     assert (ad.read_h5ad(base / "cells.h5ad").obs["pixels"].values == ad.read_h5ad(base / "areas.h5ad").obs["pixels"].values).all()
+    Image.open(base / "kind0.png").resize((256, 256), Image.Resampling.NEAREST).save(base / "fine.png")  # cells of another resolution
+    ok("predict", base / "run", "--cells", base / "fine.png", "--section", "section0", "--draws", 2, "--out", base / "fine.h5ad")
+    assert np.array_equal(ad.read_h5ad(base / "fine.h5ad").X, ad.read_h5ad(base / "cells.h5ad").X)
+    Image.open(base / "data/section1.png").resize((256, 256), Image.Resampling.NEAREST).save(base / "fine1.png")
+    more = ("--maps", base / "genes.txt", "--draws", 2, "--out", base / "f.zarr")
+    ok("predict", base / "run", "--image", base / "fine1.png", "--scale", 0.5, *more)
+    assert zarr.open_group(str(base / "f.zarr"), mode="r")["mean"].shape == (1, 128, 128)
     ok("predict", base / "run", "--differential", "1,2", "--draws", 3, "--out", base / "d.csv")
     assert pd.read_csv(base / "d.csv").shape == (3, 7)
     ok("predict", base / "run", "--summary", "--section", "section0", "--draws", 2, "--out", base / "summary.png")
@@ -327,6 +334,14 @@ def test_recalibrated_intervals_at_places(base, world, tmp_path):
     assert "spots were hidden in turn" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
+def test_seeds_together_predict_their_own_spots(base):
+    ok("fit", "xfuse", *inputs(base)[:6], "--out", base / "seeds", "--seeds", 2, *sets("fit.steps=1", "functions=8"))
+    ok("predict", base / "seeds", "--draws", 4, "--out", base / "together.h5ad")
+    assert ad.read_h5ad(base / "together.h5ad").shape == (52, 3)  # all genes, as of one seed
+    told = refused("predict", base / "seeds", "--target", base / "data/section0.h5ad", "--out", base / "x.h5ad")
+    assert "--target give one of them" in told
+
+
 def test_commands_say_what_is_wrong(base):
     run, image, table = base / "run", base / "data/section0.png", base / "data/section0.h5ad"
     assert "give one image per target" in refused("fit", "xfuse", *inputs(base), "--image", image, "--out", base / "new")
@@ -337,5 +352,9 @@ def test_commands_say_what_is_wrong(base):
     assert "name it *.zarr" in refused("predict", run, "--maps", base / "genes.txt", "--out", base / "x.h5ad")
     assert "which spots?" in refused("predict", run, "--section", "section0", "--out", base / "x.h5ad")
     assert "name two annotated regions" in refused("predict", run, "--differential", "1", "--out", base / "x.csv")
+    assert "--scale is of a new image" in refused("predict", run, "--scale", 0.5, "--out", base / "x.h5ad")
+    assert "52 spots (of the largest section) cannot be cut into 53 parts" in refused("recalibrate", run, "--folds", 53)
+    few = refused("evaluate", "--methods", "xfuse", *inputs(base), "--holdout-spots", 0.01, "--out", base / "x")
+    assert "a share of 0.01 of 52 spots hides none" in few
     assert "needs one --target and a --reference" in refused("evaluate", "--methods", "siid", "--target", image, "--out", base / "x")
     assert not (base / "new").exists()

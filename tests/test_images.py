@@ -97,6 +97,10 @@ def test_what_is_no_image_is_said(picture, tmp_path):
         images.read_image(np.zeros((20_000, 10, 3), np.uint8))
     with pytest.raises(UserError, match="negative"):
         images.to_rgb(-np.ones((4, 4), np.float32))
+    for mode, stored in [("P", "PALETTE"), ("CMYK", "SEPARATED"), ("YCbCr", "YCBCR")]:
+        Image.fromarray(picture).convert(mode).save(tmp_path / "colors.tif")
+        with pytest.raises(UserError, match=f"its colors are stored as {stored}; save it in RGB"):
+            images.read_image(tmp_path / "colors.tif")
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -169,9 +173,16 @@ def test_geojson_regions_have_names_holes_and_the_frame_of_the_section(tmp_path)
     assert moved[2, 2] == 1 and moved[7, 7] == 0
     with pytest.raises(UserError, match="no region covers"):
         regions_from_geojson(path, (5, 5), 0.1, np.array([9e5, 0.0]))
-    path.write_text("{")
-    with pytest.raises(UserError, match="GeoJSON"):
-        regions_from_geojson(path, (5, 5), 1.0, np.zeros(2))
+    assert regions_from_geojson(path, (22, 22), 0.1, np.zeros(2))[1] == ("tumor",)  # a region without a pixel is none
+    stroma, names = regions_from_geojson(path, (9, 9), 0.1, np.array([310.0, 310.0]))
+    assert names == ("stroma",) and stroma.max() == 1
+    no_place = {"type": "Feature", "geometry": None, "properties": {}}
+    path.write_text(json.dumps({"features": [no_place, features[0]]}))
+    assert regions_from_geojson(path, (40, 40), 0.1, np.zeros(2))[1] == ("tumor",)
+    for broken in ["{", "[1, 2]", '{"type": "Polygon"}', '{"type": "Polygon", "coordinates": [[1, 2]]}']:
+        path.write_text(broken)
+        with pytest.raises(UserError, match="GeoJSON"):
+            regions_from_geojson(path, (5, 5), 1.0, np.zeros(2))
 
 
 def test_label_image_and_spot_columns_become_regions(tmp_path):
@@ -180,6 +191,17 @@ def test_label_image_and_spot_columns_become_regions(tmp_path):
     tifffile.imwrite(tmp_path / "l.tif", values)
     label, names = regions_from_image(tmp_path / "l.tif", (50, 100), (0, 50, 10, 100))
     assert names == ("7", "300") and label[10, 5] == 2 and label[40, 80] == 1 and label[40, 5] == 0
+    with pytest.raises(UserError, match="200 x 100 px have other proportions than the section's image"):
+        regions_from_image(tmp_path / "l.tif", (50, 60), (0, 50, 10, 60))
+    painted = np.zeros((100, 200, 3), np.uint8)
+    painted[:50, :100] = [255, 0, 0]
+    Image.fromarray(painted).save(tmp_path / "p.png")
+    assert regions_from_image(tmp_path / "p.png", (50, 100), (0, 50, 0, 100))[1] == ("1",)
+    painted[50:, 100:] = [0, 255, 0]
+    Image.fromarray(painted).save(tmp_path / "p.png")
+    with pytest.raises(UserError, match="several colors are no labels"):
+        regions_from_image(tmp_path / "p.png", (50, 100), (0, 50, 0, 100))
+    assert (images.read_labels(tmp_path / "p.png", (50, 100), mask=True) == painted[::2, ::2].any(2)).all()
     discs = np.array([[0, 1, 2], [3, 4, 0]])  # the last is the virtual measurement
     label, names = regions_from_spots(pd.Series(["b", None, "a"]), discs)
     assert names == ("a", "b") and label.tolist() == [[0, 2, 0], [1, 0, 0]]

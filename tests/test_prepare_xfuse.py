@@ -162,6 +162,15 @@ def test_mirrored_and_shifted_spots_are_found(tmp_path):
     assert f"{adata.n_obs} of {adata.n_obs} spots lie outside the image (400 x 300 px)" in refused(right, image, tmp_path)
 
 
+def test_mirrored_spots_are_found_where_a_fourth_of_the_tissue_is_too_pale_for_the_mask(tmp_path):
+    adata, image, tissue = world()
+    image = np.where((tissue & (np.arange(HEIGHT)[:, None] > 200))[..., None], [238, 235, 240], image).astype(np.uint8)
+    data, _ = problem([slide(adata, image)], Input(), quiet, tmp_path)
+    assert len(data.sections) == 1
+    adata.obsm["spatial"] = np.array([WIDTH, 0]) + adata.obsm["spatial"] * [-1, 1]
+    assert "only 18% of the spots lie on tissue" in refused(adata, image, tmp_path)
+
+
 def test_masks(tmp_path):
     adata, image, tissue = world()
     Image.fromarray((255 * tissue).astype(np.uint8)).resize((200, 150)).save(tmp_path / "mask.png")  # of another resolution
@@ -225,6 +234,9 @@ def test_other_positions_and_new_images():
     fresh = new_image(image[:, ::-1], data, Input(), quiet)
     assert fresh.counts.shape == (0, 4) and fresh.scale == section.scale and (fresh.label == 0).all()
     assert abs(fresh.mask.sum() / section.mask.sum() - 1) < 0.05
+    half, _ = problem([slide(adata, image[::2, ::2], image_scale=0.5)], Input(pitch=8.0), quiet)  # positions in pixels of a larger image
+    assert half.sections[0].scale == pytest.approx(0.4) and half.sections[0].frame == (120, 160)
+    assert new_image(image[::2, ::2], half, Input(), quiet).frame == (120, 160)
     assert section.pitch == asked.pitch == fresh.pitch == pytest.approx(PITCH * section.scale)  # what is asked for changes no scale of space
 
 

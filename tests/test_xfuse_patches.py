@@ -130,3 +130,16 @@ def test_a_batch_is_a_function_of_its_step_and_turns_change_no_sum(data, monkeyp
 def test_a_measurement_that_fits_in_no_patch_is_refused(data):
     with pytest.raises(UserError, match="patch=6"):
         Batches([tissue(one) for one in data.sections], 6, 1, "none", 0)
+
+
+def test_what_is_asked_for_changes_nothing_that_the_networks_and_fields_see(data):
+    one = data.sections[0]
+    everywhere = one.at(np.ones_like(one.label), np.array([[40.0, 32.0]]))
+    again = everywhere.at(np.zeros_like(one.label), np.zeros((0, 2)))
+    scores = np.arange(one.counts.shape[0], dtype=np.float32)[:, None]
+    fit = tissue(one, scores)
+    assert bool(fit.features[-1].any()) and bool(fit.spots.any())
+    for asked in (everywhere, again):
+        seen = tissue(asked, scores)
+        assert torch.equal(seen.features, fit.features) and torch.equal(seen.spots, fit.spots)
+        assert len(seen.size) == asked.counts.shape[0] and seen.virtual == -1

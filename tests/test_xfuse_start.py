@@ -22,6 +22,7 @@ from ppl_st.models.xfuse.warm_start import (
     fit_odds,
     gather,
     normal_scores,
+    without_failed,
 )
 from xfuse_sections import SMALL, quiet, settings, start_of, two_sections
 
@@ -68,6 +69,27 @@ def test_odds_are_found_again():
     np.testing.assert_allclose(found, u, atol=0.35)
 
 
+def test_odds_of_deep_spots_are_as_high_as_their_counts_ask_for():
+    """At most 5, they left the intervals of 16 tiles with thousands of reads at .38 of .90."""
+    rng = np.random.default_rng(0)
+    u = np.array([4.9, 8.0, 2.0])
+    mean = np.array([[500.0, 5000.0, 0.01]])
+    counts = rng.negative_binomial(np.tile(mean / np.exp(u), (500, 1)), 1 / (1 + np.exp(u)))
+    counts[:, 2] = 0
+    found = fit_odds(sp.csr_matrix(counts), np.ones((500, 1)), mean)
+    np.testing.assert_allclose(found[:2], u[:2], atol=0.35)
+    assert found[2] <= 5.5  # without a count the likelihood rises for ever
+
+
+def test_where_many_spots_are_empty_they_did_not_fail(data):
+    spots = gather(data, [tissue(one) for one in data.sections])
+    counts = spots.counts.tolil()
+    counts[:12] = 0
+    said = []
+    kept = without_failed(spots._replace(counts=sp.csr_matrix(counts)), said.append)
+    assert len(kept.section) == len(spots.section) == 60 and not said
+
+
 def test_the_closed_form_start_already_separates_the_halves(data, started):
     pair, spec = started
     summary, _ = posterior_predictive(xfuse.Predictor(pair, data, settings(), spec), chains_of(pair), np.arange(12), draws=20, seed=0)
@@ -75,6 +97,11 @@ def test_the_closed_form_start_already_separates_the_halves(data, started):
     r = [np.corrcoef(summary.rate_mean[:, g], counts[:, g])[0, 1] for g in range(12)]
     assert np.median(r) > 0.5
     assert summary.rate_mean.mean() == pytest.approx(counts.mean(), rel=0.2)
+
+
+def test_effects_of_an_unseen_section_are_as_large_as_those_of_the_sections_seen(started):
+    model = sides(chains_of(started[0])[0])[0]
+    assert model.scale_of("logit_0").max() < 0.11 and 0.1 < model.scale_of("level_0").mean() < 0.4  # these two do not differ
 
 
 def test_a_spot_that_failed_is_left_out_of_the_start(data):

@@ -291,7 +291,7 @@ class Predictor:
             codes = self.spec.codes[known] if known >= 0 else [int(code) for code in one.covariates]
             guide = self.guides[chain]
             axes = (guide.center.numpy(), guide.axes.numpy()) if self.config.condition else None
-            seen = tissue(one, None if axes is None else _scores(one, axes))
+            seen = tissue(one, None if axes is None else _scores(one.shown or one, axes))
             with torch.no_grad():
                 latents = guide.latents(seen.image[None], seen.spots[None])
             lattices = self.spec.lattices[known] if known >= 0 else _new_lattices(one, self.spec)

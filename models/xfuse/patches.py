@@ -110,8 +110,8 @@ def pitch_of(section: Section) -> float:
 
 
 def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissue:
-    """A section as tensors; ``scores`` [rows, S - 1] of its spots are painted into the channels that the recognition network sees."""
-    rows = section.counts.shape[0]
+    """A section as tensors; ``scores`` [rows, S - 1] of the spots of the fit are painted into the channels that the recognition network sees."""
+    rows, fit = section.counts.shape[0], section.shown or section
     # int64 throughout: a float32 cannot tell ids beyond 2^24 apart
     label = section.label
     size = np.bincount(label.ravel(), minlength=rows + 1)[1:]
@@ -122,15 +122,15 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissu
     pixels = section.image.astype(np.float32)
     first, last = pixels.min((0, 1)), pixels.max((0, 1))
     image = 0.9 * (2 * (pixels - first) / np.maximum(last - first, 1.0) - 1)
-    outside = gaussian_filter(_beyond(section), OUTSIDE)
+    outside = gaussian_filter(_beyond(fit), OUTSIDE)
     painted = np.zeros((0, *label.shape), np.float32)
     if scores is not None:
-        there = (label > 0) & (label != section.virtual + 1)
+        there = (fit.label > 0) & (fit.label != fit.virtual + 1)
         table = np.vstack([np.zeros((1, scores.shape[1]), np.float32), scores])
-        painted = np.concatenate([np.moveaxis(table[label] * there[..., None], 2, 0), there[None].astype(np.float32)])
+        painted = np.concatenate([np.moveaxis(table[fit.label] * there[..., None], 2, 0), there[None].astype(np.float32)])
     return Tissue(
         torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0))),
-        torch.from_numpy(np.concatenate([image_features(section.image, section.mask, pitch_of(section)), outside[None]])),
+        torch.from_numpy(np.concatenate([image_features(section.image, section.mask, pitch_of(fit)), outside[None]])),
         torch.from_numpy(label), section.counts, section.virtual, size, low, high, torch.from_numpy(painted),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
 2. Length scales of space and image: marginal likelihood of Gaussian processes on the square root of the depth and the first principal components of
    the counts' Pearson residuals, as normal scores (a few extreme spots would make lengths short), each column with variances of its own:
    K_k = a_sk exp(-d_s^2 / 2 l_s^2) + a_ik exp(-d_i^2 / 2 l_i^2) + noise_k, d_s in spot pitches within a section, d_i between standardised image
-   features. Spots that failed (depth below `FAILED` of their section's median) are left out from here on. The model's own kernel in space has a
+   features. A few spots that failed (depth below `FAILED` of their section's median) are left out. The model's own kernel in space has a
    longer length beside l_s (`LENGTHS`): a depth varies more slowly than what the genes differ in.
 3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
    (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
@@ -39,14 +39,17 @@ __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "
 
 COMPONENTS = 25
 FAILED = 0.02  # of its section's median depth
+MOST_FAILED = 0.05  # of all spots; where more are empty it is the tissue that is
 MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the cube
 SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
 NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
-ODDS = np.linspace(-5.0, 5.0, 21)
+ODDS = np.linspace(-5.0, 12.0, 35)  # they grow with the counts of a spot, so that deep spots need high ones
+RARE = 5.0  # above, the likelihood is followed only for genes for which it still rises, and that several spots show
 THETA = 100.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
 LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
+LEAST_EFFECT = 0.1  # prior sd of covariates' effects, with which a new section draws its own; from 1 on, hundreds of steps do not bring it there
 UNIT = 0.5  # of the softplus of the scale, over the mean scale: a Gaussian field becomes a depth much as its root would
 MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
 Array = NDArray[np.float64]
@@ -95,13 +98,20 @@ def gather(data: Data, tissues: Sequence[Tissue]) -> Spots:
 def fit_odds(counts: sp.csr_matrix, activity: Array, loadings: Array) -> Array:
     """Log-odds u [G] by maximum likelihood on `ODDS` (parabola through the best three) when the means are activity [n, h] @ loadings [h, G]."""
     x = sp.coo_matrix(counts)
+    gene, count = x.col, x.data
     mean = np.maximum(np.concatenate([(activity[i] * loadings[:, j].T).sum(1) for i, j in _chunks(x.row, x.col)] or [np.zeros(0)]), 1e-12)
     total = activity.sum(0) @ loadings
     score = np.empty((len(ODDS), loadings.shape[1]))
+    rises, several = np.ones(loadings.shape[1], bool), np.bincount(gene, minlength=loadings.shape[1]) > 1
     for k, u in enumerate(ODDS):
+        if u > RARE:
+            rises = several & (score[k - 1] > score[k - 2])
+            keep = rises[gene]
+            gene, count, mean = gene[keep], count[keep], mean[keep]
         r = mean * np.exp(-u)
-        at = gammaln(x.data + r) - gammaln(r) - x.data * np.logaddexp(0.0, -u)
-        score[k] = np.bincount(x.col, at, loadings.shape[1]) - total * np.exp(-u) * np.logaddexp(0.0, u)
+        at = gammaln(count + r) - gammaln(r) - count * np.logaddexp(0.0, -u)
+        value = np.bincount(gene, at, loadings.shape[1]) - total * np.exp(-u) * np.logaddexp(0.0, u)
+        score[k] = np.where(rises, value, score[k - 1] - 1)
     best = np.clip(score.argmax(0), 1, len(ODDS) - 2)
     genes = np.arange(len(best))
     left, middle, right = (score[best + d, genes] for d in (-1, 0, 1))
@@ -114,12 +124,14 @@ def _chunks(row: NDArray[np.int32], col: NDArray[np.int32], size: int = 200_000)
 
 
 def without_failed(spots: Spots, say: Callable[[str], None]) -> Spots:
-    """The spots whose depth is at least `FAILED` of their section's median."""
+    """The spots whose depth is at least `FAILED` of their section's median; all where more than `MOST_FAILED` of them would go."""
     depth = np.asarray(spots.counts.sum(1), np.float64).ravel()
     typical = np.empty_like(depth)
     for n in np.unique(spots.section):
         typical[spots.section == n] = np.median(depth[spots.section == n])
     keep = np.flatnonzero(depth >= FAILED * typical)
+    if len(keep) < (1 - MOST_FAILED) * len(depth):
+        return spots
     if len(keep) < len(depth):
         say(f"{len(depth) - len(keep)} of {len(depth)} spots with less than {FAILED:.0%} of their section's median counts are left out of the start")
     return Spots._make(part[keep] for part in spots)
@@ -298,12 +310,11 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     rough = smoother((raw := _logits(project(rates(columns[:, 1:]), w, h))) - raw.mean(0))
     found.noise[:] = np.append((noise_of_log * (x / -np.expm1(-x)) ** 2).mean(), rough.noise)
     found.parts[:, 1:] = rough.parts
-    for k, function in enumerate((basis_image, basis_space)):
+    for k, (name, function) in enumerate((("image_weights", basis_image), ("space", basis_space))):
         # prior variance of one weight: the part's, spread over functions that give the Gram matrix its trace
         variance = found.parts[1 - k] * len(function) / (function**2).sum()
         if m == 1:  # its logits say nothing; those that it will be split into need room
             variance[1:] = (kernel.image, kernel.space)[k] * len(function) / (function**2).sum()
-        name = ("image_weights", "space")[k]
         sd = np.sqrt(np.maximum(variance, 1e-8))  # [1 + m]
         trace = len(function) / (function**2).sum()
         location = trace * (function.T @ found.dual[1 - k]) / sd  # a weight is its posterior mean over its prior sd
@@ -355,7 +366,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
 
 
 def _section_effects(model: Model, guide: Guide, spots: Spots, activity: Array, profiles: Array) -> None:
-    """E of the first covariate: observed over predicted totals of each level, shrunk."""
+    """E of the first covariate, observed over predicted totals of each level, shrunk; prior sds of all effects as large as these ask for."""
     if not model.spec.levels:
         return
     codes = np.array(model.spec.codes)[spots.section, 0]
@@ -366,6 +377,10 @@ def _section_effects(model: Model, guide: Guide, spots: Spots, activity: Array, 
         effect[level] = np.log((np.asarray(spots.counts[mine].sum(0)).ravel() + 10.0) / (predicted + 10.0))
     _write(guide.level_0_loc, effect)
     _write(guide.level_0_log_sd, np.log(0.1))
+    size = (effect**2).mean(0)
+    for name, sd in model.log_sd.items():
+        if name != "metagenes":
+            _write(sd, 0.5 * np.log(LEAST_EFFECT**2 + name.startswith("level_") * 0.5 * (size + size.mean())))
 
 
 def _depth(spots: Spots) -> tuple[sp.csr_matrix, Array, Array]:

@@ -27,6 +27,7 @@ __all__ = ["new_image", "problem", "section_at", "without"]
 INSIDE = 0.9  # share of its disc that a spot must have inside the image
 ON_TISSUE, ELSEWHERE, BETTER = 0.85, 0.9, 0.1  # an error: a smaller share of spots on tissue than the first, while another reading of the
 # positions puts at least the second there, and better by the third (measured: right positions .97 to .99, exchanged axes .58 to .79)
+MUCH = 0.3  # or better by this (pale tissue: right positions .79, others at most .48)
 
 
 def problem(
@@ -59,7 +60,7 @@ def problem(
         kept.append(counts)
     spots = sum(len(counts.names) for counts in kept)
     if spots < FEW_SPOTS:
-        say(f"only {spots} spots in all: variances are learned from them alone, and intervals come out too short (with 16 spots by half)")
+        say(f"only {spots} spots in all: variances are learned from them alone, and intervals can come out too short")
     return Data(tuple(sections), genes, levels), kept
 
 
@@ -83,9 +84,8 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
             "fit with a larger one (--set input.margin=...)"
         )
     pixels = section.radius if radius is None else radius * section.scale
-    empty = _no_counts(len(xy), section.counts.shape[1])
     label = label_spots(section.label.shape, centers, pixels, square=section.square)
-    return section._replace(label=label, counts=empty, virtual=-1, centers=centers, radius=pixels)
+    return section.at(label, centers)._replace(radius=pixels)
 
 
 def new_image(
@@ -104,21 +104,22 @@ def new_image(
     ``xy`` [n, 2]: places that the section must hold, in pixels of the image.
     """
     height, width = image_size(image)
+    first = like.sections[0]
     if scale is None:
-        scale = config.scale if config.scale is not None else min(1.0, like.sections[0].scale)
+        scale = first.file_scale if np.isfinite(first.file_scale) else min(1.0, first.scale)
     pixels = read_image(image, scale=scale)
+    frame = pixels.shape[:2]
     mask = np.ones(pixels.shape[:2], bool) if config.mask == ("none",) else tissue_mask(pixels)
-    margin = 2 * like.sections[0].radius
+    margin = 2 * first.radius
     held = [np.argwhere(mask)[:, ::-1].astype(np.float64), *([] if xy is None else [xy * scale])]
     box = _box(np.concatenate(held), pixels.shape[:2], margin)
     pixels, mask = pixels[box[0] : box[1], box[2] : box[3]], mask[box[0] : box[1], box[2] : box[3]]
     say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {mask.mean():.0%} tissue")
-    first = like.sections[0]
     nowhere = _no_counts(0, len(like.genes))
     return Section(
         name, np.ascontiguousarray(pixels), np.zeros(mask.shape, np.int64), nowhere, -1, mask, np.zeros((0, 2)), first.radius,
         np.full(len(like.covariates), -1, np.int64), None, scale=scale, origin=(box[2] / scale, box[0] / scale), micron=first.micron,
-        square=first.square, pitch=first.pitch,
+        square=first.square, pitch=first.pitch, frame=frame, file_scale=scale,
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def without(data: Data, hidden: Sequence[NDArray[np.int64]]) -> Data:
 def _genes(slides: Sequence[Slide], config: Input, say: Callable[[str], None]) -> NDArray[np.str_]:
     """Genes that every section with counts has, after the filters, sorted."""
     tables = [slide.counts for slide in slides if slide.counts is not None]
-    everywhere = reduce(np.intersect1d, [table.genes for table in tables])
+    everywhere = np.sort(reduce(np.intersect1d, [table.genes for table in tables]))
     genes = everywhere
     if config.drop_genes:
         try:
@@ -246,6 +247,7 @@ def _section(
     square = slide.square if config.spot == "auto" else config.spot == "square"
     everything = label_spots(image.shape[:2], centers, frame.radius, square=square)
     label = np.append(0, np.cumsum(keep) * keep)[everything]
+    mask |= label > 0  # also where a spot is pale: hidden later, it is still known to be tissue
     if (np.bincount(label.ravel(), minlength=keep.sum() + 1)[1:] == 0).any():
         raise UserError(
             f"{slide.name}: at scale {frame.scale / slide.image_scale:.3g} some spots share all their pixels with others; raise input.scale "
@@ -268,7 +270,7 @@ def _section(
     section = Section(
         slide.name, image, label, matrix, virtual, mask, where, frame.radius, codes, None if regions is None else regions[0],
         () if regions is None else regions[1], frame.scale, (box[2] / frame.scale, box[0] / frame.scale), slide.micron / frame.scale,
-        square, _pitch(frame),
+        square, _pitch(frame), None, shape, frame.scale / slide.image_scale,
     )  # fmt: skip
     return section, rows
 
@@ -307,7 +309,8 @@ def _check_positions(slide: Slide, frame: _Frame, pictures: Path) -> None:
     share = {name: _on(mask, xy) for name, xy in readings.items()}
     best = max(share, key=lambda name: share[name])
     own = _on(mask, frame.centers)
-    hint = f"; {best}, {share[best]:.0%} would lie on tissue" if share[best] >= max(own + BETTER, ELSEWHERE) else ""
+    better = share[best] >= own + (BETTER if share[best] >= ELSEWHERE else MUCH)
+    hint = f"; {best}, {share[best]:.0%} would lie on tissue" if better else ""
     width, height = shape[1] / frame.scale, shape[0] / frame.scale
     if outside.any():
         xy = frame.centers / frame.scale
@@ -376,7 +379,7 @@ def _mask(
         return np.ones(image.shape[:2], bool)
     if choice == "auto":
         return tissue_mask(image, centers)
-    mask = read_labels(Path(choice), (shape[0], shape[1]))[crop] > 0
+    mask = read_labels(Path(choice), (shape[0], shape[1]), mask=True)[crop] > 0
     share = _on(mask, centers)
     if not mask.any() or share < 0.01:
         path = overlay(pictures / f"overlay_{slide.name}.png", np.where(mask[..., None], image, image // 2), centers, frame.radius)
