@@ -50,7 +50,7 @@ def test_the_level_that_a_slope_adds_is_interpolated_with_its_gradient():
         torch.testing.assert_close(*gradients, atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+@pytest.mark.parametrize("likelihood", ["nb", pytest.param("poisson", marks=pytest.mark.slow)])
 def test_an_unmeasured_gene_has_the_level_of_the_reference_whatever_its_slope(likelihood):
     """Platforms agree here; a level that is learned beside the slope spread as much as the slopes do, and was drawn apart from them."""
     world = spatial_field(seed=2, n_cells=500, n_reference=600, n_genes=60, n_panel=40, n_types=5, platform_sd=0.0)
