@@ -65,14 +65,18 @@ def parameter_prior(
 def score_nb(counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
     """sum_i log mean_d NB(x_i | mean mu_di, inverse dispersion e^t) [grid, genes] for t on the grid of log theta; counts [n, g], mu [draws, n, g]."""
     score = np.zeros((len(grid), counts.shape[1]))
+    values, at = np.unique(counts, return_inverse=True)  # few: gammaln once for each
+    at = at.reshape(counts.shape)
     for first in range(0, len(counts), ROWS):
         x, rate = counts[first : first + ROWS], mu[:, first : first + ROWS]
-        power = x * np.log(rate)
+        power, log_p = x * np.log(rate), np.empty(rate.shape)  # one large array for all steps
         for t, theta in enumerate(np.exp(grid)):
-            log_p = power - (x + theta) * np.log(rate + theta)
+            np.log(np.add(rate, theta, out=log_p), out=log_p)
+            np.subtract(power, np.multiply(x + theta, log_p, out=log_p), out=log_p)
             top = log_p.max(0)
-            log_mean = top + np.log(np.exp(log_p - top).mean(0))
-            score[t] += (log_mean + gammaln(x + theta)).sum(0) + len(x) * (theta * np.log(theta) - gammaln(theta))
+            log_mean = top + np.log(np.exp(np.subtract(log_p, top, out=log_p), out=log_p).mean(0))
+            gamma = gammaln(values + theta)[at[first : first + ROWS]]
+            score[t] += (log_mean + gamma).sum(0) + len(x) * (theta * np.log(theta) - gammaln(theta))
     return score
 
 

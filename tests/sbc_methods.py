@@ -65,14 +65,14 @@ def spaim(simulations=400, layer=None):
     return {"SpaIM: weights": found}
 
 
-def spagene(simulations=400):
+def spagene(simulations=400, **settings):
     """Translator's weights of every direction on the two strongest features; signal over noise is drawn, noise a first fit's, both are estimated."""
     from ppl_st.models import spagene
     from ppl_st.models.spagene.closed import features
     from ppl_st.models.spagene.direction import Direction
     from ppl_st.models.spagene.model import direction_of
 
-    config = spagene.PRESETS["default"]
+    config = replace(spagene.PRESETS["default"], **settings)
     data = problem("spagene", spatial_field(seed=1, n_cells=200, n_reference=200, n_genes=60, n_panel=40), config)
     pair, spec = spagene.start(data, config, 0, quiet)
     first = direction_of(chains_of(pair)[0], 0)

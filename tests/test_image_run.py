@@ -294,7 +294,8 @@ def test_commands(base):
     assert ad.read_h5ad(base / "s.h5ad").shape[1] == 3 and (base / "s.samples.zarr").is_dir()
     ok("predict", base / "run", "--maps", base / "genes.txt", "--section", "section0", "--draws", 2, "--png", base / "png", "--out", base / "m.zarr")
     assert (base / "png" / "circle_marker.png").is_file()
-    mapped = ok("predict", base / "run", "--maps", base / "genes.txt", "--image", base / "data/section1.png", "--quantiles", "--out", base / "n.zarr")
+    image = base / "data/section1.png"
+    mapped = ok("predict", base / "run", "--maps", base / "genes.txt", "--image", image, "--quantiles", "--draws", 3, "--out", base / "n.zarr")
     group = zarr.open_group(str(base / "n.zarr"), mode="r")
     assert group["novelty"].shape == (4, 4) and group["q95"].shape == group["mean"].shape and "novelty: median" in mapped.output
     seen = ok("predict", base / "run", "--target", target, "--image", base / "data/section1.png", "--draws", 3, "--out", base / "i.h5ad")
@@ -314,7 +315,7 @@ def test_commands(base):
     assert pd.read_csv(base / "d.csv").shape == (3, 7)
     ok("predict", base / "run", "--summary", "--section", "section0", "--draws", 2, "--out", base / "summary.png")
     ok("export", base / "run", "--out", base / "posterior.nc", "--draws", 2)
-    ok("report", base / "run", "--out", base / "report.html")
+    ok("report", base / "run", "--draws", 4, "--out", base / "report.html")
 
 
 def test_recalibrated_intervals_at_places(base, world, tmp_path):

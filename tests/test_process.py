@@ -111,7 +111,7 @@ def test_draws_of_loadings_have_the_posteriors_mean_and_variance_and_a_small_ref
     assert doubt[60] > 2 * doubt[600] > 0
 
 
-@pytest.mark.parametrize("method", ["spaim", "spagene", "vista"])
+@pytest.mark.parametrize("method", ["spaim", pytest.param("spagene", marks=pytest.mark.slow), "vista"])  # SpaGene learns it as SpaIM does
 def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_it(method, tmp_path):
     """Some panel genes have a frequency of their own, as the hidden ones have: on them the share is learned."""
     often = (1,) * 20 + (2, 4, 6, 8, 3, 5, 7)

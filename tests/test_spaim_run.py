@@ -81,7 +81,7 @@ def test_a_stored_run_predicts_the_same_and_new_cells_like_old_ones(world, tmp_p
 
 
 def test_places_of_cells_matter_and_a_shuffled_reference_destroys_the_prediction(world):
-    settings = ["clusters=8", "smoothing=0.5"]
+    settings = ["clusters=8", "smoothing=0.5", "process=0"]
     truth = read_counts(world.truth, role="truth")
 
     def predict(target, reference):
@@ -108,7 +108,7 @@ def test_cells_permuted_permute_the_prediction(world):
     predictions = []
     for target in (world.target, world.target[order]):
         # Inner genes are judged on a random subset of cells; here on all of them, so that the hyper-priors agree.
-        run = ppl_st.fit("spaim", target=target, reference=world.reference, overrides=["clusters=8", "smoothing=0.25"], seed=0)
+        run = ppl_st.fit("spaim", target=target, reference=world.reference, overrides=["clusters=8", "smoothing=0.25", "process=0"], seed=0)
         predictions.append(np.asarray(run.predict(world.truth.var_names[:4], draws=3).X))
     np.testing.assert_allclose(predictions[1], predictions[0][order], rtol=5e-3)
 

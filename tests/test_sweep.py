@@ -30,7 +30,7 @@ gain = "none"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("sweep")
-    world = spatial_field(seed=3, n_cells=200, n_reference=200, n_genes=40, n_panel=24)
+    world = spatial_field(seed=3, n_cells=100, n_reference=100, n_genes=32, n_panel=20)
     for name in ("target", "reference"):
         write_adata(getattr(world, name), made / f"{name}.h5ad")
     (made / "spec.toml").write_text(SPEC)

@@ -205,7 +205,7 @@ def test_the_counter_example_is_the_smallest():
         def log_prob(self, value):
             return super().log_prob(value) + (self.mean > 10) * 0.5
 
-    (finding,) = check_likelihood(replace(POISSON, make=WrongAboveTen), [L.normalisation])
+    (finding,) = check_likelihood(replace(POISSON, make=WrongAboveTen), [L.normalisation], examples=100)
     assert finding.example == {"rows": [{"mean": 10.2}]}  # the first above 10
     assert repr(finding).startswith("Poisson: normalisation broken at rows = mean ") and "sum to 1.6487" in repr(finding)
 

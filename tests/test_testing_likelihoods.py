@@ -17,7 +17,7 @@ from seeded import own_seed
 
 torch.set_num_threads(1)
 _own_seed = pytest.fixture(own_seed, autouse=True)
-EXAMPLES = 100  # rows per law in the small profile
+EXAMPLES = 60  # rows per law in the small profile
 SLOW_DRAWN = 10_000  # under the laws about draws, 4,000 draws for each
 SLOW_EXAMPLES = int(os.environ.get("PPL_ST_EXAMPLES", "100000"))  # under the other laws
 
@@ -77,10 +77,11 @@ DEFECTIVE = {
 
 @pytest.mark.parametrize("name", DEFECTIVE)
 def test_known_defects_are_reported(name):
+    """Only the laws that should find it are asked: each judges the same examples as among all laws, and the others take most of the time."""
     subject, expected = DEFECTIVE[name]
     examples = 400  # which examples come depends on constants in the code that is loaded
-    found = {finding.law for finding in check_likelihood(subject, [law for law in ALL_LAWS if law is not S.broadcasting], examples=examples)}
-    assert expected <= found
+    found = {finding.law for finding in check_likelihood(subject, [law for law in ALL_LAWS if law.__name__ in expected], examples=examples)}
+    assert found == expected
 
 
 def test_torch_broadcasts_a_column_silently():

@@ -48,7 +48,7 @@ def test_tables_with_empty_rows_and_columns_occur():
         m = adata.layers["counts"]
         return m.nnz > 0 and (m.sum(1) == 0).any() and (m.sum(0) == 0).any()
 
-    settings = hypothesis.settings(derandomize=True, database=None)
+    settings = hypothesis.settings(derandomize=True, database=None, phases=[hypothesis.Phase.generate])  # any will do, not the smallest
     adata = hypothesis.find(tables(), both, settings=settings)
     assert adata.obsm["spatial"].shape == (adata.n_obs, 2) and adata.var_names[0] == "gene0"
 

@@ -66,7 +66,7 @@ def levels_off(run, slope):
     return ((mean / float(batch.total.sum())).log() - model.level[genes]).numpy()
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+@pytest.mark.parametrize("likelihood", ["nb", pytest.param("poisson", marks=pytest.mark.slow)])
 def test_an_unmeasured_gene_has_the_level_of_the_reference_whatever_its_slope(likelihood):
     """Platforms agree here; a level that is learned beside the slope spread as much as the slopes do, and was drawn apart from them."""
     world = spatial_field(seed=2, n_cells=500, n_reference=600, n_genes=60, n_panel=40, n_types=5, platform_sd=0.0)
@@ -101,7 +101,7 @@ def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
     draw = partial(posterior_predictive, predictor, predictor.chains, genes, seed=0, factor=factor)
     exact = draw(draws=2)[0]
     del predictor.closed_form
-    many, few = (draw(draws=draws)[0] for draws in (3000, 60))
+    many, few = (draw(draws=draws)[0] for draws in (1500, 60))
     for name, bias in (("rate_mean", 0.02), ("lognorm_mean", 0.03)):
         ours, theirs, rough = (getattr(one, name) for one in (exact, many, few))
         off = ours / theirs - 1
