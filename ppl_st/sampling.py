@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 2**14  # values drawn by one generator; a block of cells has some dozen of them, which fill the threads evenly
+PIECE = 2**16  # values drawn by one generator; a quarter of it costs half as much again, and two threads then gain nothing
 INVERTED = (0.1, 3.0)  # shapes above the first with means below the second are drawn by inversion: few steps, at most some hundred
 LARGEST_RATE = 1e18
 # Threads that draw: the machine's, or as many as OMP_NUM_THREADS says. Not torch's number, which is 1 where its operations are small.
