@@ -217,7 +217,8 @@ def genes(scores: pd.DataFrame, links: Mapping[str, str], noun: str) -> Section:
     units = UNITS | {"mean count": f"counts per {noun}"}
     by = "PCC" if "PCC" in shown else "trust"
     shown = shown.sort_values(by, ascending=False, kind="stable")
-    what = f"by {'correlation with the held-out counts' if by == 'PCC' else 'the share of variance that the model expects to predict'}"
+    trust = "trust, an upper bound: the squared correlation that Poisson counts around the predicted rates would have with them"
+    what = f"by {'correlation with the held-out counts' if by == 'PCC' else trust}"
     if len(shown) <= 20:
         return Section("Reliable and unreliable genes", tables=[Table(f"All genes {what}.", shown, units, links)])
     return Section(

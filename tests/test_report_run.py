@@ -18,6 +18,7 @@ from ppl_st.calibration import GRID
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
+from ppl_st.warning_signs import warning_signs
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bokeh")
@@ -91,7 +92,14 @@ def test_every_figure_has_a_caption_with_a_sentence(raw):
 def test_the_mean_count_of_genes_is_per_row(noun):
     scores = pd.DataFrame({"trust": [0.5, 0.1], "mean_count": [2.0, 1.0]}, index=["a", "b"])
     (table,) = report_sections.genes(scores, {}, noun).tables
-    assert table.units["mean count"] == f"counts per {noun}"
+    assert table.units["mean count"] == f"counts per {noun}" and "upper bound" in table.caption
+
+
+def test_warnings_say_what_was_measured(run):
+    scores = pd.DataFrame({"trust": [0.5, 0.01], "coverage_90": 0.9}, index=["a", "b"])
+    trust, intervals = warning_signs(run, scores, {}, "cell", 0)[-2:]
+    assert "for 1 of 2 genes looked at (e.g. b)" in trust and "an upper bound, is below 5%" in trust and "expects" not in trust
+    assert "about right on the data that it was measured on" in intervals and "hides genes of the panel in turn" in intervals
 
 
 def test_report_without_a_truth_and_in_memory(run, tmp_path, monkeypatch):
