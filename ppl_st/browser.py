@@ -41,7 +41,7 @@ class GeneMaps:
     Attributes
     ----------
     xy, names
-        Positions [n, 2] in ``xy_unit`` and names [n] of the cells.
+        Positions [n, 2] in ``xy_unit``, which is written at the maps' scale bars, and names [n] of the cells.
     genes
         Names, [g].
     mean, sd, width
@@ -92,6 +92,8 @@ def gene_browser(maps: GeneMaps) -> str:
         "genes": [_gene(maps, matrices, g) for g in range(len(maps.genes))],
     }
     script, divs = _figures(maps, list(matrices), xy, extent)
+    captions = [escape(_captions(maps)[name]) for name in matrices]
+    figures = "".join(f"<figure>{div}<figcaption>{caption}</figcaption></figure>" for div, caption in zip(divs, captions, strict=True))
     options = "".join(f'<option value="{escape(str(gene))}">' for gene in maps.genes)
     drag = f"Drag to move, Ctrl and wheel (or pinch) to zoom: all maps go together. Hover or tap to read a {maps.noun}."
     return f"""<div id="gene-browser" role="group" aria-label="Gene browser">
@@ -102,7 +104,7 @@ def gene_browser(maps: GeneMaps) -> str:
 <span class="unit" style="white-space: nowrap">{len(maps.genes)} genes</span></p>
 <dl id="gene-facts"></dl>
 <p id="gene-status" role="status">Opening ...</p>
-<div class="maps">{"".join(f"<figure>{div}</figure>" for div in divs)}</div>
+<div class="maps">{figures}</div>
 <p id="readout" class="unit">{drag}</p>
 </div>
 <script type="application/json" id="gene-data">{_json(data)}</script>
@@ -174,11 +176,22 @@ def _gene(maps: GeneMaps, matrices: Mapping[str, NDArray[np.float64]], g: int) -
     }
 
 
+def _captions(maps: GeneMaps) -> dict[str, str]:
+    """What each map shows, in a sentence."""
+    return {
+        "truth": f"Observed counts per {maps.noun}, grey where the gene was not measured.",
+        "mean": f"Expected counts per {maps.noun}, without the noise of counting, on the scale of the observed map if there is one.",
+        "sd": f"What the model does not know of the expected count, as a standard deviation in counts per {maps.noun}.",
+        "width": f"Width of the {maps.interval} of the count in counts per {maps.noun}, noise of counting included, grey where it has no finite end.",
+    }
+
+
 def _figures(maps: GeneMaps, names: list[str], xy: NDArray[np.float64], extent: float) -> tuple[str, list[str]]:
     """Script that makes the empty figures, and their places in the page."""
     from bokeh.embed import components
-    from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, LinearColorMapper, WheelZoomTool
+    from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, LinearColorMapper, ScaleBar, WheelZoomTool
     from bokeh.models.annotations import ColorBar
+    from bokeh.models.annotations.dimensional import ImperialLength
     from bokeh.palettes import Cividis256, Viridis256
     from bokeh.plotting import figure
 
@@ -215,6 +228,10 @@ def _figures(maps: GeneMaps, names: list[str], xy: NDArray[np.float64], extent: 
             HoverTool(renderers=[dots], tooltips=[(maps.noun, "@name"), *tips], limit=1),
         )
         one.add_layout(ColorBar(color_mapper=mapper, title=unit, height=10, orientation="horizontal"), "below")
+        # of the classes with a basis of one's own Bokeh's script (3.9) knows only this one
+        length = ImperialLength(basis={maps.xy_unit: (1.0, maps.xy_unit)}, ticks=[1, 2, 5, 10, 20, 50, 100, 200, 500])
+        bar = {"unit": maps.xy_unit, "dimensional": length, "label": f"@{{value}} {maps.xy_unit}", "orientation": "horizontal"}
+        one.add_layout(ScaleBar(**bar, location="bottom_left", background_fill_alpha=0.8))
         one.xaxis.visible = one.yaxis.visible = False
         one.grid.visible = False
         one.toolbar.logo = None

@@ -5,7 +5,8 @@ noisy than either score. With s_mg the score of method m on gene g and b the met
 
     difference_m = mean_g (s_mg - s_bg),   [lo, hi] = 95 % bootstrap interval of it over genes (the same resamples for every method)
 
-An interval that holds 0 says that these genes cannot tell the two apart.
+An interval that holds 0 says that these genes cannot tell the two apart. Evaluations of images have a score per gene and section: methods are paired
+in both, then a gene's score is its mean over sections, as its sections are no independent evidence. Those that hid other spots have none in common.
 
 By log score there are also stacking weights (`ppl_st.stack`) and a row "stack": the mixture of all methods. Its score on a gene is that under weights
 learned on the *other* parts of the genes, so the row is no better than what a user would get. Both rest on a subset of the cells.
@@ -23,6 +24,7 @@ from ppl_st.errors import UserError
 from ppl_st.evaluate import read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
 from ppl_st.posterior import INNER_CELLS
+from ppl_st.report import read_json
 from ppl_st.stack import stacked, stacking_weights
 
 __all__ = ["METRICS", "compare"]
@@ -90,15 +92,18 @@ def compare(
                 entries[label] = log_probs[name]
     if len(tables) < 2:
         raise UserError(f"compare: {len(tables)} methods with {metric}; there is nothing to compare")
-    genes = sorted(set.intersection(*(set(table.index) for table in tables.values())))
-    if not genes:
+    common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+    if not common:
         raise UserError(
-            "compare: the folders have no held-out gene in common; evaluate all methods with the same --folds and --seed"
+            "compare: the folders have no held-out gene in common; evaluate all methods with the same --folds (of images: hold out the same spots of "
+            "the same sections) and --seed"
         )
     every = set.union(*(set(table.index) for table in tables.values()))
-    if len(genes) < len(every):
-        talk(f"{len(genes)} of {len(every)} genes were held out in every folder; only they are compared")
-    ranked = _ranked({name: table.loc[genes] for name, table in tables.items()}, metric, seed)
+    if len(common) < len(every):
+        what = "pairs of gene and section" if common[0][1] else "genes"
+        talk(f"{len(common)} of {len(every)} {what} were held out in every folder; only they are compared")
+    paired = {name: table.loc[common].groupby(level="gene").mean(numeric_only=True) for name, table in tables.items()}
+    ranked, genes = _ranked(paired, metric, seed), sorted({gene for gene, _ in common})
     if metric != "log_score" or set(entries) != set(tables):
         return ranked
     order = [str(name) for name in ranked.index]
@@ -108,15 +113,22 @@ def compare(
 def _tables(
     folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
-    """Method -> scores [genes x metrics] of one folder, and method -> log predictive probabilities [cells x genes] where they are known."""
+    """Method -> scores [(gene, section) x metrics] of one folder, and method -> log predictive probabilities [cells x genes] where they are known.
+
+    The section, with what was hidden in it, is "" but in evaluations of images.
+    """
     entries: dict[str, pd.DataFrame]
     if (folder / "scores.csv").is_file():
-        scores = pd.read_csv(folder / "scores.csv", dtype={"gene": str})
-        if scores.duplicated(["method", "gene"]).any():
+        scores = pd.read_csv(folder / "scores.csv", dtype={"gene": str, "fold": str}).assign(section="")
+        record = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
+        if "holdout" in record:  # a share: which spots of each section are hidden depends on the seed
+            hidden = sorted(record["holdout"]) if isinstance(record["holdout"], list) else (record["holdout"], record["seed"])
+            scores["section"] = scores["fold"] + f", hidden: {hidden}"
+        if scores.duplicated(["method", "gene", "section"]).any():
             raise UserError(
                 f"{folder / 'scores.csv'}: a gene is held out in several folds; compare needs one score per gene"
             )
-        found = {str(name): table.set_index("gene") for name, table in scores.groupby("method", sort=False)}
+        found = {str(name): table.set_index(["gene", "section"]) for name, table in scores.groupby("method", sort=False)}
         entries = read_entries(folder)
     else:
         run = load(folder)
@@ -135,6 +147,7 @@ def _tables(
         mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
         table = score_prediction(counts, mean, lognorm, run.shared_total, held_out)
         table = table.join(predicted.var[["log_score", "crps", "coverage_90"]])
+        table.index = pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"])
         kept = np.sort(np.random.default_rng([seed, 9]).permutation(predicted.n_obs)[:INNER_CELLS])
         entries = {run.method: pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], held_out)}
         found = {run.method: table.assign(seconds=run.record["seconds"], peak_gb=run.record["peak_memory_bytes"] / 1e9)}

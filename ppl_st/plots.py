@@ -149,13 +149,15 @@ def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)", name:
     return figure
 
 
-def traces(table: "pd.DataFrame") -> "Figure":
+def traces(table: "pd.DataFrame", units: Mapping[str, str] | None = None) -> "Figure":
     """Quantities against step: one panel per kind of quantity.
 
     Parameters
     ----------
     table
         Index: steps. Columns ``"<which> <kind>"``, e.g. "forward mmd" and "backward mmd": lines ``which`` in the panel ``kind``.
+    units
+        Kind -> unit, written at the panel's axis.
     """
     kinds: dict[str, dict[str, str]] = {}
     for column in table.columns:
@@ -172,6 +174,7 @@ def traces(table: "pd.DataFrame") -> "Figure":
             ax.plot(table.index, table[column], color=COLORS[i % len(COLORS)], marker="o", markersize=3, linewidth=1.2, label=which)
         ax.set_title(kind, fontsize="medium")
         ax.set_xlabel("step")
+        ax.set_ylabel((units or {}).get(kind, "no unit"))
     axes.flat[0].legend(frameon=False, fontsize="small")
     for ax in axes.flat[len(kinds) :]:
         ax.set_visible(False)

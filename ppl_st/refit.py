@@ -50,7 +50,7 @@ def recalibrate(
     Returns
     -------
     Run
-        Predicts ``lower`` and ``upper`` besides the raw quantiles; `ppl_st.stack` can weigh it against other runs.
+        Predicts ``lower`` and ``upper`` besides the raw quantiles; `ppl_st.stack` can weigh it against other runs, but not one of a method of images.
     """
     if not 0 < level < 1:
         raise UserError(f"recalibrate: level {level} must lie strictly between 0 and 1")

@@ -25,7 +25,7 @@ COLUMNS = {
     "crps": "CRPS", "coverage_90": "coverage 90 %", "recalibrated_coverage": "coverage, recalibrated",
 }  # fmt: skip
 UNITS = {
-    "log score": "nats per entry", "CRPS": "counts", "mean count": "counts per cell", "coverage 90 %": "share", "doubt between fits": "share",
+    "log score": "nats per entry", "CRPS": "counts", "coverage 90 %": "share", "doubt between fits": "share",
     "variance: pattern": "share", "variance: doubt": "share", "variance: noise": "share",
 }  # fmt: skip
 
@@ -207,24 +207,26 @@ def checked(checks: Checks, noun: str, true: bool) -> Section:
     )  # fmt: skip
 
 
-def genes(scores: pd.DataFrame, links: Mapping[str, str]) -> Section:
+def genes(scores: pd.DataFrame, links: Mapping[str, str], noun: str) -> Section:
     """Genes from reliable to unreliable; all of them, linked to the browser."""
     names = {
         "trust": "trust", "raw_pcc": "PCC", "raw_ceiling": "noise ceiling", "coverage_90": "coverage 90 %", "mean_count": "mean count",
         "between_fits": "doubt between fits", "between": "variance: pattern", "epistemic": "variance: doubt", "noise": "variance: noise",
     }  # fmt: skip
     shown = scores.reindex(columns=[name for name in names if name in scores]).rename(columns=names).rename_axis("gene")
+    units = UNITS | {"mean count": f"counts per {noun}"}
     by = "PCC" if "PCC" in shown else "trust"
     shown = shown.sort_values(by, ascending=False, kind="stable")
-    what = f"by {'correlation with the held-out counts' if by == 'PCC' else 'the share of variance that the model expects to predict'}"
+    trust = "trust, an upper bound: the squared correlation that Poisson counts around the predicted rates would have with them"
+    what = f"by {'correlation with the held-out counts' if by == 'PCC' else trust}"
     if len(shown) <= 20:
-        return Section("Reliable and unreliable genes", tables=[Table(f"All genes {what}.", shown, UNITS, links)])
+        return Section("Reliable and unreliable genes", tables=[Table(f"All genes {what}.", shown, units, links)])
     return Section(
         "Reliable and unreliable genes",
         tables=[
-            Table(f"The ten most reliable genes {what}.", shown.head(10), UNITS, links),
-            Table(f"The ten least reliable genes {what}.", shown.tail(10), UNITS, links),
-            Table(f"All {len(shown)} genes {what}.", shown, UNITS, links, folded=True),
+            Table(f"The ten most reliable genes {what}.", shown.head(10), units, links),
+            Table(f"The ten least reliable genes {what}.", shown.tail(10), units, links),
+            Table(f"All {len(shown)} genes {what}.", shown, units, links, folded=True),
         ],
     )
 
@@ -264,11 +266,13 @@ def fit(run: Run) -> Section:
     if record.get("watched"):
         watched = pd.DataFrame(record["watched"]).set_index("step")
         tables.append(Table("What was watched while training.", watched, folded=True))
+        of_critics = "nats per code" if getattr(run.config, "adversary", "off") in ("cross_entropy", "density_ratio") else "no unit"
         caption = (
-            "The game while it was played. Losses are those of the translators' factors and of the critics; alignment: mmd 0, accuracy 0.5 and "
-            "mixing 1 where nobody can tell translated codes from the other side's own."
+            f"The game while it was played. Losses are those of the translators' factors (nats per entry, weights included) and of the critics "
+            f"({of_critics}); alignment (no unit): mmd 0, accuracy 0.5 and mixing 1 where nobody can tell translated codes from the other side's own."
         )
-        figures[caption] = plots.traces(watched)
+        losses_of = {kind: "nats per entry" for kind in {name.partition(" ")[2] for name in map(str, watched)} if kind.endswith("loss")}
+        figures[caption] = plots.traces(watched, losses_of | {"critic loss": of_critics})
     return Section("Fit", tables=tables, figures=figures)
 
 

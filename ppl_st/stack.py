@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
+from ppl_st.models import METHODS
 from ppl_st.posterior import Run
 
 __all__ = ["Predictor", "Spec", "quantities", "seeds", "stack", "stacked", "stacking_weights"]
@@ -44,8 +45,8 @@ Floats = NDArray[np.float64]
 def stacking_weights(log_prob: Any) -> Floats:
     """Weights of K forecasters, [K], sum to 1, from their log predictive probabilities [K, cells, genes] of held-out counts."""
     table = np.asarray(log_prob, dtype=np.float64)
-    if table.ndim != 3 or not np.isfinite(table).all():
-        raise UserError(f"stacking_weights: log probabilities have shape {table.shape}; need finite [runs, cells, genes]")
+    if table.ndim != 3 or not table.size or not np.isfinite(table).all():
+        raise UserError(f"stacking_weights: log probabilities have shape {table.shape}; need finite [runs, cells, genes], none of them 0")
     runs, _, genes = table.shape
     p = np.exp(table - table.max(0))
     weights = np.full(runs, 1 / runs)
@@ -82,12 +83,14 @@ def stack(runs: Sequence[Run]) -> Run:
     Raises
     ------
     UserError
-        Fewer than two runs, other cells, a run that is not recalibrated, no gene in common.
+        Fewer than two runs, a run of a method of images, other cells, a run that is not recalibrated, no gene in common.
     """
     if len(runs) < 2:
         raise UserError(f"stack: {len(runs)} run; give two or more")
     names = [f"{run.method} ({run.folder})" if run.folder else f"{run.method} (run {k})" for k, run in enumerate(runs)]
     for run, name in zip(runs, names, strict=True):
+        if run.method in METHODS and METHODS[run.method].reference == "image":
+            raise UserError(f"stack: {name} is recalibrated on hidden spots and so has no scores per cell to weigh it with; predict from one run")
         if not np.array_equal(run.target.names, runs[0].target.names):
             raise UserError(f"stack: {name} was fitted on other cells than {names[0]}; fit both on the same target")
         if run.inner is None:

@@ -30,8 +30,8 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
     weak = scores["trust"] < LOW_TRUST
     if weak.any():
         found.append(
-            f"Low trust: for {int(weak.sum())} of {len(scores)} genes looked at the model expects to predict less than {LOW_TRUST:.0%} of the "
-            f"variance (e.g. {', '.join(scores.index[weak][:3])}). Their maps say little."
+            f"Low trust: for {int(weak.sum())} of {len(scores)} genes looked at (e.g. {', '.join(scores.index[weak][:3])}) the squared correlation "
+            f"that Poisson counts around the predicted rates would have, an upper bound, is below {LOW_TRUST:.0%}. Their maps say little."
         )
     if run.record.get("skipped"):
         found.append(f"{len(run.record['skipped'])} steps of the fit were not finite and were skipped.")
@@ -40,7 +40,10 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
         found.append("Every gene here was fitted: the maps show how the model sees its own data. New spots or a new image are the test.")
     if layer is None:
         where = "hidden spots" if reference_kind(run) == "image" else "genes of the panel"
-        found.append(f"The intervals are raw: those of a variational fit are too narrow as a rule. `ppl-st recalibrate` corrects them on {where}.")
+        found.append(
+            f"The intervals are raw. Their coverage was about right on the data that it was measured on; to know it here, `ppl-st recalibrate` hides "
+            f"{where} in turn and corrects them."
+        )
     else:
         if boundless:
             found.append(

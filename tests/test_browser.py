@@ -1,6 +1,7 @@
 """The gene browser: what is stored is what was predicted, the page asks for nothing, and a reader can search, hover, tap and zoom."""
 
 import re
+from dataclasses import replace
 from html import unescape
 
 import chromium
@@ -78,6 +79,13 @@ def page(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(path, "A run", [Section("Gene browser", "About.", html=gene_browser(world))])
     return path
+
+
+def test_every_map_has_a_sentence_and_the_unit_of_places(world):
+    html = gene_browser(replace(world, xy_unit="um", noun="spot"))
+    found = re.findall(r"<figcaption>(.*?)</figcaption></figure>", html)
+    assert len(found) == 4 and all(one.endswith(".") and "per spot" in one for one in found)
+    assert html.count('"@{value} um"') == 4  # at the scale bars
 
 
 def test_nothing_in_the_page_is_elsewhere(page):

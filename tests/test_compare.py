@@ -1,5 +1,7 @@
 """compare: pairs genes, names what it leaves out, refuses what cannot be compared; runs are scored on their held-out genes."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -65,6 +67,37 @@ def test_weights_and_the_mixture_of_evaluations(tmp_path):
     difference = tables["low"].mean(0) - tables["high"].mean(0)
     assert found.iloc[1].dse == pytest.approx(difference.std(ddof=1) / np.sqrt(30)) and best.se > 0
     assert "stack" not in compare([tmp_path / "low", tmp_path / "high", write(tmp_path / "a", {"none kept": 0.0}, genes=30)]).index
+
+
+def write_sections(folder, methods, holdout=0.5, seed=0, sections=("left", "right")):
+    """The evaluation of a method of images: fold = section, baselines without a log score, no log probabilities of entries."""
+    folder.mkdir()
+    rows = []
+    for name, level in methods.items():
+        for n, section in enumerate(sections):
+            for g in range(20):
+                score = level + np.sin(g) + 3 * n  # sections differ by 3, methods on each gene and section by their level alone
+                row = {"method": name, "kind": "baseline" if name == "gp_space" else "method", "fold": section, "gene": f"g{g:03d}"}
+                rows.append(row | {"raw_pcc": score, "log_score": np.nan if name == "gp_space" else score, "seconds": 1.0})
+    pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
+    (folder / "evaluation.json").write_text(json.dumps({"methods": ["xfuse"], "seed": seed, "holdout": holdout}))
+    return folder
+
+
+def test_evaluations_of_images_are_paired_by_gene_and_section(tmp_path):
+    a, b = write_sections(tmp_path / "a", {"xfuse": 0.0, "gp_space": -1.0}), write_sections(tmp_path / "b", {"xfuse": 0.2, "gp_space": -1.0})
+    table = compare([a, b])
+    assert list(table.index) == [f"xfuse ({b})", "xfuse"] and (table["genes"] == 20).all() and "weight" not in table
+    assert table["difference"].tolist() == pytest.approx([0, -0.2]) and table["lo"].tolist() == pytest.approx(table["hi"].tolist())
+    best = np.sin(np.arange(20)) + 1.7  # a gene's sections are no independent evidence: it counts once
+    assert table["log_score"].iloc[0] == pytest.approx(best.mean()) and table["se"].iloc[0] == pytest.approx(best.std(ddof=1) / np.sqrt(20))
+    assert compare([a], metric="raw_pcc").loc["gp_space", "difference"] == pytest.approx(-1.0)  # with the baselines
+    said, c = [], write_sections(tmp_path / "c", {"other": 0.1}, sections=("right", "third"))
+    assert compare([a, c], say=said.append).loc["xfuse", "log_score"] == pytest.approx(np.sin(np.arange(20)).mean() + 3)  # of "right"
+    assert "20 of 60 pairs of gene and section" in said[-1]
+    for name, options in {"seed": {"seed": 1}, "whole": {"holdout": ["left", "right"]}}.items():
+        with pytest.raises(UserError, match="same spots"):
+            compare([a, write_sections(tmp_path / name, {"other": 0.0}, **options)])
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -122,6 +122,26 @@ def test_strata_follow_the_covariate():
     assert one.edges == [] and len(one.maps) == 1
 
 
+def test_new_genes_are_covered_where_the_miscoverage_depends_on_the_covariate():
+    """120 inner genes, two strata of a random covariate, forecasts the surer the larger it is; 100 new genes of the same law, 150 times."""
+    rng, found = np.random.default_rng(3), []
+
+    def drawn(genes):
+        covariate = rng.random(genes)
+        return covariate, pits(rng, genes, centre=0.8 * covariate - 0.1, spread=0.3)
+
+    for _ in range(150):
+        covariate, curves = drawn(120)
+        made = recalibration(curves, covariate, guarantee=True)
+        new, fresh = drawn(100)
+        kept, low = covered(fresh, made.ends_of(new)), new <= made.edges[0]
+        found.append([kept.mean(), kept[low].mean(), kept[~low].mean()])
+    mean, error = np.mean(found, 0), np.std(found, 0, ddof=1) / np.sqrt(len(found))
+    assert made.guarantee and len(made.nominal) == 2 and (error < 0.004).all()  # standard errors are .0015 to .0025: see the bounds
+    assert (mean >= 0.9 - 2 * error).all() and (mean <= 0.9 + 2 / 61 + 0.02 + 2 * error).all(), (mean, error)
+    assert made.nominal[0] < made.nominal[1]
+
+
 def test_an_end_that_was_never_seen_is_no_end():
     curves = np.repeat(np.interp(KNOTS, [0, 0.001, 0.999, 1], [0, 0.3, 0.7, 1])[:, None], 40, 1)  # the truth is mostly outside of all draws
     np.testing.assert_array_equal(recalibration(curves, np.zeros(40)).ends_of([0.0])[:, 0], [0.0, 1.0])

@@ -17,6 +17,7 @@ import ppl_st
 import ppl_st.demo
 from ppl_st import api
 from ppl_st.cli import app
+from ppl_st.compare import compare
 from ppl_st.errors import UserError
 from ppl_st.evaluate_images import evaluate_spots, hidden_rows, visible
 from ppl_st.image_run import _ome, read_sections, spots_of
@@ -246,6 +247,9 @@ def test_evaluation_of_hidden_spots_and_of_a_hidden_section(base, world):
     assert table.loc["gp_space_image", "raw_pcc"].mean() > table.loc["gene_mean", "raw_pcc"].mean() + 0.3
     assert pd.read_csv(base / "evaluation/summary.csv")["method"].nunique() == 9
     assert {"Raw counts", "log(1 + count)"} <= set(overview(done.summary))  # no depth is taken out of hidden spots
+    ranked = compare([base / "evaluation"], metric="raw_pcc")
+    assert len(ranked) == 9 and (ranked["genes"] == 3).all()
+    assert ranked.loc["xfuse", "raw_pcc"] == pytest.approx(table.loc["xfuse", "raw_pcc"].mean())
     unseen = evaluate_spots(["xfuse"], targets, images, sections=["section-2"], **options).scores
     assert set(unseen["fold"]) == {"section-2"} and set(unseen["method"]) == {"xfuse", "gene_mean", "color", "gp_image"}
     with pytest.raises(UserError, match="hold out some of the sections"):

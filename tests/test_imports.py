@@ -69,7 +69,7 @@ ROOMS: dict[str, set[str]] = {
     "calibration_plots": {"plots"},
     "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},
 }
-ROOMS["stack"] = {"data", "inference", "posterior"}
+ROOMS["stack"] = {"data", "inference", "models", "posterior"}
 ROOMS["browser"] = set()  # arrays -> an interactive page fragment
 ROOMS["api"] = set(ROOMS)
 ROOMS["refit"] = set(ROOMS)

@@ -7,16 +7,18 @@ from html import unescape
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import tomli_w
 import torch
 
-from ppl_st import api, calibration_plots, refit, report_run
+from ppl_st import api, calibration_plots, refit, report_run, report_sections
 from ppl_st.browser import decode
 from ppl_st.calibration import GRID
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
+from ppl_st.warning_signs import warning_signs
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bokeh")
@@ -72,6 +74,32 @@ def test_report_with_a_truth(run, sim, raw):
     assert len(said) == 4 and page.count("data:image/png") >= 5
     links = re.findall(r'<a href="#gene=([^"]+)">', page)
     assert set(links) == set(sim.truth.var_names)
+
+
+def test_every_figure_has_a_caption_with_a_sentence(raw):
+    page = re.sub(r"<(script|style)[^>]*>.*?</\1>", " ", raw[0], flags=re.DOTALL)
+    figures = re.findall(r"<figure[^>]*>(.*?)</figure>", page, re.DOTALL)
+    drawn = [one for one in figures if "<table" not in one]
+    assert len(drawn) == page.count("<img ") + 4  # and the maps of the browser
+    for one in figures:
+        caption = re.search(r"<figcaption>(.*?)</figcaption>", one, re.DOTALL)
+        assert caption and re.search(r"\.$", caption[1].strip()), one[:300]
+        assert "<table" in one or len(caption[1].split()) > 8, caption[1]
+    assert all(re.search(r"no unit|counts|share|nats|median", one) for one in drawn)  # what is drawn has a unit
+
+
+@pytest.mark.parametrize("noun", ["cell", "spot"])
+def test_the_mean_count_of_genes_is_per_row(noun):
+    scores = pd.DataFrame({"trust": [0.5, 0.1], "mean_count": [2.0, 1.0]}, index=["a", "b"])
+    (table,) = report_sections.genes(scores, {}, noun).tables
+    assert table.units["mean count"] == f"counts per {noun}" and "upper bound" in table.caption
+
+
+def test_warnings_say_what_was_measured(run):
+    scores = pd.DataFrame({"trust": [0.5, 0.01], "coverage_90": 0.9}, index=["a", "b"])
+    trust, intervals = warning_signs(run, scores, {}, "cell", 0)[-2:]
+    assert "for 1 of 2 genes looked at (e.g. b)" in trust and "an upper bound, is below 5%" in trust and "expects" not in trust
+    assert "about right on the data that it was measured on" in intervals and "hides genes of the panel in turn" in intervals
 
 
 def test_report_without_a_truth_and_in_memory(run, tmp_path, monkeypatch):

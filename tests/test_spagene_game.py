@@ -84,7 +84,9 @@ def test_the_game_is_watched_in_the_log_and_in_the_report_and_watching_changes_n
     assert set(watched[0]) == {"step", *(f"{name} {kind}" for name in NAMES for kind in kinds)}
     assert all(np.isfinite(list(line.values())).all() for line in watched)
     assert "What was watched while training." in [table.caption for table in fit_section(ppl_st.load(tmp_path / "a")).tables]
-    assert any("game" in caption for caption in fit_section(run).figures)
+    caption, figure = next((caption, figure) for caption, figure in fit_section(run).figures.items() if "game" in caption)
+    labels = {ax.get_title(): ax.get_ylabel() for ax in figure.axes}
+    assert "nats per entry" in caption and labels["cycle loss"] == "nats per entry" and labels["critic loss"] == labels["mmd"] == "no unit"
     monkeypatch.setattr(spagene, "watch", lambda *_: None)
     blind = ppl_st.fit("spagene", **options)
     assert not blind.record["watched"]

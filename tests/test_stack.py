@@ -40,6 +40,8 @@ def test_weights_are_the_mixture_that_made_the_data():
     assert best > log_prob.mean((1, 2)).max() + 0.1
     with pytest.raises(UserError, match="finite"):
         stacking_weights(np.full((2, 3, 4), -np.inf))
+    with pytest.raises(UserError, match="none of them 0"):
+        stacking_weights(np.zeros((2, 0, 4)))
 
 
 def test_a_useless_run_gets_next_to_nothing_and_equal_runs_share():
@@ -148,3 +150,8 @@ def test_what_cannot_be_stacked_is_refused(world, runs):
     moved = replace(runs[1], inner=runs[1].inner._replace(cells=runs[1].inner.cells[::-1]))
     with pytest.raises(UserError, match="same held-out genes and cells"):
         stack([runs[0], moved])
+    empty = runs[0].inner._replace(cells=np.zeros(0, str), log_prob=np.zeros((0, 24), np.float32))  # as of hidden spots
+    for inner in (empty, None):
+        image = replace(runs[0], method="xfuse", inner=inner)
+        with pytest.raises(UserError, match="no scores per cell"):
+            stack([image, image])
