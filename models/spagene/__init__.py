@@ -12,7 +12,7 @@ GENERATIVE STORY
                                                                                factors read it: without one (default) predictions leave it out
         t_g   ~ Normal(W d_g, s)                                               "forward_identity"    [q, P] shared genes, see `closed.py`
     factors, all optional and by name
-        forward_cycle      -w N mean (D_own(T_back(y)) - x)^2
+        forward_cycle      -w N mean (D_own(T_back(y)) - x)^2                  a decoder of log rates is held against D_own(z) in x's place
         forward_coral      -w N |cov(y) - cov(z_reference)|^2 / 4 d^2          statistics of the two minibatches, of any two sizes
         forward_mmd        -w N MMD^2(y, z_reference)
         forward_adversary  -w N loss of a critic (`ppl_st.inference.adversary`), one per direction
