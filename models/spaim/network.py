@@ -8,8 +8,8 @@ r"""SpaIM by networks: the published objective as named factors (``codes="point"
     x          ~ Head(decode(content, residual))
 guide: content and residual from the encoders of x, normal tables for effect and style.
 
-With wiring "paper", unit variances, the cosine head and the residual at the encoder's style, -log p is
-H/2 times the published content loss of each layer, plus the published reconstruction loss, plus a Gaussian term of residual - style, plus constants.
+With wiring "paper", unit variances, the cosine head and the residual at the encoder's style, -log p of a gene is H/2 times the published content
+loss of each layer, plus the published reconstruction loss, plus a Gaussian term of residual - style, plus constants.
 With wiring "code" content1's mean is a function of the sampled content2, where the published term takes the one that the profile gives. The cosine of
 the generator and the Gram term of the styles are in ``codes="point"`` alone, which has the published objective as it is.
 
