@@ -29,8 +29,8 @@ GUIDE
     ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
     Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has the doubt of a cell's code and the translator's noise,
-    carried through translator and decoder by draws in cells of the fit (their mean covariance, the same for all cells
-    whatever their depth), and that of the hyper-priors; the weights of translators and decoders are points.
+    carried through translator and decoder by draws in cells of the fit (their mean covariance, the same for all cells whatever their depth), and that
+    of the hyper-priors; the weights of translators and decoders are points.
 
 SYMBOLS  n spatial and M reference cells, A genes of the target, G of the reference, P of both; q and L latent dimensions; B cells of a minibatch.
 
