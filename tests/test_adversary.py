@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppl_st.inference.adversary import Adversary, Player, critic_loss, generator_loss, logits
+from ppl_st.inference.adversary import Adversary, Player, critic_loss, generator_loss, gradient_penalty, logits
 from ppl_st.networks import MLP
 
 KINDS = ("cross_entropy", "density_ratio", "hinge", "hinge_published")
@@ -89,3 +89,13 @@ def test_the_pair_computes_no_gradients_of_the_critic():
     codes = torch.randn(8, 2, requires_grad=True)
     generator_loss("cross_entropy", *logits(critic, codes, codes + 1)).backward()
     assert codes.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in critic.parameters())
+
+
+@pytest.mark.parametrize("center", [0.0, 1.0])
+def test_the_gradient_penalty_of_a_linear_critic_is_the_distance_of_its_slope_from_the_center(center):
+    critic = nn.Linear(4, 1)
+    found = gradient_penalty(critic, torch.randn(9, 4), torch.randn(6, 4), center)
+    assert found.item() == pytest.approx((critic.weight.norm().item() - center) ** 2, rel=1e-5)
+    found.backward()  # the critic learns from it: d/dw = 2 (|w| - c) w / |w|
+    slope = critic.weight.detach()
+    torch.testing.assert_close(critic.weight.grad, 2 * (slope.norm() - center) * slope / slope.norm())

@@ -1,5 +1,7 @@
 """SpaGene's closed forms: principal components, the textbook's regressions, the reference's own where it serves, an exact posterior."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ import ppl_st
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.metrics import pcc
 from ppl_st.models import spagene
-from ppl_st.models.spagene.autoencoder import autoencoder_pair, linear
+from ppl_st.models.spagene.autoencoder import CellBatches, autoencoder_pair, linear
 from ppl_st.models.spagene.closed import Closed, features
 from ppl_st.models.spagene.model import PRESETS, direction_of
 from ppl_st.models.spagene.regression import loadings_of_all, regress
@@ -37,7 +39,21 @@ def test_the_linear_autoencoder_is_principal_components_and_the_elbo_knows_it(so
     projector = vectors[:5].T @ vectors[:5]
     np.testing.assert_allclose(net.decode(z).numpy(), x.numpy() @ projector, atol=2e-3)
     np.testing.assert_allclose(scale[0].numpy(), np.sqrt((values[5:] ** 2).mean() / values[:5] ** 2), rtol=1e-3)
-    assert autoencoder_pair(net).model.net is net
+    # With code and loadings shrunk, q is the exact posterior: every draw's ELBO is the log marginal likelihood. As it is, the ELBO is below.
+    noise = float(scale[0, 0]) ** 2 * values[0] ** 2
+    exact = copy.deepcopy(net)
+    shrink = (1 - scale[0].square()).sqrt()
+    exact.encoder[-1].weight.mul_(shrink[:, None])
+    exact.decoder[-1].weight.mul_(shrink)
+    w = exact.loadings.double().numpy()
+    marginal = multivariate_normal.logpdf(x.double().numpy(), cov=w @ w.T + noise * np.eye(len(w))).sum()
+    for one, tolerance in ((exact, 1e-5), (net, None)):
+        pair = autoencoder_pair(one)
+        pair.model.log_noise.data.fill_(0.5 * np.log(noise))
+        guide = poutine.trace(pair.guide).get_trace(CellBatches(one, some, 0, 0).at(0))
+        model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(CellBatches(one, some, 0, 0).at(0))
+        elbo = (model.log_prob_sum() - guide.log_prob_sum()).item()
+        assert elbo == pytest.approx(marginal, rel=tolerance) if tolerance else elbo < marginal - 10
 
 
 def test_the_translator_is_the_bayesian_regression_of_the_textbook(some):

@@ -5,12 +5,15 @@ import pytest
 import torch
 from pyro import poutine
 
+from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.models import spagene
 from ppl_st.models.common.cells import without
-from ppl_st.models.spagene.autoencoder import clip_limits, train
+from ppl_st.models.spagene.autoencoder import Autoencoder, CellBatches, autoencoder_pair, clip_limits, train
 from ppl_st.models.spagene.model import NAMES, PRESETS, model_of
-from spagene_problems import settings, small_world, some_shared, untrained
+from ppl_st.prepare import hold_out_genes
+from ppl_st.prepare.spagene import problem
+from spagene_problems import quiet, settings, small_world, some_shared, untrained
 
 world = pytest.fixture(small_world, scope="module")
 some = pytest.fixture(some_shared, scope="module")
@@ -119,3 +122,75 @@ def test_every_factor_and_critic_can_be_switched(some):
             assert (f"forward_{name}" in sites) == (f"backward_{name}" in sites) == (setting != off)
     with pytest.raises(UserError, match="does not go with identity='pearson'"):
         settings("default", "identity=pearson")
+
+
+def test_the_gain_and_offset_likelihood_by_hand(some):
+    """Normal(a + e^b f, sigma), f what the other side's decoder says, in its own units."""
+    pair = untrained(settings("network"), some)
+    model, whole = model_of(pair), spagene.Batches(some, 0, 0, 0).at(0)
+    pair.guide.effect_loc.data.normal_(0, 0.3)
+    guide = poutine.trace(pair.guide).get_trace(whole)
+    trace = poutine.trace(poutine.replay(pair.model, guide)).get_trace(whole)
+    trace.compute_log_prob()
+    for k, name in enumerate(NAMES):
+        problem, way = model.problems[k], model.way(k)
+        z, noise, effect = (guide.nodes[f"{name}_{what}"]["value"] for what in ("z", "noise", "effect"))
+        f = model.side(1 - k).decoder(way.net(z) + way.log_scale.exp() * noise)
+        every = model.side(1 - k).decoder(model.side(1 - k).codes(model.problems[1 - k])[0])
+        f = ((f - every.mean(0)) / every.std(0, correction=0))[:, problem.panel]
+        x = model.side(k).read(problem, np.arange(problem.counts.shape[0]))[:, problem.columns]
+        b, a, log_sd = effect.unbind(1)
+        expected = -0.5 * ((x - a - b.exp() * f) / log_sd.exp()).square() - log_sd - 0.5 * np.log(2 * np.pi)
+        torch.testing.assert_close(trace.nodes[f"{name}_identity"]["log_prob"], expected.sum(1), rtol=1e-4, atol=1e-3)
+
+
+def test_the_cycle_of_a_decoder_of_log_rates_is_held_against_what_it_says_of_the_cell(some):
+    config = settings("network", "cycle_weight=2")
+    pair = untrained(config, some)
+    model, batch = model_of(pair), spagene.batches(some, config, 0).at(1)
+    guide = poutine.trace(pair.guide).get_trace(batch)
+    nodes = poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch).nodes
+    for k, name in enumerate(NAMES):
+        z, noise = (guide.nodes[f"{name}_{what}"]["value"] for what in ("z", "noise"))
+        there, back, own = model.way(k), model.way(1 - k), model.side(k)
+        returned = own.decoder(back.net(there.net(z) + there.log_scale.exp() * noise))
+        expected = 2 * (returned - own.decoder(z)).square().mean() * some.counts.shape[0] * some.counts.shape[1]
+        assert -nodes[f"{name}_cycle"]["fn"].log_factor.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_stage_1_with_point_codes_is_the_mean_squared_error_and_a_gaussian_up_to_constants(some):
+    shape = settings("paper", "dropout=0").shape(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Autoencoder(shape, some.counts.shape[1])
+    net.learn_moments(some)
+    batch, n, genes = CellBatches(net, some, 100, 0).at(1), *some.counts.shape
+    square = (net.decoder(net.encoder(batch.x)) - batch.x).square().mean().item()
+    pair = autoencoder_pair(net)
+    guide = poutine.trace(pair.guide).get_trace(batch)
+    found = guide.log_prob_sum() - poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch).log_prob_sum()
+    assert found.item() == pytest.approx(n * square, rel=1e-5)
+    net.shape = shape._replace(codes="normal")  # the Gaussian of sd sqrt(genes / 2), at the same codes
+    pair.model.log_noise.data.fill_(0.5 * np.log(genes / 2))
+    trace = poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch)
+    trace.compute_log_prob()
+    constants = n * genes * 0.5 * np.log(np.pi * genes)
+    assert -trace.nodes["x"]["log_prob_sum"].item() - constants == pytest.approx(n * square, rel=1e-4)
+
+
+def test_a_held_out_gene_changes_nothing_of_the_prepared_data(world):
+    config, gene = settings("paper"), world.target.var_names[3]
+    changed, prepared = world.target.copy(), []
+    dense = changed.X.toarray()
+    dense[::2, 3] += 10_000
+    changed.X = dense
+    for cells in (world.target, changed):
+        reference = read_counts(world.reference, role="reference", need_spatial=False)
+        data = problem(hold_out_genes(read_counts(cells, role="target"), reference, [gene]), reference, config, quiet)[0]
+        net = Autoencoder(config.shape(0), data.counts.shape[1])
+        net.learn_moments(data)
+        prepared.append((data, net.read(data, np.arange(300)), net.sd))
+    (a, *first), (b, *second) = prepared
+    assert a.counts.shape == (300, 23) and (a.counts != b.counts).nnz == 0
+    for one, other in zip((*first, *a[1:3], *a[4:7]), (*second, *b[1:3], *b[4:7]), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -11,6 +11,7 @@ from ppl_st.errors import UserError
 from ppl_st.factors import content_loss, gram, style_loss
 from ppl_st.models import spaim
 from ppl_st.models.common.cells import without
+from ppl_st.models.common.inner import default_hyper
 from ppl_st.models.spaim.network import build_network, observations
 from spaim_problems import data_of, small_world
 
@@ -64,19 +65,56 @@ def paper(**changes):
     return replace(spaim.PRESETS["paper"], **{"hidden": (24, 12), "augment": 0, "batch_genes": 0, "clusters": 8, **changes})
 
 
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build(config, data):
+    """An untrained pair in double precision, and all genes as one batch."""
+    pair = build_network(config, default_hyper(data, config), data, 0)
+    for part in pair:
+        part.double()
+    batch = spaim.batches(data, config, 0).at(0)
+    return pair, batch._replace(x=batch.x.double(), profiles=batch.profiles.double())
+
+
 @pytest.mark.parametrize("wiring", ["code", "paper"])
 @pytest.mark.parametrize("kind", ["released", "features"])
-def test_the_published_objective_term_by_term(data, wiring, kind):
-    config = paper(wiring=wiring, gram=kind)
-    pair = build_network(config, spaim.learn_hyper(without(data, np.arange(30)), config, 0, lambda line: None, None), data, 0)
-    batch = spaim.batches(data, config, 0).at(0)
+@pytest.mark.parametrize("augment", [0, 3])
+def test_the_published_objective_term_by_term(double, data, wiring, kind, augment):
+    """Augmented profiles of which nothing is set to 0 are copies: all terms are those of that many times the genes."""
+    config = paper(wiring=wiring, gram=kind, augment=augment, augment_zero=0.0)
+    pair, batch = build(config, data)
     trace = poutine.trace(pair.model).get_trace(batch)
     trace.compute_log_prob()
-    expected = transcription(pair.model.net, batch.x, batch.profiles, wiring, kind)
+    copies = augment + 1
+    expected = transcription(pair.model.net, batch.x.repeat(copies, 1), batch.profiles.repeat(copies, 1), wiring, kind)
     assert {name for name, site in trace.nodes.items() if site["type"] == "sample"} == set(expected)
     for name, value in expected.items():
-        assert -trace.nodes[name]["log_prob_sum"].item() / len(data.panel) == pytest.approx(value.item(), rel=1e-5, abs=1e-7)
+        assert -trace.nodes[name]["log_prob_sum"].item() / len(data.panel) == pytest.approx(value.item(), rel=1e-5, abs=1e-11)
     assert not poutine.trace(pair.guide).get_trace(batch).stochastic_nodes
+
+
+@pytest.mark.parametrize("wiring", ["paper", "code"])
+def test_gaussian_codes_have_the_published_terms_with_wiring_paper_alone(double, data, wiring):
+    config = paper(codes="normal", head="cosine", wiring=wiring)
+    pair, batch = build(config, data)
+    pair.model.log_scale.data.zero_()
+    content, style = pair.model.net.encode(batch.x)
+    values = {f"{name}{k + 1}": code for name, codes in (("content", content), ("residual", style)) for k, code in enumerate(codes)}
+    shared = {f"style{k + 1}": 0.1 * torch.randn(units, dtype=torch.float64) for k, units in enumerate(config.hidden)}
+    found = poutine.trace(poutine.condition(pair.model, values | shared)).get_trace(batch).log_prob_sum().item()
+    losses, n = transcription(pair.model.net, batch.x, batch.profiles, wiring, "released"), len(batch.x)
+    net = pair.model.net
+    squares = [(c - d).square().mean() for c, d in zip(content, net.content(batch.profiles), strict=True)]
+    assert sum(squares).item() == pytest.approx(losses["content"].item())
+    expected = -n * (sum(h / 2 * square for h, square in zip(config.hidden, squares, strict=True)) + losses["reconstruction"])
+    expected -= sum((values[f"residual{k}"] - shared[f"style{k}"]).square().sum() / 2 + shared[f"style{k}"].square().sum() / 2 for k in (1, 2))
+    expected -= (2 * n + 1) * sum(config.hidden) / 2 * np.log(2 * np.pi)
+    assert (found == pytest.approx(expected.item(), rel=1e-7)) == (wiring == "paper")
 
 
 def test_gaussian_content_of_unit_variance_is_the_content_loss():

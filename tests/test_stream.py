@@ -63,8 +63,17 @@ def run(sim):
     return api.fit("siid", target=target, reference=sim.reference, overrides=overrides, seed=3)
 
 
+@pytest.fixture(scope="module")
+def maps(sim):
+    """Places from neighbors in other blocks, and a process over the reference's cells."""
+    overrides = ["clusters=4", "smoothing=0.5", "process=0.5"]
+    return api.fit("spaim", target=sim.target, reference=sim.reference, overrides=overrides, seed=3)
+
+
 @pytest.mark.parametrize("suffix", ["zarr", "h5ad"])
-def test_written_is_predicted(run, tmp_path, suffix, monkeypatch):
+@pytest.mark.parametrize("made", ["run", "maps"])
+def test_written_is_predicted(made, tmp_path, suffix, monkeypatch, request):
+    run = request.getfixturevalue(made)
     monkeypatch.setattr(stream, "MIN_SLAB", 7)
     monkeypatch.setattr(stream, "SLAB_VALUES", 160)
     path = tmp_path / f"imputed.{suffix}"
@@ -82,6 +91,8 @@ def test_written_is_predicted(run, tmp_path, suffix, monkeypatch):
     for name in want.obsm:
         np.testing.assert_array_equal(found.obsm[name], want.obsm[name])
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    if made == "maps":  # a mean in closed form does not know of blocks
+        np.testing.assert_allclose(found.layers["rate_mean"], run.predict(draws=2).layers["rate_mean"], rtol=1e-4)
 
 
 def test_says_what_it_will_write_and_how_far_it_is(run, tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ class MapPredictor:
         doubtful = difference.any(1).nonzero()
         first = int(doubtful[-1]) + 1 if len(doubtful) else 0  # rows after them are the same in every draw
         deviation = place[:, :first] @ difference[:first]
-        noise = self.guides[chain].cell_noise(genes)
+        noise = self._keep((-1 - chain, -1), genes, lambda: self.guides[chain].cell_noise(genes))
         if noise is not None:
             deviation, spread = deviation.addmm_(torch.randn(len(place), len(noise)), noise), spread + noise.square().sum(0)
         level = drawn["log_gain"][genes] - self._log_mean(chain, int(drawn["gene_key"]), genes, slope)

@@ -8,10 +8,11 @@ GENERATIVE STORY
     stage 2 (`model.py`, `direction.py`), forward: spatial cells to reference codes; backward alike with the sides exchanged
         z_i   ~ q(z | x_i)                                                     "forward_z"           [B, q]
         W     ~ Normal(0, r_k s_k)                                             "forward_translator"  [q, F]
-        y_i   = z_i W R + e^a noise_i,  noise_i ~ Normal(0, I)                 "forward_noise"       [B, L] code in the reference's latent
+        y_i   = z_i W R + e^a noise_i,  noise_i ~ Normal(0, I)                 "forward_noise"       [B, L] code in the reference's latent; only
+                                                                               factors read it: without one (default) predictions leave it out
         t_g   ~ Normal(W d_g, s)                                               "forward_identity"    [q, P] shared genes, see `closed.py`
     factors, all optional and by name
-        forward_cycle      -w N mean (D_own(T_back(y)) - x)^2
+        forward_cycle      -w N mean (D_own(T_back(y)) - x)^2                  a decoder of log rates is held against D_own(z) in x's place
         forward_coral      -w N |cov(y) - cov(z_reference)|^2 / 4 d^2          statistics of the two minibatches, of any two sizes
         forward_mmd        -w N MMD^2(y, z_reference)
         forward_adversary  -w N loss of a critic (`ppl_st.inference.adversary`), one per direction
@@ -27,7 +28,9 @@ GUIDE
     genes were from their maps (e of `inner.py`), beta, the code's doubt, and level, slope, theta from hyper-priors learned on inner genes. ``z`` and
     ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
-    Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has point maps: doubt comes from the hyper-priors alone.
+    Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has the doubt of a cell's code and the translator's noise,
+    carried through translator and decoder by draws in cells of the fit (their mean covariance, the same for all cells whatever their depth), and that
+    of the hyper-priors; the weights of translators and decoders are points.
 
 SYMBOLS  n spatial and M reference cells, A genes of the target, G of the reference, P of both; q and L latent dimensions; B cells of a minibatch.
 
@@ -138,7 +141,7 @@ def _closed(config: Config, k: int, other: Any, chosen: Choice, regression: Regr
     shares = SHARES if config.process == "auto" else (float(config.process),)
     found = process_of(data, genes, config.fit.seed) if max(shares) > 0 else None
     own = linear(data, config.shape(k))
-    return Closed(data, own, other, chosen.ratio, genes, chosen.deviations, regression, chosen.share, found, shares)
+    return Closed(data, own, other, chosen.ratio, genes, chosen.deviations, regression, chosen.share, found, shares, config.noisy)
 
 
 class _Inner(NamedTuple):
@@ -148,8 +151,9 @@ class _Inner(NamedTuple):
     genes: NDArray[np.int64]
 
     def codes(self, draws: int, seed: list[int]) -> Codes:
-        mean = self.direction.mean_codes(torch.from_numpy(self.genes))[0].detach().numpy()
-        return Codes(mean, np.zeros_like(mean), mean[None])
+        genes = torch.from_numpy(self.genes)
+        mean, noise = (part.detach().numpy() for part in (self.direction.mean_codes(genes)[0], self.direction.cell_noise(genes)))
+        return Codes(mean, np.zeros_like(mean), np.repeat(mean[None], draws, 0), noise)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         return self.direction.place(data, np.arange(data.counts.shape[0]))
@@ -267,6 +271,8 @@ def smoothing_of(pair: Pair, k: int) -> float:
 def _learn_spread(direction: Direction, data: Data, share: float, seed: int) -> None:
     some = np.sort(np.random.default_rng([seed, 3]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
     direction.learn_spread(smoothed_place(direction, data, share, some))
+    with rng_scope(seed, "blur"):
+        direction.learn_blur(data, some)
 
 
 def _learn_platform(chain: Pair, data: Data) -> None:

@@ -10,7 +10,8 @@ With codes="point" and observation="gaussian" the objective is the published one
 
 ``kind="linear"`` is the Gaussian pair without hidden layers at its optimum in closed form, probabilistic principal components (Tipping & Bishop 1999)
 of the standardised cells: with eigenvalues l_k, eigenvectors v_k of the genes' correlation matrix and noise s (mean of the eigenvalues left out),
-code z_k = v_k . x / sqrt(l_k), of unit variance over cells; loadings W_k = sqrt(l_k) v_k; sd of the code given the cell sqrt(s / l_k).
+code z_k = v_k . x / sqrt(l_k), of unit variance over cells; loadings W_k = sqrt(l_k) v_k; sd of the code given the cell sqrt(s / l_k). The optimum
+itself has code and loadings times sqrt(1 - s / l_k): that factor is left out.
 
 PREPROCESSING   lognorm: log1p(counts depth / total), standardised by gene; total over the shared genes; linear, target: over all of its genes.
                 sqrt: sqrt(min(counts, mean + 2 sd of the positive entries)), as published; nothing else.

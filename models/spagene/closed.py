@@ -72,9 +72,9 @@ class Closed:
     def __init__(
         self, data: Data, own: Autoencoder, other: Features, ratio: float, genes: NDArray[np.int64] | None = None,
         deviations: Sequence[float] = (), regression: Regression | None = None, share: float = 0.0, process: Process | None = None,
-        shares: tuple[float, ...] = (0.0,),
+        shares: tuple[float, ...] = (0.0,), noisy: bool = False,
     ) -> None:  # fmt: skip
-        self.share = share  # c
+        self.share, self.noisy = share, noisy  # c, and whether the translator's noise will be learned
         self.process, self.shares = process, shares  # over the reference's cells, and what it may have of a map
         self.own, self.rotation = own, other.rotation
         self.scores = own.loadings.detach().numpy().astype(np.float64)[data.columns].T  # t [q, P]
@@ -108,7 +108,7 @@ class Closed:
         variance = np.square(sd) @ np.square(g @ self.vectors).T + rest
         drawn = mean + (sd * rng.standard_normal((draws, *sd.shape))) @ (g @ self.vectors).T
         drawn += np.sqrt(rest) * rng.standard_normal((draws, *mean.shape))
-        noise = np.concatenate([self.own.scale.numpy()[:, None] * mean, START_NOISE * (g @ self.rotation).T])
+        noise = np.concatenate([self.own.scale.numpy()[:, None] * mean, *([START_NOISE * (g @ self.rotation).T] if self.noisy else [])])
         mean, variance, drawn, noise = (one.astype(np.float32) for one in (mean, variance, drawn, noise))
         return Codes(mean, variance, drawn, noise, self.process, self.shares)
 

@@ -26,6 +26,7 @@ from ppl_st.models.spagene.closed import RATIO_SD, START_NOISE, Closed, Features
 from ppl_st.models.spagene.data import Data
 from ppl_st.networks import MLP
 
+BLUR = 64  # directions at most in which a network's places are in doubt
 LOG_NOISE = (-6.9, 1.0)  # of the translator's standard deviation: floor 1e-3
 
 
@@ -40,12 +41,14 @@ class Direction(PyroModule):
     columns: Tensor  # [P]
     center: Tensor  # [F] mean and covariance [F, F] of the places over the cells of the fit; network
     covariance: Tensor
+    blur: Tensor  # [K, F] sd and direction of what is not known of a cell's place; network
     deviation: Tensor  # [q] variance of an unmeasured gene's own part in its loadings; linear
     regressed: Tensor  # [q, G] loadings by the reference's own regression; linear, with a share of it
 
     def __init__(
         self, name: str, data: Data, own: Autoencoder, other: Autoencoder, features: Features | None, hyper: Hyper, ratio: float,
         deviations: Sequence[float], hidden: tuple[int, ...], dropout: float, seed: int, share: float = 0.0,
+        noisy: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name = name
@@ -56,8 +59,8 @@ class Direction(PyroModule):
         self.register_buffer("panel", torch.from_numpy(data.panel), persistent=False)
         self.register_buffer("columns", torch.from_numpy(data.columns), persistent=False)
         self.linear = features is not None
-        self.share = share  # c
-        self.log_scale = nn.Parameter(torch.full((other.latent,), float(np.log(START_NOISE))))  # translator noise
+        self.share, self.noisy = share, noisy  # c, and whether a term of the objective reads the noise
+        self.log_scale = nn.Parameter(torch.full((other.latent,), float(np.log(START_NOISE))), requires_grad=noisy)  # translator noise
         if features is not None:
             self.register_buffer("phi", torch.from_numpy(features.phi).float())
             self.register_buffer("rotation", torch.from_numpy(features.rotation).float())
@@ -76,6 +79,7 @@ class Direction(PyroModule):
             width = other.loadings.shape[1]
             self.register_buffer("center", torch.zeros(width))
             self.register_buffer("covariance", torch.eye(width))
+            self.register_buffer("blur", torch.zeros(min(width, BLUR), width))
         found = process_of(data, np.arange(len(other.mean)), seed) if self.linear and hyper.share else None
         self.doubt = hyper.doubt
         self.process = Part(found, hyper.share, len(other.mean))
@@ -164,13 +168,15 @@ class Direction(PyroModule):
         found = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], (1 - self.process.share) * mean + unsure)
         return self.process.loadings(found, genes, at >= 0, drawn["gene_key"])
 
-    def cell_noise(self, genes: Tensor) -> Tensor | None:
-        """The encoder's doubt of a cell's code, and the translator's noise; measured genes have it in their dispersion."""
-        if not self.linear:
-            return None
-        doubt = self.own.scale[:, None] * self.unmeasured(self.loc, genes)
-        translated = (1 - self.share) * self.noise()[:, None] * self.other.loadings[genes].T
-        return torch.cat([doubt, translated]).masked_fill(self.measured[genes] >= 0, 0.0)
+    def cell_noise(self, genes: Tensor) -> Tensor:
+        """The encoder's doubt of a cell's code, and the translator's noise if learned; measured genes have it in their dispersion."""
+        if self.linear:
+            noise = self.own.scale[:, None] * self.unmeasured(self.loc, genes)
+            if self.noisy:
+                noise = torch.cat([noise, (1 - self.share) * self.noise()[:, None] * self.other.loadings[genes].T])
+        else:
+            noise = self.blur @ self._output(genes)
+        return noise.masked_fill(self.measured[genes] >= 0, 0.0)
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings of measured genes."""
@@ -185,3 +191,15 @@ class Direction(PyroModule):
         """Mean and covariance of the places [n, F] of some cells of the fit; for networks."""
         self.center += torch.from_numpy(place.mean(0))
         self.covariance.copy_(torch.from_numpy(np.cov(place.T.astype(np.float64), bias=True).reshape(self.covariance.shape)))
+
+    def learn_blur(self, data: Data, rows: NDArray[np.int64]) -> None:
+        """Leading directions of the covariance of a cell's place under q(z | x) and the translator's noise, mean over some cells; for networks."""
+        total = torch.zeros(self.covariance.shape, dtype=torch.float64)
+        with torch.no_grad():
+            for part in blocks(len(rows), data.counts.shape[1]):
+                loc, scale = self.own.encode(self.own.read(data, rows[part]))
+                codes = [self.translate(loc + scale * torch.randn_like(loc)) for _ in range(2)]
+                one, two = (self.other.features(code + self.noisy * self.noise() * torch.randn_like(code)).double() for code in codes)
+                total += (one - two).T @ (one - two) / (2 * len(rows))
+        values, vectors = torch.linalg.eigh(total)
+        self.blur.copy_((values.clamp_min(0).sqrt() * vectors).T.flip(0)[: len(self.blur)])

@@ -81,6 +81,12 @@ class Config:
                 "shared genes' loadings (identity='loadings'), networks take 'gain_offset', 'pearson' or 'off'"
             )
 
+    @property
+    def noisy(self) -> bool:
+        """Some term of the objective reads translated codes: their noise is learned, and enters predictions."""
+        game = self.adversary != "off" and self.adversary_weight > 0
+        return self.identity in ("gain_offset", "pearson") or self.cycle_weight + self.coral_weight + self.mmd_weight > 0 or game
+
     def shape(self, side: int) -> Shape:
         """Of the autoencoder of the target (0) or the reference (1)."""
         kind = self.translator
@@ -140,7 +146,7 @@ class Model(PyroModule):
         self.directions = nn.ModuleList(
             Direction(
                 name, problems[k], sides[k], sides[1 - k], features(sides[1 - k], problems[k].panel) if linear else None, spec.hypers[k],
-                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, config.fit.seed, spec.shares[k],
+                spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, config.fit.seed, spec.shares[k], config.noisy,
             )
             for k, name in enumerate(NAMES)
         )  # fmt: skip

@@ -8,8 +8,13 @@ r"""SpaIM by networks: the published objective as named factors (``codes="point"
     x          ~ Head(decode(content, residual))
 guide: content and residual from the encoders of x, normal tables for effect and style.
 
-With point codes, unit variances and the cosine head, -log p(content) is H/2 times the published content loss plus a constant, the style residual
-drops out and the head is the published cosine loss: the same objective up to weights.
+With wiring "paper", unit variances, the cosine head and the residual at the encoder's style, -log p of a gene is H/2 times the published content
+loss of each layer, plus the published reconstruction loss, plus a Gaussian term of residual - style, plus constants.
+With wiring "code" content1's mean is a function of the sampled content2, where the published term takes the one that the profile gives. The cosine of
+the generator and the Gram term of the styles are in ``codes="point"`` alone, which has the published objective as it is.
+
+Predictions take gain, slope and theta of a gene from `ppl_st.models.common.counts.CountLayer`: the effects of the heads gaussian and nb, and kappa,
+serve the training alone.
 """
 
 from typing import TYPE_CHECKING

@@ -1,0 +1,65 @@
+"""SpaGene's doubt: nothing untrained in a prediction, the encoder's and the translator's reach unmeasured genes."""
+
+import numpy as np
+import pytest
+import torch
+from pyro import poutine
+
+import ppl_st
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.models import spagene
+from ppl_st.models.spagene.model import direction_of, model_of
+from spagene_problems import SMALL, pose, settings, small_world, untrained
+
+world = pytest.fixture(small_world, scope="module")
+
+
+@pytest.fixture(scope="module")
+def data(world):
+    return pose(world)
+
+
+FACTORS = ("cycle_weight=1", "coral_weight=1", "mmd_weight=1")
+
+
+@pytest.mark.parametrize("factor", [None, *FACTORS])
+def test_the_translators_noise_is_in_predictions_where_a_factor_trains_it(data, factor):
+    pair = untrained(settings("default", *([factor] if factor else [])), data)
+    batch, genes = spagene.Batches(data, 0, 0, 0).at(0), torch.arange(24, 40)
+    guide = poutine.trace(pair.guide).get_trace(batch)
+    (-poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch).log_prob_sum()).backward()
+    for k in range(2):
+        direction = direction_of(pair, k)
+        some = genes[:0] if k else genes  # backward leads to measured genes only
+        before = direction.cell_noise(some).square().sum(0)
+        assert (direction.log_scale.grad is not None) == (direction.log_scale.requires_grad) == bool(factor)
+        direction.log_scale.data.fill_(0.0)
+        after = direction.cell_noise(some).square().sum(0)
+        assert k or bool((after > before + 1e-3).all()) == bool(factor)
+
+
+def test_a_networks_doubt_of_codes_and_translations_widens_unmeasured_genes(world):
+    run = ppl_st.fit("spagene", target=world.target, reference=world.reference, preset="network", overrides=[*SMALL, "checkpoints=0"], seed=0)
+    (chain,) = chains_of(run.pair)
+    direction, bias = direction_of(chain, 0), model_of(chain).side(0).encoder[-1].bias.data[6:]  # log sd of the 6 codes
+    genes, found = [*world.reference.var_names[24:28], world.target.var_names[0]], []
+    for log_sd, log_noise in ((-5.0, -6.9), (0.7, -6.9), (-5.0, -0.5)):
+        bias.fill_(log_sd)
+        direction.log_scale.data.fill_(log_noise)
+        spagene.select(run.pair, run.data, run.config, 0)
+        found.append(run.predict(genes, draws=20).layers["rate_sd"].mean(0))
+    sure, encoded, translated = np.array(found)
+    assert (encoded[:4] > 1.2 * sure[:4]).all() and (translated[:4] > 1.2 * sure[:4]).all(), found
+    np.testing.assert_allclose([encoded[4], translated[4]], sure[4], rtol=1e-3)  # a measured gene has it in its dispersion
+
+
+def test_blur_is_the_covariance_of_places_of_a_linear_decoder(data):
+    """Without hidden layers places are translated codes: J diag(scale^2) J' + noise^2, exactly."""
+    pair = untrained(settings("network", "hidden=[]", "translator_hidden=[]"), data)
+    direction = direction_of(pair, 0)
+    rows = np.tile(np.arange(300), 40)
+    torch.manual_seed(0)
+    direction.learn_blur(data, rows)
+    jacobian, scale = direction.net[-1].weight, direction.own.codes(data)[1]
+    expected = (jacobian @ scale.square().mean(0).diag() @ jacobian.T + direction.noise().square().diag()).detach()
+    torch.testing.assert_close(direction.blur.T @ direction.blur, expected, atol=0.05 * float(expected.diag().max()), rtol=0)
