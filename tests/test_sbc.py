@@ -92,6 +92,7 @@ def test_vista_gene_sites_of_measured_genes_are_attenuated():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 20 fits
 def test_xfuse_expected_counts_of_places():
     """Empirical Bayes for every parameter and factorised normals, yet ranks are not told from uniform ones and the error is bounded.
 
