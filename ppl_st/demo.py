@@ -159,7 +159,7 @@ def demo(
     seconds = time.perf_counter() - began
     talk("report")
     genes = tables[method].join(predicted.var[["trust"]])
-    browser = browser_of(run, predicted, genes, predicted.var_names[:BROWSED].tolist(), read_counts(world.truth, role="truth"), "cell", seed)
+    browser = browser_of(run, predicted, genes, predicted.var_names[:BROWSED].tolist(), read_counts(world.truth, role="truth"), "cell", seed, "um")
     _report(folder / "report.html", method, scores, facts, figures, run, seconds, browser)
     return Demo(scores, facts, run, seconds)
 

@@ -118,7 +118,8 @@ def report_run(
             [predicted, run.predict(others, draws=draws, seed=seed)], axis=1, merge="first", uns_merge="first", join="outer"
         )
     talk(f"browser of {len(browsed)} genes")
-    browser, about = browser_of(run, predicted, scores, browsed, counted, noun, seed)
+    unit = "px" if reference_kind(run) == "image" else "units of the file"
+    browser, about = browser_of(run, predicted, scores, browsed, counted, noun, seed, unit)
     links = {gene: f"#gene={quote(gene, safe='')}" for gene in browsed}
     short = report_sections.in_short(run, scores, methods, noun) + note
     page = [
@@ -203,9 +204,10 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
 
 
 def browser_of(
-    run: Run, predicted: ad.AnnData, scores: pd.DataFrame, genes: list[str], truth: Counts | None, noun: str, seed: int
-) -> tuple[str, str]:
-    """The browser's HTML and a paragraph about what it shows."""
+    run: Run, predicted: ad.AnnData, scores: pd.DataFrame, genes: list[str], truth: Counts | None, noun: str, seed: int,
+    xy_unit: str,
+) -> tuple[str, str]:  # fmt: skip
+    """The browser's HTML and a paragraph about what it shows; ``xy_unit`` of the coordinates."""
     if "spatial" not in predicted.obsm:
         return "", "There are no maps to browse: the target has no coordinates (obsm['spatial'])."
     n = predicted.n_obs
@@ -222,7 +224,7 @@ def browser_of(
     facts = [_facts(scores, gene, bool(run.measured[run.genes == gene][0])) for gene in genes]
     maps = GeneMaps(
         _apart(table, getattr(run.config, "library_key", None)), names.tolist(), genes, np.asarray(table.layers["rate_mean"]),
-        np.asarray(table.layers["rate_sd"]), high - low, observed, facts, kind, noun,
+        np.asarray(table.layers["rate_sd"]), high - low, observed, facts, kind, noun, xy_unit,
     )  # fmt: skip
     about = (
         f"Every dot is a {noun}. Observed and predicted maps share one scale; its top is the 99.5 % quantile of the values above 0, so single "

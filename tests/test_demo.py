@@ -25,6 +25,7 @@ def test_everything_that_is_promised_lies_there(done):
     assert {p.name for p in (out / "data").iterdir()} == {"target.h5ad", "reference.h5ad", "truth.h5ad"}
     assert len(list((out / "figures").glob("*.png"))) == 5
     page = (out / "report.html").read_text()
+    assert "@{value} um" in page  # the scale bars of the browser
     assert ORACLE in page and page.count('src="data:image/png') == 5 and "gene-browser" in page
     assert said and not [p for p in out.rglob("*") if ".tmp" in p.name]
     import ppl_st
