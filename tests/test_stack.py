@@ -82,12 +82,12 @@ def test_a_stack_is_the_mixture_of_its_runs(world, runs):
     assert both.method == "stack" and weights.sum() == pytest.approx(1) and both.record["inner_genes"] == 24
     scores = list(both.record["inner_log_score"].values())
     assert scores[2] >= max(scores[:2]) - 2e-3
-    genes = world.truth.var_names.tolist()
-    # a gene's level is one number per draw, shared by all cells: its mean is off by 1 / sqrt(draws), that of 16 genes by a quarter of it
-    options = {"target": world.target[:60].copy(), "draws": 300, "truth": world.truth}
+    genes = world.truth.var_names[[3, 12]].tolist()
+    many = 1600  # a gene's level is one number per draw, shared by all cells: its mean is off by 1 / sqrt(draws)
+    options = {"target": world.target[:60].copy(), "draws": many, "truth": world.truth}
     found, parts = both.predict(genes, **options), [run.predict(genes, **options) for run in runs]
     mean = sum(w * part.X for w, part in zip(weights, parts, strict=True))
-    np.testing.assert_allclose((found.X.mean(0) / mean.mean(0)).mean(), 1, atol=0.04)
+    np.testing.assert_allclose(found.X.mean(0), mean.mean(0), rtol=0.06)
     assert np.corrcoef(found.X.ravel(), mean.ravel())[0, 1] > 0.98
     second = sum(w * (p.layers["count_sd"] ** 2 + p.X**2) for w, p in zip(weights, parts, strict=True))
     np.testing.assert_allclose(found.layers["count_sd"].mean(), np.sqrt(second - mean**2).mean(), rtol=0.06)

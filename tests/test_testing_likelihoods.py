@@ -17,7 +17,7 @@ from seeded import own_seed
 
 torch.set_num_threads(1)
 _own_seed = pytest.fixture(own_seed, autouse=True)
-EXAMPLES = 60  # rows per law in the small profile
+EXAMPLES = 100  # rows per law in the small profile
 SLOW_DRAWN = 10_000  # under the laws about draws, 4,000 draws for each
 SLOW_EXAMPLES = int(os.environ.get("PPL_ST_EXAMPLES", "100000"))  # under the other laws
 
