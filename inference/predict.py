@@ -20,10 +20,11 @@ The log score is exact for the mixture of S laws. The CRPS is not: its closed fo
 functions, runs over every count up to the far tail and costs a hundred times the sorted draws, whose error all but vanishes in the mean over the
 cells of a gene (BENCHMARKS.md).
 
-Peak memory is about S x cells x genes x 12 bytes of one block plus the result; ``memory_gb`` bounds the block.
+Peak memory is about S x cells x genes x 12 bytes of one block plus the result; ``memory_gb`` bounds the block. Draws of a block are sorted and
+summarised beside those of the next one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.inference.randomness import rng_scope
+from ppl_st.inference.threads import one_ahead
 
 __all__ = [
     "QUANTILES", "Predictor", "Scores", "Summary", "count_draws", "draw_globals", "fits_of_draws", "posterior_predictive", "predictive_blocks",
@@ -182,22 +184,21 @@ def predictive_blocks(
     factors = None if factor is None else torch.from_numpy(factor.astype(np.float32))
     drawn, fits = draw_globals(chains, draws, seed), fits_of_draws(predictor, chains, draws)
     cells, width = block_sizes(len(genes), draws, memory_gb)
-    for b, batch in enumerate(predictor.blocks(cells)):
-        rows = predictor.rows(batch)
-        local = [predictor.local(batch, c) for c in range(min(draws, len(chains)))]
-        for start in range(0, len(genes), width):
-            part = slice(start, min(start + width, len(genes)))
-            x = None if truth is None else truth[rows, part].toarray()
-            quantiles = {name: q[part] for name, q in wanted.items()}
-            depth = None if factors is None else factors[rows, None]
-            masses = None if mass is None else mass[:, part]
-            block, score = _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, quantiles, depth, masses, fits)
-            if hasattr(predictor, "closed_form"):
-                with torch.no_grad():
-                    exact = [predictor.closed_form(batch, c, one, torch.from_numpy(genes[part]), depth) for c, one in enumerate(local)]
-                rate, lognorm = (torch.stack(values).mean(0).numpy() for values in zip(*exact, strict=True))
-                block = block._replace(rate_mean=rate, lognorm_mean=None if depth is None else lognorm)
-            yield rows, part, block, score
+
+    def blocks() -> Iterator[tuple[tuple[NDArray[np.int64], slice], Callable[[], tuple[Summary, Scores | None]]]]:
+        for b, batch in enumerate(predictor.blocks(cells)):
+            rows = predictor.rows(batch)
+            local = [predictor.local(batch, c) for c in range(min(draws, len(chains)))]
+            for start in range(0, len(genes), width):
+                part = slice(start, min(start + width, len(genes)))
+                x = None if truth is None else truth[rows, part].toarray()
+                quantiles = {name: q[part] for name, q in wanted.items()}
+                depth = None if factors is None else factors[rows, None]
+                masses = None if mass is None else mass[:, part]
+                yield (rows, part), _block(predictor, chains, batch, local, drawn, genes[part], (seed, b), x, quantiles, depth, masses, fits)
+
+    for (rows, part), (summary, scores) in one_ahead(blocks()):
+        yield rows, part, summary, scores
 
 
 def _wanted(g: int, ends: NDArray[np.float64] | None) -> dict[str, NDArray[np.float64]]:
@@ -260,7 +261,8 @@ def _block(
     factor: Tensor | None,
     mass: NDArray[np.float64] | None,
     fits: NDArray[np.int64] | None,
-) -> tuple[Summary, Scores | None]:
+) -> Callable[[], tuple[Summary, Scores | None]]:
+    """Draw a block; what is returned summarises its draws, without another random number."""
     draws, shape = len(drawn), (len(predictor.rows(batch)), len(genes))
     truth = None if x is None else torch.from_numpy(x)
     count = torch.empty((draws, *shape))
@@ -286,24 +288,34 @@ def _block(
             below += count[d] < truth
             equal += count[d] == truth
             distance += (count[d] - truth).abs()
-    between = square / max(1, draws - 1)
-    ordered = np.sort(count.numpy(), axis=0)  # [S, n, g]
-    quantiles = {name: _quantile(ordered, name, q) for name, q in wanted.items()}
-    summary = Summary(
-        mean.float().numpy(),
-        between.sqrt().float().numpy(),
-        (variance / draws + between).sqrt().float().numpy(),
-        quantiles,
-        None if factor is None else (lognorm / draws).float().numpy(),
-        None if fits is None else _between(sums, mean, square, fits),
-    )
-    if x is None:
-        return summary, None
-    # The truth's rank among the draws: uniform for any number of draws when it is exchangeable with them (chains that agree, or draws of one).
-    low, high = below / (draws + 1), (below + equal + 1) / (draws + 1)
-    crps = (distance / draws - _half_spread(ordered)).numpy()
-    corrected = None if mass is None else _weighted_crps(ordered, mass, x)
-    return summary, Scores((log_p - np.log(draws)).float().numpy(), crps, low.numpy(), high.numpy(), corrected)
+    exact = None
+    if hasattr(predictor, "closed_form"):
+        with torch.no_grad():
+            means = [predictor.closed_form(batch, c, one, torch.from_numpy(genes), factor) for c, one in enumerate(local)]
+        exact = [torch.stack(values).mean(0).numpy() for values in zip(*means, strict=True)]
+
+    def summarise() -> tuple[Summary, Scores | None]:
+        between = square / max(1, draws - 1)
+        ordered = count.numpy()  # [S, n, g]
+        ordered.sort(axis=0)
+        quantiles = {name: _quantile(ordered, name, q) for name, q in wanted.items()}
+        summary = Summary(
+            mean.float().numpy() if exact is None else exact[0],
+            between.sqrt().float().numpy(),
+            (variance / draws + between).sqrt().float().numpy(),
+            quantiles,
+            None if factor is None else (lognorm / draws).float().numpy() if exact is None else exact[1],
+            None if fits is None else _between(sums, mean, square, fits),
+        )
+        if x is None:
+            return summary, None
+        # The truth's rank among the draws: uniform for any number of draws when it is exchangeable with them (chains that agree, or draws of one).
+        low, high = below / (draws + 1), (below + equal + 1) / (draws + 1)
+        crps = (distance / draws - _half_spread(ordered)).numpy()
+        corrected = None if mass is None else _weighted_crps(ordered, mass, x)
+        return summary, Scores((log_p - np.log(draws)).float().numpy(), crps, low.numpy(), high.numpy(), corrected)
+
+    return summarise
 
 
 def _between(sums: Tensor, mean: Tensor, square: Tensor, fits: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -1,11 +1,18 @@
-"""How many threads torch uses inside one operation."""
+"""How many threads torch uses inside one operation, and results that are made beside the next one."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
-__all__ = ["torch_threads"]
+from ppl_st.sampling import WORKERS
+
+__all__ = ["one_ahead", "torch_threads"]
+
+Key, Result = TypeVar("Key"), TypeVar("Result")
 
 
 @contextmanager
@@ -18,3 +25,19 @@ def torch_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_ahead(jobs: Iterable[tuple[Key, Callable[[], Result]]]) -> Iterator[tuple[Key, Result]]:
+    """(key, result of its job) in order; where there are threads a job runs beside the making of the next one, so two of them are alive at most."""
+    if WORKERS == 1:
+        yield from ((key, job()) for key, job in jobs)
+        return
+    waiting: deque[tuple[Key, Future[Result]]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for key, job in jobs:
+            waiting.append((key, pool.submit(job)))
+            if len(waiting) > 1:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        for key, last in waiting:
+            yield key, last.result()

@@ -4,7 +4,7 @@ A negative binomial count with shape r and odds o (mean r o) is Poisson(o Gamma(
 from P(0) = (1 + o)^-r on, P(k + 1) = P(k) (r + k) / (k + 1) o / (1 + o) is taken off until nothing is left, which most counts, being 0, are at once.
 
 The stream of torch's default generator decides every draw, so `torch.manual_seed` or `rng_scope` repeats them; NumPy's global state is not used.
-Work is cut into pieces of fixed size with a generator each, so the draws do not depend on the number of threads. No gradients.
+Work is cut into an even number of equal pieces with a generator each, so the draws do not depend on the number of threads. No gradients.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 2**16  # values drawn by one generator; a quarter of it costs half as much again, and two threads then gain nothing
+PIECE = 2**16  # values drawn by one generator, at most; a quarter of it costs half as much again, and two threads then gain nothing
 INVERTED = (0.1, 3.0)  # shapes above the first with means below the second are drawn by inversion: few steps, at most some hundred
 LARGEST_RATE = 1e18
 # Threads that draw: the machine's, or as many as OMP_NUM_THREADS says. Not torch's number, which is 1 where its operations are small.
@@ -74,16 +74,17 @@ def _in_pieces(draw: Callable[..., NDArray[Any]], dtype: Any, *parameters: Tenso
     flat = [parameter.contiguous().numpy().reshape(-1) for parameter in parameters]
     result = np.empty(flat[0].shape, dtype)
     seed = int(torch.randint(2**62, (1,)))
+    pieces = 1 if len(result) <= PIECE else 2 * -(-len(result) // (2 * PIECE))  # even and equal: two threads end together
+    size = -(-len(result) // pieces)
 
     def fill(piece: int) -> None:
-        rows = slice(piece * PIECE, (piece + 1) * PIECE)
+        rows = slice(piece * size, (piece + 1) * size)
         result[rows] = draw(np.random.Generator(np.random.SFC64([seed, piece])), *(values[rows] for values in flat))
 
-    pieces = range(-(-len(result) // PIECE))
-    if len(pieces) > 1 and WORKERS > 1:
+    if pieces > 1 and WORKERS > 1:
         with ThreadPoolExecutor(WORKERS) as pool:  # numpy draws without holding the interpreter
-            list(pool.map(fill, pieces))
+            list(pool.map(fill, range(pieces)))
     else:
-        for piece in pieces:
+        for piece in range(pieces):
             fill(piece)
     return torch.from_numpy(result.reshape(parameters[0].shape))

@@ -39,11 +39,11 @@ ROOMS: dict[str, set[str]] = {
     "spatialdata_zarr": {"data", "images"},
     "simulate": {"likelihoods"},
     "config": {"io"},
-    "inference": {"io", "data"},  # the writer of files and row blocks; never a named method
+    "inference": {"io", "data", "sampling"},  # the writer of files and row blocks; never a named method
     "observation": {"likelihoods", "count_likelihoods"},  # a likelihood by its name
     "models": {
-        "observation", "likelihoods", "count_likelihoods", "real_likelihoods", "directional", "product", "sampling", "factors", "networks",
-        "simulate", "inference", "image_features",
+        "observation", "likelihoods", "likelihood_math", "count_likelihoods", "real_likelihoods", "directional", "product", "sampling", "factors",
+        "networks", "simulate", "inference", "image_features",
     },
     "metrics": {"data"},
     "compositions": {"metrics"},

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import nn
 
 from ppl_st.calibration import coverage, interval_coverage
-from ppl_st.inference import predict
+from ppl_st.inference import predict, threads
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import block_sizes, count_draws, draw_globals, fits_of_draws, posterior_predictive
 from ppl_st.inference.svi import FitConfig, Pair, fit
@@ -105,6 +105,40 @@ def test_summaries_and_scores_equal_the_closed_form(case):
     crps = np.square(exact.cdf(k) - (k >= truth)).sum(0)
     np.testing.assert_allclose(scores.crps, crps, atol=0.1)
     assert np.abs(scores.crps - crps).mean() < 0.02 and crps.mean() > 0.5
+
+
+def test_a_second_thread_changes_nothing(case, monkeypatch):
+    shape, truth, _ = case
+    found = []
+    for workers in (1, 2):
+        monkeypatch.setattr(threads, "WORKERS", workers)
+        asked = dict(draws=50, seed=0, memory_gb=1e-5, truth=sp.csr_matrix(truth.astype(np.float32)))
+        found.append(posterior_predictive(Conjugate(shape), [chain(sharpness=5.0)], np.arange(5), **asked))
+    (one, scores), (two, again) = found
+    for a, b in zip([*one[:3], *one.quantiles.values(), *scores[:4]], [*two[:3], *two.quantiles.values(), *again[:4]], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_are_one_ahead_and_in_order(workers, monkeypatch):
+    monkeypatch.setattr(threads, "WORKERS", workers)
+    made, done = [], []
+
+    def jobs():
+        for k in range(5):
+            made.append(k)
+            yield k, lambda k=k: done.append(k) or 10 * k
+
+    for key, result in threads.one_ahead(jobs()):
+        assert result == 10 * key and key in done
+        assert len(made) <= key + workers
+    assert made == done == list(range(5))
+
+    def failing():
+        yield 0, lambda: 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        list(threads.one_ahead(failing()))
 
 
 def test_crps_and_quantiles_of_known_draws():

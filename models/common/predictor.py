@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_st.inference.pair import Pair
+from ppl_st.likelihood_math import LOG_MEAN_RANGE
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.common.cells import Problem, all_counts, median_depth
 from ppl_st.models.common.counts import LARGEST, CountLayer, bend, log_mean
@@ -113,9 +114,8 @@ class MapPredictor:
         steep = slope * steep  # below in place: log depth + level + slope bent + steep deviation - steep^2 spread / 2
         log_rate = (slope * bent).clamp_(-LARGEST, LARGEST).add_(level).add_(log_depth)
         log_rate.addcmul_(steep, deviation.addcmul_(steep, spread, value=-0.5))
-        if self.likelihood == "poisson":
-            return Poisson(log_rate.exp())
-        return NegativeBinomial(log_mean=log_rate, log_theta=drawn["log_theta"][genes])
+        rate = log_rate.clamp_(*LOG_MEAN_RANGE).exp_()  # once: law, mean, variance and draws all ask for it
+        return Poisson(rate) if self.likelihood == "poisson" else NegativeBinomial(rate, log_theta=drawn["log_theta"][genes])
 
     def _closed_form(self, batch: Cells, chain: int, local: Any, genes: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Posterior means [n, g] of the rate and of the log-normalised count: level and deviations in closed form, the slope by quadrature.
