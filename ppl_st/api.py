@@ -348,7 +348,7 @@ def train(
     adversary = module.adversary(pair, settings) if hasattr(module, "adversary") else None
     edit = module.edit(pair, data, settings, seed) if hasattr(module, "edit") else None
     watch = module.watch(pair, settings, seed) if hasattr(module, "watch") else None
-    scale = 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
+    scale = module.loss_scale(data, settings) if hasattr(module, "loss_scale") else 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
     options: dict[str, Any] = {"folder": folder, "scale": scale, "progress": progress, "adversary": adversary, "edit": edit, "watch": watch}
     state, info = run_svi(pair, batches, plan, state, **options)
     if info.stop_reason == INTERRUPTED and state.step < steps:

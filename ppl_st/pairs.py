@@ -47,10 +47,12 @@ def read_pair(
 
 
 def read_like(source: Source, *, role: str, layer: str | None, gene_key: str | None) -> Counts:
-    """Counts beside those of a fit with these settings, which apply where the file has such a layer or column; coordinates may be absent."""
+    """Counts beside those of a fit with these settings, which apply where the file has such a layer or column; coordinates may be absent, those of a
+    target must be sound."""
     adata = read_adata(source, role=role)
     own = layer if layer == "X" or layer in adata.layers or in_raw(adata, layer) else None
-    return read_counts(adata, role=role, layer=own, gene_key=_own_key(adata, own, gene_key), need_spatial=False, file=_file(source))
+    needed = role == "target" and "spatial" in adata.obsm
+    return read_counts(adata, role=role, layer=own, gene_key=_own_key(adata, own, gene_key), need_spatial=needed, file=_file(source))
 
 
 def _own_key(adata: AnnData, layer: str | None, gene_key: str | None) -> str | None:

@@ -20,7 +20,7 @@ from ppl_st.models.vista import PRESETS, batches, build, initialise, start
 from ppl_st.models.vista.closed import fit_map, second_moments
 from ppl_st.models.vista.config import Config
 from ppl_st.pooling import draws_of, log_fold_change, pooled
-from ppl_st.prepare.vista import anchors, new_cells, problem
+from ppl_st.prepare.vista import anchors, new_cells, problem, waves
 from ppl_st.simulate import spatial_field
 
 FAST = ["chains=1", "penalty=3", "reweight=false", "process=0", "fit.steps=4", "batch_cells=64", "neighbors=6"]  # process: test_process.py
@@ -77,11 +77,11 @@ def test_permuting_cells_only_permutes_the_states(world):
 
 @pytest.mark.parametrize("map", ["closed", "learned"])
 def test_every_graph_mode_begins_as_gimvi(world, map):
-    states = []
+    states, chosen = [], [f"map={map}", *(["visible=1"] if map == "learned" else [])]
     for graph in GRAPHS:
-        config = settings(f"graph={graph}", f"map={map}", "dropout=0")
+        config = settings(f"graph={graph}", "dropout=0", *chosen)
         data, _, _ = prepared(world, settings("graph=prior"))
-        _, spec = start(data, settings("graph=none", f"map={map}"), 0, quiet)
+        _, spec = start(data, settings("graph=none", *chosen), 0, quiet)
         spec = spec._replace(hyper=spec.hyper._replace(mix=0.0))
         with rng_scope(0, "start"):
             pair = build(config, spec)
@@ -160,15 +160,16 @@ def direct_objective(pair, batch, sites, config):
     total = batch.reference.double().sum(1).log() + guide.library[0].double()
     mean, sd = model.library[0].double()
     kl_l = kl(total[:, None], guide.library[1].double().exp().expand(len(total), 1), mean, float(sd))
-    critic = model.opponent[0]
-    fool = torch.nn.functional.softplus(critic(sites["z_reference"])).mean() + torch.nn.functional.softplus(-critic(sites["z"])).mean()
+    # flipped labels, one mean over the codes of both sides; kappa = 5
+    both = model.opponent[0](torch.cat([sites["z_reference"], sites["z"]])).ravel()
+    fool = torch.nn.functional.binary_cross_entropy_with_logits(both, torch.cat([torch.zeros(r), torch.ones(b)]))
     elbo = m / r * (log_x - kl(loc_r, scale_r) - kl_l).sum() + n / b * (log_s - kl(loc, scale)).sum()
-    return -(elbo - config.adversary_weight * (n + m) * fool.double())
+    return -(elbo - 5 * (n + m) * fool.double())
 
 
 @pytest.mark.parametrize("preset", ["gimvi", "released", "paper"])
 def test_published_presets_equal_the_formulas(world, preset):
-    config = with_overrides(PRESETS[preset], ["batch_cells=60", "batch_reference=50", "neighbors=5", "dropout=0", "latent=6"])
+    config = with_overrides(PRESETS[preset], ["batch_cells=50", "batch_reference=50", "neighbors=5", "dropout=0", "latent=6"])
     data, _, _ = prepared(world, config)
     pair, _ = start(data, config, 0, quiet)
     pair = chains_of(pair)[0]
@@ -183,6 +184,48 @@ def test_published_presets_equal_the_formulas(world, preset):
     with rng_scope(0, "test"):
         ours = TraceMeanField_ELBO().differentiable_loss(pair.model, pair.guide, batch).item()
     assert ours == pytest.approx(direct_objective(pair, batch, sites, config).item(), rel=1e-5)
+
+
+def test_published_networks_are_trained_per_cell(world):
+    """Adam's eps and the clip know the size of a gradient: one that is a hundred times too small trains another model."""
+    settings = ["batch_cells=0", "batch_reference=0", "fit.steps=1", "fit.kl_warmup_steps=0", "dropout=0"]
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, preset="gimvi", overrides=settings)
+    pair, _ = start(run.data, run.config, 0, quiet)
+    with rng_scope(0, "noise", 0):
+        loss = TraceMeanField_ELBO().differentiable_loss(*chains_of(pair)[0], batches(run.data, run.config, 0).at(0)).item()
+    assert run.record["losses"][0] == pytest.approx(loss / (240 + 200), rel=0.05)
+
+
+def test_the_graph_reaches_a_panel_too_small_to_choose_on():
+    world = spatial_field(seed=1, n_cells=80, n_reference=60, n_genes=20, n_panel=8, n_types=3, rho=3.0, spatial=1.0, length=500.0)
+    said = []
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=["fit.steps=2"], say=said.append)
+    assert any("8 shared genes: too few" in line for line in said)
+    shuffled = world.target.copy()
+    shuffled.obsm["spatial"] = np.random.default_rng(0).permutation(shuffled.obsm["spatial"])
+    one, two = (run.predict(target=target, draws=3).X for target in (world.target, shuffled))
+    assert np.abs(np.log(one / two)).max() > 0.01
+
+
+def test_settings_that_contradict_each_other_are_said(world):
+    with pytest.raises(UserError, match="add --set visible=1"):
+        fitted(world, "prior", "map=learned")
+    config, said = settings("adversary=cross_entropy"), []
+    start(prepared(world, config)[0], config, 0, said.append)
+    assert any("adversary has nothing to move" in line for line in said)
+
+
+def test_a_cell_without_neighbors_has_the_standard_prior(world):
+    config = settings("visible=1")
+    data, _, _ = prepared(world, config)
+    model = chains_of(start(data, config, 0, quiet)[0])[0].model
+    torch.nn.init.constant_(model.gate, 0.8)
+    alone = data.graph.tolil()
+    alone[0] = 0
+    batch = batches(data._replace(graph=alone.tocsr()), config, 0).of(np.arange(20))
+    trace = poutine.trace(model).get_trace(batch)
+    scale = trace.nodes["z"]["fn"].base_dist.scale
+    assert (scale[0] == 1).all() and (scale[1:] < 0.9).all()
 
 
 def test_one_cell_batches_and_a_full_batch_work():
@@ -335,6 +378,10 @@ def test_a_new_section_is_predicted_without_refitting_and_a_changed_panel_refuse
     run = fitted(world, "prior")
     other = spatial_field(seed=1, n_cells=100, n_reference=50, n_genes=36, n_panel=20, n_types=4).target
     other.obs_names = [f"new{i}" for i in range(100)]
+    unsound = other.copy()
+    unsound.obsm["spatial"][3] = np.nan
+    with pytest.raises(UserError, match="NaN or infinite for 1 of 100 cells"):
+        run.predict(target=unsound, draws=2)
     result = run.predict(target=other, draws=4)
     assert result.shape == (100, 16) and np.isfinite(result.X).all()
     with pytest.raises(UserError, match=r"lacks 1 of the 20 genes"):
@@ -347,15 +394,18 @@ def test_sections_share_no_neighbors_and_batches_are_standardised_apart(world):
     target.obs["lane"], reference.obs["lane"] = "one", np.where(np.arange(200) < 80, "one", "two")
     config = settings("library_key=slide", "batch_key=lane")
     moved = ad.AnnData(target.X, obs=target.obs, var=target.var, obsm=dict(target.obsm))
-    data, _, _ = problem(
+    data, target_counts, _ = problem(
         read_counts(moved, role="target"), read_counts(reference, role="reference", need_spatial=False), config, quiet
     )
     rows, columns = data.graph.nonzero()
     assert (rows % 2 == columns % 2).all()
     pair, spec = start(data, config, 0, quiet)
     assert spec.reference_batches == 2 and chains_of(pair)[0].guide.reference_mean.shape == (2, 20)
+    assert not np.allclose(*(waves(replace(target_counts, xy=np.zeros((240, 2)) + 5), data.graph, config)[k] for k in (0, 1)))
     with pytest.raises(UserError, match="no obs column 'plate'"):
         prepared(world, settings("library_key=plate"))
+    with pytest.raises(UserError, match="no obs column 'lane'"):
+        new_cells(read_counts(world.target, role="target"), target_counts, data, config)
 
 
 def test_anchor_genes_are_those_whose_pseudo_bulks_agree():

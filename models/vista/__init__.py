@@ -41,7 +41,8 @@ DIFFERENCES from paper and released code
     * prediction uses the same graph; released: none;
     * gain and dispersion of an unmeasured gene come from hyper-priors; released: dispersion is a random initialisation that never trained;
     * LayerNorm instead of BatchNorm: a batch of one cell is like any other; no argument is modified;
-    * KL warm-up in "paper" follows gimVI (weight t / 8000 over 4000 steps); the default's ends.
+    * KL warm-up in "paper" follows gimVI (weight t / 8000 over 4000 steps); the default's ends;
+    * minibatches stand for n spatial and m reference cells; released: each side counts as half, whatever its size (reference_weight = n / m does it).
 """
 
 from collections.abc import Callable
@@ -54,6 +55,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppl_st.errors import UserError
 from ppl_st.inference.adversary import Adversary, Player
 from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
@@ -89,7 +91,7 @@ from ppl_st.observation import find
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary",
-    "batches", "build", "empty", "initialise", "quantities", "select", "spec_from", "spec_to", "start",
+    "batches", "build", "empty", "initialise", "loss_scale", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 NODES = ((-np.sqrt(3.0), 1 / 6), (0.0, 2 / 3), (np.sqrt(3.0), 1 / 6))  # as `QUADRATURE`, with three nodes
@@ -100,6 +102,13 @@ MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn set
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, fit the closed-form map of every chain, and return the initialised ensemble with its specification."""
     likelihood = find(config.likelihood, RESERVED)
+    if config.map == "learned" and config.visible < 1:
+        raise UserError(
+            f"map='learned' with visible={config.visible}: the published networks are fitted to the whole evidence bound, with all genes visible; "
+            "add --set visible=1"
+        )
+    if config.adversary != "off" and config.map == "closed" and config.graph != "posterior":
+        say(f"the adversary has nothing to move: the map is closed and graph={config.graph!r} has no attention")
     settings = {"penalty": config.penalty, "reweight": config.reweight, "denoise": config.denoise, "common": config.common, "process": config.process}
     fixed = {name: None if value == "auto" else float(value) for name, value in settings.items()}
     fixed["mix"] = None if config.graph in ("prior", "posterior") else 0.0
@@ -107,6 +116,11 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         hyper = learn(data, likelihood, fixed, seed, say)
     else:
         hyper = default_hyper(data, likelihood, fixed)
+        if config.map == "closed":
+            say(
+                f"{len(data.panel)} shared genes: too few to hold some out (from {MIN_INNER_PANEL} on), so nothing is chosen on them: the neighbors' "
+                f"share is {hyper.mix:g}, the hyper-priors of unmeasured genes are wide"
+            )
     totals = np.log(totals_of(data.reference))
     codes = range(int(data.reference_batch.max(initial=0)) + 1)
     library = [
@@ -123,6 +137,13 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         initialise(pair, data, seed, chain, process)
         pairs.append(pair)
     return ensemble(pairs), spec
+
+
+def loss_scale(data: Data, config: Config) -> float:
+    """What the loss is multiplied by: one over the target's entries; of the published networks, whose Adam (eps .01) and clipping know how large a
+    gradient is, one over the cells of both sides, as published."""
+    n, genes = data.measured.shape
+    return 1.0 / (n + data.reference.shape[0]) if config.map == "learned" else 1.0 / (n * genes)
 
 
 def process_of(config: Config, spec: Spec, data: Data) -> Field | None:

@@ -27,7 +27,7 @@ class Config:
     reference_likelihood: Literal["nb", "zinb"] = "nb"
     platform: Literal["hierarchical", "none"] = "hierarchical"  # gain and slope of a gene; none fixes them
     adversary: Literal["off", "cross_entropy", "density_ratio", "hinge"] = "off"
-    adversary_weight: float = field(default=5.0, metadata={"ge": 0})  # kappa
+    adversary_weight: float = field(default=5.0, metadata={"ge": 0})  # kappa of the two sides' mean losses, added
     visible: float = field(default=0.75, metadata={"gt": 0, "le": 1})  # share of panel genes the encoder sees in training
     penalty: float | Literal["auto"] = field(default="auto", metadata={"gt": 0})  # ridge penalty of the closed map
     others: bool = True  # genes that only the target has help to place its cells and give their depth (closed map)
@@ -57,9 +57,9 @@ class Config:
         check_name(self.likelihood)
 
 
-_GIMVI = Config(
+_GIMVI = Config(  # the published kappa is 5, of one mean over the codes of both sides
     graph="none", map="learned", latent=10, hidden=64, chains=1, reference_likelihood="zinb", platform="none", adversary="cross_entropy",
-    visible=1.0, batch_cells=128, batch_reference=128, reweight=False, penalty=3.0, others=False,
+    adversary_weight=2.5, visible=1.0, batch_cells=128, batch_reference=128, reweight=False, penalty=3.0, others=False,
     fit=FitConfig(steps=4000, lr=1e-3, eps=0.01, weight_decay=1e-6, clip_norm=1e3, kl_warmup_steps=8000, elbo="meanfield"),
 )  # fmt: skip
 PRESETS = {

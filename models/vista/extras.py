@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.randomness import rng_scope
-from ppl_st.models.vista.batches import Batches
+from ppl_st.models.vista.batches import Batches, Data
 from ppl_st.models.vista.model import sides
 
 __all__ = ["as_reference", "cosine_uncertainty", "cosine_uncertainty_closed_form"]
@@ -43,6 +44,8 @@ def as_reference(run: Any, genes: list[str], *, library: float | None = None, dr
     reference's condition. ``library`` is the total over all genes of the reference (its median when None). A model's answer, not a measurement:
     what differs between the conditions in the map from panel to other genes is all that is transferred.
     """
+    if not isinstance(run.data, Data):
+        raise UserError("as_reference needs a VISTA run of one seed: fit without seeds, or load one of the runs that were mixed")
     index = torch.from_numpy(run._index(genes))
     total = float(np.median(run.reference.totals)) if library is None else float(library)
     out = np.zeros((run.data.counts.shape[0], len(genes)), dtype=np.float32)

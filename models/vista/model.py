@@ -207,7 +207,7 @@ class Model(PyroModule):
             n = len(batch.counts)
             with pyro.plate("context", n), poutine.mask(mask=False):  # each is scored when it is a seed
                 around = pyro.sample("z_context", standard)  # [c, d]
-            gate = torch.tanh(self.gate)
+            gate = torch.tanh(self.gate) * batch.present.any(1, keepdim=True)  # [B, d]; a cell without neighbors has the standard prior
             prior = dist.Normal(gate * neighbor_mean(around, batch), (1 - gate**2).clamp_min(1e-3).sqrt()).to_event(1)
         with cells:
             if self.config.graph == "kl_only":  # the released code: the graph changes the KL term and nothing else

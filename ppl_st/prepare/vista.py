@@ -88,10 +88,11 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
     """
     target = same_genes(target, fitted)
     codes = np.zeros(len(target.names), np.int64)
-    if config.batch_key is not None and config.batch_key in target.obs:
-        known = pd.Index(np.unique(fitted.obs[config.batch_key].astype(str)))
-        codes = np.maximum(known.get_indexer(pd.Index(target.obs[config.batch_key].astype(str))), 0).astype(np.int64)
-    near = graph(target, config)
+    if config.batch_key is not None:
+        known = pd.Index(np.unique(labels_of(fitted, config.batch_key, "target", "batch_key")))
+        codes = np.maximum(known.get_indexer(pd.Index(labels_of(target, config.batch_key, "target", "batch_key"))), 0).astype(np.int64)
+    # the graph of "kl_only" never reaches a prediction
+    near = graph(target, replace(config, graph="none") if config.graph == "kl_only" else config)
     fresh = data._replace(
         counts=sp.csr_matrix(target.matrix[:, : len(data.panel)]),
         others=sp.csr_matrix(target.matrix[:, len(data.panel) :]),
@@ -133,8 +134,10 @@ def waves(target: Counts, graph: sp.csr_matrix, config: Config) -> NDArray[np.fl
     pitch = max(float(np.median(distance)) * float(np.sqrt(2 * np.pi / max(1.0, graph.nnz / n))), 1e-9)  # half of the neighbors are within
     rng = np.random.default_rng(0)
     frequency = rng.standard_normal((2, len(LENGTHS) * WAVES)) / (pitch * np.repeat(LENGTHS, WAVES))
-    phase = rng.uniform(0, 2 * np.pi, frequency.shape[1])
-    return np.asarray(np.sqrt(2) * np.cos(target.xy[:, :2] @ frequency + phase), dtype=np.float32)
+    section = sections(target, config.library_key)
+    section = np.zeros(n, np.int64) if section is None else section
+    phase = rng.uniform(0, 2 * np.pi, (section.max() + 1, frequency.shape[1]))  # errors of two sections in one frame have nothing in common
+    return np.asarray(np.sqrt(2) * np.cos(target.xy[:, :2] @ frequency + phase[section]), dtype=np.float32)
 
 
 def _with_depth(counts: Counts, genes: NDArray[np.str_]) -> Counts:
@@ -170,9 +173,10 @@ def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
 
 
 def _usual(target: Counts, fitted: Counts, config: Config) -> NDArray[np.float64]:
-    """Median total of the section of each cell, [n]; sections that do not differ from the fit beyond chance have its median."""
+    """Median total of the section (without ``library_key`` the batch) of each cell, [n]; those that do not differ from the fit beyond chance have
+    its median."""
     usual = float(np.median(np.maximum(fitted.totals, 1.0)))
-    return usual * relative_depths(target, fitted, config.library_key)
+    return usual * relative_depths(target, fitted, config.library_key or config.batch_key)
 
 
 def _codes(counts: Counts, key: str | None, role: str) -> NDArray[np.int64]:
