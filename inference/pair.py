@@ -164,7 +164,7 @@ def restore(
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a setting; "auto" is cuda where there is one, else cpu.
+    """The torch device for a setting; "auto" is the CPU, also where there is a GPU: no method has been tried on one.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def pick_device(name: str) -> torch.device:
         No such device on this machine.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -37,7 +37,7 @@ class FitConfig:
     max_bad_steps: int = 10  # non-finite steps in a row that end the fit with an error
     seed: int = 0  # of the noise; data order has its own, in the batches
     threads: int = 0  # of torch inside one operation; many small ones are faster on 1; 0 = torch's own choice
-    device: str = "auto"  # "auto" = cuda if there is one, else cpu
+    device: str = "auto"  # "auto" = cpu
     checkpoint_every: int = 500  # steps; 0 = only at start and end
     log_every: int = 10  # steps per line of log.jsonl
 

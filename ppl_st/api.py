@@ -76,7 +76,7 @@ def fit(
     likelihood
         Over all of these, the likelihood of the target's counts: a name, or a function of your own (contract: `ppl_st.observation`).
     seed, device
-        One seed for everything; "auto" uses a GPU where there is one (with ``resume``: the device that the run began on).
+        One seed for everything; "auto" is the CPU (with ``resume``: the device that the run began on). A GPU is refused.
     seeds
         So many fits, with the seeds ``seed``, ``seed`` + 1, ...: together one run whose draws take turns, so that what differs between fits is
         part of its doubt and can be looked at (``between_sd`` of `Run.predict`, chains in ArviZ). Each is a run folder of its own within ``out``.
@@ -125,7 +125,7 @@ def fit(
     if folder is not None:
         _refuse_used(folder)
     settings, overrides = asked(seed), [*overrides, *law]
-    pick_device(settings.fit.device)  # refused before anything is written
+    _on_cpu(settings.fit.device)  # refused before anything is written
     if images:
         given: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         inputs = {f"target{n or ''}": one for n, one in enumerate(targets)}
@@ -153,6 +153,12 @@ def fit(
     if folder is not None:
         run_folder.write_inputs(folder, settings, manifest, cells, other)
     return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
+
+
+def _on_cpu(device: str) -> None:
+    """Refuse a GPU: the loop can use one, but starts, models and predictors of the zoo make tensors on the CPU."""
+    if pick_device(device).type != "cpu":
+        raise UserError(f"fit setting device = {device!r}: the methods compute on the CPU, no GPU has been tried; use auto or cpu")
 
 
 def _settings(module: Any, preset: str, config: str | Path | None, overrides: Sequence[str], device: str, seed: int) -> Any:
@@ -204,6 +210,7 @@ def fit_sections(
     say: Callable[[str], None] = lambda line: None,
 ) -> ImageRun:
     """Fit a method of images to checked sections (`ppl_st.prepare.xfuse.problem`) whose rows are ``spots``."""
+    _on_cpu(settings.fit.device)
     if folder is not None:
         write_inputs(folder, settings, manifest, spots, data)
     run = train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
@@ -301,7 +308,7 @@ def _resume(
     if stored != method:
         raise UserError(f"--resume: {folder} holds a run of {stored}, not of {method}")
     try:
-        pick_device(settings.fit.device if device == "auto" else device)
+        _on_cpu(settings.fit.device if device == "auto" else device)
     except UserError as error:
         raise UserError(f"--resume: {folder}: {error}: name one with --device") from error
     if device not in ("auto", settings.fit.device):

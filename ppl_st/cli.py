@@ -45,7 +45,7 @@ Reference = Annotated[
     Path | None, typer.Option("--reference", help="What knows more genes; for SIID: spots (.h5ad, .zarr).")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="One seed for everything.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option("--device", help="auto or cpu; no GPU has been tried.")]
 Preset = Annotated[str, typer.Option("--preset", help="Named settings: default, paper, ...")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings over the preset.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value over preset and file; repeatable.")]
@@ -182,7 +182,7 @@ def predict(
     ] = None,
     maps: Annotated[Path | None, typer.Option("--maps", help="xfuse: genes to map at every pixel (out: .zarr).")] = None,
     quantiles: Annotated[bool, typer.Option("--quantiles", help="xfuse: maps of the 5 and 95 % quantiles too.")] = False,
-    png: Annotated[Path | None, typer.Option("--png", help="xfuse: folder for a picture per map.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="xfuse: folder for a picture per map, all on one color scale.")] = None,
     areas: Annotated[bool, typer.Option("--areas", help="xfuse: the annotated regions.")] = False,
     cells: Annotated[Path | None, typer.Option("--cells", help="xfuse: cells of a label image.")] = None,
     differential: Annotated[str | None, typer.Option("--differential", help="xfuse: REGION,REGION (out: .csv).")] = None,
@@ -197,6 +197,8 @@ def predict(
     asked = [name for name, value in wanted.items() if value]
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} exclude each other; run predict once for each")
+    if maps and genes:
+        raise UserError(f"--genes {genes} goes not with --maps {maps}, which names the genes to map; leave out --genes")
     check_file(out, asked[0] if asked else "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
     store = out.with_name(f"{out.stem}.samples.zarr")
     if proportions and (genes or target or samples or len(runs) > 1 or turned):
@@ -212,6 +214,8 @@ def predict(
     if METHODS[fitted.method].reference == "image" and len(runs) == 1 and not proportions and not several:
         from ppl_st.image_cli import predict_places
 
+        if turned:
+            fitted.turned()  # says that there is no other direction
         lines = predict_places(
             cast(Any, fitted), out, cast(Any, asked[0] if asked else "spots"), genes=maps or genes, target=target, section=section, image=image,
             scale=scale, cells=cells, regions=differential, pictures=png, quantiles=quantiles, draws=draws, samples=samples, seed=seed,
@@ -222,8 +226,8 @@ def predict(
         return
     places = several and METHODS[fitted.method].reference == "image"
     names = fitted.genes if places and names is None else names
-    if asked or section or image or png or (places and target):
-        options = ", ".join(f"--{one}" for one in asked) or f"--section, --image and {'--target' if places else '--png'}"
+    beside = {"section": section, "image": image, "scale": scale, "png": png, "quantiles": quantiles, "target": places and target}
+    if options := ", ".join(f"--{one}" for one in (*asked, *(name for name, value in beside.items() if value))):
         if several:
             raise UserError(f"{runs[0]}: seeds together predict their own cells or spots; for {options} give one of them, {runs[0]}/seed0, say")
         raise UserError(f"{runs[0]}: a run of {fitted.method} has no images; leave out {options}")

@@ -121,11 +121,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
-    """Apply ``key=value`` texts (``--set``) in order; the last one wins.
+    """Apply ``key=value`` texts (``--set``); of two for one key the last one wins. What a dataclass refuses is judged of all of them together.
 
     Keys may be dotted (``fit.lr=0.01``). Values are TOML literals (``0.01``, ``true``, ``[1, 2]``); what does
     not parse as one is taken as a bare string (``likelihood=nb``).
     """
+    every: dict[str, Any] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         keys = [part.strip() for part in key.split(".")]
@@ -134,8 +135,18 @@ def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
         table: Any = _literal(text)
         for part in reversed(keys):
             table = {part: table}
-        config = merge(config, table, source="--set")
-    return config
+        every = _overlay(config, every, table)
+    return merge(config, every, source="--set")
+
+
+def _overlay(config: Any, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Table ``above`` over ``below``: of a nested dataclass key by key, any other value whole."""
+    out = dict(below)
+    for key, value in above.items():
+        inner, old = getattr(config, key, None), below.get(key)
+        nested = dataclasses.is_dataclass(inner) and isinstance(old, dict) and isinstance(value, dict)
+        out[key] = _overlay(inner, old, value) if nested else value
+    return out
 
 
 def pick_preset(presets: Mapping[str, Config], name: str) -> Config:

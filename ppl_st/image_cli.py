@@ -16,6 +16,23 @@ __all__ = ["Want", "predict_places", "write_shapes"]
 
 UNLIKE = 0.99  # share of the fit's tiles that are explained better, above which an image's tile is unlike the fit
 Want = Literal["spots", "areas", "cells", "maps", "differential", "summary"]
+REFUSED: dict[Want, tuple[str, ...]] = {  # options that mean nothing beside what is wanted
+    "spots": ("png", "quantiles"),
+    "areas": ("target", "image", "png", "quantiles"),
+    "cells": ("target", "png", "quantiles"),
+    "maps": ("target", "samples"),
+    "differential": ("target", "section", "image", "samples", "png", "quantiles"),
+    "summary": ("target", "genes", "samples", "png", "quantiles"),
+}
+REMEDIES = {
+    "target": "spots of your own are predicted without --maps, --areas, --cells, --differential and --summary",
+    "image": "a new image has no annotated regions; give --cells, a label image over it",
+    "section": "--differential pools all annotated sections",
+    "genes": "--summary shows the activities of all genes",
+    "samples": "joint draws are of spots, --areas and --cells",
+    "png": "pictures are of --maps",
+    "quantiles": "q05 and q95 of spots, --areas and --cells are always written; --quantiles is of --maps",
+}
 
 
 def predict_places(
@@ -40,6 +57,11 @@ def predict_places(
 ) -> Iterator[str]:
     """Write ``out``; yields a line per file. ``regions``: two names with a comma between; ``pictures``: folder for a PNG per mapped gene."""
     names = None if genes is None else list(read_genes(genes))
+    given = {"target": target, "section": section, "image": image, "genes": genes, "samples": samples, "png": pictures, "quantiles": quantiles}
+    for option in REFUSED[want]:
+        if given[option]:
+            beside = "" if want == "spots" else f" goes not with --{want}"
+            raise UserError(f"--{option}{beside}: {REMEDIES[option]}; leave out --{option}")
     if scale is not None and image is None:
         raise UserError("--scale is of a new image; give one with --image")
     if want == "differential":
@@ -76,7 +98,8 @@ def predict_places(
     if want == "areas":
         seen = run.areas(section)
     elif cells is not None:
-        seen = run.cells(cells, section)
+        base = run if image is None else run.at(section=section, image=image, scale=scale)
+        seen = base.cells(cells, section)
     elif target is None and section is None and image is None:
         seen = run  # the spots of the fit
     elif target is None:

@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 
 __all__ = ["map_figure", "map_pictures", "scale_bar"]
 
+SHOWN = 0.999  # quantile at which a color scale ends
 STEPS = (1, 2, 5)  # a scale bar is one of these times a power of ten
 
 
 def map_figure(
-    image: NDArray[np.uint8], mean: NDArray[Any], sd: NDArray[Any], title: str, *, micron: float = float("nan"), truth: NDArray[Any] | None = None
+    image: NDArray[np.uint8], mean: NDArray[Any], sd: NDArray[Any], title: str, *, micron: float = float("nan"), truth: NDArray[Any] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> "Figure":
-    """The histology, (the truth,) the posterior mean and the sd of one gene, [H, W] each; mean and truth share one color scale that begins at 0."""
+    """The histology, (the truth,) the posterior mean and the sd of one gene, [H, W] each; mean and truth share one color scale that begins at 0.
+
+    ``limits``: ends of the color scales of mean and sd, the same for pictures to be compared; None: those of this gene.
+    """
     import matplotlib.pyplot as plt
 
     panels: list[tuple[str, NDArray[Any]]] = [("posterior mean", mean), ("posterior sd", sd)]
     panels = panels if truth is None else [("truth", truth), *panels]
-    top = max(float(np.quantile(one, 0.999)) for name, one in panels if name != "posterior sd") or 1.0
+    own = max(float(np.quantile(one, SHOWN)) for name, one in panels if name != "posterior sd"), float(np.quantile(sd, SHOWN))
+    top, top_sd = limits or own
     ratio = image.shape[0] / image.shape[1]
     figure, axes = plt.subplots(
         1, 1 + len(panels), figsize=(3.4 * (1 + len(panels)), 3.2 * ratio + 0.6), layout="constrained", squeeze=False
@@ -34,8 +40,8 @@ def map_figure(
     axes[0, 0].imshow(image)
     axes[0, 0].set_title("histology")
     for axis, (name, values) in zip(axes[0, 1:], panels, strict=True):
-        limit = top if name != "posterior sd" else float(np.quantile(values, 0.999)) or 1.0
-        drawn = axis.imshow(values, vmin=0, vmax=limit, cmap="magma", interpolation="nearest")
+        limit = top if name != "posterior sd" else top_sd
+        drawn = axis.imshow(values, vmin=0, vmax=limit or 1.0, cmap="magma", interpolation="nearest")
         axis.set_title(f"{title}: {name}")
         figure.colorbar(drawn, ax=axis, shrink=0.8, label="expected counts per pixel")
     for axis in axes[0]:
@@ -61,18 +67,21 @@ def scale_bar(axis: "Axes", width: int, height: int, micron: float) -> None:
 
 
 def map_pictures(store: Path, image: NDArray[np.uint8], folder: Path) -> Iterator[Path]:
-    """A PNG per gene of a store that `ppl_st.image_run.ImageRun.maps` wrote."""
+    """A PNG per gene of a store that `ppl_st.image_run.ImageRun.maps` wrote, all on the color scales of its strongest gene."""
     import zarr
 
     group = zarr.open_group(str(store), mode="r")
     about = dict(group.attrs)
     micron = about["micron_per_pixel"]
     arrays: dict[str, Any] = {name: group[name] for name in ("mean", "sd")}
-    for g, gene in enumerate(about["genes"]):  # type: ignore[arg-type]
+    genes = [str(gene) for gene in about["genes"]]  # type: ignore[union-attr]
+    top, top_sd = (max(float(np.quantile(np.asarray(arrays[name][g]), SHOWN)) for g in range(len(genes))) for name in ("mean", "sd"))
+    for g, gene in enumerate(genes):
         figure = map_figure(
-            image, np.asarray(arrays["mean"][g]), np.asarray(arrays["sd"][g]), str(gene), micron=float("nan") if micron is None else float(micron)  # type: ignore[arg-type]
-        )
-        path = folder / f"{''.join(c if c.isalnum() or c in '-_.' else '_' for c in str(gene))}.png"
+            image, np.asarray(arrays["mean"][g]), np.asarray(arrays["sd"][g]), gene, micron=float("nan") if micron is None else float(micron),  # type: ignore[arg-type]
+            limits=(top, top_sd),
+        )  # fmt: skip
+        path = folder / f"{''.join(c if c.isalnum() or c in '-_.' else '_' for c in gene)}.png"
         with atomic(path) as temporary:
             figure.savefig(temporary, dpi=120)
         yield path

@@ -78,7 +78,7 @@ class ImageRun(Run):
         if image is not None:
             if section is not None:
                 raise UserError("section and image exclude each other: a new image is no section of the fit")
-            taken = {one.name for one in self.data.sections}
+            taken = {one.name for data in (self.data, self.fitted) if data is not None for one in data.sections}
             name = next(name for name in ("new", *(f"new{k}" for k in range(2, 1000))) if name not in taken)
             base = new_image(image, self.data, self.config.input, lambda line: None, name=name, scale=scale, xy=xy)
         else:

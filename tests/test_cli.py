@@ -245,6 +245,19 @@ def test_a_device_that_is_not_there_leaves_nothing_and_a_resumed_run_may_change_
     assert 'device = "cpu"' in config.read_text() and (tmp_path / "run" / "weights.safetensors").is_file()
 
 
+def test_methods_compute_on_the_cpu_where_there_is_a_gpu_too(folder, tmp_path, monkeypatch):
+    import torch
+
+    from ppl_st.inference.svi import pick_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto").type == "cpu"
+    said = refused("fit", "siid", *pair(folder), "--out", tmp_path / "new", "--device", "cuda", *FAST)
+    assert "compute on the CPU, no GPU has been tried; use auto or cpu" in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_predict_refuses_what_it_cannot_do(folder, tmp_path):
     out = tmp_path / "x.h5ad"
     genes = tmp_path / "genes.txt"

@@ -153,6 +153,28 @@ def test_overrides_keep_equals_signs_and_the_last_one_wins():
     assert cfg.with_overrides(Config(), ["title=1\nfactors = 9"]).factors == 20
 
 
+@dataclass(frozen=True)
+class Between:
+    """Settings that refuse each other."""
+
+    low: int = 0
+    high: int = 1
+    fit: Fit = Fit()
+
+    def __post_init__(self):
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} is not below high={self.high}")
+
+
+def test_overrides_are_judged_together_and_tables_laid_over_each_other():
+    for items in (["low=5", "high=6"], ["high=6", "low=5"]):
+        assert cfg.with_overrides(Between(), items) == Between(5, 6)
+    with pytest.raises(UserError, match="--set: configuration: low=5 is not below high=1"):
+        cfg.with_overrides(Between(), ["low=5"])
+    made = cfg.with_overrides(Between(), ["fit.steps=3", "fit={lr=0.5}", "fit.steps=4"])
+    assert made.fit == Fit(steps=4, lr=0.5)
+
+
 @pytest.mark.parametrize("item", ["factors", "=3", "fit.=3", "fit.lr.x=3", "lr=3", "entropy=True"])
 def test_bad_overrides_name_the_option(item):
     with pytest.raises(UserError, match="--set"):

@@ -210,6 +210,15 @@ def test_an_image_without_counts(run, world):
         run.at(section="section0", image=fresh.image)
 
 
+def test_a_new_image_has_the_name_of_no_section_of_the_fit(run):
+    """Of a run that looks at one section, too: under the name of another one it would have that one's field and depth."""
+    first, second = run.data.sections
+    named = replace(run, data=run.data._replace(sections=(first, second._replace(name="new"))))
+    fresh = shapes(seed=9, sections=1, size=128).sections[0]
+    for one in (named, named.at(section="section0")):
+        assert one.at(image=fresh.image).data.sections[0].name == "new2"
+
+
 # ---- evaluation ----
 
 
@@ -315,6 +324,10 @@ def test_commands(base):
     more = ("--maps", base / "genes.txt", "--draws", 2, "--out", base / "f.zarr")
     ok("predict", base / "run", "--image", base / "fine1.png", "--scale", 0.5, *more)
     assert zarr.open_group(str(base / "f.zarr"), mode="r")["mean"].shape == (1, 128, 128)
+    Image.open(base / "kind1.png").save(base / "new.png")
+    told = ok("predict", base / "run", "--cells", base / "new.png", "--image", image, "--draws", 2, "--out", base / "new.h5ad")
+    new = ad.read_h5ad(base / "new.h5ad")  # the new image's cells, not those of the label image in a section of the fit
+    assert set(new.obs["section"]) == {"new"} and new.obs["novelty"].between(0, 1).all() and "novelty: median" in told.output
     ok("predict", base / "run", "--differential", "1,2", "--draws", 3, "--out", base / "d.csv")
     assert pd.read_csv(base / "d.csv").shape == (3, 7)
     ok("predict", base / "run", "--summary", "--section", "section0", "--draws", 2, "--out", base / "summary.png")
@@ -358,6 +371,21 @@ def test_commands_say_what_is_wrong(base):
     assert "which spots?" in refused("predict", run, "--section", "section0", "--out", base / "x.h5ad")
     assert "name two annotated regions" in refused("predict", run, "--differential", "1", "--out", base / "x.csv")
     assert "--scale is of a new image" in refused("predict", run, "--scale", 0.5, "--out", base / "x.h5ad")
+    table_of, new = ("--target", table), ("--image", image)
+    maps, differential = ("--maps", base / "genes.txt"), ("--differential", "1,2")
+    for want, out, options in (
+        (maps, "x.zarr", [table_of, ("--samples", 2), ("--genes", base / "genes.txt")]),
+        (("--areas",), "x.h5ad", [table_of, new, ("--png", base / "p"), ("--quantiles",)]),
+        (("--cells", base / "kind0.png"), "x.h5ad", [table_of, ("--png", base / "p"), ("--quantiles",)]),
+        (differential, "x.csv", [table_of, new, ("--section", "section0"), ("--samples", 2), ("--png", base / "p"), ("--quantiles",)]),
+        (("--summary",), "x.png", [table_of, ("--genes", base / "genes.txt"), ("--samples", 2), ("--png", base / "p"), ("--quantiles",)]),
+        ((), "x.h5ad", [("--png", base / "p"), ("--quantiles",)]),
+    ):
+        for option in options:
+            assert f"leave out {option[0]}" in refused("predict", run, *want, *option, "--out", base / out), (want, option)
+    assert "one direction only" in refused("predict", run, "--turned", "--out", base / "x.h5ad")
+    assert "exclude each other" in refused("predict", run, "--cells", base / "kind0.png", *new, "--section", "section0", "--out", base / "x.h5ad")
+    assert not any((base / f"x.{end}").exists() for end in ("zarr", "h5ad", "csv", "png"))
     assert "52 spots (of the largest section) cannot be cut into 53 parts" in refused("recalibrate", run, "--folds", 53)
     few = refused("evaluate", "--methods", "xfuse", *inputs(base), "--holdout-spots", 0.01, "--out", base / "x")
     assert "a share of 0.01 of 52 spots hides none" in few

@@ -109,7 +109,7 @@ def test_guard_refuses_the_bare_name():
 def test_fit_on_cuda_repeats_and_leaves_random_states_alone():
     torch.cuda.manual_seed(3)
     before = torch.cuda.get_rng_state()
-    config = replace(NET, device="auto")
+    config = replace(NET, device="cuda")
     state, _ = fit(net_pair(), net_rows(), config)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     half, _ = fit(net_pair(), net_rows(), config, until=5)

@@ -10,7 +10,7 @@ import torch
 from ppl_st.config import with_overrides
 from ppl_st.count_likelihoods import SharedOddsNegativeBinomial
 from ppl_st.inference.ensemble import chains_of
-from ppl_st.inference.svi import fit, rng_scope
+from ppl_st.inference.svi import fit, load_state, rng_scope, save_state
 from ppl_st.models import xfuse
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.models.xfuse.metagenes import contributions, drop, shares, split
@@ -152,6 +152,25 @@ def test_shares_and_quantities(data, started):
     n = sum(s.counts.shape[0] - 1 for s in data.sections)
     assert obsm["metagenes"].shape == (n, 4) and obs["scale"].shape == (n,)
     np.testing.assert_allclose(obsm["metagenes"].sum(1), 1, rtol=1e-4)
+
+
+def test_a_fit_stopped_between_two_rounds_goes_on_as_if_it_had_not(data, tmp_path):
+    config = settings("selection=split", "purge_every=2", "fit.steps=6")
+
+    def fitted(pair, state=None, until=None):
+        return fit(pair, xfuse.batches(data, config, 0), config.fit, state, scale=1e-3, until=until, edit=xfuse.edit(pair, data, config, 0))[0]
+
+    whole, spec = xfuse.start(data, config, 0, quiet)
+    fitted(whole)
+    begun, _ = xfuse.start(data, config, 0, quiet)
+    save_state(fitted(begun, until=3), tmp_path / "state.pt")
+    assert sides(chains_of(begun)[0])[0].active.sum() == 2  # one round is behind it
+    resumed = xfuse.empty(config, spec, data, 1)
+    fitted(resumed, load_state(tmp_path / "state.pt"))
+    assert not torch.equal(sides(chains_of(resumed)[0])[0].bias, sides(chains_of(begun)[0])[0].bias)
+    for one, other in zip(whole, resumed, strict=True):
+        for (name, value), again in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            assert torch.equal(value, again), name
 
 
 # ---- slow: the number of metagenes ----

@@ -29,7 +29,7 @@ SYMBOLS  B patches of p x p pixels, M metagenes, G genes, J features, D levels, 
 DIFFERENCES from paper and released code
     * spatial field and image regression in the generator: networks alone, trained for minutes, are below a Gaussian process (BENCHMARKS.md);
     * genes of one draw share one latent image (released: a new one for every ten genes); location ids are int64 (released: float32);
-    * weights of patches and spots make the bound unbiased (`patches.py`); metagenes on a fixed maximum with masks (`metagenes.py`), a split
+    * weights of spots make the sums over measurements unbiased (`patches.py`); metagenes on a fixed maximum with masks (`metagenes.py`), a split
       subtracts log 2 and changes nothing; group norm; log-odds shared, Gamma functions at the non-zero counts only;
     * ``preset="paper"`` has the published networks, augmentation, weights and schedule.
 """

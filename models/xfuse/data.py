@@ -100,8 +100,8 @@ class Section(NamedTuple):
     pitch
         Distance between neighboring spots of the slide in pixels of ``image``, whatever is measured or asked for here; scales of space go by it.
     shown
-        The section as the fit saw it, where ``label`` and ``counts`` are of other places (`at`): what is tissue, and what the recognition network
-        sees, does not depend on what is asked for. None: this one.
+        The section as the fit saw it, or a new image without spots, where ``label`` and ``counts`` are of other places (`at`): what is tissue,
+        and what the recognition network sees, does not depend on what is asked for. None: this one.
     frame
         Height and width of the whole image, of which ``image`` is a part, at the working resolution; (0, 0): unknown.
     file_scale
@@ -131,7 +131,7 @@ class Section(NamedTuple):
     def at(self, label: NDArray[np.int64], centers: NDArray[np.float64]) -> "Section":
         """The section with other measurements [H, W] at ``centers`` [n, 2], without counts."""
         shape: Any = (len(centers), self.counts.shape[1])  # the stubs do not know csr_matrix(shape)
-        shown = self if self.shown is None and self.counts.shape[0] else self.shown
+        shown = self if self.shown is None else self.shown
         return self._replace(label=label, counts=sp.csr_matrix(shape, dtype=np.float32), virtual=-1, centers=centers, shown=shown)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -63,9 +63,17 @@ class Config:
     fit: FitConfig = FitConfig()
 
     def __post_init__(self) -> None:
-        """Refuse combinations that mean nothing."""
+        """Refuse combinations that mean nothing; learning rates of what is off are left out, as they would name no parameter."""
         if self.augment == "affine" and self.fields:
             raise ValueError("augment='affine' is the published augmentation of the network's input; it needs fields=false (use 'dihedral')")
+        if self.selection == "split" and 2 * self.purge_every > self.fit.steps:
+            raise ValueError(
+                f"selection='split' never splits: purge_every={self.purge_every} is more than half of fit.steps={self.fit.steps}; "
+                f"set purge_every to at most {self.fit.steps // 2}, or raise fit.steps"
+            )
+        off = [pattern for pattern, on in ((FIELDS, self.fields), (COMPONENTS, self.fields or self.nugget)) if not on]
+        kept = {pattern: factor for pattern, factor in self.fit.lr_groups.items() if pattern not in off}
+        object.__setattr__(self, "fit", replace(self.fit, lr_groups=kept))
 
 
 NETWORKS = r"recognition|generator|image_mean|image_sd|expression"
@@ -75,7 +83,7 @@ FIELDS = r"(space|image_weights)_loc"  # start at their closed-form posterior: a
 COMPONENTS = r"amplitude|log_nugget|(space|image_weights)_log_sd"
 PUBLISHED = FitConfig(
     steps=100_000, lr=3e-4, optimizer="amsgrad", clip_norm=math.inf, threads=0,
-    lr_groups={r"log_rate$|\.odds$": 5.0, r"metagenes_(loc|log_sd)": 2.0},
+    lr_groups={r"log_rate$|\.odds$": 5.0, r"(metagenes|level_\d+|logit_\d+)_(loc|log_sd)": 2.0},
 )  # fmt: skip
 PRESETS = {
     "default": Config(
@@ -152,7 +160,8 @@ class Model(PyroModule):
         self.generator = Generator(config.channels, config.depth, config.norm, config.network == "published")
         self.image_mean = head(config.channels, 3, config.norm)
         self.image_sd = head(config.channels, 3, config.norm)
-        self.expression = head(config.channels, outputs, config.norm)  # scale, then metagenes
+        # scale, then metagenes; published: each side with a hidden layer of its own, here the halves of one
+        self.expression = head(config.channels, outputs, config.norm, 1 + (config.network == "published"))
         self.bias = nn.Parameter(torch.zeros(outputs))  # of the scale per pixel before the softplus, and of the metagenes' logits
         self.log_rate = nn.Parameter(torch.zeros(genes))  # t + u: the mean stays where it is while the odds move
         self.odds = nn.Parameter(torch.zeros(genes))  # u
@@ -227,14 +236,19 @@ class Model(PyroModule):
         return torch.cat([values, torch.cat(depth)[:, None]], 1)
 
     def hidden(self, features: Tensor) -> Tensor:
-        """Last hidden layer of the expression's head: [B, C, H, W] -> [B H W, C]."""
+        """Last hidden layer of the expression's head: [B, C, H, W] -> [B H W, C], published [B H W, 2 C]: of the scale, then of the metagenes."""
         return torch.as_tensor(self.expression[0](features)).permute(0, 2, 3, 1).flatten(0, 2)
 
     def activity(self, hidden: Tensor, fields: Tensor | None) -> Tensor:
-        """Scale times metagene activities, s a: [n, M] of n pixels from their `hidden` [n, C] and `fields` [n, 1 + M + 1]."""
+        """Scale times metagene activities, s a: [n, M] of n pixels from their `hidden` [n, C or 2 C] and `fields` [n, 1 + M + 1]."""
         last = self.expression[1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
-        out = F.linear(hidden, last.weight.flatten(1), last.bias + self.bias)
+        weight, bias = last.weight.flatten(1), last.bias + self.bias
+        if self.config.network == "published":
+            own, others = hidden.chunk(2, 1)
+            out = torch.cat([F.linear(own, weight[:1], bias[:1]), F.linear(others, weight[1:], bias[1:])], 1)
+        else:
+            out = F.linear(hidden, weight, bias)
         scale: Tensor | float = self.spec.unit
         if fields is not None:
             out, scale = out + fields[:, :-1], scale * fields[:, -1:].exp()

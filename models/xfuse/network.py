@@ -5,9 +5,9 @@ r"""The networks of XFuse in plain torch: a recognition network and a generator 
     heads           features -> maps, 1x1 convolutions; the last layer starts at zero, so that a fit starts from its biases
 
 A block is convolution, norm, leaky ReLU (0.2). Preset "paper" (``published``): two 3x3 blocks after each resampling, 5x5 resampling convolutions
-at the finer resolution, a stem, two-layer posterior heads, batch norm. The default is lighter (one 3x3 block per level, upsampled after the
-convolution, no stem, one-layer heads) and has group norm: a batch of one patch is like any other, and training and prediction compute the same
-function. Sides are padded (replicated) to a multiple of 2^(D-1) and cropped again.
+at the finer resolution, a stem, two-layer posterior heads for location and sd each, scale and metagenes with a hidden layer each, batch norm. The
+default is lighter (one 3x3 block per level, upsampled after the convolution, no stem, one-layer heads) and has group norm: a batch of one patch is
+like any other, and training and prediction compute the same function. Sides are padded (replicated) to a multiple of 2^(D-1) and cropped again.
 """
 
 from collections.abc import Sequence
@@ -39,13 +39,13 @@ def _blocks(channels: int, norm: Norm, number: int) -> nn.Sequential:
     return nn.Sequential(*(_block(channels, channels, norm) for _ in range(number)))
 
 
-def head(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
-    """1x1 block and 1x1 convolution, whose output is zero at the start."""
+def head(inputs: int, outputs: int, norm: Norm, parts: int = 1) -> nn.Sequential:
+    """1x1 block and 1x1 convolution, whose output is zero at the start; ``parts`` hidden layers side by side, each output reads one of them."""
     last = nn.Conv2d(inputs, outputs, 1)
     nn.init.zeros_(last.weight)
     assert last.bias is not None
     nn.init.zeros_(last.bias)
-    return nn.Sequential(_block(inputs, inputs, norm, 1), last)
+    return nn.Sequential(_block(inputs, parts * inputs, norm, 1), last)
 
 
 def _padded(x: Tensor, multiple: int) -> Tensor:
@@ -76,8 +76,12 @@ class Recognition(nn.Module):
             _blocks(width, norm, blocks) if i or published else _block(inputs, width, norm) for i, width in enumerate(widths)
         )
         self.down = nn.ModuleList(_block(width, 2 * width, norm, kernel, stride=2) for width in widths[:-1])
+        # location, then log sd; published: two layers each, side by side, and nothing between the two sides
         self.heads = nn.ModuleList(
-            nn.Sequential(*([_block(width, width, norm, 1)] if published else []), nn.Conv2d(width, 2 * width, 1)) for width in widths
+            nn.Sequential(_block(width, 2 * width, norm, 1), nn.Conv2d(2 * width, 2 * width, 1, groups=2))
+            if published
+            else nn.Sequential(nn.Conv2d(width, 2 * width, 1))
+            for width in widths
         )
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:

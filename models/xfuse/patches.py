@@ -1,4 +1,4 @@
-r"""Sections as tensors, and training patches drawn so that every sum over a patch is an unbiased estimate of the sum over all sections.
+r"""Sections as tensors, and training patches drawn so that sums over measurements are unbiased estimates of the sums over all sections.
 
 A patch is a square window of side p. Along an axis of length H its first row is y0 = clip(u - p // 2, 0, H - p), u uniform on 0..H-1: uniform, but
 for more windows flush with the border, without which the border would hardly ever be seen. A location l with rows low..high is used only when
@@ -9,8 +9,12 @@ it lies wholly inside (a cut disc would be biased), which along this axis happen
 so with section n drawn with probability q_n and B patches, its log-likelihood is weighed by 1 / (B q_n pi(l)). The virtual measurement off the
 tissue has zero counts: its log-likelihood is linear in its pixels, which are therefore weighed one by one by 1 / pi(pixel) and used wherever
 they are seen; one in `THIN` of them is drawn, and weighs as much as `THIN`. Turns by 90 degrees and flips (``augment="dihedral"``) leave the set
-of windows as it is. ``augment="affine"`` is the published augmentation (rotation, scale, shear, color); it weighs everything by N / B, N the
-number of patches that cover the sections, as published, which is not unbiased: spots near the border of a section count less.
+of windows as it is.
+
+Image and KL(q(Z) || p(Z)) weigh N / B per patch, N = sum_n N_n the number of patches that cover the sections, N_n = ceil(H_n W_n / p^2), q_n =
+N_n / N. Their sums are not unbiased: those of section n are N_n p^2 / (H_n W_n) >= 1 times too large, and pixels near a border count less than
+others. ``augment="affine"`` is the published augmentation (rotation, scale, shear, color) of a window cut out `ENLARGED` times as large and cropped
+after the turn; it weighs everything by N / B, as published, which is not unbiased either: spots near the border of a section count less.
 
 Features of the image at every pixel (`ppl_st.image_features`) are those of a hand-made regression: color, gradient and local spread smoothed at
 several shares of the spot pitch, standardised within each section's tissue, which takes out differences in staining.
@@ -40,6 +44,7 @@ __all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "pitch
 Augment = Literal["none", "dihedral", "affine"]
 OUTSIDE = 0.5  # pixels: smoothing of the edge of the tissue
 COARSE = 2  # pixels per side of a block in which features and positions are averaged
+ENLARGED = 1.65  # side of what is turned over that of a patch: sqrt(2) x 1.09 (shear by 10 degrees) / .95 (scale) and a little
 THIN = 8  # of so many pixels of the virtual measurement one is used in a step
 
 
@@ -271,7 +276,10 @@ class Batches:
             quarter, flip = int(rng.integers(4)), bool(rng.integers(2))
             planes, label, weight = (_turned(t, quarter, flip) for t in (planes, label, weight))
         elif self.augment == "affine":
-            planes, label = _published_augmentation(planes, label, rng)
+            extra = math.ceil(side * (ENLARGED - 1) / 2)
+            wide = [_around(plane, corner, side, extra) for plane in (one.image, one.features, one.spots)]
+            planes = torch.cat([*wide, F.pad(where, (extra, extra, extra, extra))])  # positions are of no use without fields
+            planes, label = _published_augmentation(planes, _around(one.label, corner, side, extra), side, rng)
         if one.virtual >= 0:
             drawn = torch.from_numpy(rng.random((side, side)) < 1 / THIN)
             weight = torch.where(label == one.virtual + 1, THIN * drawn * weight, weight)
@@ -319,21 +327,29 @@ def _turned(x: Tensor, quarter: int, flip: bool) -> Tensor:
     return x.flip(-1) if flip else x
 
 
-def _published_augmentation(planes: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Rotation, scale, shear of planes [c, p, p] (bilinear, zero outside) and labels (nearest, 0 outside); color jitter of the first three."""
-    side = label.shape[0]
+def _around(x: Tensor, corner: Sequence[int], side: int, extra: int) -> Tensor:
+    """The window [..., side + 2 extra, side + 2 extra] with ``extra`` pixels on each side of a patch; 0 beyond the section."""
+    (top, left), (height, width), wide = (start - extra for start in corner), x.shape[-2:], side + 2 * extra
+    inside = x[..., max(top, 0) : top + wide, max(left, 0) : left + wide]
+    return F.pad(inside, (max(-left, 0), max(left + wide - width, 0), max(-top, 0), max(top + wide - height, 0)))
+
+
+def _published_augmentation(planes: Tensor, label: Tensor, side: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Rotation, scale, shear of planes [c, P, P] (bilinear) and labels (nearest), cropped to the middle [side, side]; color jitter of the first
+    three planes."""
+    whole = label.shape[0]
     turn, shear = rng.uniform(0, 2 * math.pi), math.tan(math.radians(rng.uniform(0, 10)))
     zoom = rng.uniform(0.95, 1.05)
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     matrix = torch.from_numpy(rotation @ np.array([[1.0, shear], [0.0, 1.0]]) / zoom).float()
-    middle = (side - 1) / 2
-    offset = torch.arange(side) - middle
+    middle = (whole - 1) / 2
+    offset = torch.arange(side) - (side - 1) / 2
     grid = torch.stack([offset.expand(side, side), offset[:, None].expand(side, side)], -1) @ matrix.T  # [p, p, 2] x, y
     nearest = (grid + middle).round().long()
-    inside = ((nearest >= 0) & (nearest < side)).all(-1)
-    nearest = nearest.clamp(0, side - 1)
+    inside = ((nearest >= 0) & (nearest < whole)).all(-1)
+    nearest = nearest.clamp(0, whole - 1)
     warped = torch.where(inside, label[nearest[..., 1], nearest[..., 0]], 0)
-    planes = F.grid_sample(planes[None], grid[None] * 2 / side, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
+    planes = F.grid_sample(planes[None], grid[None] * 2 / whole, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
     image = planes[:3]
     brightness, contrast, saturation = 1 + rng.uniform(-0.05, 0.05, 3)
     image = (image + 1) * brightness - 1

@@ -410,11 +410,12 @@ def _components(x: Array, number: int) -> tuple[Array, Array, Array]:
 
 
 def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, most: int = 300) -> Kernel:
-    """Step 2 on at most ``most`` spots."""
+    """Step 2 on at most ``most`` spots, the components those of at most `MOST_SPOTS`: residuals are dense."""
+    seen = np.sort((order := rng.permutation(len(spots.section)))[:MOST_SPOTS])
+    keep, spots = np.isin(seen, order[:most]), Spots._make(part[seen] for part in spots)
     left, values, _ = _components(residuals(spots), components)
     scores = np.column_stack([np.sqrt(_depth(spots)[1]), left * values])
     scores = normal_scores(scores - _by_section(scores, spots.section))
-    keep = np.sort(rng.permutation(len(scores))[:most])
     far = np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep]
     return fit_kernel(far, spots.features[keep], scores[keep])
 
