@@ -12,7 +12,8 @@ from ppl_st.sampling import WORKERS
 
 __all__ = ["one_ahead", "torch_threads"]
 
-Key, Result = TypeVar("Key"), TypeVar("Result")
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 @contextmanager

@@ -144,8 +144,9 @@ def _overlay(config: Any, below: Mapping[str, Any], above: Mapping[str, Any]) ->
     out = dict(below)
     for key, value in above.items():
         inner, old = getattr(config, key, None), below.get(key)
-        nested = dataclasses.is_dataclass(inner) and isinstance(old, dict) and isinstance(value, dict)
-        out[key] = _overlay(inner, old, value) if nested else value
+        if dataclasses.is_dataclass(inner) and isinstance(old, dict) and isinstance(value, dict):
+            value = _overlay(inner, old, value)
+        out[key] = value
     return out
 
 
