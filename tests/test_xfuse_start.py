@@ -1,5 +1,7 @@
 """XFuse's data-driven start, and the first steps of a fit from it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -12,18 +14,25 @@ from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.predict import draw_globals, posterior_predictive
 from ppl_st.inference.svi import fit
 from ppl_st.models import xfuse
+from ppl_st.models.xfuse.data import Input
 from ppl_st.models.xfuse.model import LENGTHS, lattices_over, points_of, sides, spatial_field
 from ppl_st.models.xfuse.patches import tissue
 from ppl_st.models.xfuse.warm_start import (
+    RESIDUAL_CLIP,
+    THETA,
     Kernel,
+    Spots,
     constant_start,
     data_start,
     fit_kernel,
     fit_odds,
     gather,
     normal_scores,
+    residuals,
     without_failed,
 )
+from ppl_st.prepare.xfuse import problem
+from ppl_st.shapes import shapes
 from xfuse_sections import SMALL, quiet, settings, start_of, two_sections
 
 data = pytest.fixture(two_sections, scope="module")
@@ -79,6 +88,30 @@ def test_odds_of_deep_spots_are_as_high_as_their_counts_ask_for():
     found = fit_odds(sp.csr_matrix(counts), np.ones((500, 1)), mean)
     np.testing.assert_allclose(found[:2], u[:2], atol=0.35)
     assert found[2] <= 5.5  # without a count the likelihood rises for ever
+
+
+def test_residuals_keep_what_many_reads_say():
+    """A spot in three has a thousand reads of a gene, the others none: cut at 8, it came back as half as many, and as 60 where it is absent."""
+    counts = np.zeros((300, 4))
+    counts[np.arange(300), np.arange(300) % 3] = 1000
+    counts[7, 3] = 1  # a rare gene: one read is no reason for a component
+    found = residuals(Spots(sp.csr_matrix(counts), *np.zeros((6, 300))))
+    mean = np.outer(counts.sum(1) + 1, (counts.sum(0) + 0.5) / (counts.sum() + 2))
+    np.testing.assert_allclose((mean + found * np.sqrt(mean + mean**2 / THETA))[:, :3], counts[:, :3], atol=1e-6)
+    assert found[7, 3] == RESIDUAL_CLIP < (1 - mean[7, 3]) / np.sqrt(mean[7, 3])
+
+
+def test_the_start_has_few_reads_where_a_gene_is_absent():
+    """Shapes with a marker each, 1,000 reads and more in a spot: floors in shares of depth left 5% of them in the other shapes and beside them."""
+    world = shapes(sections=2, size=192, spots="hexagonal")
+    config = replace(settings("metagenes=6", "functions=256"), input=Input(**world.settings))
+    data, _ = problem(world.slides, config.input, quiet)
+    pair, spec = xfuse.start(data, config, 0, quiet)
+    for side in pair:
+        side.eval()
+    rate = posterior_predictive(xfuse.Predictor(pair, data, config, spec), chains_of(pair), np.arange(3), draws=4, seed=0)[0].rate_mean
+    counts = np.vstack([one.counts.toarray() for one in data.sections])
+    assert rate[counts == 0].mean() < 0.03 * rate[counts > 900].mean()
 
 
 def test_where_many_spots_are_empty_they_did_not_fail(data):

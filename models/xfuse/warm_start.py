@@ -46,9 +46,10 @@ NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 ODDS = np.linspace(-5.0, 12.0, 35)  # they grow with the counts of a spot, so that deep spots need high ones
 RARE = 5.0  # above, the likelihood is followed only for genes for which it still rises, and that several spots show
 THETA = 100.0  # inverse dispersion in Pearson residuals
-RESIDUAL_CLIP = 8.0
+RESIDUAL_CLIP = 8.0  # or the root of the count or its mean, if larger: single reads of rare genes are cut, what many reads say is not
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
 LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
+LEAST_READS = 0.5  # floors of rates and profiles are at most this: a gene of which thousands of reads could have been seen may be nearly absent
 LEAST_EFFECT = 0.1  # prior sd of covariates' effects, with which a new section draws its own; from 1 on, hundreds of steps do not bring it there
 UNIT = 0.5  # of the softplus of the scale, over the mean scale: a Gaussian field becomes a depth much as its root would
 MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
@@ -294,7 +295,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
 
     def rates(scores: Array) -> Array:
         rate = smooth_depth[:, None] * mean
-        return np.asarray(np.maximum(rate + (scores @ right) * np.sqrt(rate + rate**2 / THETA), 0.05 * rate))
+        return np.asarray(np.maximum(rate + (scores @ right) * np.sqrt(rate + rate**2 / THETA), np.minimum(0.05 * rate, LEAST_READS)))
 
     m = int(model.active.sum())
     rate = rates(smooth[:, 1:])
@@ -345,7 +346,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     typical = every[seen].mean()
     _write(guide.depth_loc, np.where(np.isin(np.arange(len(every)), seen), every - typical, 0.0))
     profile = np.log(mean / mean.sum())
-    loading = np.log(h + 0.02 * np.exp(profile)) - profile
+    loading = np.log(h + np.minimum(0.02 * np.exp(profile), LEAST_READS / np.maximum(w.sum(0), 1.0)[:, None])) - profile
     _write(guide.metagenes_loc[:m], loading)
     _write(guide.metagenes_log_sd, np.log(0.1))
     # odds given the rates, then the baseline so that mean = shape x odds
@@ -392,9 +393,9 @@ def _depth(spots: Spots) -> tuple[sp.csr_matrix, Array, Array]:
 
 def residuals(spots: Spots) -> Array:
     """Pearson residuals under depth x share [n, G]."""
-    counts, depth, share = _depth(spots)
-    mean = depth[:, None] * share
-    return np.asarray(np.clip((counts.toarray() - mean) / np.sqrt(mean + mean**2 / THETA), -RESIDUAL_CLIP, RESIDUAL_CLIP))
+    counts, mean = spots.counts.toarray(), np.outer(*_depth(spots)[1:])
+    most = np.maximum(RESIDUAL_CLIP, np.sqrt(np.maximum(counts, mean)))
+    return np.asarray(np.clip((counts - mean) / np.sqrt(mean + mean**2 / THETA), -most, most))
 
 
 def _by_section(values: Array, section: NDArray[np.int64]) -> Array:
