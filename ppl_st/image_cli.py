@@ -56,7 +56,6 @@ def predict_places(
     say: Callable[[str], None],
 ) -> Iterator[str]:
     """Write ``out``; yields a line per file. ``regions``: two names with a comma between; ``pictures``: folder for a PNG per mapped gene."""
-    names = None if genes is None else list(read_genes(genes))
     given = {"target": target, "section": section, "image": image, "genes": genes, "samples": samples, "png": pictures, "quantiles": quantiles}
     for option in REFUSED[want]:
         if given[option]:
@@ -64,6 +63,7 @@ def predict_places(
             raise UserError(f"--{option}{beside}: {REMEDIES[option]}; leave out --{option}")
     if scale is not None and image is None:
         raise UserError("--scale is of a new image; give one with --image")
+    names = None if genes is None else list(read_genes(genes))
     if want == "differential":
         first, comma, second = (regions or "").partition(",")
         if not comma:

@@ -20,6 +20,7 @@ from ppl_st.cli import app
 from ppl_st.compare import compare
 from ppl_st.errors import UserError
 from ppl_st.evaluate_images import evaluate_spots, hidden_rows, visible
+from ppl_st.image_cli import predict_places
 from ppl_st.image_run import _ome, read_sections, spots_of
 from ppl_st.models.xfuse.data import Input
 from ppl_st.prepare.xfuse import problem, without
@@ -360,6 +361,25 @@ def test_seeds_together_predict_their_own_spots(base):
     assert "--target give one of them" in told
 
 
+@pytest.mark.parametrize(
+    ("want", "options"),
+    [
+        ("maps", "target samples"),
+        ("areas", "target image pictures quantiles"),
+        ("cells", "target pictures quantiles"),
+        ("differential", "target section image samples pictures quantiles"),
+        ("summary", "target genes samples pictures quantiles"),
+        ("spots", "pictures quantiles"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run, tmp_path, want, options):
+    nothing = dict.fromkeys(("genes", "target", "section", "image", "scale", "cells", "regions", "pictures"))
+    nothing |= {"quantiles": False, "draws": 2, "samples": 0, "seed": 0, "memory_gb": 1.0, "say": print}
+    for option in options.split():
+        with pytest.raises(UserError, match=f"leave out --{option.replace('pictures', 'png')}$"):
+            list(predict_places(run, tmp_path / "x", want, **{**nothing, option: 2}))
+
+
 def test_commands_say_what_is_wrong(base):
     run, image, table = base / "run", base / "data/section0.png", base / "data/section0.h5ad"
     assert "give one image per target" in refused("fit", "xfuse", *inputs(base), "--image", image, "--out", base / "new")
@@ -371,21 +391,13 @@ def test_commands_say_what_is_wrong(base):
     assert "which spots?" in refused("predict", run, "--section", "section0", "--out", base / "x.h5ad")
     assert "name two annotated regions" in refused("predict", run, "--differential", "1", "--out", base / "x.csv")
     assert "--scale is of a new image" in refused("predict", run, "--scale", 0.5, "--out", base / "x.h5ad")
-    table_of, new = ("--target", table), ("--image", image)
-    maps, differential = ("--maps", base / "genes.txt"), ("--differential", "1,2")
-    for want, out, options in (
-        (maps, "x.zarr", [table_of, ("--samples", 2), ("--genes", base / "genes.txt")]),
-        (("--areas",), "x.h5ad", [table_of, new, ("--png", base / "p"), ("--quantiles",)]),
-        (("--cells", base / "kind0.png"), "x.h5ad", [table_of, ("--png", base / "p"), ("--quantiles",)]),
-        (differential, "x.csv", [table_of, new, ("--section", "section0"), ("--samples", 2), ("--png", base / "p"), ("--quantiles",)]),
-        (("--summary",), "x.png", [table_of, ("--genes", base / "genes.txt"), ("--samples", 2), ("--png", base / "p"), ("--quantiles",)]),
-        ((), "x.h5ad", [("--png", base / "p"), ("--quantiles",)]),
-    ):
-        for option in options:
-            assert f"leave out {option[0]}" in refused("predict", run, *want, *option, "--out", base / out), (want, option)
+    maps = ("--maps", base / "genes.txt")
+    assert "leave out --genes" in refused("predict", run, *maps, "--genes", base / "genes.txt", "--out", base / "x.zarr")
+    assert "leave out --samples" in refused("predict", run, *maps, "--samples", 2, "--out", base / "x.zarr")
     assert "one direction only" in refused("predict", run, "--turned", "--out", base / "x.h5ad")
-    assert "exclude each other" in refused("predict", run, "--cells", base / "kind0.png", *new, "--section", "section0", "--out", base / "x.h5ad")
-    assert not any((base / f"x.{end}").exists() for end in ("zarr", "h5ad", "csv", "png"))
+    both = ("--image", image, "--section", "section0")
+    assert "exclude each other" in refused("predict", run, "--cells", base / "kind0.png", *both, "--out", base / "x.h5ad")
+    assert not any((base / f"x.{end}").exists() for end in ("zarr", "h5ad"))
     assert "52 spots (of the largest section) cannot be cut into 53 parts" in refused("recalibrate", run, "--folds", 53)
     few = refused("evaluate", "--methods", "xfuse", *inputs(base), "--holdout-spots", 0.01, "--out", base / "x")
     assert "a share of 0.01 of 52 spots hides none" in few
