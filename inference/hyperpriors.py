@@ -62,8 +62,13 @@ def parameter_prior(
     return [float(loc), float(slope), float(scale)]
 
 
-def score_nb(counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """sum_i log mean_d NB(x_i | mean mu_di, inverse dispersion e^t) [grid, genes] for t on the grid of log theta; counts [n, g], mu [draws, n, g]."""
+def score_nb(
+    counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """sum_i log mean_d NB(x_i | mean mu_di, inverse dispersion e^t) [grid, genes] for t on the grid of log theta; counts [n, g], mu [draws, n, g].
+
+    ``weights`` [draws] of the mean, None: all the same.
+    """
     score = np.zeros((len(grid), counts.shape[1]))
     values, at = np.unique(counts, return_inverse=True)  # few: gammaln once for each
     at = at.reshape(counts.shape)
@@ -74,7 +79,8 @@ def score_nb(counts: NDArray[np.float64], mu: NDArray[np.float64], grid: NDArray
             np.log(np.add(rate, theta, out=log_p), out=log_p)
             np.subtract(power, np.multiply(x + theta, log_p, out=log_p), out=log_p)
             top = log_p.max(0)
-            log_mean = top + np.log(np.exp(np.subtract(log_p, top, out=log_p), out=log_p).mean(0))
+            np.exp(np.subtract(log_p, top, out=log_p), out=log_p)
+            log_mean = top + np.log(np.average(log_p, axis=0, weights=weights))
             gamma = gammaln(values + theta)[at[first : first + ROWS]]
             score[t] += (log_mean + gamma).sum(0) + len(x) * (theta * np.log(theta) - gammaln(theta))
     return score

@@ -75,6 +75,6 @@ def test_own_depths_are_taken_where_the_shared_genes_measure_depth_badly(precise
     slope = 0.3 * rng.standard_normal((1, 24))
     counts = rng.poisson(rng.gamma(2.0, 0.5, (1500, 24)) * level * depth[:, None] * np.exp(place @ slope)).astype(float)
     loadings = slope.astype(np.float32)
-    test = Fold(counts, totals, every, np.ones(1500), {0.0: place}, Codes(loadings, np.zeros_like(loadings), loadings[None]))
+    test = Fold(counts, totals, every, np.ones(1500), {0.0: place}, Codes(loadings, np.zeros_like(loadings)))
     hyper = Hyper(0.0, 0.0, 1.0, 0.0, 0.0, (0.0, 1.0, 0.1), (0.0, 0.0, 0.0), (1.0, 0.0, 0.1), (np.log(2.0), 0.0, 0.1), 0.0, [])
     assert own_depth([test], hyper, np.zeros(24)) == (not precise)

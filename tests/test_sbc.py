@@ -60,6 +60,26 @@ def test_spagene_finds_what_it_made_up():
     assert 0.95 < np.median(found.spread()) < 1.12 and found.spread().max() < 1.4
 
 
+def covered(found, name):
+    """Root mean square of z of new genes is near 1 at every site: hyper-priors learned anew from inner genes; twice that if their sds are halved.
+
+    A measured gene has its own value with an sd of .02, by design: its level is off by its sampling error, slope and theta by more.
+    """
+    for site in ("level", "slope", "theta"):
+        assert 0.7 < np.sqrt(np.square(found[f"{name}: {site}, new genes"].z).mean()) < 1.35, site
+        assert np.median(found[f"{name}: {site}, measured genes"].spread()) > 2, site
+
+
+def test_spaim_learns_the_hyper_priors_that_it_was_simulated_with():
+    covered(sbc_methods.spaim_genes(5), "SpaIM")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_spagene_learns_the_hyper_priors_that_it_was_simulated_with():
+    covered(sbc_methods.spagene_genes(10), "SpaGene")
+
+
 @pytest.mark.slow
 def test_spaim_agrees_with_nuts(spaim_layer):
     from pyro.infer import MCMC, NUTS

@@ -66,7 +66,7 @@ def test_the_translator_is_the_bayesian_regression_of_the_textbook(some):
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-8)
     d = np.column_stack([other.loadings.numpy(), np.full(len(other.loadings), np.sqrt(0.2))]).astype(np.float64)
     t = own.loadings.numpy()[some.columns].T.astype(np.float64)
-    mean, variance, draws = closed.codes(3000, [0])[:3]
+    mean, variance = closed.codes()[:2]
     for k, (ratio, noise) in enumerate(zip(closed.ratios, closed.noise, strict=True)):
         inverse = np.linalg.inv(d[some.panel].T @ d[some.panel] + np.eye(7) / ratio)
         np.testing.assert_allclose(mean[k], t[k] @ d[some.panel] @ inverse @ d[held].T, atol=1e-6)
@@ -78,8 +78,6 @@ def test_the_translator_is_the_bayesian_regression_of_the_textbook(some):
 
         best = log_posterior(ratio, noise)
         assert all(log_posterior(a * ratio, b * noise) < best + 0.05 for a in (0.3, 1, 3) for b in (0.7, 1, 1.4))
-    np.testing.assert_allclose(draws.mean(0), mean, atol=5 * np.sqrt(variance.max() / 3000))
-    np.testing.assert_allclose(draws.var(0), variance, rtol=0.2)
 
 
 def test_the_references_own_regression_is_ridge_on_its_standardised_cells(some):

@@ -26,7 +26,7 @@ def dense_kernel(data, genes):
 def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
     held = np.setdiff1d(np.arange(60), data.panel)[:7]
     layer = Layer(data, replace(SMALL, regression=0.5), 0, genes=held)
-    mean, variance, draws = layer.codes(4000, [0])[:3]
+    mean, variance = layer.codes()[:2]
     k = dense_kernel(data, np.concatenate([data.panel, held]))
     p = len(data.panel)
     for direction in range(min(3, len(layer.ratio))):
@@ -35,8 +35,6 @@ def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
         np.testing.assert_allclose(mean[direction], layer.regressed[direction] + gain @ layer.scores[direction], atol=2e-3)
         expected = signal * np.diag(k)[p:] + noise - signal * np.einsum("gp,gp->g", gain, k[p:, :p])
         np.testing.assert_allclose(variance[direction], expected, rtol=0.02)
-    np.testing.assert_allclose(draws.mean(0), mean, atol=5 * np.sqrt(variance.max() / 4000))
-    np.testing.assert_allclose(draws.var(0), variance, rtol=0.2)
 
 
 def test_the_elbo_is_the_log_marginal_likelihood_for_every_draw(data):
@@ -102,7 +100,7 @@ def test_kernel_is_a_covariance_and_badly_known_profiles_resemble_nobody(data):
     # The training genes, hence signal and noise, are the same; only the held-out gene is known less well.
     still = data._replace(errors=noisy.errors.copy())
     still.errors[50] = data.errors[50]
-    known, unknown = (Layer(d, SMALL, 0, genes=np.array([50])).codes(1, [0])[1] for d in (still, noisy))
+    known, unknown = (Layer(d, SMALL, 0, genes=np.array([50])).codes()[1] for d in (still, noisy))
     assert (unknown >= known).all() and unknown.sum() > 1.02 * known.sum()
 
 
@@ -146,9 +144,9 @@ def test_directions_from_streamed_sums_are_those_of_the_whole_matrix(data, monke
 
 def test_fewer_landmarks_than_genes_still_predict(data):
     held = np.setdiff1d(np.arange(60), data.panel)
-    exact = Layer(data, SMALL, 0, genes=held).codes(1, [0])[0]
+    exact = Layer(data, SMALL, 0, genes=held).codes()[0]
     config = replace(SMALL, landmarks=24)
     approximate = Layer(data, config, 0, genes=held)
     assert approximate.phi.shape == (len(data.panel), 24)
-    ours = approximate.codes(1, [0])[0]
+    ours = approximate.codes()[0]
     assert np.corrcoef(exact[0], ours[0])[0, 1] > 0.8

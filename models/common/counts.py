@@ -54,6 +54,8 @@ LOG_THETA = np.linspace(-3.0, 5.0, 9)
 LEVEL_CELLS = 1000  # of the fit, over which c_g is a mean
 OWN_ENTRIES = 1_500_000  # cells x genes on which measured genes learn slope and theta
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(7)  # expectation over a standard normal
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
 
 class Hyper(NamedTuple):
@@ -74,24 +76,24 @@ class Hyper(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Loadings of genes under a fit that was not shown them."""
+    """Loadings of genes under a fit that was not shown them: normal and independent, or ``draws`` of them around the mean."""
 
     mean: NDArray[np.float32]  # [q, genes]
-    variance: NDArray[np.float32]  # [q, genes]
-    draws: NDArray[np.float32]  # [draws, q, genes]
+    variance: NDArray[np.float32]  # [q, genes]; 0 where there are draws
+    draws: NDArray[np.float32] | None = None  # [draws, q, genes], where no law is known in closed form
     noise: NDArray[np.float32] | None = None  # [K, genes] loadings of what differs from cell to cell in every draw: K standard normals each
     process: Process | None = None  # over the reference's cells; its features are the places after the first q
     shares: tuple[float, ...] = (0.0,)  # of the process that may be tried
 
     def mixed(self, share: float, doubt: float) -> "Codes":
         """(1 - share) of the loadings and ``share`` of the process, [q + F, genes], and ``doubt`` times what is not known of the former."""
-        draws, variance = doubt * (self.draws - self.mean) + (1 - share) * self.mean, doubt**2 * self.variance
+        found = self._replace(variance=doubt**2 * self.variance)
+        if self.draws is not None:
+            found = found._replace(draws=doubt * (self.draws - self.mean) + self.mean)
         if self.process is None:
-            return self._replace(draws=draws, variance=variance)
+            return found
         beta, sd = share * self.process.field.beta, share * self.process.field.beta_sd
-        noise = np.random.default_rng(len(beta)).standard_normal((len(self.draws), *beta.shape), dtype=np.float32)
-        mean, variance = np.vstack([(1 - share) * self.mean, beta]), np.vstack([variance, sd**2])
-        return self._replace(mean=mean, variance=variance, draws=np.concatenate([draws, beta + sd * noise], 1))
+        return found._replace(mean=np.vstack([(1 - share) * self.mean, beta]), variance=np.vstack([found.variance, sd**2]))
 
 
 def log_mean(share: Tensor, depth: Tensor, log_theta: Tensor | None, median: float, factor: Tensor | None) -> Tensor:
@@ -137,14 +139,20 @@ def bend(m: Tensor, k: float) -> tuple[Tensor, Tensor]:
 def score_counts(
     counts: NDArray[np.float64], depth: NDArray[np.float64], bent: float, place: NDArray[np.float32], codes: Codes
 ) -> NDArray[np.float64]:
-    """Log predictive score [slopes, thetas, genes] at each gene's own level, of cells of relative ``depth`` [n]."""
+    """Log predictive score [slopes, thetas, genes] at each gene's own level, of cells of relative ``depth`` [n].
+
+    What is not known of a cell's map is integrated by quadrature. The log of a mean over few draws is too small, the more so the more they differ:
+    it would call for flat slopes.
+    """
     depth, place = depth[:, None], place.astype(np.float64)
     mean, variance = place @ codes.mean, place**2 @ codes.variance  # [n, g]
-    deviation = np.stack([place @ (code - codes.mean) for code in codes.draws])  # [D, n, g]
     if codes.noise is not None:
         variance += np.square(codes.noise).sum(0)
-        rng = np.random.default_rng(len(counts))
-        deviation += np.stack([rng.standard_normal((len(counts), len(codes.noise))) @ codes.noise for _ in deviation])
+    if codes.draws is not None:
+        deviation, weights = np.stack([place @ (code - codes.mean) for code in codes.draws]), None  # [D, n, g]
+    else:
+        nodes, weights = (NODES, WEIGHTS) if variance.any() else (np.zeros(1), np.ones(1))  # measured genes: known maps
+        deviation = nodes[:, None, None] * np.sqrt(variance)
     mean, steep = (part.numpy() for part in bend(torch.from_numpy(mean), bent))
     deviation, variance = steep * deviation, steep**2 * variance
     score = np.empty((len(SLOPES), len(LOG_THETA), counts.shape[1]))
@@ -152,7 +160,7 @@ def score_counts(
         expected = depth * np.exp((slope * mean).clip(-LARGEST, LARGEST))
         expected *= (counts.sum(0) + 0.5) / (expected.sum(0) + 0.5)
         rates = expected * np.exp(slope * deviation - 0.5 * slope**2 * variance)
-        score[i] = score_nb(counts, np.maximum(rates, 1e-8), LOG_THETA)
+        score[i] = score_nb(counts, np.maximum(rates, 1e-8), LOG_THETA, weights)
     return score
 
 
@@ -212,7 +220,7 @@ class CountLayer(PyroModule):
             part = slice(start, start + 256)
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
-            score = score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known), known[None]))
+            score = score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known)))
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
             slope = (weight.sum(1) * SLOPES[:, None]).sum(0)
             log_theta = (weight.sum(0) * LOG_THETA[:, None]).sum(0)

@@ -1,7 +1,7 @@
 r"""What inner held-out genes teach about genes that nobody measured, for methods whose maps become counts by `ppl_st.models.common.counts`.
 
-Inner genes are panel genes that a fit was not shown. They are scored with the posterior draws of that fit, so that the hyper-priors learned on them
-describe what is left *beside* the spread of the draws; residuals of genes that the fit has seen would be far too small. In this order:
+Inner genes are panel genes that a fit was not shown. They are scored under the posterior of that fit, so that the hyper-priors learned on them
+describe what is left *beside* its spread; residuals of genes that the fit has seen would be far too small. In this order:
 
     smoothing, share of the process   by the log score of counts, each gene at its own level
     e          how far loadings are, over how far they are said to be:    r_g what the mean map leaves of the standardised gene z_g,  A = u'u / n,
@@ -52,7 +52,6 @@ FOLDS = 4
 MIN_PANEL = 12  # shared genes below which nothing is held out to learn from
 INNER_GENES = 40  # judged per fold, at most
 INNER_CELLS = 1000
-INNER_DRAWS = 6
 
 
 class Settings(Protocol):
@@ -78,7 +77,7 @@ class Settings(Protocol):
 class Fit(Protocol):
     """A fit to part of the panel: the inner genes' loadings, and places of cells."""
 
-    def codes(self, draws: int, seed: list[int]) -> Codes:
+    def codes(self) -> Codes:
         """Loadings of the inner genes."""
 
     def place(self, data: Any) -> NDArray[np.float32]:
@@ -125,7 +124,7 @@ def learn_hyper(
         place = problem.place(split)
         places = {option: smooth(place, split.neighbors, option)[seen] for option in options}
         every, relative = all_counts(split.counts[seen]), split.relative[seen]
-        tests.append(Fold(counts, split.totals[seen], every, relative, places, problem.codes(INNER_DRAWS, [seed, 2, fold])))
+        tests.append(Fold(counts, split.totals[seen], every, relative, places, problem.codes()))
     scores: dict[tuple[float, float, float, float, float], NDArray[np.float64]] = {}
 
     def tried(smoothing: float, share: float, doubt: float, a: float, k: float) -> float:

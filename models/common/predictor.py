@@ -13,11 +13,10 @@ from ppl_st.inference.pair import Pair
 from ppl_st.likelihood_math import LOG_MEAN_RANGE
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.common.cells import Problem, all_counts, median_depth
-from ppl_st.models.common.counts import LARGEST, CountLayer, bend, log_mean
+from ppl_st.models.common.counts import LARGEST, NODES, WEIGHTS, CountLayer, bend, log_mean
 
 CACHED = 512  # loadings of one draw that are kept for the next block of cells
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
-QUADRATURE = tuple((_NODES).tolist()), tuple((_WEIGHTS / _WEIGHTS.sum()).tolist())  # expectation over a standard normal
+QUADRATURE = tuple(NODES.tolist()), tuple(WEIGHTS.tolist())  # expectation over a standard normal
 
 
 class MapGuide(Protocol):

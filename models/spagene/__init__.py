@@ -150,10 +150,10 @@ class _Inner(NamedTuple):
     direction: Direction
     genes: NDArray[np.int64]
 
-    def codes(self, draws: int, seed: list[int]) -> Codes:
+    def codes(self) -> Codes:
         genes = torch.from_numpy(self.genes)
         mean, noise = (part.detach().numpy() for part in (self.direction.mean_codes(genes)[0], self.direction.cell_noise(genes)))
-        return Codes(mean, np.zeros_like(mean), np.repeat(mean[None], draws, 0), noise)
+        return Codes(mean, np.zeros_like(mean), noise=noise)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         return self.direction.place(data, np.arange(data.counts.shape[0]))

@@ -98,19 +98,16 @@ class Closed:
         if regression is not None and genes is not None and share:
             self.regressed = regression.inner(self.scores, data.panel, genes)
 
-    def codes(self, draws: int, seed: Sequence[int]) -> Codes:
+    def codes(self) -> Codes:
         """Loadings of the genes asked for, [q, genes]; the encoder's doubt as noise of the cells."""
-        rng = np.random.default_rng(list(seed))
         g = (1 - self.share) * self.genes
         mean = self.weights @ g.T + self.share * self.regressed
         rest = np.broadcast_to(self.deviation[:, None], mean.shape)
         sd = np.sqrt(self.noise[:, None] / self.precision)  # [q, F] in the eigenbasis
         variance = np.square(sd) @ np.square(g @ self.vectors).T + rest
-        drawn = mean + (sd * rng.standard_normal((draws, *sd.shape))) @ (g @ self.vectors).T
-        drawn += np.sqrt(rest) * rng.standard_normal((draws, *mean.shape))
         noise = np.concatenate([self.own.scale.numpy()[:, None] * mean, *([START_NOISE * (g @ self.rotation).T] if self.noisy else [])])
-        mean, variance, drawn, noise = (one.astype(np.float32) for one in (mean, variance, drawn, noise))
-        return Codes(mean, variance, drawn, noise, self.process, self.shares)
+        mean, variance, noise = (one.astype(np.float32) for one in (mean, variance, noise))
+        return Codes(mean, variance, None, noise, self.process, self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """Codes of the problem's cells, and their features in the process, [n, q + F]."""

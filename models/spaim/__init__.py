@@ -63,6 +63,7 @@ __all__ = [
     "batches", "build", "empty", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
+INNER_DRAWS = 6  # of the networks' loadings of inner genes
 LATENT = 50  # directions of which the places are stored
 
 
@@ -99,8 +100,10 @@ class _InnerNetwork(NamedTuple):
     guide: NetworkGuide
     genes: NDArray[np.int64]
 
-    def codes(self, draws: int, seed: list[int]) -> Codes:
-        return gene_draws(self.guide, self.genes, draws, seed)
+    seed: int
+
+    def codes(self) -> Codes:
+        return gene_draws(self.guide, self.genes, INNER_DRAWS, [self.seed, 2, 0])
 
     def place(self, data: Data) -> NDArray[np.float32]:
         return np.asarray(self.guide.place(data, np.arange(data.counts.shape[0])))
@@ -113,7 +116,7 @@ def _inner_network(config: Config, seed: int, data: Data, genes: NDArray[np.int6
     guide = guide_of(pair)
     assert isinstance(guide, NetworkGuide)
     guide.finish(data, observations(data, config))
-    return _InnerNetwork(guide, genes)
+    return _InnerNetwork(guide, genes, seed)
 
 
 def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:

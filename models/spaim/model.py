@@ -141,19 +141,15 @@ class Layer:
             self.process = process(data, data.reference, everything, seed)
         self.directions = self.directions._replace(loadings=self.directions.loadings[:, kept], scores=self.directions.scores[kept])
 
-    def codes(self, draws: int, seed: list[int]) -> Codes:
-        """Loadings of the genes asked for: posterior mean and variance [q, genes], draws [draws, q, genes], and the process's weights."""
-        rng = np.random.default_rng(seed)
+    def codes(self) -> Codes:
+        """Loadings of the genes asked for: posterior mean and variance [q, genes], and the process's weights."""
         precision = 1 + self.ratio[:, None] * self.eigenvalues
         signal = (self.ratio * self.noise)[:, None]
         weights = self.ratio[:, None] * (self.scores @ self.phi) / precision
         square = np.square(self.features, dtype=np.float64)
         rest = signal * np.clip(SELF - square.sum(1), 0, None) + self.noise[:, None]  # [q, genes]
         mean, variance = self.regressed + weights @ self.features.T, (signal / precision) @ square.T + rest
-        noise = np.sqrt(signal / precision) * rng.standard_normal((draws, *weights.shape)) @ self.features.T
-        drawn = mean + noise + np.sqrt(rest) * rng.standard_normal((draws, *rest.shape))
-        mean, variance, drawn = (one.astype(np.float32) for one in (mean, variance, drawn))
-        return Codes(mean, variance, drawn, None, self.process, self.shares)
+        return Codes(mean.astype(np.float32), variance.astype(np.float32), process=self.process, shares=self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """(u, phi) [n, q + F] of the problem's cells."""

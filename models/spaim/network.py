@@ -253,16 +253,16 @@ def build_network(config: "Config", hyper: Hyper, data: Data, seed: int) -> Pair
 
 
 def gene_draws(guide: NetworkGuide, genes: NDArray[np.int64], draws: int, seed: list[int]) -> Codes:
-    """Mean, variance and draws of loadings, as `ppl_st.models.common.counts.Codes` has them."""
+    """Mean and draws of loadings, as `ppl_st.models.common.counts.Codes` has them."""
     from pyro import poutine
 
     index = torch.from_numpy(genes)
     drawn = []
     with torch.no_grad():
-        mean, variance = guide.mean_codes(index)
+        mean, none = guide.mean_codes(index)
         for d in range(draws):
             with rng_scope(seed[0], *seed[1:], d):
                 nodes = poutine.trace(guide.globals).get_trace().nodes
             values = {name: torch.as_tensor(site["value"]) for name, site in nodes.items() if site["type"] == "sample"}
             drawn.append(guide.codes(values, index).numpy())
-    return Codes(mean.numpy(), variance.numpy(), np.stack(drawn))
+    return Codes(mean.numpy(), none.numpy(), np.stack(drawn))
