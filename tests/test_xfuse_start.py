@@ -91,7 +91,7 @@ def test_odds_of_deep_spots_are_as_high_as_their_counts_ask_for():
 
 
 def test_residuals_keep_what_many_reads_say():
-    """A spot in three has a thousand reads of a gene, the others none: cut at 8, it came back as half as many, and as 60 where it is absent."""
+    """A spot in three has a thousand reads of a gene, the others none: cut at 8, it came back as 640, and as 30 where it is absent."""
     counts = np.zeros((300, 4))
     counts[np.arange(300), np.arange(300) % 3] = 1000
     counts[7, 3] = 1  # a rare gene: one read is no reason for a component
