@@ -186,48 +186,6 @@ def test_published_presets_equal_the_formulas(world, preset):
     assert ours == pytest.approx(direct_objective(pair, batch, sites, config).item(), rel=1e-5)
 
 
-def test_published_networks_are_trained_per_cell(world):
-    """Adam's eps and the clip know the size of a gradient: one that is a hundred times too small trains another model."""
-    settings = ["batch_cells=0", "batch_reference=0", "fit.steps=1", "fit.kl_warmup_steps=0", "dropout=0"]
-    run = ppl_st.fit("vista", target=world.target, reference=world.reference, preset="gimvi", overrides=settings)
-    pair, _ = start(run.data, run.config, 0, quiet)
-    with rng_scope(0, "noise", 0):
-        loss = TraceMeanField_ELBO().differentiable_loss(*chains_of(pair)[0], batches(run.data, run.config, 0).at(0)).item()
-    assert run.record["losses"][0] == pytest.approx(loss / (240 + 200), rel=0.05)
-
-
-def test_the_graph_reaches_a_panel_too_small_to_choose_on():
-    world = spatial_field(seed=1, n_cells=80, n_reference=60, n_genes=20, n_panel=8, n_types=3, rho=3.0, spatial=1.0, length=500.0)
-    said = []
-    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=["fit.steps=2"], say=said.append)
-    assert any("8 shared genes: too few" in line for line in said)
-    shuffled = world.target.copy()
-    shuffled.obsm["spatial"] = np.random.default_rng(0).permutation(shuffled.obsm["spatial"])
-    one, two = (run.predict(target=target, draws=3).X for target in (world.target, shuffled))
-    assert np.abs(np.log(one / two)).max() > 0.01
-
-
-def test_settings_that_contradict_each_other_are_said(world):
-    with pytest.raises(UserError, match="add --set visible=1"):
-        fitted(world, "prior", "map=learned")
-    config, said = settings("adversary=cross_entropy"), []
-    start(prepared(world, config)[0], config, 0, said.append)
-    assert any("adversary has nothing to move" in line for line in said)
-
-
-def test_a_cell_without_neighbors_has_the_standard_prior(world):
-    config = settings("visible=1")
-    data, _, _ = prepared(world, config)
-    model = chains_of(start(data, config, 0, quiet)[0])[0].model
-    torch.nn.init.constant_(model.gate, 0.8)
-    alone = data.graph.tolil()
-    alone[0] = 0
-    batch = batches(data._replace(graph=alone.tocsr()), config, 0).of(np.arange(20))
-    trace = poutine.trace(model).get_trace(batch)
-    scale = trace.nodes["z"]["fn"].base_dist.scale
-    assert (scale[0] == 1).all() and (scale[1:] < 0.9).all()
-
-
 def test_one_cell_batches_and_a_full_batch_work():
     world = spatial_field(seed=1, n_cells=60, n_reference=50, n_genes=36, n_panel=20, n_types=4, rho=3.0)
     for overrides in (["batch_cells=1", "batch_reference=1"], ["batch_cells=0", "batch_reference=0"]):

@@ -118,8 +118,8 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         hyper = default_hyper(data, likelihood, fixed)
         if config.map == "closed":
             say(
-                f"{len(data.panel)} shared genes: too few to hold some out (from {MIN_INNER_PANEL} on), so nothing is chosen on them: the neighbors' "
-                f"share is {hyper.mix:g}, the hyper-priors of unmeasured genes are wide"
+                f"{len(data.panel)} shared genes: too few to hold some out (from {MIN_INNER_PANEL} on), so nothing is chosen on them: neighbors "
+                "have no share in a cell's state, the hyper-priors of unmeasured genes are wide"
             )
     totals = np.log(totals_of(data.reference))
     codes = range(int(data.reference_batch.max(initial=0)) + 1)

@@ -54,7 +54,7 @@ from ppl_st.observation import Likelihood
 
 Say = Callable[[str], None]
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
-MIXES, USUAL_MIX = (0.0, 0.3, 0.5, 0.7), 0.5
+MIXES = (0.0, 0.3, 0.5, 0.7)
 COMMONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DENOISES = (0.0, 0.5, 1.0)
 FOLDS = 8
@@ -204,12 +204,10 @@ def _standardised(x: Floats) -> Floats:
 
 
 def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None]) -> Hyper:
-    """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors, and half of a state is the neighbors'."""
+    """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors, and no share of the neighbors."""
     parameters = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
-    if fixed["mix"] is None and data.graph.nnz:
-        known["mix"] = USUAL_MIX
     return Hyper(
         known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0, center,
         [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],

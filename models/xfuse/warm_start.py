@@ -49,7 +49,7 @@ THETA = 100.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0  # or the root of the count or its mean, if larger: single reads of rare genes are cut, what many reads say is not
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
 LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
-LEAST_READS = 0.5  # floors of rates and profiles are at most this: a gene of which thousands of reads could have been seen may be nearly absent
+LEAST_READS = 0.5  # floors of rates and profiles are at most this: a gene of which thousands of reads could be seen may be nearly absent
 LEAST_EFFECT = 0.1  # prior sd of covariates' effects, with which a new section draws its own; from 1 on, hundreds of steps do not bring it there
 UNIT = 0.5  # of the softplus of the scale, over the mean scale: a Gaussian field becomes a depth much as its root would
 MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
@@ -417,8 +417,7 @@ def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, mo
     left, values, _ = _components(residuals(spots), components)
     scores = np.column_stack([np.sqrt(_depth(spots)[1]), left * values])
     scores = normal_scores(scores - _by_section(scores, spots.section))
-    far = np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep]
-    return fit_kernel(far, spots.features[keep], scores[keep])
+    return fit_kernel(np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep], spots.features[keep], scores[keep])
 
 
 def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Array, Array]:

@@ -1,0 +1,73 @@
+"""VISTA: the scale of published training, panels too small to choose on, settings that contradict each other, cells without neighbors."""
+
+import numpy as np
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+
+import ppl_st
+from ppl_st.config import with_overrides
+from ppl_st.data import read_counts
+from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.inference.svi import rng_scope
+from ppl_st.models.vista import PRESETS, batches, start
+from ppl_st.prepare.vista import problem
+from ppl_st.simulate import spatial_field
+
+FAST = ["penalty=3", "reweight=false", "process=0", "fit.steps=4", "neighbors=6"]
+
+
+def simulated(**sizes):
+    return spatial_field(seed=1, n_types=3, rho=3.0, spatial=1.0, length=500.0, **sizes)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return simulated(n_cells=240, n_reference=200, n_genes=36, n_panel=20)
+
+
+def quiet(line):
+    pass
+
+
+def prepared(world, config):
+    return problem(read_counts(world.target, role="target"), read_counts(world.reference, role="reference", need_spatial=False), config, quiet)[0]
+
+
+def test_published_networks_are_trained_per_cell(world):
+    """Adam's eps and the clip know the size of a gradient: one that is a hundred times too small trains another model."""
+    settings = ["batch_cells=0", "batch_reference=0", "fit.steps=1", "fit.kl_warmup_steps=0", "dropout=0"]
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, preset="gimvi", overrides=settings)
+    pair, _ = start(run.data, run.config, 0, quiet)
+    with rng_scope(0, "noise", 0):
+        loss = TraceMeanField_ELBO().differentiable_loss(*chains_of(pair)[0], batches(run.data, run.config, 0).at(0)).item()
+    assert run.record["losses"][0] == pytest.approx(loss / (240 + 200), rel=0.05)
+
+
+def test_a_panel_too_small_to_choose_on_is_told_what_it_does_not_get():
+    world, said = simulated(n_cells=80, n_reference=60, n_genes=20, n_panel=8), []
+    ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=["fit.steps=2"], say=said.append)
+    assert any("8 shared genes: too few" in line and "have no share" in line for line in said)
+
+
+def test_settings_that_contradict_each_other_are_said(world):
+    with pytest.raises(UserError, match="add --set visible=1"):
+        ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=[*FAST, "map=learned"])
+    config, said = with_overrides(PRESETS["default"], [*FAST, "adversary=cross_entropy"]), []
+    start(prepared(world, config), config, 0, said.append)
+    assert any("adversary has nothing to move" in line for line in said)
+
+
+def test_a_cell_without_neighbors_has_the_standard_prior(world):
+    config = with_overrides(PRESETS["default"], [*FAST, "visible=1"])
+    data = prepared(world, config)
+    model = chains_of(start(data, config, 0, quiet)[0])[0].model
+    torch.nn.init.constant_(model.gate, 0.8)
+    alone = data.graph.tolil()
+    alone[0] = 0
+    batch = batches(data._replace(graph=alone.tocsr()), config, 0).of(np.arange(20))
+    trace = poutine.trace(model).get_trace(batch)
+    scale = trace.nodes["z"]["fn"].base_dist.scale
+    assert (scale[0] == 1).all() and (scale[1:] < 0.9).all()
