@@ -76,7 +76,7 @@ def pit_plot(densities: "Mapping[str, ArrayLike]", per_gene: "ArrayLike | None" 
     ax.set(xlim=(0, 1), ylim=(0, None))
     ax.set_xlabel("randomised PIT of the held-out count (0 to 1)")
     ax.set_ylabel("density (1 = uniform)")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="lower center")
     return figure
 
 
@@ -142,7 +142,7 @@ def risk_curve(curves: "Mapping[str, tuple[ArrayLike, ArrayLike]]", label: str) 
     ax.set(xlim=(0, 1))
     ax.set_xlabel("share of the genes kept, the most trusted first")
     ax.set_ylabel(label)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
     return figure
 
 def check_plot(table: "pd.DataFrame") -> "Figure":

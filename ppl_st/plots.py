@@ -145,7 +145,7 @@ def loss_curve(losses: "ArrayLike", *, unit: str = "negative ELBO (nats)", name:
     ax.set_ylabel(unit)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.locator_params(axis="x", integer=True)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="upper right")
     return figure
 
 
@@ -175,7 +175,7 @@ def traces(table: "pd.DataFrame", units: Mapping[str, str] | None = None) -> "Fi
         ax.set_title(kind, fontsize="medium")
         ax.set_xlabel("step")
         ax.set_ylabel((units or {}).get(kind, "no unit"))
-    axes.flat[0].legend(frameon=False, fontsize="small")
+    axes.flat[0].legend(frameon=False, fontsize="small", loc="best")
     for ax in axes.flat[len(kinds) :]:
         ax.set_visible(False)
     return figure
