@@ -266,7 +266,8 @@ def _refuse_used(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give a folder for the run (--out)")
     if folder.is_dir() and any(folder.iterdir()):
-        known = (folder / "config.toml").is_file() or (folder / "manifest.json").is_file()  # of one, or of several seeds
+        several = (folder / "manifest.json").is_file() and not (folder / "target.h5ad").is_file()  # runs of several seeds lie in it
+        known = several or (folder / "config.toml").is_file()
         remedy = (
             "--resume and --out alone continue it; else choose another --out" if known else "choose an empty or new folder (--out)"
         )
@@ -302,8 +303,11 @@ def _resume(
     if folder is None or not (folder / "config.toml").is_file():
         raise UserError(f"--resume: {folder} is not a run folder; name the folder of the interrupted run (--out)")
     if (folder / "weights.safetensors").is_file():
+        run = load(folder)
+        if run.method != method:
+            raise UserError(f"--resume: {folder} holds a run of {run.method}, not of {method}")
         say("the run is already finished")
-        return load(folder)
+        return run
     stored, module, settings, data, cells, other, manifest = _stored(folder)
     if stored != method:
         raise UserError(f"--resume: {folder} holds a run of {stored}, not of {method}")
@@ -346,7 +350,7 @@ def train(
     else:
         assert folder is not None
         spec = _spec_from(module, record, manifest, folder)
-        pair = module.empty(settings, spec, data, record["chains"])
+        pair = module.empty(settings, spec, data, record.get("trained", record["chains"]))  # the state has all of them
         state = load_state(folder / "state.pt")
         say(f"resuming at step {state.step} of {settings.fit.steps}")
     steps = getattr(spec, "steps", settings.fit.steps)  # some methods choose them on inner held-out genes
@@ -361,11 +365,13 @@ def train(
     if info.stop_reason == INTERRUPTED and state.step < steps:
         kept = "nothing is kept" if folder is None else f"continue with --resume --out {shlex.quote(str(folder))}"
         raise Interrupted(f"interrupted at step {state.step} of {steps}; {kept}")
+    trained = len(chains_of(pair))
     pair = module.select(pair, data, settings, seed)
     say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {info.stop_reason}")
     record = {
         "spec": record["spec"],
         "chains": len(chains_of(pair)),
+        "trained": trained,
         "status": "done",
         "steps": state.step,
         "stop_reason": info.stop_reason,

@@ -78,7 +78,7 @@ def demo(
     draws: Draws = 100,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate, fit, predict, judge and report; all defaults, under two minutes on two cores."""
+    """Simulate, fit, predict, judge and report; all defaults, one to four minutes on two cores."""
     check_folder(out)
     from ppl_st.demo import demo as run_demo
 

@@ -21,10 +21,10 @@ import pandas as pd
 from ppl_st.api import Source, load
 from ppl_st.data import gene_folds
 from ppl_st.errors import UserError
-from ppl_st.evaluate import read_entries
+from ppl_st.evaluate import UPPER, read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
 from ppl_st.posterior import INNER_CELLS
-from ppl_st.report import read_json
+from ppl_st.report import read_json, read_scores
 from ppl_st.stack import stacked, stacking_weights
 
 __all__ = ["METRICS", "compare"]
@@ -52,7 +52,7 @@ def compare(
     Parameters
     ----------
     sources
-        Folders of `ppl_st.evaluate` (every method in them, baselines too) and run folders.
+        Folders of `ppl_st.evaluate` (every method in them, baselines too; not the upper reference, which sees the truth) and run folders.
     truth
         Counts of the cells of the runs, needed for run folders: their held-out genes are scored.
     metric
@@ -73,11 +73,12 @@ def compare(
     Raises
     ------
     UserError
-        Unknown metric, a folder that is neither, no truth for a run, or no gene in common.
+        Unknown metric, a folder that is neither, evaluations of other counts, no truth for a run, or no gene in common.
     """
     talk = say or (lambda line: None)
     if metric not in METRICS:
         raise UserError(f"compare: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+    _check_alike([Path(source) for source in sources], talk)
     tables: dict[str, pd.DataFrame] = {}
     entries: dict[str, pd.DataFrame] = {}
     for source in map(Path, sources):
@@ -110,6 +111,24 @@ def compare(
     return _with_stack(ranked, {name: entries[name] for name in order}, genes, seed)
 
 
+def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
+    """Refuse evaluations on other counts; say in what else their splits differ."""
+    paths = [folder / "evaluation.json" for folder in folders]
+    records = [(path.parent, read_json(path)) for path in paths if path.is_file()]
+    for folder, record in records[1:]:
+        first, known = records[0]
+        for role in ("target", "truth", "reference"):
+            one, other = (each.get("inputs", {}).get(role) for each in (known, record))
+            if one and other and one["path"] and other["path"] and one["sha256"] != other["sha256"]:
+                what = f"compare: {folder} is of another {role} ({other['path']}) than {first} ({one['path']})"
+                if role != "reference":
+                    raise UserError(f"{what}; evaluate all methods on the same file")
+                say(what)
+        for key in ("folds", "max_folds", "seed", "draws"):
+            if key in known and key in record and known[key] != record[key]:
+                say(f"compare: {folder} was made with {key} {record[key]}, {first} with {known[key]}: not the same split and draws")
+
+
 def _tables(
     folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
@@ -119,7 +138,8 @@ def _tables(
     """
     entries: dict[str, pd.DataFrame]
     if (folder / "scores.csv").is_file():
-        scores = pd.read_csv(folder / "scores.csv", dtype={"gene": str, "fold": str}).assign(section="")
+        scores = read_scores(folder).assign(section="")
+        scores = scores[scores["kind"] != UPPER]  # it saw the truth: no competitor
         record = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
         if "holdout" in record:  # a share: which spots of each section are hidden depends on the seed
             hidden = sorted(record["holdout"]) if isinstance(record["holdout"], list) else (record["holdout"], record["seed"])

@@ -376,7 +376,7 @@ def hash_adata(adata: "AnnData") -> str:
             total.update(key.encode())
             _hash_matrix(matrix, total)
     for key in sorted(adata.obsm):
-        if isinstance(adata.obsm[key], np.ndarray):
+        if isinstance(adata.obsm[key], np.ndarray) and adata.obsm[key].dtype.kind in "biuf":
             total.update(f"obsm/{key}{adata.obsm[key].shape}".encode())
             total.update(np.ascontiguousarray(adata.obsm[key], dtype="<f8").tobytes())
     return total.hexdigest()

@@ -138,7 +138,7 @@ def evaluate(
         inputs = {"target": target, "reference": reference} | ({} if truth is None else {"truth": truth})
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
-        record |= {"folds": str(folds) if truth is None else None, "draws": draws}
+        record |= {"folds": str(folds) if truth is None else None, "max_folds": max_folds, "draws": draws}
     cells, other = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots or baselines, spots))
     names = getattr(settings, "reference_layers", ())
     further = read_layers(reference, names, gene_key=gene_key) if names else []

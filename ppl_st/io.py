@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import anndata
 import h5py  # type: ignore[import-untyped]
+import pandas as pd
 
 from ppl_st.errors import UserError
 
@@ -132,6 +133,27 @@ def write_adata(adata: anndata.AnnData, path: str | Path) -> None:
         with hdf5_target(temporary) as target, h5py.File(target, "w") as file:
             options = {"compression": "gzip", "compression_opts": 1}
             anndata.io.write_elem(file, "/", adata, dataset_kwargs=options)
+
+
+def storable(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy of ``obs`` that every AnnData file can hold: text with gaps becomes categories.
+
+    Raises
+    ------
+    UserError
+        A column holds neither numbers nor text.
+    """
+    made = table.copy()
+    for column in made.columns:
+        values = made[column]
+        if not (pd.api.types.is_object_dtype(values) or isinstance(values.dtype, pd.StringDtype)):
+            continue
+        known = values.dropna()
+        if not all(isinstance(value, str | bool) for value in known):
+            raise UserError(f"obs column {column!r} holds {type(known.iloc[0]).__name__} among others; make it text or numbers, or drop it")
+        text = values.astype(object)
+        made[column] = text if len(known) == len(values) else text.where(values.notna(), None).astype("category")
+    return made
 
 
 @contextmanager
@@ -257,7 +279,7 @@ def _replace(temporary: Path, path: Path) -> None:
             f"cannot write {path}: a {kind} of that name is in the way; remove it or choose another path"
         )
     if not temporary.is_dir():
-        with open(temporary, "rb") as handle:
+        with open(temporary, "r+b") as handle:  # Windows flushes only what may be written
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         return

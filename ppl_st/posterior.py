@@ -340,6 +340,7 @@ class Run:
 
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
         index = np.flatnonzero(~self.measured)
+        genes = [genes] if isinstance(genes, str) else genes
         if genes is not None:
             index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
             if (index < 0).any():

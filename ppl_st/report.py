@@ -274,7 +274,7 @@ def evaluation_report(folder: Path, path: str | Path) -> None:
 def _evaluation(folder: Path) -> list[Section]:
     from ppl_st.plots import metric_strip
 
-    summary, scores = (pd.read_csv(folder / f"{name}.csv") for name in ("summary", "scores"))
+    summary, scores = pd.read_csv(folder / "summary.csv"), read_scores(folder)
     tables = [
         Table(f"{title}: mean / median over genes, [95 % interval of the mean], #rank", table)
         for title, table in overview(summary).items()
@@ -287,6 +287,11 @@ def _evaluation(folder: Path) -> list[Section]:
     genes, folds = scores["gene"].nunique(), scores["fold"].nunique()
     text = f"{genes} held-out genes in {folds} fold{'s' if folds > 1 else ''}. Every row saw the same split."
     return [Section("Scores", text, tables, figures)]
+
+
+def read_scores(folder: Path) -> pd.DataFrame:
+    """``scores.csv`` of an evaluation, a row per method and gene; gene and fold are text, also where they read "nan"."""
+    return pd.read_csv(folder / "scores.csv", converters={"gene": str, "fold": str})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ppl_st.conformal import Inner, Recalibration
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.inference.svi import Pair
-from ppl_st.io import atomic, write_adata
+from ppl_st.io import atomic, storable, write_adata
 from ppl_st.pairs import read_like
 
 
@@ -44,18 +44,18 @@ def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], target: Co
     if getattr(config, "profiles", None) is not None:  # SIID's third file
         profiles = read_like(config.profiles, role="profiles", layer=config.layer, gene_key=config.gene_key)
         write_counts(profiles, folder / "profiles.h5ad")
-    configs.write(config, folder / "config.toml")
     lines = [
         f"{gene}\t{int(known)}"
         for gene, known in zip(reference.genes, np.isin(reference.genes, target.genes), strict=True)
     ]
     write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *lines]) + "\n")
     write_json(folder / "manifest.json", manifest)
+    configs.write(config, folder / "config.toml")  # last: a folder that has it can be resumed
 
 
 def write_counts(counts: Counts, path: Path) -> None:
     """Store counts so that `read_counts` gives them back."""
-    adata = ad.AnnData(counts.matrix, obs=counts.obs.copy(), var=pd.DataFrame(index=counts.genes))
+    adata = ad.AnnData(counts.matrix, obs=storable(counts.obs), var=pd.DataFrame(index=counts.genes))
     adata.obs_names = counts.names
     if counts.xy is not None:
         adata.obsm["spatial"] = counts.xy

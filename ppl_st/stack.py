@@ -83,7 +83,7 @@ def stack(runs: Sequence[Run]) -> Run:
     Raises
     ------
     UserError
-        Fewer than two runs, a run of a method of images, other cells, a run that is not recalibrated, no gene in common.
+        Fewer than two runs, a run of a method of images, other cells, other genes hidden, a run that is not recalibrated, no gene in common.
     """
     if len(runs) < 2:
         raise UserError(f"stack: {len(runs)} run; give two or more")
@@ -95,6 +95,15 @@ def stack(runs: Sequence[Run]) -> Run:
             raise UserError(f"stack: {name} was fitted on other cells than {names[0]}; fit both on the same target")
         if run.inner is None:
             raise UserError(f"stack: {name} has no scores of held-out genes; first: ppl-st recalibrate {shlex.quote(str(run.folder or 'RUN'))}")
+    common = _common([run.genes for run in runs])
+    seen = [np.isin(common, run.genes[run.measured]) for run in runs]
+    for own, name in zip(seen, names, strict=True):
+        if (own != seen[0]).any():
+            odd = common[own != seen[0]]
+            raise UserError(
+                f"stack: {len(odd)} genes were shown to one of {name} and {names[0]} and hidden from the other, e.g. {', '.join(odd[:3])}; fit "
+                "all of them with the same --hold-out"
+            )
     log_prob, inner = _inner_scores(runs)
     weights = stacking_weights(log_prob)
     scores = [float(one.mean()) for one in (*log_prob, stacked(log_prob, weights))]

@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ppl_st.inference.predict import QUANTILES, Summary, fits_of_draws, predictive_blocks
-from ppl_st.io import atomic, free_bytes, hdf5_target
+from ppl_st.io import atomic, free_bytes, hdf5_target, storable
 
 if TYPE_CHECKING:
     from ppl_st.posterior import Run
@@ -230,7 +230,7 @@ def write_table(
     names, n, g = list(layers), len(obs), len(genes)
     rows, columns = _chunk(n, g)
     with atomic(path) as temporary, _store(temporary) as store:
-        skeleton = ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), obsm=dict(obsm), uns=dict(uns))
+        skeleton = ad.AnnData(obs=storable(obs), var=pd.DataFrame(index=genes), obsm=dict(obsm), uns=dict(uns))
         ad.io.write_elem(store, "/", skeleton)
         arrays = {name: _array(store, name, (n, g), (rows, columns)) for name in ("X", *(f"layers/{one}" for one in names))}
         slabs = {name: Slabs(_writer(arrays, name, name == names[0]), n, (g,), rows, path.parent) for name in names}

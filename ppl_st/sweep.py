@@ -28,7 +28,6 @@ split and start would tell the same.
 """
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,6 +44,7 @@ from ppl_st.evaluate import evaluate
 from ppl_st.io import atomic
 from ppl_st.metrics import bootstrap_mean
 from ppl_st.models import load_method
+from ppl_st.report import read_json, read_scores
 
 __all__ = ["read_spec", "summarise", "sweep"]
 
@@ -114,7 +114,7 @@ def sweep(
         place = folder / name / f"seed{seed}"
         preset, overrides = _settings(settings, plan["preset"])
         if (place / "summary.csv").is_file():
-            _refuse_other(place, preset, overrides)
+            _refuse_other(place, plan, preset, overrides)
         else:
             if place.exists():
                 talk(f"{place}: unfinished, done again")
@@ -125,7 +125,7 @@ def sweep(
                 baselines=False, seed=seed, preset=preset, overrides=overrides, device=device, draws=plan["draws"], out=place,
                 progress=progress, say=talk, command=command,
             )  # fmt: skip
-        scores = pd.read_csv(place / "scores.csv", dtype={"gene": str})
+        scores = read_scores(place)
         scores.insert(0, "variant", name)
         tables.append(scores.assign(seed=seed))
         _write(pd.concat(tables), folder / "scores.csv")
@@ -177,13 +177,21 @@ def _overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     return texts
 
 
-def _refuse_other(place: Path, preset: str, overrides: list[str]) -> None:
-    stored = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+def _refuse_other(place: Path, plan: Mapping[str, Any], preset: str, overrides: list[str]) -> None:
+    """Refuse what an earlier sweep into the same folder left, unless it was made as this one would make it."""
+    stored = read_json(place / "evaluation.json")
     if (stored["preset"], stored["overrides"]) != (preset, overrides):
         raise UserError(
             f"{place}: was made with preset {stored['preset']} and {', '.join(stored['overrides']) or 'nothing set'}, now it is preset {preset} and "
             f"{', '.join(overrides) or 'nothing set'}; choose another --out, or give the variant another name"
         )
+    wanted = {"folds": None if plan["truth"] else str(plan["folds"]), "max_folds": plan["max_folds"], "draws": plan["draws"]}
+    before = {key: stored[key] for key in wanted}
+    for role in ("target", "reference", "truth"):
+        wanted[role] = configs.hash_path(plan[role]) if plan[role] else None
+        before[role] = stored["inputs"].get(role, {}).get("sha256")
+    if other := [key for key in wanted if wanted[key] != before[key]]:
+        raise UserError(f"{place}: was made with another {' and another '.join(other)}; what is compared must share it: choose another --out")
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

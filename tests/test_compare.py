@@ -10,7 +10,7 @@ from scipy.stats import poisson
 from ppl_st import api
 from ppl_st.compare import compare
 from ppl_st.errors import UserError
-from ppl_st.evaluate import write_entries
+from ppl_st.evaluate import UPPER, write_entries
 from ppl_st.simulate import checkerboard
 
 
@@ -113,6 +113,40 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     twice = pd.concat([pd.read_csv(a / "scores.csv")] * 2)
     twice.to_csv(a / "scores.csv", index=False)
     with pytest.raises(UserError, match="several folds"):
+        compare([a, b])
+
+
+def test_the_reference_that_saw_the_truth_is_no_competitor(tmp_path):
+    a = write(tmp_path / "a", {"one": 0.0, "two": 0.2})
+    scores = pd.read_csv(a / "scores.csv")
+    seer = scores[scores["method"] == "one"].assign(method="supervised_ridge", kind=UPPER, log_score=100.0)
+    pd.concat([seer, scores]).to_csv(a / "scores.csv", index=False)
+    assert list(compare([a]).index) == ["two", "one"]
+
+
+def test_a_gene_may_be_called_nan(tmp_path):
+    a = write(tmp_path / "a", {"one": 0.0, "two": 0.2}, genes=5)
+    text = (a / "scores.csv").read_text().replace("g001", "nan").replace("g002", "NA")
+    (a / "scores.csv").write_text(text)
+    assert (compare([a])["genes"] == 5).all()
+
+
+def test_evaluations_of_other_counts_are_refused_and_other_splits_said(tmp_path):
+    def record(folder, sha, **more):
+        inputs = {role: {"path": f"{role}.h5ad", "sha256": sha if role == "target" else "r"} for role in ("target", "reference")}
+        (folder / "evaluation.json").write_text(json.dumps({"inputs": inputs, "folds": "5", "max_folds": None, "seed": 0, "draws": 100} | more))
+
+    a, b = write(tmp_path / "a", {"one": 0.0}), write(tmp_path / "b", {"two": 0.1})
+    said = []
+    record(a, "x")
+    record(b, "x")
+    compare([a, b], say=said.append)
+    assert said == []
+    record(b, "x", seed=1, max_folds=2)
+    compare([a, b], say=said.append)
+    assert ["max_folds 2" in said[0], "seed 1" in said[1], len(said)] == [True, True, 2]
+    record(b, "y")
+    with pytest.raises(UserError, match=r"another target \(target.h5ad\).*same file"):
         compare([a, b])
 
 

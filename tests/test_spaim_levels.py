@@ -80,3 +80,15 @@ def test_levels_are_covered_unless_gains_or_reference_errors_are_ignored(shallow
         covered.append(run.predict(truth.var_names, draws=50, truth=truth).var["coverage_90"].mean())
     assert low < np.mean(inside) < high, (inside, covered)
     assert overrides or 0.87 < np.mean(covered) < 0.94, covered
+
+
+def test_levels_hold_with_a_panel_too_small_to_hold_genes_out():
+    """Eight shared genes: a gene's share in the reference is its level here, and not its root (rare genes came out up to 23 times too high)."""
+    world = spatial_field(seed=2, n_cells=200, n_reference=250, n_genes=48, n_panel=8, platform_sd=0.0)
+    run = ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=6"], seed=0)
+    hidden = run.genes[~run.measured]
+    predicted = run.predict(hidden, draws=20).to_df().sum().to_numpy()
+    truth = np.asarray(world.truth[:, hidden].X.sum(0)).ravel()
+    off = np.log(predicted[truth > 20] / truth[truth > 20])
+    rare = truth[truth > 20] < np.quantile(truth[truth > 20], 0.3)
+    assert abs(np.median(off[rare])) < 0.5 and abs(np.median(off)) < 0.5, (np.median(off[rare]), np.median(off))

@@ -147,6 +147,9 @@ def test_what_cannot_be_stacked_is_refused(world, runs):
         stack([other, other])
     with pytest.raises(UserError, match="other cells"):
         stack([runs[0], other])
+    blind = replace(runs[1], target=runs[1].target.take_genes(runs[1].target.genes[1:]))
+    with pytest.raises(UserError, match=f"1 genes were shown to one of .* e.g. {runs[1].target.genes[0]}; .*--hold-out"):
+        stack([runs[0], blind])
     moved = replace(runs[1], inner=runs[1].inner._replace(cells=runs[1].inner.cells[::-1]))
     with pytest.raises(UserError, match="same held-out genes and cells"):
         stack([runs[0], moved])

@@ -66,6 +66,12 @@ def test_variants_share_their_splits_and_a_stopped_sweep_goes_on(folder, monkeyp
     (folder / "other.toml").write_text(SPEC.replace('"none"', '"hierarchical"'))
     with pytest.raises(UserError, match=r"level.*seed0.*another --out"):
         sw.sweep(folder / "other.toml", out=out)
+    (folder / "deeper.toml").write_text(SPEC.replace("draws = 8", "draws = 9"))
+    with pytest.raises(UserError, match=r"default.*seed0: was made with another draws; .*another --out"):
+        sw.sweep(folder / "deeper.toml", out=out)
+    (folder / "swapped.toml").write_text(SPEC.replace('target = "target', 'target = "reference'))
+    with pytest.raises(UserError, match=r"seed0: was made with another target; "):
+        sw.sweep(folder / "swapped.toml", out=out)
 
 
 def test_differences_pair_by_seed_and_gene():

@@ -17,8 +17,8 @@ grows less than the logarithm of an exponential would. k, chosen on inner genes,
     log_gain_g  ~ Normal(a + b z_g, s)     z_g = true log share of the gene in the reference, centered
     b           ~ Normal(1, 1/2)           1: the platforms agree
     z_g         ~ Normal(m, t), seen with the sampling variance of its reference; both doubts, and those of a and b, widen the level
-    slope_g     ~ Normal(m + m' z_g, s'), floored at 0     a rare marker is on or off, an abundant gene varies by a factor
-    log theta_g ~ Normal(a' + b' z_g, s'')
+    slope_g     ~ Normal(m + m' z_g, s'), floored at 0     a rare marker is on or off, an abundant gene varies by a factor;
+    log theta_g ~ Normal(a' + b' z_g, s'')                 both lines stay as they are beyond the inner genes' z
 
 So log_gain is the log of a gene's counts per count of the shared genes, whatever its map and slope: the same quantity as the reference's log share.
 The last factor of a rate, what is not known of the gene's map, has mean 1: a cell is not expected to have more
@@ -41,6 +41,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from pyro.nn import PyroModule
+from scipy.interpolate import CubicSpline
 from scipy.special import logsumexp
 from torch import Tensor
 
@@ -49,13 +50,19 @@ from ppl_st.models.common.cells import Problem, all_counts, log_shares
 from ppl_st.models.common.process import Process
 
 SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
-SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3, 3.0, 4.0])
+SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3, 3.0, 4.0, 5.0])  # at which counts are scored,
 LOG_THETA = np.linspace(-3.0, 5.0, 9)
+FINE_SLOPES, FINE_THETA = np.linspace(0.2, 5.0, 49), np.linspace(-3.0, 5.0, 41)  # and what lies between: even, so that a sum is an integral
 LEVEL_CELLS = 1000  # of the fit, over which c_g is a mean
 OWN_ENTRIES = 1_500_000  # cells x genes on which measured genes learn slope and theta
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
-NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(7)  # expectation over a standard normal
-WEIGHTS = WEIGHTS / WEIGHTS.sum()
+FEW, MANY = 7, 25  # nodes of a quadrature over what is not known of a map: to compare settings, to learn how steep genes are
+
+
+def quadrature(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nodes and weights of the expectation over a standard normal."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(number)
+    return nodes, weights / weights.sum()
 
 
 class Hyper(NamedTuple):
@@ -73,6 +80,7 @@ class Hyper(NamedTuple):
     center: float  # of z
     candidates: list[dict[str, float]]  # every smoothing, share, doubt, depth prior and bend tried, with its score
     own_depth: bool = False  # a log-normalised count is predicted at the cell's own depth and total, not at the median
+    span: tuple[float, float] = (-99.0, 99.0)  # of z - center among inner genes: m + m' z and a' + b' z stay as they are at its ends
 
 
 class Codes(NamedTuple):
@@ -137,12 +145,12 @@ def bend(m: Tensor, k: float) -> tuple[Tensor, Tensor]:
 
 
 def score_counts(
-    counts: NDArray[np.float64], depth: NDArray[np.float64], bent: float, place: NDArray[np.float32], codes: Codes
+    counts: NDArray[np.float64], depth: NDArray[np.float64], bent: float, place: NDArray[np.float32], codes: Codes, number: int = FEW
 ) -> NDArray[np.float64]:
     """Log predictive score [slopes, thetas, genes] at each gene's own level, of cells of relative ``depth`` [n].
 
-    What is not known of a cell's map is integrated by quadrature. The log of a mean over few draws is too small, the more so the more they differ:
-    it would call for flat slopes.
+    What is not known of a cell's map is integrated by quadrature with ``number`` nodes. The log of a mean over few draws is too small, the more so
+    the more they differ: it would call for flat slopes, and so do few nodes where maps are steep and doubtful.
     """
     depth, place = depth[:, None], place.astype(np.float64)
     mean, variance = place @ codes.mean, place**2 @ codes.variance  # [n, g]
@@ -151,7 +159,7 @@ def score_counts(
     if codes.draws is not None:
         deviation, weights = np.stack([place @ (code - codes.mean) for code in codes.draws]), None  # [D, n, g]
     else:
-        nodes, weights = (NODES, WEIGHTS) if variance.any() else (np.zeros(1), np.ones(1))  # measured genes: known maps
+        nodes, weights = quadrature(number) if variance.any() else (np.zeros(1), np.ones(1))  # measured genes: known maps
         deviation = nodes[:, None, None] * np.sqrt(variance)
     mean, steep = (part.numpy() for part in bend(torch.from_numpy(mean), bent))
     deviation, variance = steep * deviation, steep**2 * variance
@@ -162,6 +170,12 @@ def score_counts(
         rates = expected * np.exp(slope * deviation - 0.5 * slope**2 * variance)
         score[i] = score_nb(counts, np.maximum(rates, 1e-8), LOG_THETA, weights)
     return score
+
+
+def refined(score: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores on `FINE_SLOPES` and `FINE_THETA` [49, 41, genes] from those of `score_counts`, by cubic splines."""
+    between = CubicSpline(SLOPES, score, axis=0)(FINE_SLOPES)
+    return np.asarray(CubicSpline(LOG_THETA, between, axis=1)(FINE_THETA))
 
 
 class CountLayer(PyroModule):
@@ -176,11 +190,12 @@ class CountLayer(PyroModule):
         super().__init__()
         share, doubt = (torch.from_numpy(values).float() for values in true_shares(data))
         z, ones = share - hyper.center, torch.ones_like(share)
+        within = z.clamp(*hyper.span)
         (a, b, s), (aa, ab, bb) = hyper.gain, hyper.gain_covariance
         values = {
             "log_gain": (a + b * z, (s**2 + aa + 2 * ab * z + bb * z**2 + b**2 * doubt).sqrt()),
-            "slope": ((hyper.slope[0] + hyper.slope[1] * z).clamp_min(SLOPES[0]), hyper.slope[2] * ones),
-            "log_theta": (hyper.log_theta[0] + hyper.log_theta[1] * z, hyper.log_theta[2] * ones),
+            "slope": ((hyper.slope[0] + hyper.slope[1] * within).clamp_min(SLOPES[0]), hyper.slope[2] * ones),
+            "log_theta": (hyper.log_theta[0] + hyper.log_theta[1] * within, hyper.log_theta[2] * ones),
         }
         for name, (loc, scale) in values.items():
             self.register_buffer(f"{name}_loc", loc)  # [G]
@@ -220,10 +235,10 @@ class CountLayer(PyroModule):
             part = slice(start, start + 256)
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
-            score = score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known)))
+            score = refined(score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known))))
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
-            slope = (weight.sum(1) * SLOPES[:, None]).sum(0)
-            log_theta = (weight.sum(0) * LOG_THETA[:, None]).sum(0)
+            slope = (weight.sum(1) * FINE_SLOPES[:, None]).sum(0)
+            log_theta = (weight.sum(0) * FINE_THETA[:, None]).sum(0)
             index = torch.from_numpy(data.panel[part])
             for name, values in (("slope", slope), ("log_theta", log_theta), ("log_gain", own[data.columns[part]])):
                 getattr(self, f"{name}_loc")[index] = torch.from_numpy(values).float()

@@ -27,14 +27,18 @@ from torch import Tensor
 from ppl_st.inference.hyperpriors import MIN_SCALE, parameter_prior, random_effects
 from ppl_st.models.common.cells import Problem, all_counts, living, log_shares, take_cells, without
 from ppl_st.models.common.counts import (
+    FEW,
+    FINE_SLOPES,
+    FINE_THETA,
     LARGEST,
-    LOG_THETA,
+    MANY,
     SLOPES,
     Codes,
     Hyper,
     bend,
     depths,
     log_mean,
+    refined,
     score_counts,
     smooth,
     true_shares,
@@ -45,7 +49,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the process over the reference's cell
 DOUBT = (0.25, 2.0)  # e lies within
 DEPTH_PRIORS = (0.0, 0.25, 0.5, 1.0, 2.0)  # a that are tried, in this order, until one is worse than the one before it
 BENDS = (0.0, 0.15, 0.3, 0.6)  # k, the same
-SLOPE_LOC = (0.3, 3.5)  # within the grid; the belief, a slope near 1, is `parameter_prior`'s and yields to evidence
+SLOPE_LOC = (0.3, 4.5)  # within the grid; the belief, a slope near 1, is `parameter_prior`'s and yields to evidence
 SLOPE_SCALE = 0.8
 AGREEMENT_SD = 0.5  # of b around 1
 FOLDS = 4
@@ -85,16 +89,13 @@ class Fit(Protocol):
 
 
 def default_hyper(data: Problem, config: Settings) -> Hyper:
-    """Wide hyper-priors where nothing can be learned: a tiny panel."""
-    z = data.log_share[data.panel]
+    """Wide hyper-priors where nothing can be held out, a tiny panel; levels hang on nothing that is fitted and are learned from all its genes."""
     smoothing, share, depth_prior = (0.0 if one == "auto" else float(one) for one in (config.smoothing, config.process, config.depth_prior))
-    gain = _mean_gain(data), 0.5, 1.0
-    return Hyper(smoothing, share, 1.0, depth_prior, 0.0, gain, (0.0, 0.0, 0.0), (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), float(z.mean()), [])
-
-
-def _mean_gain(data: Problem) -> float:
-    own, alive = log_shares(data.counts, data.columns)[0][data.columns], living(data)
-    return float(own[alive if alive.any() else slice(None)].mean())
+    z, doubt = (values[data.panel] for values in true_shares(data))
+    level, noise = (values[data.columns] for values in log_shares(data.counts, data.columns))
+    center = float(z.mean())
+    gain, covariance = _levels(level, noise, z - center, doubt, living(data), config)
+    return Hyper(smoothing, share, 1.0, depth_prior, 0.0, gain, covariance, (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), center, [])
 
 
 def learn_hyper(
@@ -127,11 +128,16 @@ def learn_hyper(
         tests.append(Fold(counts, split.totals[seen], every, relative, places, problem.codes()))
     scores: dict[tuple[float, float, float, float, float], NDArray[np.float64]] = {}
 
+    def scored(smoothing: float, share: float, doubt: float, a: float, k: float, nodes: int) -> NDArray[np.float64]:
+        parts = [
+            score_counts(t.counts, depths(t.every, t.relative, a), k, t.places[smoothing], t.codes.mixed(share, doubt), nodes) for t in tests
+        ]
+        return np.concatenate(parts, 2)
+
     def tried(smoothing: float, share: float, doubt: float, a: float, k: float) -> float:
         one = smoothing, share, doubt, a, k
         if one not in scores:
-            parts = [score_counts(t.counts, depths(t.every, t.relative, a), k, t.places[smoothing], t.codes.mixed(share, doubt)) for t in tests]
-            scores[one] = np.concatenate(parts, 2)
+            scores[one] = scored(*one, FEW)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
     shares = tests[0].codes.shares
@@ -149,7 +155,7 @@ def learn_hyper(
     alive = living(data)[genes]
     if not alive.all():
         say(dead_genes(int((~alive).sum())))
-    hyper = _priors(scores[best], level, noise, z, doubt, alive, config)
+    hyper = _priors(refined(scored(*best, MANY)), level, noise, z, doubt, alive, config)
     hyper = hyper._replace(smoothing=smoothing, share=share, doubt=wide, depth_prior=depth_prior, bend=bent, candidates=candidates)
     hyper = hyper._replace(own_depth=own_depth(tests, hyper, z))
     say(
@@ -209,16 +215,20 @@ def doubt_of(tests: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], NDA
     """
     found, claimed = 0.0, 0.0
     for counts, totals, place, codes in tests:
+        seen = counts.sum(0) > 0  # a gene without counts is no map to be far from
         logs = np.log1p(counts * (np.median(totals) / totals)[:, None])
         z = (logs - logs.mean(0)) / np.maximum(logs.std(0), 1e-9)
         where = place - place.mean(0, dtype=np.float64)
-        trend = where @ codes.mixed(share, 1.0).mean
+        mixed = codes.mixed(share, 1.0)
+        trend = where @ mixed.mean
         steep = np.maximum((z * trend).sum(0) / np.maximum(np.square(trend).sum(0), 1e-9), 0)
         rest = z - steep * trend
         u = where[:, : len(codes.mean)]
         gram = u.T @ u / len(u)
-        found += float((np.square(u.T @ rest / len(u)).sum(0) - np.trace(gram) * rest.var(0) / len(u)).sum())
-        claimed += float((np.square(gram) @ codes.variance).sum())
+        noise = np.trace(gram) * rest.var(0) / len(u)
+        noise += (np.square(u.T @ where[:, u.shape[1] :] / len(u)) @ mixed.variance[u.shape[1] :]).sum(0)  # the process says its own error
+        found += float((np.square(u.T @ rest / len(u)).sum(0) - noise)[seen].sum())
+        claimed += float((np.square(gram) @ codes.variance)[:, seen].sum())
     return float(np.clip(np.sqrt(max(found, 0.0) / claimed), *DOUBT)) if claimed > 0 else 1.0
 
 
@@ -254,17 +264,30 @@ def _priors(
     config: Settings,
 ) -> Hyper:
     center = float(z.mean())
-    loc, tilt, scale = parameter_prior(logsumexp(score, axis=1), z - center, SLOPES, 1.0, 0.5)
+    at = z - center
+    loc, tilt, scale = parameter_prior(logsumexp(score, axis=1), at, FINE_SLOPES, 1.0, 0.5)
     loc, scale = float(np.clip(loc, *SLOPE_LOC)), min(scale, SLOPE_SCALE)
-    prior = -0.5 * ((SLOPES[:, None] - loc - tilt * (z - center)) / scale) ** 2  # [slopes, genes]
-    theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior, axis=0))[:, None], axis=0), z - center, LOG_THETA, 1.0, 1.5)
+    prior = -0.5 * ((FINE_SLOPES[:, None] - loc - tilt * at) / scale) ** 2  # [slopes, genes]
+    theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior, axis=0))[:, None], axis=0), at, FINE_THETA, 1.0, 1.5)
+    gain, covariance = _levels(level, noise, at, doubt, alive, config)
+    span = float(at.min()), float(at.max())
+    return Hyper(0.0, 0.0, 1.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [], span=span)
+
+
+def _levels(
+    level: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    z: NDArray[np.float64],
+    doubt: NDArray[np.float64],
+    alive: NDArray[np.bool_],
+    config: Settings,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """`level_prior` of the genes that have counts on both sides, or the reference's levels as they are."""
     alive = alive if alive.sum() > 2 else np.ones(len(z), dtype=bool)
-    level, noise, at, doubt = (values[alive] for values in (level, noise, z - center, doubt))
-    gain, covariance = level_prior(level, noise, at, doubt)
+    level, noise, z, doubt = (values[alive] for values in (level, noise, z, doubt))
     if config.gain == "none":
-        mean, _ = random_effects(level - at, noise)
-        gain, covariance = (mean, 1.0, 1e-3), (0.0, 0.0, 0.0)
-    return Hyper(0.0, 0.0, 1.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [])
+        return (random_effects(level - z, noise)[0], 1.0, 1e-3), (0.0, 0.0, 0.0)
+    return level_prior(level, noise, z, doubt)
 
 
 def dead_genes(number: int) -> str:

@@ -13,10 +13,10 @@ from ppl_st.inference.pair import Pair
 from ppl_st.likelihood_math import LOG_MEAN_RANGE
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.common.cells import Problem, all_counts, median_depth
-from ppl_st.models.common.counts import LARGEST, NODES, WEIGHTS, CountLayer, bend, log_mean
+from ppl_st.models.common.counts import FEW, LARGEST, CountLayer, bend, log_mean, quadrature
 
-CACHED = 512  # loadings of one draw that are kept for the next block of cells
-QUADRATURE = tuple(NODES.tolist()), tuple(WEIGHTS.tolist())  # expectation over a standard normal
+CACHED = 512, 1e8  # loadings of one draw that are kept for the next block of cells: so many, and entries in all
+QUADRATURE = tuple(tuple(part.tolist()) for part in quadrature(FEW))  # expectation over a standard normal
 
 
 class MapGuide(Protocol):
@@ -70,6 +70,7 @@ class MapPredictor:
         self.n_cells = data.counts.shape[0]
         self.depth = median_depth(data.totals)
         self.kept: dict[tuple[int, ...], Any] = {}
+        self.width = guides[0].counts.sample.shape[1]
         self.block: tuple[Tensor, tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
         if closed_form:
             self.closed_form = self._closed_form
@@ -171,7 +172,7 @@ class MapPredictor:
         """What does not depend on cells is made once per block of genes."""
         whole = (*key, *genes.tolist())
         if whole not in self.kept:
-            if len(self.kept) >= CACHED:
+            if len(self.kept) >= min(CACHED[0], CACHED[1] / (len(genes) * self.width)):
                 self.kept.clear()
             with torch.no_grad():
                 self.kept[whole] = make()

@@ -61,7 +61,7 @@ from ppl_st.models.siid.batches import Batch, Batches, Data
 from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, start_parameters, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
 from ppl_st.models.siid.regional import regional_posterior
-from ppl_st.models.siid.warm_start import EM_CELLS, run_em
+from ppl_st.models.siid.warm_start import EM_CELLS, STRIDE, run_em
 from ppl_st.sampling import standard_gamma
 
 __all__ = [
@@ -92,16 +92,17 @@ def _start(data: Data, config: Config, seed: int, say: Callable[[str], None]) ->
     spec = Spec(n, hyper.factors, [int(g) for g in data.panel], genes, hyper)
     pairs = []
     for chain in range(config.chains):
+        own = seed + STRIDE * chain
         pair = build(config, spec, data)
         if conjugate:
             some = subset(data, EM_CELLS, np.random.default_rng([seed, 6, chain]))
-            em, local, _ = run_em(some, config, hyper.factors, hyper.sparsity, seed + chain, hyper.sweeps)
+            em, local, _ = run_em(some, config, hyper.factors, hyper.sparsity, own, hyper.sweeps)
             say(f"chain {chain}: EM log-likelihood {em.log_likelihood:.6g}")
             if config.likelihood != "nb":
-                em = em._replace(parameters=start_parameters(data, some, config, hyper, em, local, seed + chain))
+                em = em._replace(parameters=start_parameters(data, some, config, hyper, em, local, own))
             initialise(pair, em)
         else:
-            random_start(pair, seed + chain)
+            random_start(pair, own)
         pairs.append(pair)
     return ensemble(pairs), spec
 
@@ -127,7 +128,7 @@ def batches(data: Data, config: Config, seed: int) -> Batches:
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
-    """Chains by rising loss on one pass over the data, the best first; only that one with ``keep="best"``."""
+    """Chains by rising loss on up to four minibatches, the best first; only that one with ``keep="best"``."""
     from pyro.infer import Trace_ELBO
 
     minibatches = batches(data, config, seed)
@@ -205,7 +206,9 @@ class Predictor:
         return self.models[chain].count_dist(drawn, activity, genes, effect)
 
     def _effect(self, batch: Batch, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
-        profiles = torch.softmax(self.guides[chain].xi_loc.detach(), -1)[:, genes]
+        guide = self.guides[chain]
+        log_mean = guide.xi_loc + 0.5 * (2 * guide.xi_log_scale).exp() if self.config.posterior == "normal" else guide.xi_loc
+        profiles = torch.softmax(log_mean.detach(), -1)[:, genes]
         expected = (self.mixed[chain] @ profiles).numpy()
         counts = self.data.spot_counts[:, genes.numpy()]
         where = self.data.cell_xy[self.rows(batch)]

@@ -29,6 +29,7 @@ class Data(NamedTuple):
     spot_xy: NDArray[np.float64]  # [s, 2]
     labels: NDArray[np.int64] | None = None  # [n] factor a cell is labelled with, -1 unknown
     profiles: NDArray[np.float64] | None = None  # [K, G] prior expression profiles, rows sum to 1
+    named: int = 0  # factors that have a label or a profile: there are at least so many
 
     def take_rows(self, cells: NDArray[np.int64], spots: NDArray[np.int64]) -> "Data":
         """The sub-problem of these cells and spots."""

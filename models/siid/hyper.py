@@ -21,7 +21,7 @@ from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score
 from ppl_st.models.siid.activity import FLOOR, Local, aggregate
 from ppl_st.models.siid.batches import Data
 from ppl_st.models.siid.regional import BANDWIDTHS, SHAPES, regional_posterior
-from ppl_st.models.siid.warm_start import Start, log_share, run_em
+from ppl_st.models.siid.warm_start import STRIDE, Start, log_share, run_em
 from ppl_st.observation import find
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Hyper(NamedTuple):
 
 def default_hyper(data: Data, config: "Config") -> Hyper:
     """Hyper-priors where nothing can be learned (a tiny panel, or the published settings): wide, said to be so in the report."""
-    factors = config.factors or min(20, max(2, data.counts.shape[0] // 20))
+    factors = config.factors or max(data.named, min(20, max(2, data.counts.shape[0] // 20)))
     sparsity = 0.0 if config.sparsity == "auto" else float(config.sparsity)
     return Hyper(
         factors,
@@ -108,8 +108,8 @@ def learn_hyper(data: Data, config: "Config", seed: int, say: Say) -> Hyper:
     factors, best = config.factors, None
     sweeps = config.sweeps or SWEEPS[0]
     if factors == 0:
-        limit = max(CANDIDATES[0], min(data.counts.shape[0] // 20, data.spot_counts.shape[0], 8 * len(data.panel)))
-        for candidate in (c for c in CANDIDATES if c <= limit):
+        limit = max(CANDIDATES[0], data.named, min(data.counts.shape[0] // 20, data.spot_counts.shape[0], 8 * len(data.panel)))
+        for candidate in sorted({max(c, data.named) for c in CANDIDATES if c <= limit}):
             score = inner_score(candidate, 0.0, sweeps)
             if best is not None and _clearly_worse(score, best):
                 break
@@ -211,7 +211,7 @@ def _learn_priors(
         counts = sp.csr_matrix(data.counts[rows][:, inner])
         draws: list[Tensor] = []
         for mode in range(2):
-            start, _, problem = run_em(split, config, factors, sparsity, seed + mode, sweeps)
+            start, _, problem = run_em(split, config, factors, sparsity, seed + STRIDE * mode, sweeps)
             local = problem.solve(start.g, local_steps(config.predict_steps, sweeps))  # as in prediction
             mixed = aggregate(problem.batch, local.capture[:, None] * local.activity)  # [s, h]
             if fold == 0 and mode == 0 and config.regional:

@@ -22,7 +22,7 @@ from ppl_st.product import ProductNegativeBinomial, ProductPoisson
 
 PRODUCT_FORMS = ("nb", "poisson")  # likelihoods of the cells that have a sparse form
 RESERVED = (
-    "xi", "log_phi", "log_theta_spots", "activity", "capture", "entropy", "labels", "eta", "log_n", "log_m", "x", "v", "cells", "spots",
+    "xi", "phi", "log_phi", "log_theta_spots", "activity", "capture", "entropy", "labels", "eta", "log_n", "log_m", "x", "v", "cells", "spots",
 )  # fmt: skip
 LARGE = 223.607  # sd of the normal prior that equals the paper's L2 weight 1e-5
 

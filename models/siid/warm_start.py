@@ -21,6 +21,7 @@ from ppl_st.models.siid.batches import Batch, Batches, Data
 if TYPE_CHECKING:
     from ppl_st.models.siid.model import Config
 
+STRIDE = 1_000_003  # between the seeds of a fit's starts: no other seed that a user may choose shares one
 COMPONENTS = 50  # directions of the cells' counts that are clustered
 LLOYD_LIMIT = 1_000_000  # cells x factors up to which full k-means is affordable
 EM_CELLS = 60_000  # cells on which a chain's profiles are started
@@ -165,8 +166,8 @@ def _clustered(data: Data, g: Globals, total: Tensor, factors: int, seed: int) -
         )
     cluster = cluster.astype(np.int64)
     if data.labels is not None:  # labelled cells take their factor, clusters move behind the labels
-        n_labels = int(data.labels.max()) + 1
-        cluster = np.where(data.labels >= 0, data.labels, n_labels + cluster % max(1, factors - n_labels)) % factors
+        spare = factors - data.named
+        cluster = np.where(data.labels >= 0, data.labels, data.named + cluster % spare if spare else cluster)
     activity = torch.full((len(per_cell), factors), 0.1 / factors)
     activity[torch.arange(len(per_cell)), torch.from_numpy(cluster)] += 0.9
     activity = activity * sizes(total, g)[:, None]

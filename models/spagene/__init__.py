@@ -257,7 +257,7 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
         for k in range(2):
             direction, share = direction_of(chain, k), smoothing_of(chain, k)
             if not direction.linear:
-                _learn_spread(direction, problems[k], share, seed)
+                _learn_spread(direction, problems[k], 0.0, seed)  # as the inner fits, whose slopes it gets
             direction.counts.learn_own(problems[k], partial(smoothed_place, direction, problems[k], share), direction.known_codes)
         _learn_platform(chain, data)
     return pair

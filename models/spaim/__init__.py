@@ -163,7 +163,7 @@ class Predictor(MapPredictor):
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
     """``obsm`` latent: places of the cells on the target's first 50 directions [n, q]."""
     chain = chains_of(pair)[0]
-    n = data.counts.shape[0]
+    n, size = data.counts.shape[0], min(LATENT, len(guide_of(chain).known))  # what follows are features of the process
     rows = (np.arange(first, min(first + 4096, n)) for first in range(0, n, 4096))
-    place = [smoothed_place(guide_of(chain), data, spec.hyper.smoothing, block)[:, :LATENT].copy() for block in rows]
+    place = [smoothed_place(guide_of(chain), data, spec.hyper.smoothing, block)[:, :size].copy() for block in rows]
     return {"latent": np.concatenate(place)}, {}

@@ -54,6 +54,7 @@ def problem(
     say(
         f"{int((np.diff(mapping.indptr) > 0).sum())} of {mapping.shape[0]} cells lie in spots (radius {radius:g}, pitch {pitch:g})"
     )
+    labels, profiles = _labels(target, config, say), _profiles(reference, config)
     data = Data(
         counts=target.matrix,
         spot_counts=reference.matrix,
@@ -61,8 +62,9 @@ def problem(
         panel=panel,
         cell_xy=cell_xy / pitch,
         spot_xy=spot_xy / pitch,
-        labels=_labels(target, config, say),
-        profiles=_profiles(reference, config),
+        labels=labels,
+        profiles=profiles,
+        named=max(0 if labels is None else int(labels.max()) + 1, 0 if profiles is None else len(profiles)),
     )
     return data, target, reference
 
@@ -107,7 +109,7 @@ def _separate_sections(
         )
     names = sorted(set(cells))
     extent = max(float(np.ptp(spot_xy, axis=0).max()), float(np.ptp(cell_xy, axis=0).max()))
-    pitch = min(spot_pitch(spot_xy[spots == name]) for name in names)
+    pitch = min((spot_pitch(spot_xy[spots == name]) for name in names if (spots == name).sum() > 1), default=extent)
     step = np.array([extent + SECTION_GAP * pitch, 0.0])
     return (
         cell_xy + np.searchsorted(names, cells)[:, None] * step,
@@ -151,6 +153,8 @@ def _profiles(reference: Counts, config: Config) -> NDArray[np.float64] | None:
             f"profiles ({cells.source}): none of its {len(codes)} cells has a value in obs column {config.profile_key!r} (profile_key); name one "
             "of cell types"
         )
+    if 0 < config.factors < len(names):
+        raise UserError(f"profiles ({cells.source}): {len(names)} cell types, more than factors={config.factors}; raise factors")
     shared = shared_genes(reference, cells, minimum=MIN_PANEL)
     counts = cells.take_genes(shared).matrix
     known = codes >= 0

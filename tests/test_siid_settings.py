@@ -1,0 +1,83 @@
+"""SIID's settings that name factors, starts of chains and seeds, and what is stored of a run that asks for odd things."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import ppl_st.api as api
+from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.simulate import checkerboard
+from seeded import own_seed
+from siid_problems import FAST, KNOBS
+
+torch.set_num_threads(1)
+_own_seed = pytest.fixture(own_seed, autouse=True)
+
+
+@pytest.fixture(scope="module")
+def sim():
+    return checkerboard(seed=1, **KNOBS)
+
+
+def test_no_two_seeds_share_a_start(sim):
+    """Chain 1 of seed 0 was chain 0 of seed 1, so what differs between seeds was understated."""
+    at = []
+    for seed in (0, 1):
+        short = ["chains=2", "keep=all", "factors=3", "fit.steps=1"]
+        run = api.fit("siid", target=sim.target, reference=sim.reference, preset="paper", overrides=short, seed=seed)
+        at += [chain.guide.xi_loc.detach() for chain in chains_of(run.pair)]
+    for one in range(4):
+        for other in range(one):
+            assert not torch.allclose(at[one], at[other], atol=0.1)
+
+
+@pytest.mark.parametrize("what", ["label_key=kind", "profiles"])
+def test_there_are_as_many_factors_as_are_named(sim, tmp_path, what):
+    """Seven kinds: five factors, the first number tried, cannot carry them (a crash, or two labels on one factor)."""
+    target = sim.target.copy()
+    target.obs["kind"] = [f"kind {i % 7}" for i in range(target.n_obs)]
+    target.write_h5ad(tmp_path / "atlas.h5ad")
+    settings = [what, "label_weight=0.5"] if what != "profiles" else [f"profiles={tmp_path / 'atlas.h5ad'}", "profile_key=kind"]
+    rest = ["chains=1", "sparsity=0.0", "sweeps=3", "fit.steps=1", *settings]
+    run = api.fit("siid", target=target, reference=sim.reference, overrides=rest, seed=3)
+    assert run.spec.factors >= 7 and min(entry["factors"] for entry in run.spec.hyper.candidates) == 7
+    with pytest.raises(UserError, match=r"7 (labels|cell types), more than factors=5; raise factors"):
+        api.fit("siid", target=target, reference=sim.reference, overrides=[*rest, "factors=5"], seed=3)
+
+
+def test_a_fit_that_kept_the_best_chain_is_resumed_where_its_weights_are_missing(sim, tmp_path):
+    fit = {"preset": "paper", "overrides": ["chains=2", "factors=3", "fit.steps=4", "fit.checkpoint_every=2"], "seed": 3}
+    run = api.fit("siid", target=sim.target, reference=sim.reference, out=tmp_path / "run", **fit)
+    (tmp_path / "run" / "weights.safetensors").unlink()  # the disk was full
+    again = api.fit("siid", out=tmp_path / "run", resume=True)
+    assert len(chains_of(again.pair)) == 1
+    np.testing.assert_array_equal(again.predict(draws=4).X, run.predict(draws=4).X)
+    with pytest.raises(UserError, match="holds a run of siid, not of vista"):
+        api.fit("vista", out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("dtype", [object, "string"])
+def test_text_with_gaps_is_stored(sim, tmp_path, dtype):
+    target = sim.target.copy()
+    target.obs["kind"] = pd.Series(["a", None, "b"] * (target.n_obs // 3), target.obs_names, dtype=dtype)
+    run = api.fit("siid", target=target, reference=sim.reference, overrides=[*FAST, "fit.steps=1"], seed=3, out=tmp_path / "run")
+    run.write(tmp_path / "x.h5ad", ["gene_0000"] if "gene_0000" in run.genes else run.genes[~run.measured][:1], draws=3)
+    found = api.load(tmp_path / "run").target.obs["kind"]
+    assert found.isna().sum() == target.n_obs // 3 and set(found.dropna()) == {"a", "b"}
+    assert list(target.obs["kind"][:1]) == ["a"] and target.obs["kind"].dtype == dtype  # the caller's table is as it was
+    target.obs["odd"] = [{}] * target.n_obs
+    with pytest.raises(UserError, match="'odd' holds dict"):
+        api.fit("siid", target=target, reference=sim.reference, overrides=FAST, seed=3, out=tmp_path / "other")
+
+
+def test_sections_of_one_spot_are_kept_apart(sim):
+    target, reference = sim.target.copy(), sim.reference.copy()
+    target.obs["slide"], reference.obs["slide"] = "a", "a"
+    target.obs.loc[target.obs_names[:40], "slide"] = "b"
+    reference.obs.loc[reference.obs_names[:1], "slide"] = "b"
+    run = api.fit("siid", target=target, reference=reference, overrides=[*FAST, "fit.steps=1", "library_key=slide", "radius=70"], seed=3)
+    slides = target.obs["slide"].to_numpy()
+    at = run.data.mapping.tocoo()
+    assert (slides[at.row] == reference.obs["slide"].to_numpy()[at.col]).all() and at.nnz
