@@ -102,6 +102,23 @@ def test_a_loaded_run_predicts_what_the_fit_predicts(base, world, run):
     assert (first.layers["count_sd"] >= first.layers["rate_sd"]).all()
 
 
+def test_tables_of_places_hold_profiles_of_the_metagenes_for_their_genes(run, tmp_path):
+    asked = ["square_marker", "circle_marker"]
+    made = run.predict(asked, draws=2)
+    run.write(tmp_path / "w.h5ad", asked, draws=2)
+    made.write_h5ad(tmp_path / "p.h5ad")
+    written, read = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in "wp")
+    tables, units = run.module.profiles(run.pair, run.config)
+    rows = [run.genes.tolist().index(gene) for gene in asked]
+    for table in (made, written, read):
+        assert set(table.varm) == set(tables) and dict(table.uns["units"]) == units
+        for name, values in tables.items():
+            np.testing.assert_array_equal(table.varm[name], values[rows])
+    fold, share = made.varm["metagene_log2_fold_mean"], made.obsm["metagenes"]  # [2 genes, M], [spots, M]
+    spot = made.X[:, 0] / made.X.sum(1)  # where squares are, the metagene of their marker is
+    assert np.corrcoef(share[:, np.argmax(fold[0] - fold[1])], spot)[0, 1] > 0.5
+
+
 def test_resume_after_a_crash_gives_the_same_weights(base, world, tmp_path):
     options = {"target": [one.adata for one in world.sections], "image": [one.image for one in world.sections], "config": base / "data/config.toml"}
     whole = api.fit("xfuse", **options, overrides=FAST, out=tmp_path / "whole")
@@ -334,6 +351,7 @@ def test_commands(base):
     ok("predict", base / "run", "--summary", "--section", "section0", "--draws", 2, "--out", base / "summary.png")
     ok("export", base / "run", "--out", base / "posterior.nc", "--draws", 2)
     ok("report", base / "run", "--draws", 4, "--out", base / "report.html")
+    assert "Metagenes, the most active first" in (base / "report.html").read_text(encoding="utf-8")
 
 
 def test_recalibrated_intervals_at_places(base, world, tmp_path):

@@ -49,6 +49,7 @@ from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
 from ppl_st.models.xfuse.data import Data, Input, Section
+from ppl_st.models.xfuse.metagenes import profiles as metagene_profiles
 from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import (
     PRESETS,
@@ -67,7 +68,7 @@ from ppl_st.models.xfuse.warm_start import UNIT, constant_start, data_start, gat
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
-    "edit", "empty", "maps", "novelty", "quantities", "select", "spec_from", "spec_to", "start",
+    "edit", "empty", "maps", "novelty", "profiles", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 
@@ -403,3 +404,14 @@ def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict
         scale[rows] = mean.sum(1)
         shares[rows] = mean / np.maximum(mean.sum(1, keepdims=True), 1e-30)
     return {"metagenes": shares}, {"scale": scale}
+
+
+def profiles(pair: Pair, config: Config) -> tuple[dict[str, NDArray[np.float32]], dict[str, str]]:
+    """Profiles of the metagenes [G, M] by name (`ppl_st.models.xfuse.metagenes.profiles`), and the unit of each and of what `quantities` gives."""
+    same, over = "column k is the metagene k of obsm['metagenes']; NaN: not in use", "over posterior draws"
+    share = "share of the gene in the counts that the metagene makes, sum 1 over all genes of the fit"
+    fold = "log2 of that share over the gene's share in the fit's baseline"
+    units = {"metagenes": "share of the metagene in the activity at the place", "scale": "sum of the activity at the place, no unit"}
+    for name, text in (("metagene_profile", share), ("metagene_log2_fold", fold)):
+        units |= {f"{name}_mean": f"{text}, mean {over}; {same}", f"{name}_sd": f"{text}, sd {over}; {same}"}
+    return metagene_profiles(pair, config.fit.seed), units
