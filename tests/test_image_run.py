@@ -216,6 +216,28 @@ def test_summary_shows_the_kinds(run, world):
     assert min(np.abs(a - b).max() for i, a in enumerate(colors) for b in colors[:i]) > 20
 
 
+def test_a_color_of_the_summary_is_one_mixture_of_metagenes_in_all_sections(run, monkeypatch):
+    """Where no color is cut off, colors of all sections, and of a new image, are one affine function of the mean shares."""
+    fresh = run.at(image=shapes(seed=9, sections=1, size=128).sections[0].image)
+    shown = [(run, "section0"), (run, "section1"), (fresh, "new")]
+    predictors = [run.module.Predictor(run.pair, one.data, run.config, run.spec) for one in (run, fresh)]
+    maps = [run.module.maps(predictors[p], np.zeros(0, np.int64), 2, 0, [n]) for p, n in ((0, 0), (0, 1), (1, 0))]
+    shares = [sum((one.activity / one.activity.sum(0)).flatten(1).T.double().numpy() / 2 for one in draws) for draws in maps]
+    colors = [one.summary(section=name, draws=2).reshape(-1, 3).astype(float) for one, name in shown]
+    rest = np.concatenate(shares), np.concatenate(colors)
+    for channel in range(3):
+        inner = (rest[1][:, channel] > 0) & (rest[1][:, channel] < 255)
+        assert all(inner[part].any() for part in np.split(np.arange(len(inner)), 3))
+        x = np.column_stack([rest[0][inner], np.ones(inner.sum())])
+        fitted = x @ np.linalg.lstsq(x, rest[1][inner, channel], rcond=None)[0]
+        assert np.abs(fitted - rest[1][inner, channel]).max() < 0.6, channel  # whole numbers
+    assert np.array_equal(run.at(section="section1").summary(draws=2), run.summary(section="section1", draws=2))
+    assert len({run.summary(section="section0", draws=1, seed=seed).tobytes() for seed in (3, 3, 4)}) == 2
+    monkeypatch.setattr("ppl_st.image_run.SAMPLED", 2000)
+    few = run.summary(section="section0", draws=2).reshape(-1, 3)
+    assert 0 < np.abs(few - colors[0]).mean() < 12
+
+
 def test_an_image_without_counts(run, world):
     fresh = shapes(seed=9, sections=1, size=128).sections[0]
     seen = run.at(fresh.adata, image=fresh.image)
