@@ -81,7 +81,8 @@ class ImageRun(Run):
                 raise UserError("section and image exclude each other: a new image is no section of the fit")
             taken = {one.name for data in (self.data, self.fitted) if data is not None for one in data.sections}
             name = next(name for name in ("new", *(f"new{k}" for k in range(2, 1000))) if name not in taken)
-            base = new_image(image, self.data, self.config.input, lambda line: None, name=name, scale=scale, xy=xy)
+            like = self.data if self.fitted is None else self.fitted
+            base = new_image(image, like, self.config.input, lambda line: None, name=name, scale=scale)
         else:
             base = self.section(section)
         seen = self.looking(section_at(base, xy, radius), names, xy)

@@ -240,6 +240,26 @@ def test_other_positions_and_new_images():
     assert section.pitch == asked.pitch == fresh.pitch == pytest.approx(PITCH * section.scale)  # what is asked for changes no scale of space
 
 
+def test_a_new_image_is_cropped_to_its_tissue_alone():
+    adata, image, tissue = world()
+    data, _ = problem([slide(adata, image)], Input(pitch=10.0), quiet)
+    fresh = new_image(image, data, Input(margin=0.1), quiet)
+    low, high = np.argwhere(tissue).min(0)[::-1], np.argwhere(tissue).max(0)[::-1]  # x, y
+    margin = 0.1 * (high - low).max()
+    assert np.abs(np.array(fresh.origin) - (low - margin)).max() < 4
+    edge = np.array([[high[0] + 0.8 * margin, 150.0]])
+    beside = section_at(fresh, edge)  # off the tissue, within the margin
+    assert beside.image is fresh.image and beside.label.max() == 1
+    with pytest.raises(UserError, match=r"1 of 2 positions lie outside section 'new'.*the tissue found in the new image and a margin; leave"):
+        section_at(beside, np.vstack([edge, [390.0, 150.0]]))
+    everything = new_image(image, data, Input(mask=("none", "none")), quiet)
+    assert everything.image.shape == (150, 200, 3) and everything.mask.all()
+    glass = np.full((800, 800, 3), 245, np.uint8)
+    glass[200:202, 100:102] = glass[300:302, 250:252] = 60  # dust
+    with pytest.raises(UserError, match="image array: no tissue is found in it"):
+        new_image(glass, data, Input(), quiet, scale=1.0)
+
+
 # ---- files ----
 
 
