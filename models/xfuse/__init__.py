@@ -294,7 +294,7 @@ class Predictor:
             axes = (guide.center.numpy(), guide.axes.numpy()) if self.config.condition else None
             seen = tissue(one, None if axes is None else _scores(one.shown or one, axes))
             with torch.no_grad():
-                latents = guide.latents(seen.image[None], seen.spots[None])
+                latents = guide.latents(seen.scaled(seen.image)[None], seen.spots[None])
             lattices = self.spec.lattices[known] if known >= 0 else _new_lattices(one, self.spec)
             self.canvas[section, chain] = _Canvas(seen, lattices, known, codes, latents)
         return self.canvas[section, chain]
@@ -378,7 +378,7 @@ def _image_bounds(predictor: Predictor, tile: int) -> list[NDArray[np.float64]]:
         height, width = section.label.shape
         with torch.no_grad():
             law = model.image_law(model.decode([loc for loc, _ in local.latents], height, width))
-            cost = -law.log_prob(local.tissue.image[None]).sum(1, keepdim=True)  # [1, 1, H, W]
+            cost = -law.log_prob(local.tissue.scaled(local.tissue.image)[None]).sum(1, keepdim=True)  # [1, 1, H, W]
             for i, (loc, sd) in enumerate(local.latents):
                 kl = (0.5 * (loc**2 + sd**2 - 1) - sd.log()).sum(1, keepdim=True) / 4**i
                 cost += torch.nn.functional.interpolate(kl, scale_factor=2**i)[..., :height, :width]
