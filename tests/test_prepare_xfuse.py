@@ -307,6 +307,15 @@ def test_space_ranger_folders(tmp_path, version):
     assert np.abs(full.sections[0].centers - section.centers)[:-1].max() < 1e-6 and full.sections[0].image.shape == section.image.shape
     hires = tmp_path / "run" / "outs" / "spatial" / "tissue_hires_image.png"
     assert read_slide(tmp_path / "run" / "outs", hires).image_scale == 0.5
+    lowres = hires.with_name("tissue_lowres_image.png")
+    Image.fromarray(image[::10, ::10]).save(lowres)
+    assert read_slide(tmp_path / "run" / "outs", lowres).image_scale == 0.1
+    if version > 1:  # columns go by their names
+        table = pd.read_csv(hires.with_name("tissue_positions.csv"))
+        table.assign(note=0)[[*table.columns[:4], "pxl_col_in_fullres", "note", "pxl_row_in_fullres"]].to_csv(
+            hires.with_name("tissue_positions.csv"), index=False
+        )
+        assert np.array_equal(read_slide(tmp_path / "run" / "outs", hires).counts.xy, read.counts.xy)
 
 
 def test_space_ranger_folders_that_lack_something(tmp_path):
@@ -315,6 +324,17 @@ def test_space_ranger_folders_that_lack_something(tmp_path):
     (tmp_path / "binned_outputs" / "square_008um").mkdir(parents=True)
     with pytest.raises(UserError, match="several bin sizes"):
         read_slide(tmp_path, None)
+    adata, image, _ = world()
+    spaceranger(tmp_path / "run", adata, 2, image)
+    spatial = tmp_path / "run" / "spatial"
+    (spatial / "tissue_hires_image.png").unlink()
+    with pytest.raises(UserError, match=r"tissue_hires_image.png: no such file; give the image of the section with --image"):
+        read_slide(tmp_path / "run", None)
+    factors = json.loads((spatial / "scalefactors_json.json").read_text())
+    for key, value in (("spot_diameter_fullres", None), ("tissue_hires_scalef", "0.5"), ("spot_diameter_fullres", 0)):
+        (spatial / "scalefactors_json.json").write_text(json.dumps({**factors, key: value}))
+        with pytest.raises(UserError, match=f"scalefactors_json.json: {key} is {value!r}, not a number above 0"):
+            read_slide(tmp_path / "run", None)
 
 
 def test_anndata_with_its_own_image(tmp_path):
