@@ -15,6 +15,7 @@ Its module offers
     select(pair, data, config, seed)            -> the chains to keep, in order
     Predictor(pair, data, config, spec)         -> `ppl_st.inference.predict.Predictor`
     quantities(pair, data, config, spec)        -> (obsm, obs): what else it knows of the target's cells
+    profiles(pair, config)                      -> (varm, units): tables [genes, programs] and their units; only of methods whose programs have them
     proportions(pair, data, config, draws, seed)   only of methods that deconvolve spots
     alignment(pair, data, config, seed)   -> {name: number}, diagnostics kept in the record; only of methods that align two sides
     turned(pair, data)        -> (method, data) of the other direction; only of methods that have one

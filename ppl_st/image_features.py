@@ -11,21 +11,33 @@ FEATURES = 5 * len(SCALES)
 CLIP = 5.0  # features are cut at so many standard deviations
 
 
-def image_features(image: NDArray[np.uint8], mask: NDArray[np.bool_], pitch: float) -> NDArray[np.float32]:
+def image_features(
+    image: NDArray[np.uint8], mask: NDArray[np.bool_], pitch: float, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """Features [F, H, W] of an image [H, W, 3], smoothed with Gaussians of sd `SCALES` x pitch: red, green, blue, gradient and local spread of each.
 
-    They are standardised over the pixels of ``mask`` [H, W], which takes out differences in staining between sections.
+    They are standardised over the pixels of ``mask`` [H, W], which takes out differences in staining between sections. ``out`` [F, H, W], if given,
+    is filled and returned; beside it there are a few planes [H, W] at a time.
     """
-    rgb = image.astype(np.float32) / 255
-    grey = rgb.mean(2)
+    out = np.empty((FEATURES, *mask.shape), np.float32) if out is None else out
+    grey = (_plane(image, 0) + _plane(image, 1) + _plane(image, 2)) / 3
     gradient = np.hypot(*np.gradient(gaussian_filter(grey, 0.5)))
-    out = np.empty((FEATURES, *grey.shape), np.float32)
     for k, sd in enumerate(pitch * scale for scale in SCALES):
+        for c in range(3):
+            gaussian_filter(_plane(image, c), sd, output=out[5 * k + c])
+        gaussian_filter(gradient, sd, output=out[5 * k + 3])
         mean = gaussian_filter(grey, sd)
-        spread = np.sqrt(np.maximum(gaussian_filter(grey * grey, sd) - mean * mean, 0))
-        smooth = [gaussian_filter(plane, sd) for plane in (*np.moveaxis(rgb, 2, 0), gradient)]
-        out[5 * k : 5 * k + 5] = np.stack([*smooth, spread])
+        out[5 * k + 4] = np.sqrt(np.maximum(gaussian_filter(grey * grey, sd) - mean * mean, 0))
     on = mask if mask.any() else np.ones_like(mask)
-    values = out[:, on]
-    sd = np.maximum(values.std(1), 1e-3)
-    return np.asarray(np.clip((out - values.mean(1)[:, None, None]) / sd[:, None, None], -CLIP, CLIP))
+    for plane in out:
+        values = plane[on]  # sums in float64: those of float32, term by term, no longer grow beyond 2^24 or so
+        middle, spread = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+        plane -= np.float32(middle)
+        plane /= np.float32(max(spread, 1e-3))
+        np.clip(plane, -CLIP, CLIP, out=plane)
+    return out
+
+
+def _plane(image: NDArray[np.uint8], channel: int) -> NDArray[np.float32]:
+    """One channel [H, W], from 0 to 1."""
+    return np.asarray(image[..., channel].astype(np.float32) / 255)

@@ -6,7 +6,7 @@
     run.maps("maps.zarr", genes)        mean and sd of every pixel, OME-Zarr
     run.novelty()                       how unlike the fit's images every tile of this one is
     run.differential("tumor", "stroma") posterior log2 fold changes between annotated regions
-    run.summary()                       the activities' principal components as colors
+    run.summary()                       the activities' principal components as colors, the same in all sections
 
 In the folder of the run ``target.h5ad`` holds the spots of all sections (``obs["section"]``) and ``sections.npz`` images, label maps, masks and
 annotations: `ppl_st.load` needs nothing else.
@@ -40,6 +40,7 @@ __all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]
 
 CHUNK = 512  # pixels a side of a chunk of a map
 NOVELTY_TILE = 32
+SAMPLED = 2**15  # pixels of a section on which the colors of summaries are found
 PIXELS, GENES = 2048, 64  # of the blocks in which maps are computed: they stay in the processor's cache
 
 
@@ -80,7 +81,8 @@ class ImageRun(Run):
                 raise UserError("section and image exclude each other: a new image is no section of the fit")
             taken = {one.name for data in (self.data, self.fitted) if data is not None for one in data.sections}
             name = next(name for name in ("new", *(f"new{k}" for k in range(2, 1000))) if name not in taken)
-            base = new_image(image, self.data, self.config.input, lambda line: None, name=name, scale=scale, xy=xy)
+            like = self.data if self.fitted is None else self.fitted
+            base = new_image(image, like, self.config.input, lambda line: None, name=name, scale=scale)
         else:
             base = self.section(section)
         seen = self.looking(section_at(base, xy, radius), names, xy)
@@ -218,23 +220,40 @@ class ImageRun(Run):
         return table.sort_values("ratio", ascending=False)
 
     def summary(self, *, section: str | None = None, draws: int = 10, seed: int = 0) -> NDArray[np.uint8]:
-        """The section as a picture [H, W, 3]: the first three principal components of the mean metagene shares as colors, black off the tissue."""
-        one = self.section(section)
-        number = [s.name for s in self.data.sections].index(one.name)
-        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
-        total = 0.0
+        """The section as a picture [H, W, 3]: the first three principal components of the mean metagene shares as colors, black off the tissue.
+
+        Components and the ends of the colors are those of all sections of the fit together (of at most `SAMPLED` pixels of tissue of each, picked by
+        ``seed``), so that one color is one mixture of metagenes in every section and new image. In each component the largest entry is positive.
+        """
+        one, fit = self.section(section), self.data if self.fitted is None else self.fitted
+        shares, sample = None, []
+        for n, other in enumerate(fit.sections):
+            found = self._shares(fit, n, draws, seed)
+            on = np.flatnonzero(other.mask) if other.mask.any() else np.arange(other.mask.size)
+            sample.append(found[np.random.default_rng([seed, 41, n]).permutation(on)[:SAMPLED]])
+            if other.name == one.name:
+                shares = found
+        if shares is None:  # a new image
+            shares = self._shares(self.data._replace(sections=(one,)), 0, draws, seed)
+        known = np.concatenate(sample).astype(np.float64)
+        middle = known.mean(0)
+        axes = np.linalg.eigh((known - middle).T @ (known - middle))[1][:, ::-1][:, :3]
+        axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+        low, high = np.quantile((known - middle) @ axes, (0.01, 0.99), axis=0)
+        color = np.zeros((len(shares), 3))
+        score = shares @ axes.astype(np.float32) - middle @ axes
+        color[:, : axes.shape[1]] = ((score - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+        on = one.mask if one.mask.any() else np.ones_like(one.mask)
+        return np.rint(255 * color * on.reshape(-1, 1)).astype(np.uint8).reshape(*one.mask.shape, 3)
+
+    def _shares(self, data: Data, number: int, draws: int, seed: int) -> NDArray[np.float32]:
+        """Mean share of each metagene in every pixel of a section of ``data`` [H W, M]."""
+        predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
+        total = np.zeros((self.config.metagenes, data.sections[number].mask.size), np.float32)
         for draw in self.module.maps(predictor, np.zeros(0, np.int64), draws, seed, [number]):
             activity = draw.activity.flatten(1).numpy()
-            total = total + activity / np.maximum(activity.sum(0), 1e-30) / draws
-        shares = np.asarray(total).T  # [H W, M]
-        on = one.mask.ravel() if one.mask.any() else np.ones(one.mask.size, bool)
-        centered = shares - shares[on].mean(0)
-        axes = np.linalg.eigh(centered[on].T @ centered[on])[1][:, ::-1][:, :3]
-        score = centered @ axes
-        low, high = np.quantile(score[on], (0.01, 0.99), axis=0)
-        color = np.zeros((len(score), 3))
-        color[:, : score.shape[1]] = ((score - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-        return np.rint(255 * color * on[:, None]).astype(np.uint8).reshape(*one.mask.shape, 3)
+            total += activity / np.maximum(activity.sum(0), 1e-30) / draws
+        return total.T
 
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
         return np.arange(len(self.genes)) if genes is None else super()._index(genes)

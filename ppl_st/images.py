@@ -30,6 +30,7 @@ Source: TypeAlias = str | Path | NDArray[Any]
 _TIFF = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".qptiff")
 _PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_SIDE = 8000  # pixels of a working image: more is hardly ever meant
+STRIP = 64  # rows
 SMALLEST = 1e-4  # share of the image below which a piece of tissue, or a hole in it, is dirt (the published (1 %)^2)
 
 VISIUM_SPOT = 65.0  # um: Space Ranger's spot_diameter_fullres is the size in pixels of a theoretical spot of 65 um, not of the printed one
@@ -169,18 +170,28 @@ def to_rgb(values: NDArray[Any], name: str = "array") -> NDArray[np.uint8]:
         )
     if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
         return pixels
-    if not np.isfinite(pixels).all() or pixels.min() < 0:
+    if (pixels.dtype.kind == "f" and not np.isfinite(pixels).all()) or pixels.min() < 0:
         raise UserError(f"image {name}: holds negative or non-finite values; store intensities from 0 up")
     top = float(pixels[..., :3].max()) if pixels.shape[2] > 2 else float(pixels[..., 0].max())
     scales = [255.0] if pixels.dtype == np.uint8 else [1.0, 255.0] if pixels.dtype.kind in "fb" else [255.0, 4095.0, 65535.0]
     full = next((one for one in scales if top <= one), None)
     if full is None:
         raise UserError(f"image {name}: values up to {top:g} of type {pixels.dtype} fit no usual range; convert it to 8 bits")
-    color = pixels.astype(np.float32) / np.float32(full)
-    if pixels.shape[2] in (2, 4):
-        alpha = color[..., -1:] / max(1.0, float(color[..., -1].max()))  # 12-bit color with 16-bit alpha exists
-        color = color[..., :-1] * alpha + (1 - alpha)
-    return np.broadcast_to(np.rint(255 * color), (*color.shape[:2], 3)).astype(np.uint8)
+    opaque = max(1.0, float(np.float32(pixels[..., -1].max()) / np.float32(full)))  # 12-bit color with 16-bit alpha exists
+    out = np.empty((*pixels.shape[:2], 3), np.uint8)
+    for rows in _strips(len(out)):
+        color = pixels[rows].astype(np.float32) / np.float32(full)
+        if pixels.shape[2] in (2, 4):
+            alpha = color[..., -1:] / opaque
+            color = color[..., :-1] * alpha + (1 - alpha)
+        out[rows] = np.rint(255 * color)
+    return out
+
+
+def _strips(height: int) -> Iterator[slice]:
+    """Rows of an image that are floats at a time."""
+    for first in range(0, height, STRIP):
+        yield slice(first, first + STRIP)
 
 
 @contextmanager
@@ -231,22 +242,26 @@ def _shrunk_tiff(file: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
     height, width = level.shape[level.axes.index("Y")], level.shape[level.axes.index("X")]
     channels = max(1, int(np.prod(level.shape)) // (height * width))
     factor = max(1, int(min(height / shape[0], width / shape[1])))
-    sums = np.zeros((-(-height // factor), -(-width // factor), channels), np.float64)
+    as_stored = factor == 1 and level.dtype.kind in "uif"  # nothing to average: no floats
+    sums = np.zeros((-(-height // factor), -(-width // factor), channels), level.dtype if as_stored else np.float64)
     for number, page in enumerate(level.pages):
         for segment, (plane, _, y, x, _), _ in page.segments():
             if segment is None:  # a tile that was never written
                 continue
-            block = segment[0, : height - y, : width - x].astype(np.float64)
+            block = segment[0, : height - y, : width - x]
             rows, columns = (np.arange(start, start + size) // factor for start, size in ((y, block.shape[0]), (x, block.shape[1])))
-            for axis, index in ((0, rows), (1, columns)):
+            block = block if as_stored else block.astype(np.float64)
+            for axis, index in ((0, rows), (1, columns)) if factor > 1 else ():
                 block = np.add.reduceat(block, np.flatnonzero(np.diff(index, prepend=-1)), axis=axis)
             first = number if len(level.pages) > 1 else plane
             sums[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, first : first + block.shape[2]] += block
-    per_row, per_column = (np.bincount(np.arange(size) // factor) for size in (height, width))
-    means = sums / (per_row[:, None] * per_column)[..., None]
+    means = sums
+    if factor > 1:
+        per_row, per_column = (np.bincount(np.arange(size) // factor) for size in (height, width))
+        means /= (per_row[:, None] * per_column)[..., None]
     if level.keyframe.photometric.name == "MINISWHITE":
         means = means.max() - means
-    return means if level.dtype.kind == "f" else np.rint(means).astype(level.dtype)
+    return means if as_stored or level.dtype.kind == "f" else np.rint(means, out=means).astype(level.dtype)
 
 
 def _name(source: Source) -> str:
@@ -266,16 +281,18 @@ def tissue_mask(image: NDArray[np.uint8], xy: NDArray[np.float64] | None = None)
     from skimage.filters import gaussian, threshold_otsu
     from skimage.morphology import remove_small_holes, remove_small_objects
 
-    color = image.astype(np.float32)
     edge = max(1, min(image.shape[:2]) // 20)
     inner = np.zeros(image.shape[:2], bool)
     inner[edge:-edge, edge:-edge] = True
-    frame = color[~inner]
+    frame = image[~inner].astype(np.float32)
     brightness = frame.mean(1)
     light = np.median(brightness) > 127
     cut = np.quantile(brightness, 0.75 if light else 0.25)
     glass = np.median(frame[brightness >= cut] if light else frame[brightness <= cut], axis=0)
-    distance = gaussian(np.linalg.norm(color - glass, axis=2), max(1.0, max(image.shape[:2]) / 300))
+    distance = np.empty(image.shape[:2], np.float32)
+    for rows in _strips(len(distance)):
+        distance[rows] = np.linalg.norm(image[rows].astype(np.float32) - glass, axis=2)
+    distance = gaussian(distance, max(1.0, max(image.shape[:2]) / 300))
     if np.ptp(distance) < 8:  # of 255: nothing to tell apart
         return np.ones(image.shape[:2], bool)
     threshold = float(threshold_otsu(distance))

@@ -20,7 +20,7 @@ from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
 from ppl_st.pairs import read_like
-from ppl_st.stream import layers_of, var_of, write_prediction, write_samples
+from ppl_st.stream import layers_of, var_of, varm_of, write_prediction, write_samples
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -130,6 +130,7 @@ class Run:
             disagreement, and ``var["between_fits"]``, its share of the variance.
             Of a recalibrated run also layers ``lower``, ``upper`` (the interval that covers ``recalibration.level`` of the counts of a new gene
             on average) and ``var["nominal_level"]``.
+            Of a method with metagenes also ``varm``, their profiles; ``uns["units"]`` says what each table is.
         """
         data, counts = (self.data, self.target) if target is None else self._other(target)
         index = self._index(genes)
@@ -370,7 +371,9 @@ class Run:
         result.layers["rate_mean"] = summary.rate_mean.copy()  # X is it, too
         if counts.xy is not None:
             result.obsm["spatial"] = counts.xy
-        result.uns["ppl_st"] = json.dumps(self.manifest)
+        varm, uns = varm_of(self, index)
+        result.varm.update(varm)
+        result.uns.update(ppl_st=json.dumps(self.manifest), **uns)
         return result
 
 

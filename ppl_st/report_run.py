@@ -130,7 +130,9 @@ def report_run(
         page += [report_sections.accuracy(run, scores, methods), report_sections.calibration(run, predicted[:, judged], scores, labels)]
     elif run.inner is not None and run.recalibration is not None:
         page.append(report_sections.inner_calibration(run, run.inner, run.recalibration))
-    page += [report_sections.checked(checks, noun, counted is not None), report_sections.genes(scores, links, noun), report_sections.fit(run)]
+    page += [report_sections.checked(checks, noun, counted is not None), report_sections.genes(scores, links, noun)]
+    page += [report_sections.metagenes(run, predicted)] if hasattr(run.module, "profiles") else []
+    page.append(report_sections.fit(run))
     name = f"{run.method}: {run.folder.name}" if run.folder else f"A run of {run.method}"
     write_report(path, name, page, manifest=run.manifest)
 

@@ -28,10 +28,9 @@ UNITS = {
     "log score": "nats per entry", "CRPS": "counts", "coverage 90 %": "share", "doubt between fits": "share",
     "variance: pattern": "share", "variance: doubt": "share", "variance: noise": "share",
 }  # fmt: skip
+TOP = 8  # genes that are named of a metagene
 
-
-
-__all__ = ["accuracy", "calibration", "checked", "fit", "genes", "in_short", "inner_calibration"]
+__all__ = ["accuracy", "calibration", "checked", "fit", "genes", "in_short", "inner_calibration", "metagenes"]
 
 
 def in_short(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> str:
@@ -274,6 +273,25 @@ def fit(run: Run) -> Section:
         losses_of = {kind: "nats per entry" for kind in {name.partition(" ")[2] for name in map(str, watched)} if kind.endswith("loss")}
         figures[caption] = plots.traces(watched, losses_of | {"critic loss": of_critics})
     return Section("Fit", tables=tables, figures=figures)
+
+
+def metagenes(run: Run, predicted: ad.AnnData) -> Section:
+    """How much of the activity each metagene has, and the genes that are most surely its own; numbered as in what `predict` writes."""
+    tables, _ = run.module.profiles(run.pair, run.config)
+    fold, sd = tables["metagene_log2_fold_mean"], tables["metagene_log2_fold_sd"]  # [genes, M]
+    activity = (np.asarray(predicted.obsm["metagenes"]) * predicted.obs["scale"].to_numpy()[:, None]).sum(0)
+    sure = fold - 2 * sd
+    rows = {}
+    for k in np.argsort(-activity, kind="stable").tolist():
+        best = [g for g in np.argsort(-sure[:, k])[:TOP].tolist() if sure[g, k] > 0]  # none of one that is not in use: NaN
+        if not np.isnan(fold[0, k]):
+            named = ", ".join(f"{run.genes[g]} ({fold[g, k]:.1f})" for g in best)
+            rows[k] = {"share of the activity": activity[k] / activity.sum(), "genes": named or "none"}
+    caption = (
+        "Metagenes, the most active first, by their column in obsm['metagenes'] and varm of what predict writes: their share of the activity of all "
+        "places, and the genes whose share in the metagene is most surely above that in the baseline, with log2 of the ratio (posterior mean)."
+    )
+    return Section("Metagenes", tables=[Table(caption, pd.DataFrame.from_dict(rows, orient="index").rename_axis("metagene"))])
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

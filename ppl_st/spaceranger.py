@@ -6,7 +6,7 @@
     spatial/scalefactors_json.json                 sizes in full-resolution pixels
     spatial/tissue_hires_image.png                 the image, unless the full-resolution one is given
 
-Coordinates are full-resolution pixels. An image that is given may be the full-resolution one or the hires one: told apart by its size.
+Coordinates are full-resolution pixels. An image that is given may be the full-resolution, the hires or the lowres one: told apart by its size.
 """
 
 import json
@@ -41,7 +41,7 @@ def read_spaceranger(folder: Path, image: Source | None = None) -> Slide:
         shown = ", ".join(bins)
         raise UserError(f"{folder}: holds several bin sizes ({shown}); give one of them as target: {folder / 'binned_outputs' / bins[-1]}")
     spatial = folder / "spatial"
-    factors = _json(spatial / "scalefactors_json.json")
+    factors = _factors(spatial / "scalefactors_json.json")
     table = _positions(spatial)
     adata = _matrix(folder)
     table = table[table["in_tissue"] == 1]
@@ -54,16 +54,23 @@ def read_spaceranger(folder: Path, image: Source | None = None) -> Slide:
     counts = read_counts(adata, role="target", file=str(folder))
     square = "microns_per_pixel" in factors
     if square:  # HD: square bins
-        micron = float(factors["microns_per_pixel"])
-        radius = float(factors["bin_size_um"]) / 2 / micron
+        micron = factors["microns_per_pixel"]
+        radius = factors["bin_size_um"] / 2 / micron
     else:
-        micron = VISIUM_SPOT / float(factors["spot_diameter_fullres"])
+        micron = VISIUM_SPOT / factors["spot_diameter_fullres"]
         radius = VISIUM_RADIUS / micron
-    hires, scale = spatial / "tissue_hires_image.png", float(factors["tissue_hires_scalef"])
     name = folder.parent.name if folder.name == "outs" else folder.name
-    if image is None or (hires.is_file() and image_size(image) == image_size(hires)):
-        return Slide(name, counts, hires if image is None else image, scale, radius, micron, square)
-    return Slide(name, counts, image, 1.0, radius, micron, square)
+    hires = spatial / "tissue_hires_image.png"
+    if image is None and not hires.is_file():
+        raise UserError(f"{hires}: no such file; give the image of the section with --image")
+    scale = 1.0
+    for kind in ("hires", "lowres"):
+        stored = spatial / f"tissue_{kind}_image.png"
+        known = factors.get(f"tissue_{kind}_scalef")
+        if known is not None and stored.is_file() and image_size(hires if image is None else image) == image_size(stored):
+            scale = known
+            break
+    return Slide(name, counts, hires if image is None else image, scale, radius, micron, square)
 
 
 def _positions(spatial: Path) -> pd.DataFrame:
@@ -72,8 +79,8 @@ def _positions(spatial: Path) -> pd.DataFrame:
     if new.is_file() or old.is_file():
         path = new if new.is_file() else old
         first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        header = 0 if first.startswith("barcode") else None  # version 2 renamed the file and gave it a header; both mixtures exist
-        table = pd.read_csv(path, header=header, names=COLUMNS)
+        # version 2 renamed the file and gave it a header; both mixtures exist
+        table = pd.read_csv(path) if first.startswith("barcode") else pd.read_csv(path, header=None, names=COLUMNS)
     elif parquet.is_file():
         try:
             table = pd.read_parquet(parquet)
@@ -109,8 +116,17 @@ def _matrix(folder: Path) -> ad.AnnData:
     return ad.AnnData(summed.astype(np.float32), obs=pd.DataFrame(index=barcodes), var=pd.DataFrame(index=names))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _factors(path: Path) -> dict[str, float]:
+    """The scale factors, each a number above 0: those that are needed, and the lowres image's where there is one."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give the outs folder of Space Ranger as target") from error
+    found, stored = {}, stored if isinstance(stored, dict) else {}
+    size = ("microns_per_pixel", "bin_size_um") if "microns_per_pixel" in stored else ("spot_diameter_fullres",)
+    for key in (*size, "tissue_hires_scalef", *(("tissue_lowres_scalef",) if "tissue_lowres_scalef" in stored else ())):
+        value = stored.get(key)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise UserError(f"{path}: {key} is {value!r}, not a number above 0; give the outs folder as Space Ranger wrote it")
+        found[key] = float(value)
+    return found

@@ -46,9 +46,16 @@ def read_spatialdata(path: Path, image: Source | None = None, *, layer: str | No
     adata.obsm["spatial"] = xy
     counts = read_counts(adata, role="target", layer=layer, gene_key=gene_key, file=str(path))
     grow = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
-    size = rows["radius"].to_numpy(float) if "radius" in rows else np.sqrt(rows.geometry.area.to_numpy(float) / np.pi)
+    square = False
+    if "radius" in rows:
+        size = rows["radius"].to_numpy(float)
+    else:  # polygons: bins are squares, whose half side is the radius; others count as discs of their area
+        area = rows.geometry.area.to_numpy(float)
+        left, top, right, bottom = rows.geometry.bounds.to_numpy(float).T
+        square = bool(np.allclose(area, (right - left) ** 2, rtol=0.1) and np.allclose(area, (bottom - top) ** 2, rtol=0.1))
+        size = np.sqrt(area / (4 if square else np.pi))
     pixels = image if image is not None and name != str(image) else _pixels(store.images[name])
-    return Slide(path.stem, counts, pixels, 1.0, grow * float(np.median(size)))
+    return Slide(path.stem, counts, pixels, 1.0, grow * float(np.median(size)), square=square)
 
 
 def _pixels(element: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ from ppl_st.io import atomic, free_bytes, hdf5_target, storable
 if TYPE_CHECKING:
     from ppl_st.posterior import Run
 
-__all__ = ["Slabs", "layers_of", "var_of", "write_prediction", "write_samples", "write_table"]
+__all__ = ["Slabs", "layers_of", "var_of", "varm_of", "write_prediction", "write_samples", "write_table"]
 
 SLAB_VALUES = 2**23  # float32 values of one slab: 32 MiB per layer
 MIN_SLAB, MAX_SLAB = 64, 16384  # rows
@@ -153,7 +153,8 @@ def write_prediction(
         needed = int(np.ceil(round(float((ends[1] / (1 - ends[1]))[beyond].max()), 6)))
         say(f"upper ends of {int(beyond.sum())} genes lie beyond {draws} draws and are infinite; with --draws {needed} they are finite")
     say(f"{n} cells x {len(index)} genes, {draws} draws: {size:.1f} GB before compression, {free:.1f} GB are free there")
-    write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest)}, run.genes[index], names, blocks(), var)
+    varm, uns = varm_of(run, index)
+    write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest), **uns}, run.genes[index], names, blocks(), var, varm)
     return n, len(index)
 
 
@@ -201,15 +202,24 @@ def var_of(
     return var if ends is None else var.assign(nominal_level=ends[1] - ends[0])
 
 
+def varm_of(run: "Run", index: NDArray[np.int64]) -> tuple[dict[str, NDArray[np.float32]], dict[str, dict[str, str]]]:
+    """``varm`` of these genes and its ``uns["units"]``: of methods with `profiles`, as they are for these genes; else nothing."""
+    if not hasattr(run.module, "profiles"):
+        return {}, {}
+    tables, units = run.module.profiles(run.pair, run.config)
+    return {name: values[index] for name, values in tables.items()}, {"units": units}
+
+
 def write_table(
     path: str | Path,
     obs: pd.DataFrame,
     obsm: Mapping[str, Any],
-    uns: Mapping[str, str],
+    uns: Mapping[str, Any],
     genes: NDArray[np.str_],
     layers: Iterable[str],
     blocks: Iterable[tuple[NDArray[np.int64], Mapping[str, NDArray[np.float32]]]],
     var: Callable[[], pd.DataFrame],
+    varm: Mapping[str, NDArray[np.float32]],
 ) -> None:
     """Write an AnnData block by block to ``.zarr`` or ``.h5ad``: the whole of it or nothing.
 
@@ -225,12 +235,14 @@ def write_table(
         (rows, name -> values [rows, g]) until every row came once.
     var
         Called at the end: table [g] of what is known of the genes after all blocks.
+    varm
+        Of the AnnData, [g] rows.
     """
     path = Path(path)
     names, n, g = list(layers), len(obs), len(genes)
     rows, columns = _chunk(n, g)
     with atomic(path) as temporary, _store(temporary) as store:
-        skeleton = ad.AnnData(obs=storable(obs), var=pd.DataFrame(index=genes), obsm=dict(obsm), uns=dict(uns))
+        skeleton = ad.AnnData(obs=storable(obs), var=pd.DataFrame(index=genes), obsm=dict(obsm), varm=dict(varm), uns=dict(uns))
         ad.io.write_elem(store, "/", skeleton)
         arrays = {name: _array(store, name, (n, g), (rows, columns)) for name in ("X", *(f"layers/{one}" for one in names))}
         slabs = {name: Slabs(_writer(arrays, name, name == names[0]), n, (g,), rows, path.parent) for name in names}

@@ -102,6 +102,23 @@ def test_a_loaded_run_predicts_what_the_fit_predicts(base, world, run):
     assert (first.layers["count_sd"] >= first.layers["rate_sd"]).all()
 
 
+def test_tables_of_places_hold_profiles_of_the_metagenes_for_their_genes(run, tmp_path):
+    asked = ["square_marker", "circle_marker"]
+    made = run.predict(asked, draws=2)
+    run.write(tmp_path / "w.h5ad", asked, draws=2)
+    made.write_h5ad(tmp_path / "p.h5ad")
+    written, read = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in "wp")
+    tables, units = run.module.profiles(run.pair, run.config)
+    rows = [run.genes.tolist().index(gene) for gene in asked]
+    for table in (made, written, read):
+        assert set(table.varm) == set(tables) and dict(table.uns["units"]) == units
+        for name, values in tables.items():
+            np.testing.assert_array_equal(table.varm[name], values[rows])
+    fold = made.varm["metagene_log2_fold_mean"]
+    own = made.obsm["metagenes"][:, np.argmax(fold[0] - fold[1])]  # where squares are, the metagene of their marker is
+    assert np.corrcoef(own, made.X[:, 0] / made.X.sum(1))[0, 1] > 0.5
+
+
 def test_resume_after_a_crash_gives_the_same_weights(base, world, tmp_path):
     options = {"target": [one.adata for one in world.sections], "image": [one.image for one in world.sections], "config": base / "data/config.toml"}
     whole = api.fit("xfuse", **options, overrides=FAST, out=tmp_path / "whole")
@@ -199,6 +216,23 @@ def test_summary_shows_the_kinds(run, world):
     assert min(np.abs(a - b).max() for i, a in enumerate(colors) for b in colors[:i]) > 20
 
 
+def test_a_color_of_the_summary_is_one_mixture_of_metagenes_in_all_sections(run, monkeypatch):
+    """Where no color is cut off, colors of all sections, and of a new image, are one affine function of the mean shares."""
+    fresh = run.at(image=shapes(seed=9, sections=1, size=128).sections[0].image)
+    parts = []
+    for one, n, name in ((run, 0, "section0"), (run, 1, "section1"), (fresh, 0, "new")):
+        draws = run.module.maps(run.module.Predictor(run.pair, one.data, run.config, run.spec), np.zeros(0, np.int64), 2, 0, [n])
+        share = sum((draw.activity / draw.activity.sum(0)).flatten(1).T.double().numpy() / 2 for draw in draws)
+        parts.append(np.column_stack([share, np.ones(len(share)), one.summary(section=name, draws=2).reshape(-1, 3)]))
+    for channel in (-3, -2, -1):
+        inner = np.concatenate([part[(part[:, channel] > 0) & (part[:, channel] < 255)] for part in parts])
+        x, y = inner[:, :-3], inner[:, channel]
+        assert np.abs(x @ np.linalg.lstsq(x, y, rcond=None)[0] - y).max() < 0.6, channel  # whole numbers
+    assert np.array_equal(run.at(section="section1").summary(draws=2), run.summary(section="section1", draws=2))
+    monkeypatch.setattr("ppl_st.image_run.SAMPLED", 2000)
+    assert 0 < np.abs(run.summary(section="section0", draws=2).reshape(-1, 3) - parts[0][:, -3:]).mean() < 12
+
+
 def test_an_image_without_counts(run, world):
     fresh = shapes(seed=9, sections=1, size=128).sections[0]
     seen = run.at(fresh.adata, image=fresh.image)
@@ -209,6 +243,16 @@ def test_an_image_without_counts(run, world):
     assert relative[0] > relative[1]  # depth and spatial field of a new section are unknown
     with pytest.raises(UserError, match="exclude each other"):
         run.at(section="section0", image=fresh.image)
+
+
+def test_what_is_asked_of_a_new_image_changes_no_prediction(run):
+    image = np.pad(np.random.default_rng(0).integers(90, 190, (100, 100, 3)).astype(np.uint8), ((60, 80), (60, 80), (0, 0)), constant_values=250)
+    image[110, 174] = 0
+    auto = replace(run, config=replace(run.config, input=replace(run.config.input, mask=("auto",))))
+    xy = np.array([[100.0, 100.0], [130.0, 120.0], [172.0, 110.0]])
+    asked = [ad.AnnData(obs=pd.DataFrame(index=list("abc")[:n]), obsm={"spatial": xy[:n]}) for n in (2, 3)]
+    means = [auto.at(one, image=image).predict(draws=3).layers["rate_mean"] for one in asked]
+    np.testing.assert_array_equal(means[1][:2], means[0])
 
 
 def test_a_new_image_has_the_name_of_no_section_of_the_fit(run):
@@ -334,6 +378,7 @@ def test_commands(base):
     ok("predict", base / "run", "--summary", "--section", "section0", "--draws", 2, "--out", base / "summary.png")
     ok("export", base / "run", "--out", base / "posterior.nc", "--draws", 2)
     ok("report", base / "run", "--draws", 4, "--out", base / "report.html")
+    assert "Metagenes, the most active first" in (base / "report.html").read_text(encoding="utf-8")
 
 
 def test_recalibrated_intervals_at_places(base, world, tmp_path):

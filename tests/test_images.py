@@ -65,6 +65,30 @@ def test_a_large_tiled_file_needs_little_memory(tmp_path):
     assert peak < 12e6, f"{peak / 1e6:.0f} MB for a file of 50 MB"
 
 
+def test_images_are_never_whole_as_floats(tmp_path):
+    """Bytes per pixel beyond the picture itself, of a file without shrinking, of an image with alpha and of a mask."""
+    import tracemalloc
+
+    rng = np.random.default_rng(0)
+    whole = np.repeat(np.repeat(rng.integers(0, 255, (16, 16, 4), dtype=np.uint8), 48, 0), 48, 1)  # [768, 768, 4]
+    tifffile.imwrite(tmp_path / "a.tif", whole[..., :3], tile=(128, 128), photometric="rgb")
+    images.tissue_mask(whole[:64, :64, :3])  # imports
+    steps = {
+        "read": (14, lambda: images.read_image(tmp_path / "a.tif", scale=0.9)),
+        "alpha": (8, lambda: images.to_rgb(whole)),
+        "mask": (30, lambda: images.tissue_mask(whole[..., :3])),
+    }
+    peaks = {}
+    for name, (_, step) in steps.items():
+        tracemalloc.start()
+        step()
+        peaks[name] = tracemalloc.get_traced_memory()[1] / 768**2
+        tracemalloc.stop()
+    assert all(peaks[name] < limit for name, (limit, _) in steps.items()), peaks
+    color, alpha = whole[..., :3] / np.float32(255), whole[..., 3:] / np.float32(255)
+    assert np.array_equal(images.to_rgb(whole), np.rint(255 * (color * alpha + (1 - alpha))).astype(np.uint8))
+
+
 def test_alpha_depth_and_gray_are_put_right(picture, tmp_path):
     alpha = np.zeros((*picture.shape[:2], 1), np.uint8)
     alpha[:, 100:] = 255

@@ -240,6 +240,26 @@ def test_other_positions_and_new_images():
     assert section.pitch == asked.pitch == fresh.pitch == pytest.approx(PITCH * section.scale)  # what is asked for changes no scale of space
 
 
+def test_a_new_image_is_cropped_to_its_tissue_alone():
+    adata, image, tissue = world()
+    data, _ = problem([slide(adata, image)], Input(pitch=10.0), quiet)
+    fresh = new_image(image, data, Input(margin=0.1), quiet)
+    low, high = np.argwhere(tissue).min(0)[::-1], np.argwhere(tissue).max(0)[::-1]  # x, y
+    margin = 0.1 * (high - low).max()
+    assert np.abs(np.array(fresh.origin) - (low - margin)).max() < 4
+    edge = np.array([[high[0] + 0.8 * margin, 150.0]])
+    beside = section_at(fresh, edge)  # off the tissue, within the margin
+    assert beside.image is fresh.image and beside.label.max() == 1
+    with pytest.raises(UserError, match=r"1 of 2 positions lie outside section 'new'.*the tissue found in the new image and a margin; leave"):
+        section_at(beside, np.vstack([edge, [390.0, 150.0]]))
+    everything = new_image(image, data, Input(mask=("none", "none")), quiet)
+    assert everything.image.shape == (150, 200, 3) and everything.mask.all()
+    glass = np.full((800, 800, 3), 245, np.uint8)
+    glass[200:202, 100:102] = glass[300:302, 250:252] = 60  # dust
+    with pytest.raises(UserError, match="image array: no tissue is found in it"):
+        new_image(glass, data, Input(), quiet, scale=1.0)
+
+
 # ---- files ----
 
 
@@ -287,6 +307,15 @@ def test_space_ranger_folders(tmp_path, version):
     assert np.abs(full.sections[0].centers - section.centers)[:-1].max() < 1e-6 and full.sections[0].image.shape == section.image.shape
     hires = tmp_path / "run" / "outs" / "spatial" / "tissue_hires_image.png"
     assert read_slide(tmp_path / "run" / "outs", hires).image_scale == 0.5
+    lowres = hires.with_name("tissue_lowres_image.png")
+    Image.fromarray(image[::10, ::10]).save(lowres)
+    assert read_slide(tmp_path / "run" / "outs", lowres).image_scale == 0.1
+    if version > 1:  # columns go by their names
+        table = pd.read_csv(hires.with_name("tissue_positions.csv"))
+        table.assign(note=0)[[*table.columns[:4], "pxl_col_in_fullres", "note", "pxl_row_in_fullres"]].to_csv(
+            hires.with_name("tissue_positions.csv"), index=False
+        )
+        assert np.array_equal(read_slide(tmp_path / "run" / "outs", hires).counts.xy, read.counts.xy)
 
 
 def test_space_ranger_folders_that_lack_something(tmp_path):
@@ -295,6 +324,17 @@ def test_space_ranger_folders_that_lack_something(tmp_path):
     (tmp_path / "binned_outputs" / "square_008um").mkdir(parents=True)
     with pytest.raises(UserError, match="several bin sizes"):
         read_slide(tmp_path, None)
+    adata, image, _ = world()
+    spaceranger(tmp_path / "run", adata, 2, image)
+    spatial = tmp_path / "run" / "spatial"
+    (spatial / "tissue_hires_image.png").unlink()
+    with pytest.raises(UserError, match=r"tissue_hires_image.png: no such file; give the image of the section with --image"):
+        read_slide(tmp_path / "run", None)
+    factors = json.loads((spatial / "scalefactors_json.json").read_text())
+    for key, value in (("spot_diameter_fullres", None), ("tissue_hires_scalef", "0.5"), ("spot_diameter_fullres", 0)):
+        (spatial / "scalefactors_json.json").write_text(json.dumps({**factors, key: value}))
+        with pytest.raises(UserError, match=f"scalefactors_json.json: {key} is {value!r}, not a number above 0"):
+            read_slide(tmp_path / "run", None)
 
 
 def test_anndata_with_its_own_image(tmp_path):

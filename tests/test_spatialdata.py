@@ -32,7 +32,15 @@ def test_counts_circles_and_image_of_a_store(tmp_path):
     store.write(tmp_path / "one.zarr")
     slide = read_slide(tmp_path / "one.zarr", None)
     assert slide.name == "one" and np.allclose(slide.counts.xy, xy) and slide.radius == pytest.approx(6.0)
-    assert np.array_equal(slide.image, image) and (slide.counts.matrix != table.X).nnz == 0
+    assert np.array_equal(slide.image, image) and (slide.counts.matrix != table.X).nnz == 0 and not slide.square
+    from geopandas import GeoDataFrame
+    from shapely import box
+
+    bins = GeoDataFrame({"geometry": [box(x - 4, y - 4, x + 4, y + 4) for x, y in xy / 2]})
+    store["spots"] = ShapesModel.parse(bins, transformations={"global": half})
+    store.write(tmp_path / "bins.zarr")
+    slide = read_slide(tmp_path / "bins.zarr", None)
+    assert slide.square and slide.radius == pytest.approx(8.0) and np.allclose(slide.counts.xy, xy)
 
 
 def test_a_store_without_the_package_says_what_to_install(tmp_path, monkeypatch):

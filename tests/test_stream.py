@@ -165,7 +165,7 @@ def blocks():
 obs = pd.DataFrame(index=[str(i) for i in range(n)])
 genes = np.array([f"g{{i}}" for i in range(g)])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-stream.write_table({str(tmp_path / "t.zarr")!r}, obs, {{}}, {{}}, genes, ["a", "b"], blocks(), lambda: pd.DataFrame(index=genes))
+stream.write_table({str(tmp_path / "t.zarr")!r}, obs, {{}}, {{}}, genes, ["a", "b"], blocks(), lambda: pd.DataFrame(index=genes), {{}})
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -154,6 +154,33 @@ def test_shares_and_quantities(data, started):
     np.testing.assert_allclose(obsm["metagenes"].sum(1), 1, rtol=1e-4)
 
 
+def test_profiles_are_the_shares_of_genes_in_what_a_metagene_makes(data, started):
+    pair, spec = started
+    config = settings()
+    model, guide = sides(chains_of(pair)[0])
+    tables, units = xfuse.profiles(pair, config)
+    assert set(tables) < set(units) == {*tables, "metagenes", "scale"} and all(one.shape == (12, 4) for one in tables.values())
+    np.testing.assert_allclose(tables["metagene_profile_mean"].sum(0), 1, rtol=1e-5)
+    rates = (guide.metagenes_loc + model.log_rate).exp().detach().numpy().T
+    profile, baseline = rates / rates.sum(0), model.log_rate.softmax(0).detach().numpy()[:, None]
+    np.testing.assert_allclose(tables["metagene_log2_fold_mean"], np.log2(profile / baseline), atol=0.1)  # sd of L at the start: .1
+    sd = tables["metagene_log2_fold_sd"] * np.log(2)
+    assert 0.06 < np.median(sd) < 0.14
+    np.testing.assert_allclose(np.median(tables["metagene_profile_sd"] / tables["metagene_profile_mean"]), np.median(sd), rtol=0.1)
+    # a metagene has one number everywhere: that of the activities, of the profiles and of the posterior's site
+    saved = model.active.clone(), guide.metagenes_loc.detach().clone()
+    with torch.no_grad():
+        model.active[2] = False
+        guide.metagenes_loc[1, 5] += 5.0
+    changed, _ = xfuse.profiles(pair, config)
+    activity = xfuse.quantities(pair, data, config, spec)[0]["metagenes"]
+    assert (activity.max(0) == 0).tolist() == [False, False, True, False]
+    assert np.isnan(changed["metagene_profile_sd"]).all(0).tolist() == [False, False, True, False]
+    assert np.argmax(np.nan_to_num(changed["metagene_log2_fold_mean"] - tables["metagene_log2_fold_mean"]).max(0)) == 1
+    with torch.no_grad():
+        model.active.copy_(saved[0]), guide.metagenes_loc.copy_(saved[1])
+
+
 def test_a_fit_stopped_between_two_rounds_goes_on_as_if_it_had_not(data, tmp_path):
     config = settings("selection=split", "purge_every=2", "fit.steps=6")
 

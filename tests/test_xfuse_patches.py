@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ppl_st.errors import UserError
-from ppl_st.models.xfuse.patches import Batches, aggregate, blocks_around, inclusion, starts, tissue
+from ppl_st.models.xfuse.patches import Batches, aggregate, blocks_around, color_of, inclusion, starts, tissue
 from xfuse_sections import section, two_sections
 
 data = pytest.fixture(two_sections, scope="module")
@@ -126,6 +126,36 @@ def test_a_batch_is_a_function_of_its_step_and_turns_change_no_sum(data, monkeyp
         if augment == "none":
             wanted = means
     torch.testing.assert_close(means, wanted)
+
+
+@pytest.mark.parametrize("augment", ["none", "affine"])
+def test_images_become_floats_patch_by_patch(data, augment, monkeypatch):
+    """The image stays in bytes, and what the networks see is bit by bit what one array of floats would give."""
+    one = data.sections[0]
+    seen = tissue(one)
+    pixels = one.image.astype(np.float32)
+    first, last = pixels.min((0, 1)), pixels.max((0, 1))
+    whole = torch.from_numpy(np.moveaxis(0.9 * (2 * (pixels - first) / np.maximum(last - first, 1.0) - 1), 2, 0).copy())
+    assert seen.image.dtype == torch.uint8 and torch.equal(seen.scaled(seen.image), whole)
+    for found, wanted in zip(color_of([seen, seen]), (whole.double().mean((1, 2)), whole.double().std((1, 2), correction=0)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    batch = Batches([seen], 30, 1, augment, 0).of([0], [(3, 7)], np.random.default_rng(0))
+    if augment == "none":
+        assert torch.equal(batch.image[0], whole[:, 3:33, 7:37])
+    monkeypatch.setattr(type(seen), "scaled", lambda self, part: part)
+    other = Batches([seen._replace(image=whole)], 30, 1, augment, 0).of([0], [(3, 7)], np.random.default_rng(0))
+    assert torch.equal(batch.image, other.image)
+
+
+def test_a_section_takes_little_more_memory_than_its_features():
+    import tracemalloc
+
+    one = section(size=(300, 400), spots=False)
+    tracemalloc.start()
+    seen = tissue(one)
+    peak = tracemalloc.get_traced_memory()[1] / one.mask.size
+    tracemalloc.stop()
+    assert seen.features.shape == (16, 300, 400) and peak < 64 + 50, f"{peak:.0f} bytes per pixel"
 
 
 def test_a_measurement_that_fits_in_no_patch_is_refused(data):

@@ -49,6 +49,7 @@ from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
 from ppl_st.models.xfuse.data import Data, Input, Section
+from ppl_st.models.xfuse.metagenes import profiles as metagene_profiles
 from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import (
     PRESETS,
@@ -67,7 +68,7 @@ from ppl_st.models.xfuse.warm_start import UNIT, constant_start, data_start, gat
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
-    "edit", "empty", "maps", "novelty", "quantities", "select", "spec_from", "spec_to", "start",
+    "edit", "empty", "maps", "novelty", "profiles", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 
@@ -293,7 +294,7 @@ class Predictor:
             axes = (guide.center.numpy(), guide.axes.numpy()) if self.config.condition else None
             seen = tissue(one, None if axes is None else _scores(one.shown or one, axes))
             with torch.no_grad():
-                latents = guide.latents(seen.image[None], seen.spots[None])
+                latents = guide.latents(seen.scaled(seen.image)[None], seen.spots[None])
             lattices = self.spec.lattices[known] if known >= 0 else _new_lattices(one, self.spec)
             self.canvas[section, chain] = _Canvas(seen, lattices, known, codes, latents)
         return self.canvas[section, chain]
@@ -377,7 +378,7 @@ def _image_bounds(predictor: Predictor, tile: int) -> list[NDArray[np.float64]]:
         height, width = section.label.shape
         with torch.no_grad():
             law = model.image_law(model.decode([loc for loc, _ in local.latents], height, width))
-            cost = -law.log_prob(local.tissue.image[None]).sum(1, keepdim=True)  # [1, 1, H, W]
+            cost = -law.log_prob(local.tissue.scaled(local.tissue.image)[None]).sum(1, keepdim=True)  # [1, 1, H, W]
             for i, (loc, sd) in enumerate(local.latents):
                 kl = (0.5 * (loc**2 + sd**2 - 1) - sd.log()).sum(1, keepdim=True) / 4**i
                 cost += torch.nn.functional.interpolate(kl, scale_factor=2**i)[..., :height, :width]
@@ -403,3 +404,14 @@ def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict
         scale[rows] = mean.sum(1)
         shares[rows] = mean / np.maximum(mean.sum(1, keepdims=True), 1e-30)
     return {"metagenes": shares}, {"scale": scale}
+
+
+def profiles(pair: Pair, config: Config) -> tuple[dict[str, NDArray[np.float32]], dict[str, str]]:
+    """Profiles of the metagenes [G, M] by name (`ppl_st.models.xfuse.metagenes.profiles`), and the unit of each and of what `quantities` gives."""
+    same, over = "column k is the metagene k of obsm['metagenes']; NaN: not in use", "over posterior draws"
+    share = "share of the gene in the counts that the metagene makes, sum 1 over all genes of the fit"
+    fold = "log2 of that share over the gene's share in the fit's baseline"
+    units = {"metagenes": "share of the metagene in the activity at the place", "scale": "sum of the activity at the place, no unit"}
+    for name, text in (("metagene_profile", share), ("metagene_log2_fold", fold)):
+        units |= {f"{name}_mean": f"{text}, mean {over}; {same}", f"{name}_sd": f"{text}, sd {over}; {same}"}
+    return metagene_profiles(pair, config.fit.seed), units

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
@@ -28,11 +29,12 @@ from ppl_st.models.xfuse.model import PER_OUTPUT, Config, Guide, Model, sides
 from ppl_st.models.xfuse.patches import Batch, Batches
 from ppl_st.product import ProductSharedOddsNegativeBinomial
 
-__all__ = ["contributions", "drop", "purge", "rounds", "shares", "split"]
+__all__ = ["contributions", "drop", "profiles", "purge", "rounds", "shares", "split"]
 
 PIECE = 64  # pixels of a location whose ablations are one product of matrices
 ROWS = 512  # locations whose counts are dense at a time
 EVALUATED = 2.0  # times the locations of a batch, over all metagenes: evaluations of the likelihood per ablation round and draw
+PROFILE_DRAWS = 100
 
 
 def contributions(pair: Pair, batches: Batches, steps: range, draws: int, seed: int) -> Tensor:
@@ -126,6 +128,31 @@ def shares(pair: Pair, batches: Batches, steps: range, seed: int) -> Tensor:
                 activity = model.decoded(drawn, batch, guide.latents(batch.image, batch.spots))
             total += activity[batch.rows[batch.location] >= 0].sum(0).double()
     return total / total.sum()
+
+
+def profiles(pair: Pair, seed: int) -> dict[str, NDArray[np.float32]]:
+    """What each metagene expresses: mean and sd over `PROFILE_DRAWS` posterior draws, without effects of covariates, [G, M] each.
+
+    ``metagene_profile`` is the share of a gene in the counts that the metagene makes, p_mg = b_g e^{L_mg} / sum_h b_h e^{L_mh} over all genes of the
+    fit, b = e^{t + u}; ``metagene_log2_fold`` is log2(p_mg / p_g), p_g = b_g / sum_h b_h the share at L = 0. Unlike L they stay as they are where a
+    whole profile grows and the activity shrinks. Column m is the metagene m of all activities; NaN where it is not in use.
+    """
+    model, guide = sides(chains_of(pair)[0])
+    found = {}
+    with torch.no_grad(), rng_scope(seed, "profiles"):
+        loc, sd = guide.posterior("metagenes")  # [M, G]
+        base = torch.log_softmax(model.log_rate.double(), 0)
+        draws = torch.zeros(2, 2, *loc.shape, dtype=torch.float64)  # sums of share and log2 fold, and of their squares
+        for _ in range(PROFILE_DRAWS):
+            log = torch.log_softmax(base + loc + sd * torch.randn_like(loc), 1)
+            values = torch.stack([log.exp(), (log - base) / np.log(2.0)])
+            draws += torch.stack([values, values**2])
+        mean = draws[0] / PROFILE_DRAWS
+        spread = ((draws[1] / PROFILE_DRAWS - mean**2).clamp_min(0) * PROFILE_DRAWS / (PROFILE_DRAWS - 1)).sqrt()
+        for k, name in enumerate(("metagene_profile", "metagene_log2_fold")):
+            for moment, table in (("mean", mean[k]), ("sd", spread[k])):
+                found[f"{name}_{moment}"] = table.masked_fill(~model.active[:, None], torch.nan).T.float().numpy()
+    return found
 
 
 def drop(model: Model, gain: Tensor) -> list[int]:

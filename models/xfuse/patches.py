@@ -21,7 +21,7 @@ several shares of the spot pitch, standardised within each section's tissue, whi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,19 +39,21 @@ from ppl_st.inference.svi import epoch_order
 from ppl_st.models.xfuse.data import Section
 from ppl_st.product import csr_tensor
 
-__all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "pitch_of", "tissue"]
+__all__ = ["Augment", "Batch", "Batches", "Group", "Tissue", "aggregate", "color_of", "pitch_of", "tissue"]
 
 Augment = Literal["none", "dihedral", "affine"]
 OUTSIDE = 0.5  # pixels: smoothing of the edge of the tissue
 COARSE = 2  # pixels per side of a block in which features and positions are averaged
 ENLARGED = 1.65  # side of what is turned over that of a patch: sqrt(2) x 1.09 (shear by 10 degrees) / .95 (scale) and a little
+ROWS = 64  # of an image, of which the mean color is found
 THIN = 8  # of so many pixels of the virtual measurement one is used in a step
 
 
 class Tissue(NamedTuple):
-    """One section as tensors."""
+    """One section as tensors: per pixel 3 bytes of the image, 4 (F + 1) of features and 8 of labels (and 4 S of spots)."""
 
-    image: Tensor  # [3, H, W] each channel scaled to [-.9, .9]
+    image: Tensor  # [3, H, W] uint8: floats are made patch by patch, see `scaled`
+    ends: Tensor  # [3, 2] smallest and largest value of each channel
     features: Tensor  # [F + 1, H, W]; the last one is 1 off tissue and spots, else 0
     label: Tensor  # [H, W] int64
     counts: sp.csr_matrix
@@ -60,6 +62,11 @@ class Tissue(NamedTuple):
     low: NDArray[np.int64]  # [rows, 2] first y and x of each location
     high: NDArray[np.int64]  # [rows, 2] last y and x
     spots: Tensor  # [S, H, W] what the recognition network sees of the counts: scores where there are spots, and whether there are
+
+    def scaled(self, part: Tensor) -> Tensor:
+        """A part of the image [3, h, w] as floats, each channel scaled to [-.9, .9] over the section."""
+        first, last = self.ends[:, :, None, None].unbind(1)
+        return 0.9 * (2 * (part.float() - first) / (last - first).clamp_min(1.0) - 1)
 
 
 class Group(NamedTuple):
@@ -124,20 +131,30 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissu
     for row, box in enumerate(find_objects(label, max_label=rows)):
         if box is not None:
             low[row], high[row] = [b.start for b in box], [b.stop - 1 for b in box]
-    pixels = section.image.astype(np.float32)
-    first, last = pixels.min((0, 1)), pixels.max((0, 1))
-    image = 0.9 * (2 * (pixels - first) / np.maximum(last - first, 1.0) - 1)
-    outside = gaussian_filter(_beyond(fit), OUTSIDE)
+    ends = np.stack([section.image.min((0, 1)), section.image.max((0, 1))], 1).astype(np.float32)
+    features = np.empty((FEATURES + 1, *label.shape), np.float32)
+    image_features(section.image, section.mask, pitch_of(fit), features[:-1])
+    features[-1] = gaussian_filter(_beyond(fit), OUTSIDE)
     painted = np.zeros((0, *label.shape), np.float32)
     if scores is not None:
         there = (fit.label > 0) & (fit.label != fit.virtual + 1)
         table = np.vstack([np.zeros((1, scores.shape[1]), np.float32), scores])
         painted = np.concatenate([np.moveaxis(table[fit.label] * there[..., None], 2, 0), there[None].astype(np.float32)])
     return Tissue(
-        torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0))),
-        torch.from_numpy(np.concatenate([image_features(section.image, section.mask, pitch_of(fit)), outside[None]])),
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(section.image, 2, 0))), torch.from_numpy(ends), torch.from_numpy(features),
         torch.from_numpy(label), section.counts, section.virtual, size, low, high, torch.from_numpy(painted),
     )  # fmt: skip
+
+
+def color_of(tissues: Sequence[Tissue]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and sd of each channel, scaled, over all pixels [3]; `ROWS` rows are floats at a time."""
+    number, total, square = 0, np.zeros(3), np.zeros(3)
+    for one in tissues:
+        for rows in one.image.split(ROWS, 1):
+            values = one.scaled(rows).double().flatten(1).numpy()
+            number, total, square = number + values.shape[1], total + values.sum(1), square + (values**2).sum(1)
+    mean = total / number
+    return mean, np.sqrt(np.maximum(square / number - mean**2, 0.0))
 
 
 def _beyond(section: Section) -> NDArray[np.float32]:
@@ -269,7 +286,7 @@ class Batches:
         rows, columns = torch.arange(y.start, y.stop) + 0.5, torch.arange(x.start, x.stop) + 0.5
         where = torch.stack([columns.expand(side, side), rows[:, None].expand(side, side)])  # [2, p, p]
         label, weight = one.label[y, x], torch.ones(side, side)
-        planes = torch.cat([one.image[:, y, x], one.features[:, y, x], one.spots[:, y, x], where])
+        planes = torch.cat([one.scaled(one.image[:, y, x]), one.features[:, y, x], one.spots[:, y, x], where])
         if one.virtual >= 0 and self.augment != "affine":
             weight = torch.where(label == one.virtual + 1, self.pixels[section, 0][y][:, None] * self.pixels[section, 1][x], 1.0)
         if self.augment == "dihedral":
@@ -277,8 +294,9 @@ class Batches:
             planes, label, weight = (_turned(t, quarter, flip) for t in (planes, label, weight))
         elif self.augment == "affine":
             extra = math.ceil(side * (ENLARGED - 1) / 2)
-            wide = [_around(plane, corner, side, extra) for plane in (one.image, one.features, one.spots)]
-            planes = torch.cat([*wide, F.pad(where, (extra, extra, extra, extra))])  # positions are of no use without fields
+            image = _around(one.image, corner, side, extra, one.scaled)
+            wide = [_around(plane, corner, side, extra) for plane in (one.features, one.spots)]
+            planes = torch.cat([image, *wide, F.pad(where, (extra, extra, extra, extra))])  # positions are of no use without fields
             planes, label = _published_augmentation(planes, _around(one.label, corner, side, extra), side, rng)
         if one.virtual >= 0:
             drawn = torch.from_numpy(rng.random((side, side)) < 1 / THIN)
@@ -327,10 +345,11 @@ def _turned(x: Tensor, quarter: int, flip: bool) -> Tensor:
     return x.flip(-1) if flip else x
 
 
-def _around(x: Tensor, corner: Sequence[int], side: int, extra: int) -> Tensor:
-    """The window [..., side + 2 extra, side + 2 extra] with ``extra`` pixels on each side of a patch; 0 beyond the section."""
+def _around(x: Tensor, corner: Sequence[int], side: int, extra: int, scaled: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The window [..., side + 2 extra, side + 2 extra] with ``extra`` pixels on each side of a patch, ``scaled``; 0 beyond the section."""
     (top, left), (height, width), wide = (start - extra for start in corner), x.shape[-2:], side + 2 * extra
     inside = x[..., max(top, 0) : top + wide, max(left, 0) : left + wide]
+    inside = inside if scaled is None else scaled(inside)
     return F.pad(inside, (max(-left, 0), max(left + wide - width, 0), max(-top, 0), max(top + wide - height, 0)))
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from ppl_st.inference.pair import Pair
 from ppl_st.models.xfuse.data import Data
 from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, points_of, sides, spatial_field
-from ppl_st.models.xfuse.patches import Tissue, pitch_of
+from ppl_st.models.xfuse.patches import Tissue, color_of, pitch_of
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "nmf", "normal_scores", "without_failed"]
 
@@ -86,8 +86,7 @@ def gather(data: Data, tissues: Sequence[Tissue]) -> Spots:
         if not len(rows):
             continue
         flat = one.label.numpy().ravel()
-        planes = one.features.numpy().astype(np.float64)
-        total = np.stack([np.bincount(flat, plane.ravel(), len(one.size) + 1)[1:] for plane in planes], 1)
+        total = np.stack([np.bincount(flat, plane.ravel(), len(one.size) + 1)[1:] for plane in one.features.numpy()], 1)
         means = total[rows] / one.size[rows, None]
         pitch = np.full(len(rows), pitch_of(section))
         size = one.size[rows].astype(float)
@@ -269,9 +268,9 @@ def constant_start(pair: Pair, spots: Spots, tissues: Sequence[Tissue], rng: np.
     with torch.no_grad():
         model.bias.zero_()
         model.bias[0] = float(_inverse_softplus(1 / spots.size.mean() / model.spec.unit))
-    pixels = np.concatenate([one.image.flatten(1).numpy() for one in tissues if one.counts.shape[0]], 1)
-    _write(model.image_start[:, 0], np.arctanh(np.clip(pixels.mean(1), -0.99, 0.99)))
-    _write(model.image_start[:, 1], _inverse_softplus(np.maximum(pixels.std(1), 1e-2)))
+    color, sd = color_of([one for one in tissues if one.counts.shape[0]])
+    _write(model.image_start[:, 0], np.arctanh(np.clip(color, -0.99, 0.99)))
+    _write(model.image_start[:, 1], _inverse_softplus(np.maximum(sd, 1e-2)))
     if model.config.metagenes > 1:  # equal profiles would stay equal
         _write(guide.metagenes_loc, 0.01 * rng.standard_normal(tuple(guide.metagenes_loc.shape)))
 

@@ -78,10 +78,12 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
         first = xy[outside][0]
         height, width = section.image.shape[:2]
         low, high = np.array(section.origin), np.array(section.origin) + np.array([width, height]) / section.scale
+        held = "the spots of the fit and a margin; fit with a larger one (--set input.margin=...)"
+        if not (section.shown or section).counts.shape[0]:
+            held = "the tissue found in the new image and a margin; leave them out, or if they lie on tissue, fit with --set 'input.mask=[\"none\"]'"
         raise UserError(
             f"target: {outside.sum()} of {len(xy)} positions lie outside section {section.name!r}, e.g. ({first[0]:.6g}, {first[1]:.6g}); it spans "
-            f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file, the spots of the fit and a margin; "
-            "fit with a larger one (--set input.margin=...)"
+            f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file, {held}"
         )
     pixels = section.radius if radius is None else radius * section.scale
     label = label_spots(section.label.shape, centers, pixels, square=section.square)
@@ -96,12 +98,18 @@ def new_image(
     *,
     name: str = "new",
     scale: float | None = None,
-    xy: NDArray[np.float64] | None = None,
 ) -> Section:
     """A section of an image without counts, for prediction: the tissue, or all of the image where the fit's mask is "none"; covariates unknown.
 
+    The margin around the tissue is that around the spots of the fit. What is kept of the image scales its colors and places its spatial field, so it
+    does not depend on the places that are asked for.
+
     ``scale``: working pixels per pixel of the image; None: that of the first section of the fit, hence an image of the same resolution.
-    ``xy`` [n, 2]: places that the section must hold, in pixels of the image.
+
+    Raises
+    ------
+    UserError
+        If there is no tissue in the image.
     """
     height, width = image_size(image)
     first = like.sections[0]
@@ -109,10 +117,14 @@ def new_image(
         scale = first.file_scale if np.isfinite(first.file_scale) else min(1.0, first.scale)
     pixels = read_image(image, scale=scale)
     frame = pixels.shape[:2]
-    mask = np.ones(pixels.shape[:2], bool) if config.mask == ("none",) else tissue_mask(pixels)
-    margin = 2 * first.radius
-    held = [np.argwhere(mask)[:, ::-1].astype(np.float64), *([] if xy is None else [xy * scale])]
-    box = _box(np.concatenate(held), pixels.shape[:2], margin)
+    mask = np.ones(pixels.shape[:2], bool) if set(config.mask) == {"none"} else tissue_mask(pixels)
+    if not mask.any():
+        raise UserError(
+            f"image {image if isinstance(image, str | Path) else 'array'}: no tissue is found in it; if there is some, fit with "
+            "--set 'input.mask=[\"none\"]', with which all of an image is tissue"
+        )
+    tissue = np.argwhere(mask)[:, ::-1].astype(np.float64)
+    box = _box(tissue, pixels.shape[:2], max(config.margin * np.ptp(tissue, axis=0).max(), 4 * first.radius))
     pixels, mask = pixels[box[0] : box[1], box[2] : box[3]], mask[box[0] : box[1], box[2] : box[3]]
     say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {mask.mean():.0%} tissue")
     nowhere = _no_counts(0, len(like.genes))
