@@ -1,5 +1,7 @@
 """Coverage, PIT, risk against trust and the parts of the variance: known answers, and what each must tell apart."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -65,6 +67,18 @@ def test_pit_is_flat_only_for_the_truth(forecasts):
     np.testing.assert_allclose(drawn, pit_histogram(*right, bins=10).mean(1), atol=0.05)
     edges = pit_histogram([[0.0], [0.5], [1.0]], [[0.0], [0.5], [1.0]], bins=2)
     np.testing.assert_allclose(edges[:, 0], [2 / 3, 4 / 3])  # points: each in one bin
+
+
+def test_a_histogram_takes_the_memory_of_one_bin():
+    """All 20 bins at once took 525 bytes per entry: 10 GB for the entries that a report judges."""
+    low = np.random.default_rng(0).uniform(0, 0.5, (400, 50))
+    tracemalloc.start()
+    try:
+        pit_histogram(low, low + 0.3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 80 * low.size, peak / low.size
 
 
 def test_pit_bounds_of_draws_are_uniform_for_any_number_of_draws():
