@@ -111,13 +111,16 @@ def coverage_table(
     Returns
     -------
     DataFrame
-        Columns group ("all" first), level, coverage, lo, hi, cells, genes.
+        Columns group (first "all", or "all cells" where a group has that name), level, coverage, lo, hi, cells, genes.
     """
     low, high = np.asarray(pit_low), np.asarray(pit_high)
     labels = np.full(len(low), "all") if groups is None else np.asarray(groups).astype(str)
     if labels.shape != low.shape[:1]:
         raise UserError(f"coverage_table: {len(labels)} group labels for {len(low)} cells")
-    parts = [("all", slice(None))] + ([] if groups is None else [(name, labels == name) for name in np.unique(labels)])
+    names, overall = [] if groups is None else np.unique(labels).tolist(), "all"
+    while overall in names:
+        overall += " cells"
+    parts = [(overall, slice(None))] + [(name, labels == name) for name in names]
     pick = np.random.default_rng([seed, 21]).integers(0, low.shape[1], (resamples, low.shape[1]))
     rows = []
     for name, cells in parts:

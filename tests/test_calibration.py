@@ -43,6 +43,11 @@ def test_the_truth_is_covered_overall_and_in_every_group(forecasts):
     np.testing.assert_allclose(weighted, table["coverage"][:4])
 
 
+def test_a_group_of_the_name_all_is_kept_apart(forecasts):
+    table = coverage_table(*forecasts[0], np.where(forecasts[2] == "a", "all", "b"), levels=(0.9,)).set_index("group")
+    assert table["cells"].to_dict() == {"all cells": 600, "all": 200, "b": 400}
+
+
 def test_bootstrap_intervals_see_genes_not_cells(forecasts):
     """Levels that the forecaster does not know: coverage differs between genes, so the interval must be as wide as 60 genes make it."""
     _, wrong, _ = forecasts
