@@ -215,6 +215,22 @@ def test_without_coordinates_none_are_exported(run):
     assert [sorted(frame.data_vars) for frame in exported] == [["measured", "spatial"], ["measured"]]
 
 
+def test_scores_are_gathered_block_by_block(run, sim, monkeypatch):
+    """All tables of a prediction of every cell were held for a few numbers per gene."""
+    wide = replace(run, recalibration=Recalibration(0.9, [0.0], [KNOTS.tolist()] * 2, [], 3, 0.8))
+    options = {"draws": 12, "seed": 1, "memory_gb": 1e-4}  # blocks of few cells and few genes
+    truth = run.counts_of(sim.truth)
+    want = wide.predict(truth.genes, truth=truth, **options)
+    monkeypatch.setattr("ppl_st.posterior.posterior_predictive", None)
+    monkeypatch.setattr("ppl_st.posterior.INNER_CELLS", 40)
+    scores, inner = wide.score(truth, **options), wide.inner_scores(truth, **options)
+    pd.testing.assert_frame_equal(scores, want.var[scores.columns], check_names=False, rtol=1e-6)
+    assert {"mean_count", "coverage_95", "recalibrated_crps", "recalibrated_coverage"} <= set(scores) and scores.index.name == "gene"
+    np.testing.assert_allclose(inner.pit, pit_curves(want.layers["pit_low"], want.layers["pit_high"]), atol=1e-9)
+    assert inner.log_prob.shape == (40, 10)
+    np.testing.assert_array_equal(inner.log_prob, want[inner.cells, inner.genes].layers["log_prob"])
+
+
 def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
     from ppl_st.data import read_counts
 
