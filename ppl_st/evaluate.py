@@ -30,15 +30,14 @@ from numpy.typing import NDArray
 from ppl_st import config as configs
 from ppl_st.api import Source, fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
-from ppl_st.calibration import LEVELS, coverage, pit_bounds
 from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
 from ppl_st.layers import read_layers
-from ppl_st.metrics import bootstrap_mean, crps_from_draws, score_prediction, score_table
+from ppl_st.metrics import bootstrap_mean, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import read_like, read_pair
-from ppl_st.peers import PEERS, check
+from ppl_st.peers import PEERS, check, draw_scores
 from ppl_st.posterior import INNER_CELLS
 from ppl_st.run_folder import begun, refuse_evaluated
 
@@ -355,11 +354,7 @@ def _score_peer(name: str, task: _Task, split: Split, draws: int) -> pd.DataFram
     seconds = time.perf_counter() - began
     table = score_table(task.truth.matrix, answer.mean, split.training_total, task.held_out)
     if answer.draws is not None:
-        truth = task.truth.matrix.toarray()
-        table["crps"] = crps_from_draws(answer.draws, truth).mean(0)
-        covered = coverage(*pit_bounds(answer.draws, truth), LEVELS)
-        for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
-            table[f"coverage_{round(100 * level)}"] = per_gene
+        table = table.join(draw_scores(answer.draws, task.truth.matrix).set_axis(table.index))
     return labelled(table, name, "peer", task.fold, seconds)
 
 
