@@ -82,7 +82,7 @@ def predictive_checks(run: Run, truth: Counts | None = None, genes: Any = None, 
     drawn = np.zeros((draws, n, len(asked)), np.float32)
     for rows, counts in count_draws(predictor, predictor.chains, index, draws=draws, seed=seed):
         drawn[:, rows] = counts
-    graph = None if run.target.xy is None else _neighbors(run, run.target.xy)
+    graph = _neighbors(run)
 
     def of(counts: Any) -> dict[str, Floats]:
         x = np.asarray(counts, dtype=np.float64)
@@ -96,10 +96,13 @@ def predictive_checks(run: Run, truth: Counts | None = None, genes: Any = None, 
     return Checks(table[["gene", "statistic", "observed", "q05", "q50", "q95", "pit", "inside"]], library)
 
 
-def _neighbors(run: Run, xy: NDArray[np.floating]) -> Any:
-    """Nearest cells, of several slides only those of the own one."""
+def _neighbors(run: Run) -> Any:
+    """Nearest cells, of several slides only those of the own one; None where Moran's I has no meaning: no place, no neighbor, under four cells."""
+    if run.target.xy is None or len(run.target.names) < 4:
+        return None
     key = getattr(run.config, "library_key", None) or "section"  # a method of images names it so
-    return neighbors(xy, NEIGHBORS, run.target.obs[key].to_numpy() if key in run.target.obs else None)
+    graph = neighbors(run.target.xy, NEIGHBORS, run.target.obs[key].to_numpy() if key in run.target.obs else None)
+    return graph if graph.nnz else None
 
 
 def _ranked(drawn: Any, observed: Floats) -> pd.DataFrame:

@@ -39,6 +39,7 @@ from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import read_like, read_pair
 from ppl_st.peers import PEERS, check, draw_scores
 from ppl_st.posterior import INNER_CELLS
+from ppl_st.prepare import MIN_SHARED, load_prepare, refuse_few_genes
 from ppl_st.run_folder import begun, refuse_evaluated
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
@@ -264,7 +265,7 @@ def _tasks(
     seed: int,
     say: Callable[[str], None],
 ) -> list[_Task]:
-    shared = np.sort(shared_genes(cells, other))
+    shared = np.sort(shared_genes(cells, other, minimum=MIN_SHARED))
     if truth is not None:
         counted = _same_cells(truth, cells)
         wanted = np.setdiff1d(np.intersect1d(counted.genes, other.genes), cells.genes)
@@ -288,12 +289,11 @@ def _tasks(
     keep = np.ones(len(cells.names), dtype=bool)
     for genes in parts.values():
         training = shared[~np.isin(shared, genes)]
-        if not training.size:
-            raise UserError("evaluate: a fold holds every shared gene; nothing is left to train on")
         if truth is None:
             keep &= cells.take_genes(training).totals > 0
     if not keep.all():
         say(f"{int((~keep).sum())} cells have no count in the training genes of some fold and are dropped")
+            refuse_few_genes("evaluate", len(shared), len(genes))
     cells, counted = cells.take_rows(keep), counted.take_rows(keep)
     tasks = []
     for fold, genes in parts.items():

@@ -196,7 +196,7 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
     split = Split(run.target, run.reference, genes, seed, getattr(run.config, "library_key", None))
     for name, one in (SPOT_BASELINES if reference_kind(run) == "spots" else REFERENCE_BASELINES).items():
         tables[f"baseline: {name}"] = metrics.score_table(counts, one.estimate(split), total, genes, scale=one.scale)
-    tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts), total, genes, scale="log")
+    tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts, min(5, counts.shape[0])), total, genes, scale="log")
     return tables
 
 

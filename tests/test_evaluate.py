@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 
 import ppl_st.evaluate as ev
-from ppl_st.baselines import SPOT_BASELINES, Split, supervised_ridge
+from ppl_st.baselines import SPOT_BASELINES, Baseline, Split, spot_copy, supervised_ridge
 from ppl_st.data import gene_folds, read_counts
 from ppl_st.errors import UserError
 from ppl_st.evaluate_images import evaluate_spots
@@ -100,6 +101,18 @@ def test_baselines_equal_direct_calls_and_the_upper_reference_is_marked(world, p
     assert (ranked[ranked["method"] == "siid"]["rank"] == 1).all()  # it knows the truth
     everything = set(SPOT_BASELINES) | {"siid"}
     assert set(ranked[ranked["metric"] == "log_scc"]["method"]) == everything
+
+
+def test_as_few_genes_as_a_fit_needs_are_enough_or_refused_before_it(world, perfect):
+    """Ten shared genes were asked for, or a fit in the middle failed."""
+    done = ev.evaluate(["siid"], world.target[:, :6].copy(), world.reference, folds=6, max_folds=1, baselines=False)
+    assert len(done.scores) == 1
+    Stub.seen.clear()
+    with pytest.raises(UserError, match=r"hiding 2 of 6 shared genes leaves 4, but a fit needs 5: hide fewer \(--folds 6 or more\)"):
+        ev.evaluate(["siid"], world.target[:, :6].copy(), world.reference, folds=5, baselines=False)
+    with pytest.raises(UserError, match="hiding 1 of 5 shared genes leaves 4, but a fit needs 5: a panel of 6 or more is needed"):
+        ev.evaluate(["siid"], world.target[:, :5].copy(), world.reference, folds=5, baselines=False)
+    assert not Stub.seen
 
 
 def test_a_folds_file_is_followed(world, perfect, tmp_path):
