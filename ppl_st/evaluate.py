@@ -151,6 +151,9 @@ def evaluate(
         for task in tasks:
             talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
             split = Split(task.target, other, task.held_out, seed, library_key)
+            if spots and baselines:  # they copy spots by place
+                problem = load_prepare(own[0]).problem(task.target, other, settings, lambda line: None)
+                split = Split.placed(problem, task.held_out, seed, library_key)
             for method in others:
                 parts.append(_score_peer(method, task, split, draws))
                 talk(line_of(parts[-1]))
@@ -290,10 +293,10 @@ def _tasks(
     for genes in parts.values():
         training = shared[~np.isin(shared, genes)]
         if truth is None:
+            refuse_few_genes("evaluate", len(shared), len(genes))
             keep &= cells.take_genes(training).totals > 0
     if not keep.all():
         say(f"{int((~keep).sum())} cells have no count in the training genes of some fold and are dropped")
-            refuse_few_genes("evaluate", len(shared), len(genes))
     cells, counted = cells.take_rows(keep), counted.take_rows(keep)
     tasks = []
     for fold, genes in parts.items():

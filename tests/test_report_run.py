@@ -96,6 +96,14 @@ def test_the_mean_count_of_genes_is_per_row(noun):
     assert table.units["mean count"] == f"counts per {noun}" and "upper bound" in table.caption
 
 
+def test_baselines_copy_spots_where_siid_puts_them(run, sim):
+    """Coordinates of the file are in another frame where `transform` is set, and of several sections in the same range."""
+    predicted = run.predict(sim.truth.var_names, draws=4, lognorm=True)
+    elsewhere = replace(run, reference=replace(run.reference, xy=run.reference.xy[::-1]))
+    plain, other = (report_run._methods(one, run.counts_of(sim.truth), predicted, 0)["baseline: spot_copy"] for one in (run, elsewhere))
+    pd.testing.assert_frame_equal(plain, other)
+
+
 def test_three_cells_have_a_report(run, sim, tmp_path):
     """Moran's I needs four, the upper reference five."""
     settings = [*run.manifest["overrides"], "radius=70"]
