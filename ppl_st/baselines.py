@@ -20,7 +20,7 @@ Not here: splits into folds, scoring (`ppl_st.metrics.score_table`), uncertainty
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -60,6 +60,12 @@ class Split:
     held_out: np.ndarray
     seed: int = 0
     library_key: str | None = None
+
+    @classmethod
+    def placed(cls, problem: tuple[Any, Counts, Counts], held_out: np.ndarray, seed: int, library_key: str | None) -> Split:
+        """Of cells and spots where SIID's ``problem`` (its data, cells, spots) has them: in one frame, sections far apart, in units of the pitch."""
+        data, target, reference = problem
+        return cls(replace(target, xy=data.cell_xy), replace(reference, xy=data.spot_xy), held_out, seed, library_key)
 
     def __post_init__(self) -> None:
         held_out = np.asarray(self.held_out, dtype=str)

@@ -111,13 +111,16 @@ def coverage_table(
     Returns
     -------
     DataFrame
-        Columns group ("all" first), level, coverage, lo, hi, cells, genes.
+        Columns group (first "all", or "all cells" where a group has that name), level, coverage, lo, hi, cells, genes.
     """
     low, high = np.asarray(pit_low), np.asarray(pit_high)
     labels = np.full(len(low), "all") if groups is None else np.asarray(groups).astype(str)
     if labels.shape != low.shape[:1]:
         raise UserError(f"coverage_table: {len(labels)} group labels for {len(low)} cells")
-    parts = [("all", slice(None))] + ([] if groups is None else [(name, labels == name) for name in np.unique(labels)])
+    names, overall = [] if groups is None else np.unique(labels).tolist(), "all"
+    while overall in names:
+        overall += " cells"
+    parts = [(overall, slice(None))] + [(name, labels == name) for name in names]
     pick = np.random.default_rng([seed, 21]).integers(0, low.shape[1], (resamples, low.shape[1]))
     rows = []
     for name, cells in parts:
@@ -137,10 +140,11 @@ def pit_histogram(pit_low: Any, pit_high: Any, bins: int = 20) -> np.ndarray:
     low, high = np.asarray(pit_low, dtype=np.float64), np.asarray(pit_high, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
     upper = np.r_[edges[1:-1], 1.5]  # a point at 1 belongs to the last bin, at an inner edge to one bin only
-    point = (low == high)[None] & (low[None] < upper[:, None, None]) & (low[None] >= edges[:-1, None, None])
-    overlap = np.clip(np.minimum(high[None], edges[1:, None, None]) - np.maximum(low[None], edges[:-1, None, None]), 0.0, None)
-    width = np.where(high > low, high - low, 1.0)
-    return bins * np.where(low == high, point, overlap / width).mean(1)
+    width, density = np.where(high > low, high - low, 1.0), []
+    for a, b, top in zip(edges[:-1], edges[1:], upper, strict=True):  # one after the other: all at once would be bins x cells x genes
+        overlap = np.clip(np.minimum(high, b) - np.maximum(low, a), 0.0, None)
+        density.append(np.where(low == high, (low < top) & (low >= a), overlap / width).mean(0))
+    return bins * np.stack(density)
 
 
 def randomised_pit(pit_low: Any, pit_high: Any, seed: int = 0) -> np.ndarray:

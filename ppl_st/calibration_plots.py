@@ -151,11 +151,12 @@ def check_plot(table: "pd.DataFrame") -> "Figure":
     Parameters
     ----------
     table
-        As of `ppl_st.checks.predictive_checks`: columns statistic, observed, q05, q50, q95, pit.
+        As of `ppl_st.checks.predictive_checks`: columns statistic, observed, q05, q50, q95, pit, inside.
 
     Notes
     -----
-    Bars hold 90 % of the draws. Genes outside (pit below .05 or above .95) have another color. Mean and variance: symmetric log scale.
+    Bars hold 90 % of the draws. Genes outside (pit below .05 or above .95) have another color; titles count ties in part. Mean and variance:
+    symmetric log scale.
     """
     names = list(dict.fromkeys(table["statistic"]))
     columns = min(2, len(names))
@@ -176,7 +177,7 @@ def check_plot(table: "pd.DataFrame") -> "Figure":
             scale = {"linthresh": max(float(positive[positive > 0].min(initial=1.0)), 1e-6)}
             ax.set_xscale("symlog", **scale)
             ax.set_yscale("symlog", **scale)
-        ax.set_title(f"{name}: {int(inside.sum())} of {len(inside)} genes inside", fontsize="medium")
+        ax.set_title(f"{name}: {part['inside'].sum():.0f} of {len(part)} genes inside", fontsize="medium")
         ax.spines[["top", "right"]].set_visible(False)
     for ax in panels.flat[len(names) :]:
         ax.set_visible(False)

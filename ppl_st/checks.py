@@ -8,7 +8,8 @@ statistic T of all its counts is computed on the measured counts and on each of 
     Moran's I           how alike spatial neighbors are (`ppl_st.pooling.morans_i`)
 
 and, cell by cell, of the ``library``: a cell's sum over the genes looked at. Where the measured value lies among the K drawn ones is its PIT, ranked
-as `ppl_st.calibration.pit_bounds` ranks: below .05 or above .95 the model's data do not look like the data in this respect. Draws
+as `ppl_st.calibration.pit_bounds` ranks: below .05 or above .95 the model's data do not look like the data in this respect. A value that ties with
+draws (few counts) has a stretch of ranks, and counts for the part of it that lies between: 90 % in the mean if the model is right. Draws
 share a gene's level, dispersion and everything else that is not known of it, so for genes that were never measured the bands are wide, and 90 %
 of the genes should lie within theirs; for genes that the fit saw bands are narrow, and a check fails sooner.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ppl_st.calibration import pit_bounds
+from ppl_st.calibration import interval_coverage, pit_bounds
 from ppl_st.data import Counts, matched
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import count_draws
@@ -41,8 +42,8 @@ Floats = NDArray[np.float64]
 
 
 class Checks(NamedTuple):
-    """``genes``: one row per gene and statistic, columns gene, statistic, observed, q05, q50, q95 (over draws), pit; ``library``: one row
-    per cell, columns observed, q05, q50, q95, pit.
+    """``genes``: one row per gene and statistic, columns gene, statistic, observed, q05, q50, q95 (over draws), pit (its middle), inside (share of it
+    in the middle 90 %); ``library``: one row per cell, columns observed, q05, q50, q95, pit, inside.
     """
 
     genes: pd.DataFrame
@@ -81,7 +82,7 @@ def predictive_checks(run: Run, truth: Counts | None = None, genes: Any = None, 
     drawn = np.zeros((draws, n, len(asked)), np.float32)
     for rows, counts in count_draws(predictor, predictor.chains, index, draws=draws, seed=seed):
         drawn[:, rows] = counts
-    graph = None if run.target.xy is None else _neighbors(run, run.target.xy)
+    graph = _neighbors(run)
 
     def of(counts: Any) -> dict[str, Floats]:
         x = np.asarray(counts, dtype=np.float64)
@@ -92,17 +93,21 @@ def predictive_checks(run: Run, truth: Counts | None = None, genes: Any = None, 
     tables = [_ranked(np.stack([one[name] for one in made]), true[name]).assign(gene=asked, statistic=name) for name in true]
     table = pd.concat(tables, ignore_index=True)
     library = _ranked(drawn.sum(-1), observed.sum(1)).set_index(pd.Index(run.target.names))
-    return Checks(table[["gene", "statistic", "observed", "q05", "q50", "q95", "pit"]], library)
+    return Checks(table[["gene", "statistic", "observed", "q05", "q50", "q95", "pit", "inside"]], library)
 
 
-def _neighbors(run: Run, xy: NDArray[np.floating]) -> Any:
-    """Nearest cells, of several slides only those of the own one."""
+def _neighbors(run: Run) -> Any:
+    """Nearest cells, of several slides only those of the own one; None where Moran's I has no meaning: no place, no neighbor, under four cells."""
+    if run.target.xy is None or len(run.target.names) < 4:
+        return None
     key = getattr(run.config, "library_key", None) or "section"  # a method of images names it so
-    return neighbors(xy, NEIGHBORS, run.target.obs[key].to_numpy() if key in run.target.obs else None)
+    graph = neighbors(run.target.xy, NEIGHBORS, run.target.obs[key].to_numpy() if key in run.target.obs else None)
+    return graph if graph.nnz else None
 
 
 def _ranked(drawn: Any, observed: Floats) -> pd.DataFrame:
-    """Quantiles of ``drawn`` [K, m], and the place of ``observed`` [m] among them: the middle of its PIT."""
+    """Quantiles of ``drawn`` [K, m], and the place of ``observed`` [m] among them: the middle of its PIT, its share in the middle 90 %."""
     low, high = pit_bounds(drawn, observed)
     q05, q50, q95 = np.quantile(drawn, [0.05, 0.5, 0.95], axis=0)
-    return pd.DataFrame({"observed": observed, "q05": q05, "q50": q50, "q95": q95, "pit": (low + high) / 2})
+    inside = interval_coverage(low[None], high[None], (0.05, 0.95))
+    return pd.DataFrame({"observed": observed, "q05": q05, "q50": q50, "q95": q95, "pit": (low + high) / 2, "inside": inside})

@@ -30,16 +30,16 @@ from numpy.typing import NDArray
 from ppl_st import config as configs
 from ppl_st.api import Source, fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
-from ppl_st.calibration import LEVELS, coverage, pit_bounds
 from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
 from ppl_st.layers import read_layers
-from ppl_st.metrics import bootstrap_mean, crps_from_draws, score_prediction, score_table
+from ppl_st.metrics import bootstrap_mean, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import read_like, read_pair
-from ppl_st.peers import PEERS, check
+from ppl_st.peers import PEERS, check, draw_scores
 from ppl_st.posterior import INNER_CELLS
+from ppl_st.prepare import MIN_SHARED, load_prepare, refuse_few_genes
 from ppl_st.run_folder import begun, refuse_evaluated
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
@@ -151,6 +151,9 @@ def evaluate(
         for task in tasks:
             talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
             split = Split(task.target, other, task.held_out, seed, library_key)
+            if spots and baselines:  # they copy spots by place
+                problem = load_prepare(own[0]).problem(task.target, other, settings, lambda line: None)
+                split = Split.placed(problem, task.held_out, seed, library_key)
             for method in others:
                 parts.append(_score_peer(method, task, split, draws))
                 talk(line_of(parts[-1]))
@@ -265,7 +268,7 @@ def _tasks(
     seed: int,
     say: Callable[[str], None],
 ) -> list[_Task]:
-    shared = np.sort(shared_genes(cells, other))
+    shared = np.sort(shared_genes(cells, other, minimum=MIN_SHARED))
     if truth is not None:
         counted = _same_cells(truth, cells)
         wanted = np.setdiff1d(np.intersect1d(counted.genes, other.genes), cells.genes)
@@ -289,9 +292,8 @@ def _tasks(
     keep = np.ones(len(cells.names), dtype=bool)
     for genes in parts.values():
         training = shared[~np.isin(shared, genes)]
-        if not training.size:
-            raise UserError("evaluate: a fold holds every shared gene; nothing is left to train on")
         if truth is None:
+            refuse_few_genes("evaluate", len(shared), len(genes))
             keep &= cells.take_genes(training).totals > 0
     if not keep.all():
         say(f"{int((~keep).sum())} cells have no count in the training genes of some fold and are dropped")
@@ -355,11 +357,7 @@ def _score_peer(name: str, task: _Task, split: Split, draws: int) -> pd.DataFram
     seconds = time.perf_counter() - began
     table = score_table(task.truth.matrix, answer.mean, split.training_total, task.held_out)
     if answer.draws is not None:
-        truth = task.truth.matrix.toarray()
-        table["crps"] = crps_from_draws(answer.draws, truth).mean(0)
-        covered = coverage(*pit_bounds(answer.draws, truth), LEVELS)
-        for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
-            table[f"coverage_{round(100 * level)}"] = per_gene
+        table = table.join(draw_scores(answer.draws, task.truth.matrix).set_axis(table.index))
     return labelled(table, name, "peer", task.fold, seconds)
 
 

@@ -6,7 +6,7 @@ posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes
 observed_data         x [cell, panel_gene] what was measured there, library [cell]
 log_likelihood        library [chain, draw, cell]: log p(x_cell | draw) summed over measured genes (never cells x genes x draws). It is that of all
                       counts of a cell, the unit that `az.loo` leaves out, and has this name because `loo_pit` weights the library of a cell by it
-constant_data         coordinates of the cells, whether a gene was measured
+constant_data         coordinates of the cells where the target has them, whether a gene was measured
 predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many); with a truth also
                       log_likelihood [chain, draw, cell], summed over all of the truth's genes that the target did not measure
 predictions_constant_data   with a truth: count [cell, gene] of those genes
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 MAX_PREDICTED = 50  # unmeasured genes whose draws are exported
 MAX_BYTES = 4e9  # of draws that are held in memory
 STREAMED_BYTES = 5e8  # a .zarr with more draws is written block by block
-BLOCK_CELLS = 1024
+BLOCK_CELLS = 1024  # of a block, at most
+BLOCK_BYTES = 5e8  # of the draws of a block
 
 
 class _Plan:
@@ -50,8 +51,8 @@ class _Plan:
         Columns of measured genes, of unmeasured ones whose draws are exported, of all that the truth judges; rows in rising order.
     turns, drawn
         Fit behind every draw, and global sites: [chains][draws].
-    size
-        Bytes of the draws.
+    size, block
+        Bytes of the draws; cells whose draws are made at once.
     """
 
     def __init__(self, run: "Run", draws: int, seed: int, max_cells: int | None, truth: Counts | None) -> None:
@@ -71,7 +72,8 @@ class _Plan:
         else:
             self.turns = [np.full(draws, c) for c in range(len(chains))]
             self.drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
-        self.size = 4 * len(self.turns) * draws * len(self.cells) * (len(self.panel) + 2 * len(self.unmeasured) + 3)
+        cell = 4 * len(self.turns) * draws * (len(self.panel) + 2 * len(self.unmeasured) + 3)
+        self.size, self.block = cell * len(self.cells), int(np.clip(BLOCK_BYTES // cell, 1, BLOCK_CELLS))
         self.observed = run.target.take_genes(run.genes[self.panel]).matrix
         self.held_out = None if truth is None else matched(truth, run.target, run.genes[self.hidden])
 
@@ -85,7 +87,8 @@ class _Plan:
         """(rows of the target, arrays of `empty` for them), in whatever order the method infers cells in."""
         keep = np.zeros(self.predictor.n_cells, dtype=bool)
         keep[self.cells] = True
-        for b, whole in enumerate(self.predictor.blocks(BLOCK_CELLS)):
+        cells = min(BLOCK_CELLS, self.block * self.predictor.n_cells // len(self.cells))  # of these about `block` are kept
+        for b, whole in enumerate(self.predictor.blocks(cells)):
             batch = self.predictor.restrict(whole, keep)
             rows = self.predictor.rows(batch)
             if len(rows):
@@ -185,9 +188,9 @@ def write_groups(
 
 
 def _gathered(
-    blocks: Iterable[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]],
+    blocks: Iterable[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]], cells: int
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]:
-    """Blocks joined until they hold `BLOCK_CELLS` cells: of a subset of the cells each block has few."""
+    """Blocks joined until they hold so many cells: of a subset of the cells each block has few."""
     waiting: list[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]] = []
 
     def joined() -> tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]:
@@ -197,7 +200,7 @@ def _gathered(
 
     for block in blocks:
         waiting.append(block)
-        if sum(len(rows) for rows, _ in waiting) >= BLOCK_CELLS:
+        if sum(len(rows) for rows, _ in waiting) >= cells:
             yield joined()
     if waiting:
         yield joined()
@@ -208,11 +211,11 @@ def _append(plan: _Plan, path: Path) -> None:
     import zarr
 
     zarr.open_group(str(path), mode="w", zarr_format=2)
-    for k, (rows, made) in enumerate(_gathered(plan.blocks())):
+    for k, (rows, made) in enumerate(_gathered(plan.blocks(), plan.block)):
         for name, frame in plan.groups(rows, made).items():
             if k == 0:
                 along = [v for v in frame.variables if "cell" in frame[v].dims]
-                chunks: Any = {v: {"chunks": tuple(BLOCK_CELLS if d == "cell" else n for d, n in frame[v].sizes.items())} for v in along}
+                chunks: Any = {v: {"chunks": tuple(plan.block if d == "cell" else n for d, n in frame[v].sizes.items())} for v in along}
                 frame.to_zarr(path, group=name, mode="a", consolidated=False, zarr_format=2, encoding=chunks)
             elif "cell" in frame.dims:
                 fixed = [v for v in frame.variables if "cell" not in frame[v].dims]
@@ -247,11 +250,10 @@ def _posterior(run: "Run", drawn: list[list[dict[str, Any]]]) -> "xr.Dataset":
 def _constant(run: "Run", cells: NDArray[np.int64]) -> "xr.Dataset":
     import xarray as xr
 
-    xy = np.zeros((len(cells), 2)) if run.target.xy is None else run.target.xy[cells]
-    return xr.Dataset(
-        {"spatial": (("cell", "axis"), xy), "measured": (("any_gene",), run.measured.astype(np.int8))},
-        coords={"axis": np.array(["x", "y"], dtype=object), "any_gene": run.genes.astype(object)},
-    )
+    made = xr.Dataset({"measured": (("any_gene",), run.measured.astype(np.int8))}, coords={"any_gene": run.genes.astype(object)})
+    if run.target.xy is None:
+        return made
+    return made.assign(spatial=(("cell", "axis"), run.target.xy[cells])).assign_coords(axis=np.array(["x", "y"], dtype=object))
 
 
 def _finish(frame: "xr.Dataset", names: dict[str, NDArray[np.str_]], run: "Run", group: str) -> "xr.Dataset":

@@ -35,10 +35,14 @@ import torch
 from numpy.typing import NDArray
 
 from ppl_st.baselines import Split, clusters
+from ppl_st.calibration import LEVELS, coverage, pit_bounds
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
+from ppl_st.metrics import crps_from_draws
 
-__all__ = ["PEERS", "Answer", "Peer", "check"]
+__all__ = ["PEERS", "Answer", "Peer", "check", "draw_scores"]
+
+GENES = 8  # whose draws are sorted at once
 
 
 class Answer(NamedTuple):
@@ -54,6 +58,17 @@ class Peer(NamedTuple):
     run: Callable[[Split, int], Answer]
     module: str
     package: str
+
+
+def draw_scores(draws: Any, truth: Any) -> pd.DataFrame:
+    """Columns crps and coverage_* [genes] of draws [draws, cells, genes] on sparse counts [cells, genes], a few genes at a time."""
+    parts = []
+    for start in range(0, truth.shape[1], GENES):
+        drawn, counts = draws[..., start : start + GENES], truth[:, start : start + GENES].toarray()
+        covered = coverage(*pit_bounds(drawn, counts), LEVELS)
+        columns = {f"coverage_{round(100 * level)}": per_gene for level, per_gene in zip(LEVELS, covered.per_gene, strict=True)}
+        parts.append(pd.DataFrame({"crps": crps_from_draws(drawn, counts).mean(0), **columns}))
+    return pd.concat(parts)
 
 
 def check(names: Sequence[str]) -> None:
@@ -122,19 +137,19 @@ def _gimvi(split: Split, draws: int) -> Answer:
         mean = np.zeros((target.n_obs, len(split.held_out)), dtype=np.float32)
         mean[filled] = model.get_imputed_values(normalized=False)[1][:, held_out]
         drawn = np.zeros((draws, *mean.shape), dtype=np.float32)
-        drawn[:, filled] = _gimvi_counts(model.module, some, draws)[..., held_out]
+        drawn[:, filled] = _gimvi_counts(model.module, some, draws, len(split.training))
     return Answer(mean, drawn)
 
 
-def _gimvi_counts(module: Any, target: ad.AnnData, draws: int) -> NDArray[np.float32]:
-    """Posterior predictive counts [draws, cells, genes]; the spatial side is mode 1, its batch is the last."""
+def _gimvi_counts(module: Any, target: ad.AnnData, draws: int, first: int) -> NDArray[np.float32]:
+    """Posterior predictive counts [draws, cells, genes] of the genes from the ``first`` on; the spatial side is mode 1, its batch is the last."""
     parts = []
     with torch.inference_mode():
         for start in range(0, target.n_obs, 2048):
             x = torch.from_numpy(target.X[start : start + 2048].toarray())
             batch = torch.full((len(x), 1), module.n_batch - 1)
             laws = (module._run_forward(x, 1, batch, torch.zeros_like(batch))["px"] for _ in range(draws))
-            parts.append(torch.stack([law.sample() for law in laws]).numpy())
+            parts.append(torch.stack([law.sample()[:, first:].clone() for law in laws]).numpy())
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 

@@ -17,7 +17,7 @@ from ppl_st.calibration import LEVELS, coverage, interval_coverage
 from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
 from ppl_st.data import Counts, matched
 from ppl_st.errors import UserError
-from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
+from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive, predictive_blocks
 from ppl_st.inference.svi import Pair
 from ppl_st.pairs import read_like
 from ppl_st.stream import layers_of, var_of, varm_of, write_prediction, write_samples
@@ -137,12 +137,9 @@ class Run:
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
         chains = predictor.chains
         observed = None if truth is None else matched(self.counts_of(truth), counts, self.genes[index])
-        known = self.reference_mean[index]
-        ends = None if self.recalibration is None else self.recalibration.ends_of(known)
-        maps = None if self.recalibration is None else self.recalibration.maps_of(known)
+        ends, maps, mass = self._correction(index, draws)
         summary, scores = posterior_predictive(
-            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, ends=ends,
-            mass=None if maps is None else np.diff(_at(np.linspace(0, 1, draws + 1), maps), axis=0),
+            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, ends=ends, mass=mass,
             factor=_factor(counts, self.genes) if lognorm else None,
         )  # fmt: skip
         result = self._table(summary, index, counts, ends)
@@ -223,8 +220,19 @@ class Run:
             recalibrated_coverage (of the interval lower, upper).
         """
         known = self.counts_of(truth)
-        table = self.predict(known.genes if genes is None else genes, draws=draws, seed=seed, memory_gb=memory_gb, truth=known).var
-        return table.drop(columns=["measured", "trust", "between_fits", "nominal_level"], errors="ignore").rename_axis("gene")
+        index = self._index(known.genes if genes is None else genes)
+        predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
+        observed, names = matched(known, self.target, self.genes[index]), pd.Index(self.genes[index], name="gene")
+        ends, maps, mass = self._correction(index, draws)
+        parts: dict[int, Any] = {}  # every score is a mean over cells: no table of cells is needed
+        for rows, part, _, scores in predictive_blocks(
+            predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, ends=ends, mass=mass
+        ):
+            if scores is not None and len(rows):
+                own = (None if values is None else values[:, part] for values in (ends, maps))
+                share = len(rows) / predictor.n_cells
+                parts[part.start] = parts.get(part.start, 0.0) + share * _score_columns(scores, observed[rows, part], names[part], *own)
+        return pd.concat([parts[start] for start in sorted(parts)])
 
     def counts_of(self, source: str | Path | ad.AnnData | Counts, *, role: str = "truth") -> Counts:
         """Counts of a file, by default to judge by: from the layer and under the gene names of the fit, where the file has these."""
@@ -237,13 +245,16 @@ class Run:
         index = self._index(truth.genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed = matched(truth, self.target, self.genes[index])
-        _, scores = posterior_predictive(
-            predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
-        )
-        assert scores is not None
         cells = np.sort(np.random.default_rng([seed, 9]).permutation(predictor.n_cells)[:INNER_CELLS])
-        curves = pit_curves(scores.pit_low, scores.pit_high)
-        return Inner(self.genes[index], curves, self.target.names[cells], scores.log_prob[cells])
+        curves, log_prob = np.zeros((len(KNOTS), len(index))), np.zeros((len(cells), len(index)), np.float32)
+        for rows, part, _, scores in predictive_blocks(
+            predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
+        ):
+            if scores is not None and len(rows):
+                curves[:, part] += len(rows) / predictor.n_cells * pit_curves(scores.pit_low, scores.pit_high)
+                kept = np.isin(rows, cells)
+                log_prob[np.searchsorted(cells, rows[kept]), part] = scores.log_prob[kept]
+        return Inner(self.genes[index], curves, self.target.names[cells], log_prob)
 
     def turned(self) -> "Run":
         """The run in its other direction: its cells are those of the reference, its genes those that the target measured.
@@ -353,6 +364,14 @@ class Run:
         if not index.size:
             raise UserError(f"{self.folder or f'this run of {self.method}'}: no gene is left to predict, all are measured; name genes with --genes")
         return index.astype(np.int64)
+
+    def _correction(self, index: NDArray[np.int64], draws: int) -> tuple[Any, Any, Any]:
+        """Of a recalibrated run, for each of these genes: ends of the interval [2, g], map [knots, g], mass of the sorted draws [draws, g]."""
+        if self.recalibration is None:
+            return None, None, None
+        known = self.reference_mean[index]
+        maps = self.recalibration.maps_of(known)
+        return self.recalibration.ends_of(known), maps, np.diff(_at(np.linspace(0, 1, draws + 1), maps), axis=0)
 
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
         return self.new_cells(self.counts_of(target, role="target"))

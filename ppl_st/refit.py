@@ -15,7 +15,7 @@ from ppl_st.errors import UserError
 from ppl_st.image_run import ImageRun, spots_of
 from ppl_st.models import METHODS
 from ppl_st.posterior import Run
-from ppl_st.prepare import load_prepare
+from ppl_st.prepare import load_prepare, refuse_few_genes
 from ppl_st.prepare.xfuse import section_at, without
 from ppl_st.stack import Spec as Mixture
 
@@ -137,7 +137,9 @@ def held_out_fits(
     What goes wrong there goes wrong with new genes: `recalibrate` learns from it, and so can any statistic (`ppl_st.pooling.widened`).
     """
     genes = np.sort(np.intersect1d(run.target.genes, run.genes))
-    for number, held in enumerate(gene_folds(genes, folds, seed)):
+    parts = gene_folds(genes, folds, seed)
+    refuse_few_genes("recalibrate", len(genes), max(map(len, parts)))
+    for number, held in enumerate(parts):
         if say is not None:
             say(f"fold {number + 1} of {folds}: {len(held)} genes held out")
         yield run.target.take_genes(held), _refit(run, held)

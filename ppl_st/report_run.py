@@ -24,6 +24,7 @@ from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.posterior import Run
 from ppl_st.report import Section, evaluation_report, read_json, write_report
+from ppl_st.stack import Spec as Mixture
 from ppl_st.warning_signs import LOW_TRUST, UPPER, reference_kind, warning_signs
 
 __all__ = ["BROWSED", "browser_of", "report_folder", "report_run"]
@@ -195,10 +196,14 @@ def _methods(run: Run, truth: Counts, predicted: ad.AnnData, seed: int) -> dict[
     tables = {run.method: ours.join(predicted.var.drop(columns=["measured", "trust", "between_fits", "mean_count"], errors="ignore"))}
     if run.target.xy is None:  # spots are copied by place, and the upper reference smooths over neighbors
         return tables
-    split = Split(run.target, run.reference, genes, seed, getattr(run.config, "library_key", None))
-    for name, one in (SPOT_BASELINES if reference_kind(run) == "spots" else REFERENCE_BASELINES).items():
+    spots, library_key = reference_kind(run) == "spots", getattr(run.config, "library_key", None)
+    split = Split(run.target, run.reference, genes, seed, library_key)
+    if spots:
+        data = run.data[0] if isinstance(run.spec, Mixture) else run.data
+        split = Split.placed((data, run.target, run.reference), genes, seed, library_key)
+    for name, one in (SPOT_BASELINES if spots else REFERENCE_BASELINES).items():
         tables[f"baseline: {name}"] = metrics.score_table(counts, one.estimate(split), total, genes, scale=one.scale)
-    tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts), total, genes, scale="log")
+    tables[UPPER] = metrics.score_table(counts, supervised_ridge(split, counts, min(5, counts.shape[0])), total, genes, scale="log")
     return tables
 
 

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppl_st.errors import UserError
+
 PIECE = 2**16  # values drawn by one generator, at most; a quarter of it costs half as much again, and two threads then gain nothing
 INVERTED = (0.1, 3.0)  # shapes above the first with means below the second are drawn by inversion: few steps, at most some hundred
 LARGEST_RATE = 1e18
@@ -53,11 +55,16 @@ def negative_binomial(shape: Tensor, odds: Tensor) -> Tensor:
 
 def _negative_binomial(rng: np.random.Generator, shape: NDArray[Any], odds: NDArray[Any]) -> NDArray[Any]:
     result, rest, mass = np.zeros(len(shape)), rng.random(len(shape)), np.exp(-shape * np.log1p(odds))
-    mixed = (shape * odds >= INVERTED[1]) | (shape <= INVERTED[0])
+    mixed = ~((shape * odds < INVERTED[1]) & (shape > INVERTED[0]))  # also what is not a number
     left = np.flatnonzero((rest > mass) | mixed)  # all others are 0
     mixed = mixed[left]
     drawn, left = left[mixed], left[~mixed]
     if len(drawn):
+        if np.isnan(shape[drawn] * odds[drawn]).any():
+            raise UserError(
+                "counts cannot be drawn: the rate of some is NaN (shape x odds of their negative binomial); a parameter of the fit is not finite, or "
+                "a likelihood of your own gives such values: fit again, or mend it"
+            )
         result[drawn] = rng.poisson(np.minimum(rng.standard_gamma(shape[drawn]) * odds[drawn], LARGEST_RATE))
     rest, mass, shape, ratio = rest[left] - mass[left], mass[left], shape[left], odds[left] / (1 + odds[left])
     for k in itertools.count():  # rows that are not decided yet: what is left of their uniform number, P(k)

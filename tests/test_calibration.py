@@ -1,5 +1,7 @@
 """Coverage, PIT, risk against trust and the parts of the variance: known answers, and what each must tell apart."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -41,6 +43,11 @@ def test_the_truth_is_covered_overall_and_in_every_group(forecasts):
     np.testing.assert_allclose(weighted, table["coverage"][:4])
 
 
+def test_a_group_of_the_name_all_is_kept_apart(forecasts):
+    table = coverage_table(*forecasts[0], np.where(forecasts[2] == "a", "all", "b"), levels=(0.9,)).set_index("group")
+    assert table["cells"].to_dict() == {"all cells": 600, "all": 200, "b": 400}
+
+
 def test_bootstrap_intervals_see_genes_not_cells(forecasts):
     """Levels that the forecaster does not know: coverage differs between genes, so the interval must be as wide as 60 genes make it."""
     _, wrong, _ = forecasts
@@ -65,6 +72,18 @@ def test_pit_is_flat_only_for_the_truth(forecasts):
     np.testing.assert_allclose(drawn, pit_histogram(*right, bins=10).mean(1), atol=0.05)
     edges = pit_histogram([[0.0], [0.5], [1.0]], [[0.0], [0.5], [1.0]], bins=2)
     np.testing.assert_allclose(edges[:, 0], [2 / 3, 4 / 3])  # points: each in one bin
+
+
+def test_a_histogram_takes_the_memory_of_one_bin():
+    """All 20 bins at once took 525 bytes per entry: 10 GB for the entries that a report judges."""
+    low = np.random.default_rng(0).uniform(0, 0.5, (400, 50))
+    tracemalloc.start()
+    try:
+        pit_histogram(low, low + 0.3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 80 * low.size, peak / low.size
 
 
 def test_pit_bounds_of_draws_are_uniform_for_any_number_of_draws():

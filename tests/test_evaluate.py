@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 
 import ppl_st.evaluate as ev
-from ppl_st.baselines import SPOT_BASELINES, Split, supervised_ridge
+from ppl_st.baselines import SPOT_BASELINES, Baseline, Split, spot_copy, supervised_ridge
 from ppl_st.data import gene_folds, read_counts
 from ppl_st.errors import UserError
 from ppl_st.evaluate_images import evaluate_spots
@@ -100,6 +101,50 @@ def test_baselines_equal_direct_calls_and_the_upper_reference_is_marked(world, p
     assert (ranked[ranked["method"] == "siid"]["rank"] == 1).all()  # it knows the truth
     everything = set(SPOT_BASELINES) | {"siid"}
     assert set(ranked[ranked["metric"] == "log_scc"]["method"]) == everything
+
+
+def copied(monkeypatch, target, reference, *overrides):
+    """What the baseline that copies the nearest spot answers, and its split."""
+    found = []
+    recorder = Baseline(lambda split: found.append((spot_copy(split), split)) or found[-1][0], "count")
+    monkeypatch.setattr(ev, "SPOT_BASELINES", {"spot_copy": recorder})
+    ev.evaluate(["siid"], target, reference, folds=3, max_folds=1, overrides=["radius=70", *overrides])
+    return found[0]
+
+
+def test_spots_in_another_frame_are_copied_where_siid_puts_them(world, perfect, monkeypatch):
+    """Without `transform` the baselines copied spots from the wrong place, and SIID looked the better for it."""
+    turned = world.reference.copy()
+    turned.obsm["spatial"] = turned.obsm["spatial"] @ np.array([[0.0, 2.0], [-2.0, 0.0]]) + [300, -50]
+    back = np.linalg.inv([[0, -2, 300], [2, 0, -50], [0, 0, 1]]).tolist()
+    plain, moved = copied(monkeypatch, world.target, world.reference), copied(monkeypatch, world.target, turned, f"transform={back}")
+    np.testing.assert_array_equal(moved[0], plain[0])
+
+
+def test_spots_are_copied_from_the_own_section(world, perfect, monkeypatch):
+    """Two sections in one range of coordinates; the spots of one of them have no counts but in one gene."""
+    import anndata as ad
+
+    barren = world.reference.copy()
+    barren.X = sp.csr_matrix(np.ones(barren.shape, np.float32))
+    pairs = {"target": (world.target, world.target), "reference": (world.reference, barren)}
+    both = {role: ad.concat(dict(zip("ab", pair, strict=True)), label="slide", index_unique="-") for role, pair in pairs.items()}
+    monkeypatch.setattr(ev, "fit", lambda method, target, reference, **options: Stub(target, both["target"]))
+    found, split = copied(monkeypatch, both["target"], both["reference"], "library_key=slide")
+    second = split.target.obs["slide"].to_numpy() == "b"
+    assert (found[second] == 1).all() and not (found[~second] == 1).all()
+
+
+def test_as_few_genes_as_a_fit_needs_are_enough_or_refused_before_it(world, perfect):
+    """Ten shared genes were asked for, or a fit in the middle failed."""
+    done = ev.evaluate(["siid"], world.target[:, :6].copy(), world.reference, folds=6, max_folds=1, baselines=False)
+    assert len(done.scores) == 1
+    Stub.seen.clear()
+    with pytest.raises(UserError, match=r"hiding 2 of 6 shared genes leaves 4, but a fit needs 5: hide fewer \(--folds 6 or more\)"):
+        ev.evaluate(["siid"], world.target[:, :6].copy(), world.reference, folds=5, baselines=False)
+    with pytest.raises(UserError, match="hiding 1 of 5 shared genes leaves 4, but a fit needs 5: a panel of 6 or more is needed"):
+        ev.evaluate(["siid"], world.target[:, :5].copy(), world.reference, folds=5, baselines=False)
+    assert not Stub.seen
 
 
 def test_a_folds_file_is_followed(world, perfect, tmp_path):

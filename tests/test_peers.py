@@ -2,9 +2,12 @@
 
 import random
 import re
+from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 import ppl_st.peers as peers
@@ -56,6 +59,22 @@ def test_a_peer_is_scored_like_everybody_and_its_draws_give_crps_and_coverage(wo
     assert ranks["knows"] == 1
     compared = compare([tmp_path / "out"], metric="raw_pcc")
     assert set(compared.reset_index().astype(str).to_numpy().ravel()) >= {"knows", "vista"}
+
+
+def test_draws_of_the_training_genes_are_not_kept_and_few_genes_are_judged_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    drawn = rng.poisson(2.0, (6, 30, 20)).astype(np.float32)
+    turns = iter(drawn)
+    laws = SimpleNamespace(sample=lambda: torch.from_numpy(next(turns)))
+    module = SimpleNamespace(n_batch=2, _run_forward=lambda x, mode, batch, labels: {"px": laws})
+    target = ad.AnnData(sp.csr_matrix(np.ones((30, 8), np.float32)))
+    kept = peers._gimvi_counts(module, target, 6, 8)
+    np.testing.assert_array_equal(kept, drawn[..., 8:])
+    truth, seen, score = rng.poisson(2.0, (30, 12)), [], peers.crps_from_draws
+    monkeypatch.setattr(peers, "crps_from_draws", lambda draws, truth: seen.append(draws.shape[-1]) or score(draws, truth))
+    table = peers.draw_scores(kept, sp.csr_matrix(truth))
+    np.testing.assert_allclose(table["crps"], score(kept, truth).mean(0))
+    assert seen == [8, 4] and list(table)[1:] == ["coverage_50", "coverage_80", "coverage_90", "coverage_95"]
 
 
 def test_peers_take_dissociated_cells():

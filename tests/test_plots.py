@@ -162,9 +162,9 @@ def test_drawing_needs_no_pyplot_and_leaves_no_state():
 
 def test_check_plot_colors_what_misses_its_band():
     names = ["mean", "variance", "zero fraction", "Moran's I"]
-    bands = ((0.5, 0.2, 0.8, 0.5), (0.9, 0.0, 0.3, 0.99), (0.1, 0.0, 0.3, 0.4))
-    rows = [(name, x, low, (low + high) / 2, high, pit) for name in names for x, low, high, pit in bands]
-    table = pd.DataFrame(rows, columns=["statistic", "observed", "q05", "q50", "q95", "pit"])
+    bands = ((0.5, 0.2, 0.8, 0.5, 1.0), (0.9, 0.0, 0.3, 0.99, 0.0), (0.1, 0.0, 0.3, 0.4, 0.7))
+    rows = [(name, x, low, (low + high) / 2, high, pit, inside) for name in names for x, low, high, pit, inside in bands]
+    table = pd.DataFrame(rows, columns=["statistic", "observed", "q05", "q50", "q95", "pit", "inside"])
     figure = calibration_plots.check_plot(table)
     assert [ax.get_title() for ax in figure.axes] == [f"{name}: 2 of 3 genes inside" for name in names]
     for ax in figure.axes:

@@ -15,6 +15,7 @@ import torch
 from ppl_st import api, calibration_plots, refit, report_run, report_sections
 from ppl_st.browser import decode
 from ppl_st.calibration import GRID
+from ppl_st.checks import predictive_checks
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
@@ -93,6 +94,33 @@ def test_the_mean_count_of_genes_is_per_row(noun):
     scores = pd.DataFrame({"trust": [0.5, 0.1], "mean_count": [2.0, 1.0]}, index=["a", "b"])
     (table,) = report_sections.genes(scores, {}, noun).tables
     assert table.units["mean count"] == f"counts per {noun}" and "upper bound" in table.caption
+
+
+def test_baselines_copy_spots_where_siid_puts_them(run, sim):
+    """Coordinates of the file are in another frame where `transform` is set, and of several sections in the same range."""
+    predicted = run.predict(sim.truth.var_names, draws=4, lognorm=True)
+    elsewhere = replace(run, reference=replace(run.reference, xy=run.reference.xy[::-1]))
+    plain, other = (report_run._methods(one, run.counts_of(sim.truth), predicted, 0)["baseline: spot_copy"] for one in (run, elsewhere))
+    pd.testing.assert_frame_equal(plain, other)
+
+
+def test_three_cells_have_a_report(run, sim, tmp_path):
+    """Moran's I needs four, the upper reference five."""
+    settings = [*run.manifest["overrides"], "radius=70"]
+    few = api.fit("siid", target=sim.target[:3].copy(), reference=sim.reference, overrides=settings, seed=3)
+    report_run.report_run(few, tmp_path / "r.html", truth=sim.truth[:3].copy(), draws=4)
+    words = unescape(text((tmp_path / "r.html").read_text(encoding="utf-8")))
+    assert "zero fraction" in words.split("Would the model's own data look like yours?")[1] and "spot_copy" in words
+    table = predictive_checks(few, draws=4).genes
+    assert set(table["statistic"]) == {"mean", "variance", "zero fraction"}
+
+
+def test_a_small_panel_is_refused_before_any_refit(run, monkeypatch):
+    monkeypatch.setattr(refit, "train", None)
+    for genes, folds, remedy in ((6, 5, r"leaves 4, but a fit needs 5: hide fewer \(--folds 6 or more\)"), (5, 5, "a panel of 6 or more is needed")):
+        small = replace(run, folder=None, target=run.target.take_genes(run.target.genes[:genes]))
+        with pytest.raises(UserError, match=remedy):
+            refit.recalibrate(small, folds=folds)
 
 
 def test_warnings_say_what_was_measured(run):

@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 
 from ppl_st import sampling
+from ppl_st.errors import UserError
 from ppl_st.sampling import negative_binomial
 
 N = 2**17 + 5
@@ -43,6 +44,15 @@ def test_the_far_tail_is_there():
 def test_nothing_comes_of_nothing():
     shape = torch.tensor([0.0, 1e-8, 1.0, 1e8]).double()
     assert torch.equal(negative_binomial(shape, torch.zeros(4).double()), torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("shape, odds", [(np.nan, 1.0), (1.0, np.nan), (0.01, np.nan), (np.nan, np.nan)])
+def test_what_is_not_a_number_is_no_count(shape, odds):
+    """Such counts were 0, and nothing said so."""
+    shapes, ratios = torch.ones(N).double(), torch.full((N,), 0.1).double()
+    shapes[N - 1], ratios[N - 1] = shape, odds
+    with pytest.raises(UserError, match="rate of some is NaN"):
+        negative_binomial(shapes, ratios)
 
 
 def test_threads_change_no_draw(monkeypatch):

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import scipy.stats
 import torch
 
 import ppl_st.api as api
+from ppl_st.inference.predict import draw_globals
+from ppl_st.models import siid
 from ppl_st.models.siid import hyper as siid_hyper
-from ppl_st.models.siid.regional import regional_posterior
+from ppl_st.models.siid.regional import gamma_at, interpolation, regional_posterior, shared_normals
 from ppl_st.simulate import checkerboard
 from seeded import own_seed
 from siid_problems import FAST, KNOBS, tiny
@@ -29,6 +32,40 @@ def test_regional_effect_is_the_conjugate_posterior_and_ignores_uncovered_spots(
         weight[[1, 4]] = 0
         np.testing.assert_allclose(shape[i], 3 + weight @ counts.toarray(), rtol=1e-5)
         np.testing.assert_allclose(rate[i], 3 + weight @ expected, rtol=1e-5)
+
+
+def test_draws_of_the_effect_are_shared_and_keep_their_law():
+    """Cells of one spot drew apart what they know together: sums over a region looked surer than they were."""
+    spots = np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), -1).reshape(-1, 2)
+    cells, genes = np.array([[2.1, 2.0], [2.15, 2.05], [5.0, 5.0], [90.0, 90.0]]), np.arange(3, 5)
+    weights, used = interpolation(cells, spots, 0.6)
+    normal = np.stack([shared_normals(weights, used, [7, d], genes) for d in range(1500)])  # [draws, cells, genes]
+    np.testing.assert_allclose(normal.std(0), 1, atol=0.07)
+    together = np.corrcoef(normal[:, :, 0].T)
+    assert together[0, 1] > 0.98 and np.abs(together[0, 2:]).max() < 0.1 > abs(np.corrcoef(normal[:, 0].T)[0, 1])
+    alone = shared_normals(*interpolation(cells[1:2], spots, 0.6), [7, 0], genes)
+    np.testing.assert_allclose(alone[0], normal[0, 1], rtol=1e-4)
+    place = (np.arange(4000) + 0.5) / 4000
+    for shape in (1.0, 3.0, 40.0):
+        law = scipy.stats.gamma(shape, scale=0.5)
+        drawn = gamma_at(torch.from_numpy(scipy.stats.norm.ppf(place)), torch.tensor(shape).double(), torch.tensor(2.0)).numpy()
+        assert drawn.mean() == pytest.approx(law.mean(), rel=3e-3) and drawn.std() == pytest.approx(law.std(), rel=5e-3)
+        assert np.abs(law.cdf(drawn) - place).max() < 0.015
+
+
+def test_a_draw_of_the_effect_does_not_depend_on_how_cells_are_cut(monkeypatch):
+    sim = checkerboard(seed=2, **KNOBS)
+    run = api.fit("siid", target=sim.target, reference=sim.reference, overrides=[*FAST, "chains=1", "radius=70"], seed=3)
+    predictor = siid.Predictor(run.pair, run.data, run.config, run.spec)
+    predictor.mixed, predictor.bandwidth, predictor.shape = [predictor._mixed(0)], 0.6, 3.0
+    monkeypatch.setattr(siid, "_draw_activity", lambda posterior: posterior.shape / posterior.rate)
+    (drawn,) = draw_globals(predictor.chains, 1, 0)
+    found = np.zeros((2, 300, 10))
+    for n, size in enumerate((40, 1000)):
+        for batch in predictor.blocks(size):
+            law = predictor.count_dist(batch, 0, drawn, predictor.local(batch, 0), torch.arange(30, 40))
+            found[n, predictor.rows(batch)] = law.mean.detach().numpy()
+    np.testing.assert_allclose(found[0], found[1], rtol=0.01)
 
 
 @pytest.mark.parametrize("uncovered", [0, 30])

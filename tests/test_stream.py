@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -13,7 +14,8 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppl_st import api, stream
+from ppl_st import api, export, stream
+from ppl_st.conformal import KNOTS, Recalibration, pit_curves
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
 
@@ -114,10 +116,6 @@ def test_zarr_is_read_lazily(run, tmp_path):
 
 
 def test_recalibrated_run_and_new_cells(run, sim, tmp_path):
-    from dataclasses import replace
-
-    from ppl_st.conformal import KNOTS, Recalibration
-
     wide = replace(run, recalibration=Recalibration(0.9, [0.0], [KNOTS.tolist()] * 2, [0.95, 1.0], 3, 0.8))
     options = {"target": sim.target[:30].copy(), "draws": 6}
     wide.write(tmp_path / "a.zarr", **options)
@@ -176,10 +174,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 def test_ends_beyond_the_draws_are_said(run, tmp_path):
     """An upper end at .985 of 40 draws lies beyond the largest: infinite, and the line says how many draws reach it."""
-    from dataclasses import replace
-
-    from ppl_st.conformal import KNOTS, Recalibration
-
     wide, said = replace(run, recalibration=Recalibration(0.9, [], [KNOTS.tolist()], [0.97], 3, 0.8)), []
     wide.write(tmp_path / "a.zarr", ["gene0035"], draws=40, say=said.append)
     assert np.isinf(ad.read_zarr(tmp_path / "a.zarr").layers["upper"]).all() and "with --draws 66 they are finite" in said[0]
@@ -188,7 +182,6 @@ def test_ends_beyond_the_draws_are_said(run, tmp_path):
 
 
 def test_counts_of_the_panel_and_of_other_genes_are_exported_from_streams_apart(run, monkeypatch):
-    from ppl_st import export
     from ppl_st.likelihoods import NegativeBinomial
 
     plan = export._Plan(run, 2, 0, None, None)
@@ -201,9 +194,44 @@ def test_counts_of_the_panel_and_of_other_genes_are_exported_from_streams_apart(
     assert pairs.shape[1] >= 5000 and abs(np.corrcoef(pairs)[0, 1]) < 5 / np.sqrt(pairs.shape[1])
 
 
-def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
-    from dataclasses import replace
+def test_blocks_of_an_export_are_bounded_in_bytes(run, tmp_path, monkeypatch):
+    """1024 cells of a panel of 18,000 genes, 3 chains and 25 draws were 5.5 GB."""
+    monkeypatch.setattr("ppl_st.export.BLOCK_BYTES", 5e4)
+    for cells in (None, 50):
+        plan = export._Plan(run, 5, 0, cells, None)
+        sizes = [sum(values.nbytes for values in made.values()) for _, made in plan.blocks()]
+        assert len(sizes) > 1 and max(sizes) < 8e4, sizes
+    assert len(sizes) < 4  # few cells: few blocks
+    monkeypatch.setattr("ppl_st.export.STREAMED_BYTES", 0)
+    run.export(tmp_path / "p.zarr", draws=5, max_cells=None)
+    with xr.open_zarr(tmp_path / "p.zarr", group="predictions", consolidated=False) as made:
+        assert made.sizes["cell"] == 250 and made["rate"].encoding["chunks"][2] == 47
 
+
+def test_without_coordinates_none_are_exported(run):
+    """Cells without a place all lay at (0, 0)."""
+    blind = replace(run, target=replace(run.target, xy=None))
+    exported = [one.arviz_groups(draws=2, max_cells=5)["constant_data"] for one in (run, blind)]
+    assert [sorted(frame.data_vars) for frame in exported] == [["measured", "spatial"], ["measured"]]
+
+
+def test_scores_are_gathered_block_by_block(run, sim, monkeypatch):
+    """All tables of a prediction of every cell were held for a few numbers per gene."""
+    wide = replace(run, recalibration=Recalibration(0.9, [0.0], [KNOTS.tolist()] * 2, [], 3, 0.8))
+    options = {"draws": 12, "seed": 1, "memory_gb": 1e-4}  # blocks of few cells and few genes
+    truth = run.counts_of(sim.truth)
+    want = wide.predict(truth.genes, truth=truth, **options)
+    monkeypatch.setattr("ppl_st.posterior.posterior_predictive", None)
+    monkeypatch.setattr("ppl_st.posterior.INNER_CELLS", 40)
+    scores, inner = wide.score(truth, **options), wide.inner_scores(truth, **options)
+    pd.testing.assert_frame_equal(scores, want.var[scores.columns], check_names=False, rtol=1e-6)
+    assert {"mean_count", "coverage_95", "recalibrated_crps", "recalibrated_coverage"} <= set(scores) and scores.index.name == "gene"
+    np.testing.assert_allclose(inner.pit, pit_curves(want.layers["pit_low"], want.layers["pit_high"]), atol=1e-9)
+    assert inner.log_prob.shape == (40, 10)
+    np.testing.assert_array_equal(inner.log_prob, want[inner.cells, inner.genes].layers["log_prob"])
+
+
+def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
     from ppl_st.data import read_counts
 
     more = ad.AnnData(sp.hstack([sim.target.X, np.full((250, 1), 50, np.float32)], format="csr"), obs=sim.target.obs, obsm=sim.target.obsm)
@@ -215,8 +243,6 @@ def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
 
 
 def test_without_an_unmeasured_gene_names_are_asked_for(run, tmp_path):
-    from dataclasses import replace
-
     full = replace(run, reference=run.reference.take_genes(run.target.genes))
     writes = (lambda: full.write(tmp_path / "p.h5ad"), lambda: full.write_samples(tmp_path / "s.zarr", None, 2))
     for ask in (full.predict, *writes, lambda: run.predict([])):

@@ -60,7 +60,7 @@ from ppl_st.models.siid.activity import Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
 from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, start_parameters, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
-from ppl_st.models.siid.regional import regional_posterior
+from ppl_st.models.siid.regional import gamma_at, interpolation, regional_posterior, shared_normals
 from ppl_st.models.siid.warm_start import EM_CELLS, STRIDE, run_em
 from ppl_st.sampling import standard_gamma
 
@@ -186,13 +186,13 @@ class Predictor:
         """Rows of the result that the batch owns."""
         return batch.cells[batch.owned].numpy()
 
-    def local(self, batch: Batch, chain: int) -> tuple[Local, dict[tuple[int, int], tuple[Tensor, Tensor]]]:
+    def local(self, batch: Batch, chain: int) -> tuple[Local, dict[tuple[int, int], Any]]:
         """Local posterior of the owned cells, and a place for the regional effect of the genes asked for."""
         local = self._posterior(batch, chain)
         return Local(*(part[batch.owned] for part in local)), {}
 
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
-        """p(count | draw): activities and regional effect are drawn here."""
+        """p(count | draw): activities and regional effect are drawn here, the effect alike in every block that the draw of the globals is used in."""
         posterior, effects = local
         activity = _draw_activity(posterior)
         effect = None
@@ -201,11 +201,14 @@ class Predictor:
             if key not in effects:
                 effects.clear()  # one block of genes at a time: memory must not grow with the genes asked for
                 effects[key] = self._effect(batch, chain, genes)
-            shape, rate = effects[key]
-            effect = standard_gamma(shape) / rate
+            shape, rate, weights, spots = effects[key]
+            # Points have no draw to know it by: then the effect is shared within the block only.
+            draw = [torch.initial_seed()] if self.config.posterior == "delta" else drawn["xi"].detach().flatten()[:4].numpy().view(np.uint32)
+            effect = gamma_at(torch.from_numpy(shared_normals(weights, spots, draw, genes.numpy())), shape, rate)
         return self.models[chain].count_dist(drawn, activity, genes, effect)
 
-    def _effect(self, batch: Batch, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
+    def _effect(self, batch: Batch, chain: int, genes: Tensor) -> tuple[Tensor, Tensor, Any, NDArray[np.int64]]:
+        """Shape and rate of the regional effect [rows, genes], and how normals of the spots become normals of the rows."""
         guide = self.guides[chain]
         log_mean = guide.xi_loc + 0.5 * (2 * guide.xi_log_scale).exp() if self.config.posterior == "normal" else guide.xi_loc
         profiles = torch.softmax(log_mean.detach(), -1)[:, genes]
@@ -213,7 +216,7 @@ class Predictor:
         counts = self.data.spot_counts[:, genes.numpy()]
         where = self.data.cell_xy[self.rows(batch)]
         shape, rate = regional_posterior(where, self.data.spot_xy, counts, expected, self.bandwidth, self.shape)
-        return torch.from_numpy(shape), torch.from_numpy(rate)
+        return torch.from_numpy(shape), torch.from_numpy(rate), *interpolation(where, self.data.spot_xy, self.bandwidth)
 
 
 def _draw_activity(posterior: Local) -> Tensor:

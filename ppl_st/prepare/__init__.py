@@ -23,7 +23,9 @@ from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.spatial import sections
 
-__all__ = ["hold_out_genes", "load_prepare", "refuse_single", "relative_depths", "same_genes"]
+__all__ = ["MIN_SHARED", "hold_out_genes", "load_prepare", "refuse_few_genes", "refuse_single", "relative_depths", "same_genes"]
+
+MIN_SHARED = 5  # genes of target and reference, for a fit
 
 
 def load_prepare(method: str) -> ModuleType:
@@ -39,6 +41,14 @@ def refuse_single(counts: Counts, role: str, what: str = "cell") -> None:
             f"{role} ({counts.source}): {found} {what if found else what + 's'} to learn from, at least 2 are needed; give more {what}s"
             + (", or predict this one with a run that was fitted to others (ppl-st predict RUN --target)" if role == "target" else "")
         )
+
+
+def refuse_few_genes(what: str, shared: int, hidden: int) -> None:
+    """Hiding so many of the shared genes at once that too few are left for a fit is an error."""
+    spare = shared - MIN_SHARED
+    if hidden > spare:
+        remedy = f"hide fewer (--folds {-(-shared // spare)} or more)" if spare > 0 else f"a panel of {MIN_SHARED + 1} or more is needed"
+        raise UserError(f"{what}: hiding {hidden} of {shared} shared genes leaves {shared - hidden}, but a fit needs {MIN_SHARED}: {remedy}")
 
 
 def hold_out_genes(target: Counts, reference: Counts, genes: Sequence[str] | NDArray[np.str_]) -> Counts:

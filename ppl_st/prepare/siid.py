@@ -12,10 +12,9 @@ from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.siid import Config, Data
 from ppl_st.pairs import read_like
-from ppl_st.prepare import refuse_single
+from ppl_st.prepare import MIN_SHARED, refuse_single
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, spot_pitch
 
-MIN_PANEL = 5
 FEW_SPOTS = 30  # below: a warning
 SECTION_GAP = 100.0  # pitches between sections that share no coordinate frame
 
@@ -29,7 +28,7 @@ def problem(
     ``say``). Cells stay, also empty ones; spots without counts are dropped.
     """
     refuse_single(target, "target")
-    panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
+    panel_genes = shared_genes(target, reference, minimum=MIN_SHARED)
     if len(panel_genes) < len(target.genes):
         say(f"{len(target.genes) - len(panel_genes)} genes of the target are not in the reference and are left out")
     target = target.take_genes(panel_genes)
@@ -155,7 +154,7 @@ def _profiles(reference: Counts, config: Config) -> NDArray[np.float64] | None:
         )
     if 0 < config.factors < len(names):
         raise UserError(f"profiles ({cells.source}): {len(names)} cell types, more than factors={config.factors}; raise factors")
-    shared = shared_genes(reference, cells, minimum=MIN_PANEL)
+    shared = shared_genes(reference, cells, minimum=MIN_SHARED)
     counts = cells.take_genes(shared).matrix
     known = codes >= 0
     member = sp.csr_matrix(

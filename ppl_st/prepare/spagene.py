@@ -8,10 +8,9 @@ import pandas as pd
 from ppl_st.data import Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.spagene import Config, Data, make
-from ppl_st.prepare import refuse_single, relative_depths, same_genes
+from ppl_st.prepare import MIN_SHARED, refuse_single, relative_depths, same_genes
 from ppl_st.spatial import neighbor_mean
 
-MIN_SHARED = 5
 MIN_REFERENCE = 10
 
 

@@ -14,10 +14,9 @@ from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
-from ppl_st.prepare import refuse_single, relative_depths, same_genes
+from ppl_st.prepare import MIN_SHARED, refuse_single, relative_depths, same_genes
 from ppl_st.spatial import neighbors, sections
 
-MIN_PANEL = 5
 MAX_OTHERS = 1000
 LENGTHS, WAVES = (5.0, 10.0, 20.0, 40.0), 8  # of the waves, in distances between cells; waves of each
 DEPTH = "vista_shared_total"  # obs column of a stored run with ``anchor_key``
@@ -34,7 +33,7 @@ def problem(
     ones; reference cells without a panel gene are dropped.
     """
     refuse_single(target, "target")
-    panel_genes = shared_genes(target, reference, minimum=MIN_PANEL)
+    panel_genes = shared_genes(target, reference, minimum=MIN_SHARED)
     others = target.take_genes(_others(target, panel_genes, config))
     rest = len(target.genes) - len(panel_genes) - len(others.genes)
     if len(others.genes) or rest:
@@ -44,9 +43,9 @@ def problem(
         everything, target, reference = (_with_depth(side, panel_genes) for side in (everything, target, reference))
         keep = anchors(target, reference.take_genes(panel_genes), config.anchor_key)
         say(f"{int(keep.sum())} of {len(keep)} shared genes are anchors (r > {ANCHOR_R}, p < {ANCHOR_P} over {config.anchor_key})")
-        if keep.sum() < MIN_PANEL:
+        if keep.sum() < MIN_SHARED:
             raise UserError(
-                f"anchor_key {config.anchor_key!r}: only {int(keep.sum())} of {len(keep)} shared genes are anchors; at least {MIN_PANEL} are "
+                f"anchor_key {config.anchor_key!r}: only {int(keep.sum())} of {len(keep)} shared genes are anchors; at least {MIN_SHARED} are "
                 "needed: leave anchor_key out, or use labels with more types"
             )
         target = target.take_genes(panel_genes[keep])
