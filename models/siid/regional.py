@@ -77,4 +77,4 @@ def shared_normals(weights: sp.csr_matrix, spots: NDArray[np.int64], key: Iterab
 def gamma_at(normal: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """Quantile of Gamma(shape >= 1, rate) at the probability of a standard normal value."""
     spread = 1 / (3 * shape.sqrt())
-    return shape / rate * (1 - spread.square() + spread * normal).clamp_min(0) ** 3
+    return shape / rate * (1 - spread.square() + spread * normal).clamp_min(0).pow(3)
