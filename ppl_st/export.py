@@ -87,7 +87,7 @@ class _Plan:
         """(rows of the target, arrays of `empty` for them), in whatever order the method infers cells in."""
         keep = np.zeros(self.predictor.n_cells, dtype=bool)
         keep[self.cells] = True
-        cells = min(BLOCK_CELLS, self.block * self.predictor.n_cells // len(self.cells))  # of these about `block` are kept
+        cells = min(BLOCK_CELLS, self.block * self.predictor.n_cells // max(1, len(self.cells)))  # of these about `block` are kept
         for b, whole in enumerate(self.predictor.blocks(cells)):
             batch = self.predictor.restrict(whole, keep)
             rows = self.predictor.rows(batch)

@@ -203,7 +203,7 @@ class Predictor:
                 effects[key] = self._effect(batch, chain, genes)
             shape, rate, weights, spots = effects[key]
             # Points have no draw to know it by: then the effect is shared within the block only.
-            draw = [torch.initial_seed()] if self.config.posterior == "delta" else drawn["xi"].detach().flatten()[:4].numpy().view(np.uint32)
+            draw: Any = [torch.initial_seed()] if self.config.posterior == "delta" else drawn["xi"].detach().flatten()[:4].numpy().view(np.uint32)
             effect = gamma_at(torch.from_numpy(shared_normals(weights, spots, draw, genes.numpy())), shape, rate)
         return self.models[chain].count_dist(drawn, activity, genes, effect)
 

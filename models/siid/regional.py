@@ -59,7 +59,7 @@ def regional_posterior(
 def interpolation(positions: NDArray[np.float64], spots: NDArray[np.float64], bandwidth: float) -> tuple[sp.csr_matrix, NDArray[np.int64]]:
     """Kernel over the u spots that ``positions`` [n, 2] need, rows of unit length, CSR [n, u], and the numbers of these spots [u]."""
     k = min(NEAREST, len(spots))
-    distance, index = cKDTree(spots).query(positions, k=[*range(1, k + 1)])
+    distance, index = map(np.asarray, cKDTree(spots).query(positions, k=[*range(1, k + 1)]))
     weight = np.exp((distance[:, :1] ** 2 - distance**2) / (2 * bandwidth**2))  # far from all spots the nearest still counts
     weight = (weight / np.linalg.norm(weight, axis=1, keepdims=True)).astype(np.float32)
     used, column = np.unique(index, return_inverse=True)
@@ -77,4 +77,4 @@ def shared_normals(weights: sp.csr_matrix, spots: NDArray[np.int64], key: Iterab
 def gamma_at(normal: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     """Quantile of Gamma(shape >= 1, rate) at the probability of a standard normal value."""
     spread = 1 / (3 * shape.sqrt())
-    return shape / rate * (1 - spread.square() + spread * normal).clamp_min(0) ** 3
+    return shape / rate * (1 - spread.square() + spread * normal).clamp_min(0).pow(3)
