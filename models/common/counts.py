@@ -50,13 +50,13 @@ from ppl_st.models.common.cells import Problem, all_counts, log_shares
 from ppl_st.models.common.process import Process
 
 SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
-SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.8, 2.3, 3.0, 4.0, 5.0])  # at which counts are scored,
+SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.7, 2.1, 2.6, 3.2, 4.0, 5.0])  # at which counts are scored,
 LOG_THETA = np.linspace(-3.0, 5.0, 9)
 FINE_SLOPES, FINE_THETA = np.linspace(0.2, 5.0, 49), np.linspace(-3.0, 5.0, 41)  # and what lies between: even, so that a sum is an integral
 LEVEL_CELLS = 1000  # of the fit, over which c_g is a mean
 OWN_ENTRIES = 1_500_000  # cells x genes on which measured genes learn slope and theta
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
-FEW, MANY = 7, 25  # nodes of a quadrature over what is not known of a map: to compare settings, to learn how steep genes are
+NODES = 7  # nodes over what is not known of a map
 
 
 def quadrature(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -145,12 +145,12 @@ def bend(m: Tensor, k: float) -> tuple[Tensor, Tensor]:
 
 
 def score_counts(
-    counts: NDArray[np.float64], depth: NDArray[np.float64], bent: float, place: NDArray[np.float32], codes: Codes, number: int = FEW
+    counts: NDArray[np.float64], depth: NDArray[np.float64], bent: float, place: NDArray[np.float32], codes: Codes
 ) -> NDArray[np.float64]:
     """Log predictive score [slopes, thetas, genes] at each gene's own level, of cells of relative ``depth`` [n].
 
-    What is not known of a cell's map is integrated by quadrature with ``number`` nodes. The log of a mean over few draws is too small, the more so
-    the more they differ: it would call for flat slopes, and so do few nodes where maps are steep and doubtful.
+    What is not known of a cell's map is integrated by quadrature. The log of a mean over few draws is too small, the more so the more they differ:
+    it would call for flat slopes, and so, less, do seven nodes where maps are steep (3 and more) and doubtful.
     """
     depth, place = depth[:, None], place.astype(np.float64)
     mean, variance = place @ codes.mean, place**2 @ codes.variance  # [n, g]
@@ -159,7 +159,7 @@ def score_counts(
     if codes.draws is not None:
         deviation, weights = np.stack([place @ (code - codes.mean) for code in codes.draws]), None  # [D, n, g]
     else:
-        nodes, weights = quadrature(number) if variance.any() else (np.zeros(1), np.ones(1))  # measured genes: known maps
+        nodes, weights = quadrature(NODES) if variance.any() else (np.zeros(1), np.ones(1))  # measured genes: known maps
         deviation = nodes[:, None, None] * np.sqrt(variance)
     mean, steep = (part.numpy() for part in bend(torch.from_numpy(mean), bent))
     deviation, variance = steep * deviation, steep**2 * variance

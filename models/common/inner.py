@@ -27,11 +27,9 @@ from torch import Tensor
 from ppl_st.inference.hyperpriors import MIN_SCALE, parameter_prior, random_effects
 from ppl_st.models.common.cells import Problem, all_counts, living, log_shares, take_cells, without
 from ppl_st.models.common.counts import (
-    FEW,
     FINE_SLOPES,
     FINE_THETA,
     LARGEST,
-    MANY,
     SLOPES,
     Codes,
     Hyper,
@@ -128,16 +126,11 @@ def learn_hyper(
         tests.append(Fold(counts, split.totals[seen], every, relative, places, problem.codes()))
     scores: dict[tuple[float, float, float, float, float], NDArray[np.float64]] = {}
 
-    def scored(smoothing: float, share: float, doubt: float, a: float, k: float, nodes: int) -> NDArray[np.float64]:
-        parts = [
-            score_counts(t.counts, depths(t.every, t.relative, a), k, t.places[smoothing], t.codes.mixed(share, doubt), nodes) for t in tests
-        ]
-        return np.concatenate(parts, 2)
-
     def tried(smoothing: float, share: float, doubt: float, a: float, k: float) -> float:
         one = smoothing, share, doubt, a, k
         if one not in scores:
-            scores[one] = scored(*one, FEW)
+            parts = [score_counts(t.counts, depths(t.every, t.relative, a), k, t.places[smoothing], t.codes.mixed(share, doubt)) for t in tests]
+            scores[one] = np.concatenate(parts, 2)
         return float(logsumexp(scores[one], axis=(0, 1)).sum())
 
     shares = tests[0].codes.shares
@@ -155,7 +148,7 @@ def learn_hyper(
     alive = living(data)[genes]
     if not alive.all():
         say(dead_genes(int((~alive).sum())))
-    hyper = _priors(refined(scored(*best, MANY)), level, noise, z, doubt, alive, config)
+    hyper = _priors(refined(scores[best]), level, noise, z, doubt, alive, config)
     hyper = hyper._replace(smoothing=smoothing, share=share, doubt=wide, depth_prior=depth_prior, bend=bent, candidates=candidates)
     hyper = hyper._replace(own_depth=own_depth(tests, hyper, z))
     say(
@@ -219,15 +212,12 @@ def doubt_of(tests: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], NDA
         logs = np.log1p(counts * (np.median(totals) / totals)[:, None])
         z = (logs - logs.mean(0)) / np.maximum(logs.std(0), 1e-9)
         where = place - place.mean(0, dtype=np.float64)
-        mixed = codes.mixed(share, 1.0)
-        trend = where @ mixed.mean
+        trend = where @ codes.mixed(share, 1.0).mean
         steep = np.maximum((z * trend).sum(0) / np.maximum(np.square(trend).sum(0), 1e-9), 0)
         rest = z - steep * trend
         u = where[:, : len(codes.mean)]
         gram = u.T @ u / len(u)
-        noise = np.trace(gram) * rest.var(0) / len(u)
-        noise += (np.square(u.T @ where[:, u.shape[1] :] / len(u)) @ mixed.variance[u.shape[1] :]).sum(0)  # the process says its own error
-        found += float((np.square(u.T @ rest / len(u)).sum(0) - noise)[seen].sum())
+        found += float((np.square(u.T @ rest / len(u)).sum(0) - np.trace(gram) * rest.var(0) / len(u))[seen].sum())
         claimed += float((np.square(gram) @ codes.variance)[:, seen].sum())
     return float(np.clip(np.sqrt(max(found, 0.0) / claimed), *DOUBT)) if claimed > 0 else 1.0
 

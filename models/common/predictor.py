@@ -13,10 +13,10 @@ from ppl_st.inference.pair import Pair
 from ppl_st.likelihood_math import LOG_MEAN_RANGE
 from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.common.cells import Problem, all_counts, median_depth
-from ppl_st.models.common.counts import FEW, LARGEST, CountLayer, bend, log_mean, quadrature
+from ppl_st.models.common.counts import LARGEST, NODES, CountLayer, bend, log_mean, quadrature
 
 CACHED = 512, 1e8  # loadings of one draw that are kept for the next block of cells: so many, and entries in all
-QUADRATURE = tuple(tuple(part.tolist()) for part in quadrature(FEW))  # expectation over a standard normal
+QUADRATURE = tuple(tuple(part.tolist()) for part in quadrature(NODES))  # expectation over a standard normal
 
 
 class MapGuide(Protocol):
