@@ -111,7 +111,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
     folds = np.array_split(rng.permutation(p), FOLDS)
     judged = [np.sort(inner[:JUDGED]) for inner in folds]
     truth = standardise(data.measured[rows], data.batch[rows], moments(data.measured, data.batch))
-    mixer = mean_of_neighbors(data.graph)[rows]
+    mixer = mean_of_neighbors(data.graph, rows)
     needed = np.union1d(rows, mixer.indices)  # the judged cells and their neighbors
     mixer, rows_of = sp.csr_matrix(mixer[:, needed]), np.searchsorted(needed, rows)
 
