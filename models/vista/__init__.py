@@ -24,8 +24,11 @@ GUIDE
                    towards what graph attention makes of cell and neighbors, which starts as their mean (closed map) or at zero (learned map);
                    "kl_only": the released code, where the graph alters the KL term alone. Shares are zero in `build`: gimVI in every mode.
     training       in each step a quarter of the panel is hidden from the encoder, in cells and neighbors alike, and only hidden genes are scored:
-                   attention, gains, slopes and dispersions are learned in the situation in which they will be used (``visible=1``: the
-                   whole evidence bound, which trains shares and spreads too). After the fit, gains of measured genes are set with all genes seen.
+                   attention, gains, slopes and dispersions are learned in the situation in which they will be used. The log-likelihood of
+                   the |H| of P genes that are hidden counts P / |H| times: over steps that hide each gene equally often,
+                   E (P / |H|) sum_{g in H} log p(x_g | visible) = sum_g E[log p(x_g | visible) | g hidden], every count once, as
+                   every gene has one prior; unscaled, gene-level posteriors were those of a quarter of the counts. (``visible=1``: the
+                   whole evidence bound, which trains shares and spreads too.) After the fit, gains of measured genes are set with all genes seen.
 
 PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors); where g was not measured delta_g, k_g, theta'_g ~ hyper-prior, and the error of its
 pattern, drawn once for all cells along directions of the target and smooth waves of the coordinates (`inner.py`); count ~ NB(rate, theta'). Means of

@@ -162,7 +162,9 @@ class Model(PyroModule):
     # ---- local sites, likelihood ----
 
     def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
-        """Run the generative story on one minibatch; ``observe=False`` draws the counts."""
+        """Run the generative story on one minibatch; ``observe=False`` draws the counts.
+
+        Where only the hidden genes H of the P are scored, their log-likelihood counts P / |H| times."""
         c = self.config
         drawn = self.globals()
         out, codes = {}, {}
@@ -188,10 +190,9 @@ class Model(PyroModule):
             own = batch.counts[: len(batch.rows)]
             rate = self.log_rate(drawn, z, batch.total[: len(own)].log(), batch.usual.log(), self.panel).exp()
             law = self.likelihood(rate, {name: value[self.panel] for name, value in drawn.items()})
-            if c.visible < 1 and not bool(batch.visible.all()):
-                law = law.mask(~batch.visible)
-            with cells, poutine.scale(scale=c.target_weight):
-                out["x"] = pyro.sample("x", law.to_event(1), obs=own if observe else None)  # [B, P]
+            scored = batch.visible if bool(batch.visible.all()) else ~batch.visible  # [P]
+            with cells, poutine.scale(scale=c.target_weight * len(scored) / int(scored.sum())):
+                out["x"] = pyro.sample("x", law.mask(scored).to_event(1), obs=own if observe else None)  # [B, P]
             codes["cells"] = z
         if self.opponent[0] is not None and len(codes) == 2:
             kind: Kind = c.adversary  # type: ignore[assignment]
