@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ppl_st.calibration import LEVELS, coverage, interval_coverage
 from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
-from ppl_st.data import Counts, matched
+from ppl_st.data import Counts, labels_of, matched
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive
 from ppl_st.inference.svi import Pair
@@ -145,6 +145,7 @@ class Run:
             factor=_factor(counts, self.genes) if lognorm else None,
         )  # fmt: skip
         result = self._table(summary, index, counts, ends)
+        result.uns["ppl_st"] = json.dumps(self.manifest | {"draws": draws})
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names, ends, maps))
             for name in ("log_prob", "pit_low", "pit_high"):
@@ -261,6 +262,39 @@ class Run:
             self, module=module, data=data, target=self.reference, reference=self.target, new_cells=refuse, folder=None, recalibration=None
         )
 
+    def as_reference(self, condition: str | None = None, *, library: float | None = None) -> "Run":
+        """The run in the reference's style: the paper's transfer of a disease or a perturbation.
+
+        `predict`, `write` and `write_samples` of it give the counts that each spatial cell, of the fit or of a new target, would show as a cell of
+        the reference that has its state: the reference's level, slope, dispersion and library. It is a view: nothing is fitted, and it has no folder.
+
+        Parameters
+        ----------
+        condition
+            Value of the reference's obs column ``batch_key`` (a setting of the fit), as "diseased": also what this condition adds. None: the
+            reference as a whole.
+        library
+            Total count of a cell over all genes of the reference; None: the median of the condition's cells.
+        """
+        if not hasattr(self.module, "as_reference"):
+            raise UserError(f"{self.method}: this run does not decode in the reference's style; a vista run of one seed does (RUN/seed0, say)")
+        inside = np.ones(len(self.reference.names), dtype=bool)
+        if condition is not None:
+            key = self.config.batch_key
+            if key is None:
+                raise UserError(f"{condition!r}: the fit knew no conditions of its reference; fit with --set batch_key=COLUMN, in obs of both files")
+            labels = labels_of(self.reference, key, "reference", "batch_key")
+            inside = labels == condition
+            if not inside.any():
+                known = ", ".join(np.unique(labels))
+                raise UserError(f"reference ({self.reference.source}): no cell has {condition!r} in obs column {key!r}; it has {known}")
+        total = float(np.median(self.reference.totals[inside])) if library is None else float(library)
+        if not 0 < total < np.inf:
+            raise UserError(f"library {total}: give a positive total count of a cell")
+        module = self.module.as_reference(self.pair, self.data, None if condition is None else inside, total)
+        manifest = self.manifest | {"as_reference": {"condition": condition, "cells": int(inside.sum()), "library": total}}
+        return replace(self, module=module, manifest=manifest, folder=None, inner=None, recalibration=None)
+
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
         if not hasattr(self.module, "proportions"):
@@ -369,7 +403,6 @@ class Run:
         result.layers["rate_mean"] = summary.rate_mean.copy()  # X is it, too
         if counts.xy is not None:
             result.obsm["spatial"] = counts.xy
-        result.uns["ppl_st"] = json.dumps(self.manifest)
         return result
 
 

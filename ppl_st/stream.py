@@ -153,7 +153,7 @@ def write_prediction(
         needed = int(np.ceil(round(float((ends[1] / (1 - ends[1]))[beyond].max()), 6)))
         say(f"upper ends of {int(beyond.sum())} genes lie beyond {draws} draws and are infinite; with --draws {needed} they are finite")
     say(f"{n} cells x {len(index)} genes, {draws} draws: {size:.1f} GB before compression, {free:.1f} GB are free there")
-    write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest)}, run.genes[index], names, blocks(), var)
+    write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest | {"draws": draws})}, run.genes[index], names, blocks(), var)
     return n, len(index)
 
 

@@ -91,10 +91,11 @@ from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
 from ppl_st.models.vista.levels import interpolate, tabulate
 from ppl_st.models.vista.model import LOG_SCALE, RESERVED, Guide, Model, Spec, build, sides
 from ppl_st.models.vista.process import fit_process, mixed_features, weigh
+from ppl_st.models.vista.style import as_reference
 from ppl_st.observation import find
 
 __all__ = [
-    "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary",
+    "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary", "as_reference",
     "batches", "build", "empty", "initialise", "loss_scale", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 

@@ -9,8 +9,10 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from ppl_st.count_likelihoods import ZeroInflatedNegativeBinomial
 from ppl_st.inference.adversary import Kind, generator_loss, logits
 from ppl_st.inference.svi import Pair
+from ppl_st.likelihoods import NegativeBinomial
 from ppl_st.models.common.counts import bend
 from ppl_st.models.common.process import Field, unit
 from ppl_st.models.vista.batches import Batch, mixed, neighbor_mean
@@ -153,18 +155,18 @@ class Model(PyroModule):
 
     def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
         """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""
-        if self.closed:
-            logits = self.level + self.bias + (z[:, :-1] @ self.decoder[:-1]) * self.reference_slope
-        else:
-            logits = self.level + self.bias + z @ self.decoder
-        return (log_library[:, None] + torch.log_softmax(logits, -1)).clamp(*LOG_RATE)
+        return (log_library[:, None] + torch.log_softmax(self.reference_logits(z), -1)).clamp(*LOG_RATE)
+
+    def reference_logits(self, z: Tensor, genes: Any = slice(None)) -> Tensor:
+        """Log shares of ``genes`` in reference cells before they are normalised over all, [R, g]."""
+        own = self.latent - self.closed
+        score = z[:, :own] @ self.decoder[:own, genes]
+        return self.level[genes] + self.bias[genes] + (score * self.reference_slope[genes] if self.closed else score)
 
     # ---- local sites, likelihood ----
 
     def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
-        """Run the generative story on one minibatch; ``observe=False`` draws the counts.
-
-        Where only the hidden genes H of the P are scored, their log-likelihood counts P / |H| times."""
+        """Run the generative story on one minibatch; ``observe=False`` draws the counts. Where H of P genes are scored, they count P / H times."""
         c = self.config
         drawn = self.globals()
         out, codes = {}, {}
@@ -174,7 +176,7 @@ class Model(PyroModule):
                     z = pyro.sample("z_reference", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))  # [R, d]
                 mean, sd = self.library[batch.reference_batch].unbind(1)
                 log_library = pyro.sample("log_library", dist.Normal(mean, sd))  # [R]
-                law = self._reference_law(z, self.reference_log_rate(z, log_library))
+                law = self.reference_law(z, self.reference_log_rate(z, log_library))
                 if c.visible < 1:  # what the encoder saw is not scored: the map is judged as it will be used
                     scored = torch.ones(self.spec.n_genes, dtype=torch.bool)
                     scored[self.panel[batch.visible]] = False
@@ -220,14 +222,12 @@ class Model(PyroModule):
                 z = pyro.sample("z", prior)  # [B, d]
                 return z
 
-    def _reference_law(self, z: Tensor, log_rate: Tensor) -> Any:
-        from ppl_st.count_likelihoods import ZeroInflatedNegativeBinomial
-        from ppl_st.likelihoods import NegativeBinomial
-
+    def reference_law(self, z: Tensor, log_rate: Tensor, genes: Any = slice(None)) -> Any:
+        """Law of the counts of ``genes`` in reference cells [R, g]."""
+        log_theta = self.reference_log_theta[genes]
         if self.config.reference_likelihood == "zinb":
-            gate = self.dropout_logits(z)
-            return ZeroInflatedNegativeBinomial(log_mean=log_rate, log_theta=self.reference_log_theta, gate_logits=gate)
-        return NegativeBinomial(log_mean=log_rate, log_theta=self.reference_log_theta)
+            return ZeroInflatedNegativeBinomial(log_mean=log_rate, log_theta=log_theta, gate_logits=self.dropout_logits(z)[:, genes])
+        return NegativeBinomial(log_mean=log_rate, log_theta=log_theta)
 
     # ---- prediction ----
 
