@@ -83,6 +83,7 @@ from ppl_st.models.vista.closed import (
     read_directions,
     second_moments,
     target_encoder,
+    theta_of_zeros,
     totals_of,
     weights,
 )
@@ -168,6 +169,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
     mine, theirs = moments(data.measured, data.batch), moments(panel, data.reference_batch)
     with torch.no_grad():
         _write(model.covariate, share)
+        _write(model.zeros, theta_of_zeros(data))
         model.parent.copy_(torch.from_numpy(data.parent))
         _write(model.level, share - np.log(np.exp(share[data.panel]).sum()))
         if model.closed:

@@ -34,6 +34,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from ppl_st.models.common import cells
 from ppl_st.models.common.cells import DENSE_GENES, log_normalise
+from ppl_st.models.common.counts import LOG_THETA
 from ppl_st.models.common.process import unit
 from ppl_st.models.vista.batches import Data
 
@@ -292,6 +293,22 @@ def moments_over_cells(graph: sp.csr_matrix, mix: float, read: Callable[[NDArray
         x = mixed_rows(graph, mix, np.sort(order[start : start + ROWS]), read)
         first, second = first + x.sum(0), second + x.T @ x
     return first / n, second / n - np.outer(first, first) / n**2
+
+
+def theta_of_zeros(data: Data) -> Floats:
+    """Covariate of a gene: its log theta as far as its zeros in the reference tell it, given its mean, [G].
+
+    Posterior mean on the grid `LOG_THETA` when the gene has one share of every cell's total: genes too faint to tell have the grid's mean. What the
+    states of the cells make of a gene is in it.
+    """
+    m, total = data.reference.shape[0], totals_of(data.reference)
+    seen = np.bincount(data.reference.indices[data.reference.data > 0], minlength=data.reference.shape[1])
+    depth = np.quantile(total, (np.arange(50) + 0.5) / 50)
+    theta, mean = np.exp(LOG_THETA)[:, None, None], np.exp(log_share(data))[:, None] * depth  # [G, 50]
+    zero = np.clip(np.exp(-theta * np.log1p(mean / theta)).mean(-1), 1e-9, 1 - 1e-9)  # [grid, G]
+    score = (m - seen) * np.log(zero) + seen * np.log1p(-zero)
+    weight = np.exp(score - score.max(0))
+    return np.asarray(LOG_THETA @ weight / weight.sum(0))
 
 
 def log_share(data: Data) -> Floats:

@@ -52,9 +52,10 @@ class Model(PyroModule):
     measured: Tensor  # [G]
     parent: Tensor  # [G] gene whose gain and slope a gene has: itself, or of GENE:layer the gene
     library: Tensor  # [batches, 2]
-    covariate: Tensor  # [G]
-    level_variance: Tensor  # [G]
-    level: Tensor  # [G]
+    covariate: Tensor  # [G] log share in the reference
+    zeros: Tensor  # [G] log theta that zeros in the reference tell (`closed.theta_of_zeros`)
+    level: Tensor  # [G] log of the gene's share of the reference's panel counts
+    level_variance: Tensor  # [G] of that as an estimate; 0 where the level is learned
     own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
     beside: Tensor  # [G]
     center: Tensor  # [G]
@@ -78,9 +79,8 @@ class Model(PyroModule):
         self.register_buffer("measured", measured)
         self.register_buffer("parent", torch.arange(genes))
         self.register_buffer("library", torch.tensor(spec.library))
-        self.register_buffer("covariate", torch.zeros(genes))  # log share in the reference
-        self.register_buffer("level", torch.zeros(genes))  # log of the gene's share of the reference's panel counts
-        self.register_buffer("level_variance", torch.zeros(genes))  # of that as an estimate; 0 where the level is learned
+        for name in ("covariate", "zeros", "level", "level_variance"):
+            self.register_buffer(name, torch.zeros(genes))
         self.process: Field | None = None  # over the reference's cells; a function of them, not stored with the weights
         for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0)):
             self.register_buffer(name, torch.full((genes,), value))
@@ -111,8 +111,8 @@ class Model(PyroModule):
                 a, b, s = hyper.slope
                 found["slope"] = ((a + b * z).clamp_min(LEAST_SLOPE), torch.full_like(z, s))
         for name in self.likelihood.priors:
-            a, b, s = hyper.parameters[name]
-            found[name] = (a + b * z, torch.full_like(z, s))
+            a, b, c, s = hyper.parameters[name]
+            found[name] = (a + b * z + c * (self.zeros - hyper.zeros_mean), torch.full_like(z, s))
         return found
 
     def globals(self) -> dict[str, Tensor]:
