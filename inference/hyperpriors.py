@@ -39,27 +39,28 @@ def random_effects(values: NDArray[np.float64], noise: NDArray[np.float64], cent
 def parameter_prior(
     score: NDArray[np.float64], z: NDArray[np.float64], grid: NDArray[np.float64], declared: float, width: float
 ) -> list[float]:
-    """Hyper-prior Normal(a + b z_g, s) of a parameter by marginal likelihood, each gene's value integrated over the grid: [a, b, s].
+    """Hyper-prior Normal(a + b . z_g, s) of a parameter by marginal likelihood, each gene's value integrated over the grid: [a, *b, s]; z [k, genes]
+    are covariates, or [genes] one.
 
     Genes without a trace of over-dispersion have a flat likelihood for large theta, so a maximum per gene would be noise; here they only say
-    "large". Weak priors around the declared (location, width) keep the fit proper: a ~ Normal(location, 2.5 width), b ~ Normal(0, width / 2),
+    "large". Weak priors around the declared (location, width) keep the fit proper: a ~ Normal(location, 2.5 width), each b ~ Normal(0, width / 2),
     log s ~ Normal(log width / 2, 0.7).
     """
-    likelihood = score - score.max(0)
+    likelihood, z = score - score.max(0), np.atleast_2d(z)
 
     def loss(parameters: NDArray[np.float64]) -> float:
-        loc, slope, log_scale = parameters
+        loc, slope, log_scale = parameters[0], parameters[1:-1], parameters[-1]
         scale = np.exp(np.clip(log_scale, np.log(width) - 4.0, np.log(width) + 2.0))
-        log_prior = -0.5 * ((grid[:, None] - loc - slope * z) / scale) ** 2
+        log_prior = -0.5 * ((grid[:, None] - loc - slope @ z) / scale) ** 2
         log_prior -= logsumexp(log_prior, 0)  # normalised on the grid
-        penalty = 0.5 * (slope / (width / 2)) ** 2 + 0.5 * ((log_scale - np.log(width / 2)) / 0.7) ** 2
+        penalty = 0.5 * float(((slope / (width / 2)) ** 2).sum()) + 0.5 * ((log_scale - np.log(width / 2)) / 0.7) ** 2
         penalty += 0.5 * ((loc - declared) / (2.5 * width)) ** 2
         return float(penalty - logsumexp(likelihood + log_prior, 0).sum())
 
-    start = np.array([np.median(grid[score.argmax(0)]), 0.0, np.log(width / 2)])
-    loc, slope, log_scale = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000}).x
+    start = np.array([np.median(grid[score.argmax(0)]), *np.zeros(len(z)), np.log(width / 2)])
+    loc, *slope, log_scale = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000}).x
     scale = np.exp(np.clip(log_scale, np.log(width) - 4.0, np.log(width) + 2.0)) * np.sqrt(1 + 1 / score.shape[1])
-    return [float(loc), float(slope), float(scale)]
+    return [float(loc), *map(float, slope), float(scale)]
 
 
 def score_nb(
@@ -110,15 +111,17 @@ def score_grid(
 def learn_parameters(
     likelihood: "Likelihood", inner_genes: list[tuple[Tensor, Tensor]], z: NDArray[np.float64]
 ) -> dict[str, list[float]]:
-    """Hyper-priors [a, b, s] of the likelihood's parameters from (counts, rates) of the inner genes of each fold; z is their covariate.
+    """Hyper-priors [a, *b, s] of the likelihood's parameters from (counts, rates) of the inner genes of each fold; z [genes] is their covariate, or
+    [k, genes] several.
 
     One parameter after the other, the others at the mean of their hyper-prior; twice where there are several.
     """
-    learned = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
+    z = np.atleast_2d(z)
+    learned = {name: [loc, *np.zeros(len(z)), scale] for name, (loc, scale) in likelihood.priors.items()}
     sizes = [counts.shape[1] for counts, _ in inner_genes]
     for _ in range(min(2, len(learned))):
         for name in learned:
-            center = {k: torch.from_numpy(a + b * z).split(sizes) for k, (a, b, _) in learned.items()}
+            center = {k: torch.from_numpy(a + np.array(b) @ z).split(sizes) for k, (a, *b, _) in learned.items()}
             scores = [
                 score_grid(likelihood, name, {k: v[fold] for k, v in center.items()}, counts, rates)
                 for fold, (counts, rates) in enumerate(inner_genes)

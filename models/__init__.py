@@ -18,6 +18,7 @@ Its module offers
     profiles(pair, config)                      -> (varm, units): tables [genes, programs] and their units; only of methods whose programs have them
     proportions(pair, data, config, draws, seed)   only of methods that deconvolve spots
     alignment(pair, data, config, seed)   -> {name: number}, diagnostics kept in the record; only of methods that align two sides
+    as_reference(pair, data, inside, library)   -> method that decodes spatial cells in the style of these reference cells; only of methods that can
     turned(pair, data)        -> (method, data) of the other direction; only of methods that have one
     adversary(pair, config)                     -> `ppl_st.inference.adversary.Adversary` or None; only of methods with a second player
     edit(pair, data, config, seed)              -> what changes the pair between steps (`fit`), or None; only of methods that grow or prune

@@ -175,6 +175,9 @@ def predict(
     memory_gb: MemoryGb = 1.0,
     proportions: Annotated[bool, typer.Option("--proportions", help="Deconvolve the spots.")] = False,
     turned: Annotated[bool, typer.Option("--turned", help="Reference cells as the target's platform would show them.")] = False,
+    as_reference: Annotated[
+        str | None, typer.Option("--as-reference", help="vista: cells as reference cells of this condition (a value of batch_key), or all.")
+    ] = None,
     section: Annotated[str | None, typer.Option("--section", help="xfuse: section to look at.")] = None,
     image: Annotated[Path | None, typer.Option("--image", help="xfuse: a new image without counts.")] = None,
     scale: Annotated[
@@ -191,7 +194,7 @@ def predict(
 ) -> None:
     """Impute genes in every cell, or (--proportions) deconvolve the spots of the run. Several runs: their mixture, weighted by held-out scores.
 
-    --turned: the reference's cells as the target's platform would show them.
+    --turned: the reference's cells as the target's platform would show them. --as-reference: the target's cells as the reference's would show.
     """
     wanted = {"maps": maps, "areas": areas, "cells": cells, "differential": differential, "summary": summary}
     asked = [name for name, value in wanted.items() if value]
@@ -201,8 +204,8 @@ def predict(
         raise UserError(f"--genes {genes} goes not with --maps {maps}, which names the genes to map; leave out --genes")
     check_file(out, asked[0] if asked else "predict", inputs=[target, *(run / f"{role}.h5ad" for run in runs for role in ("target", "reference"))])
     store = out.with_name(f"{out.stem}.samples.zarr")
-    if proportions and (genes or target or samples or len(runs) > 1 or turned):
-        raise UserError("--proportions goes with one run, without --genes, --target, --samples and --turned; run predict twice")
+    if proportions and (genes or target or samples or len(runs) > 1 or turned or as_reference):
+        raise UserError("--proportions goes with one run, without --genes, --target, --samples, --turned and --as-reference; run predict twice")
     from ppl_st.api import load
     from ppl_st.data import read_genes
     from ppl_st.io import write_adata
@@ -216,6 +219,8 @@ def predict(
 
         if turned:
             fitted.turned()  # says that there is no other direction
+        if as_reference:
+            fitted.as_reference()
         lines = predict_places(
             cast(Any, fitted), out, cast(Any, asked[0] if asked else "spots"), genes=maps or genes, target=target, section=section, image=image,
             scale=scale, cells=cells, regions=differential, pictures=png, quantiles=quantiles, draws=draws, samples=samples, seed=seed,
@@ -240,6 +245,8 @@ def predict(
             say(f"weight {share}, log score {score:.4f} on {fitted.record['inner_genes']} held-out genes: {name}")
     if turned:
         fitted = fitted.turned()
+    if as_reference:
+        fitted = fitted.as_reference(None if as_reference == "all" else as_reference)
     if proportions:
         result = fitted.proportions(draws=draws, seed=seed)
         write_adata(result, out)

@@ -143,6 +143,7 @@ class Run:
             factor=_factor(counts, self.genes) if lognorm else None,
         )  # fmt: skip
         result = self._table(summary, index, counts, ends)
+        result.uns["ppl_st"] = json.dumps(self.manifest | {"draws": draws})
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names, ends, maps))
             for name in ("log_prob", "pit_low", "pit_high"):
@@ -272,6 +273,24 @@ class Run:
         return replace(
             self, module=module, data=data, target=self.reference, reference=self.target, new_cells=refuse, folder=None, recalibration=None
         )
+
+    def as_reference(self, condition: str | None = None, *, library: float | None = None) -> "Run":
+        """The run in the reference's style: the paper's transfer of a disease or a perturbation.
+
+        `predict`, `write` and `write_samples` of it give the counts that each spatial cell, of the fit or of a new target, would show as a cell of
+        the reference that has its state: the reference's level, slope, dispersion and library. It is a view: nothing is fitted, and it has no folder.
+
+        Parameters
+        ----------
+        condition
+            Value of the reference's obs column ``batch_key`` (a setting of the fit), as "diseased": also what this condition adds. None: the
+            reference as a whole.
+        library
+            Total count of a cell over all genes of the reference; None: the median of the condition's cells.
+        """
+        from ppl_st.style import in_reference_style
+
+        return in_reference_style(self, condition, library)
 
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""

@@ -154,7 +154,7 @@ def write_prediction(
         say(f"upper ends of {int(beyond.sum())} genes lie beyond {draws} draws and are infinite; with --draws {needed} they are finite")
     say(f"{n} cells x {len(index)} genes, {draws} draws: {size:.1f} GB before compression, {free:.1f} GB are free there")
     varm, uns = varm_of(run, index)
-    write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest), **uns}, run.genes[index], names, blocks(), var, varm)
+    write_table(path, obs, obsm, {"ppl_st": json.dumps(run.manifest | {"draws": draws}), **uns}, run.genes[index], names, blocks(), var, varm)
     return n, len(index)
 
 

@@ -440,11 +440,9 @@ def test_cosine_uncertainty_and_its_closed_form_agree_and_follow_noise():
 
 
 def test_a_cell_decoded_as_reference_has_the_reference_levels():
-    from ppl_st.models.vista.extras import as_reference
-
     world = spatial_field(seed=5, n_cells=400, n_reference=400, n_genes=40, n_panel=25, n_types=4, rho=4, platform_sd=1.5)
     run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=FAST)
     genes = list(run.genes)
-    level = np.log(as_reference(run, genes).mean(0))
+    level = np.log(run.as_reference().predict(genes, draws=20).X.mean(0))
     reference = np.log(np.asarray(world.reference.X.mean(0)).ravel())
     assert np.abs(level - reference).mean() < 0.35 < 0.8 < np.abs(np.log(run.predict(genes, draws=5).X.mean(0)) - reference).mean()

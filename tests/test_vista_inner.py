@@ -108,3 +108,25 @@ def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
         assert np.abs(off.mean(0)).max() < 4 * bias and abs(off.mean()) < bias, (name, off.mean(0))
         apart = [np.mean([1 - np.corrcoef(one[:, g], theirs[:, g])[0, 1] for g in range(24, 40)]) for one in (ours, rough)]
         assert apart[0] < 0.01 and apart[0] < apart[1] / 2, (name, apart)
+
+
+def test_genes_of_one_mean_with_more_zeros_in_the_reference_are_more_dispersed_in_the_target():
+    """Half of the genes flicker on both sides: of unmeasured ones only their zeros in the reference say which."""
+    world = spatial_field(seed=4, n_cells=500, n_reference=600, n_genes=90, n_panel=50, n_types=3, rho=4.0, contrast=0.3)
+    rng, genes = np.random.default_rng(0), np.asarray(world.reference.var_names)
+    flickers = rng.permutation(len(genes)) % 2 == 0
+    for table in (world.target, world.reference, world.truth):
+        theta = np.where(flickers[np.searchsorted(genes, table.var_names)], 0.5, 1e3)
+        table.X = rng.poisson(table.X.toarray() * rng.gamma(theta, 1 / theta, table.shape)).astype(np.float32)
+    settings = ["penalty=3", "reweight=false", "fit.steps=4", "process=0", "graph=none"]
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=settings)
+    model, new = sides(chains_of(run.pair)[0])[0], ~run.measured
+    loc, scale = (one.numpy() for one in model.priors()["log_theta"])
+    assert loc[new & ~flickers].mean() - loc[new & flickers].mean() > 1.0, run.spec.hyper.parameters
+    level, slope, *_ = run.spec.hyper.parameters["log_theta"]
+    wide = [level, slope, 0.0, float(np.hypot(loc[new].std(), scale.mean()))]
+    plain, found = run.spec._replace(hyper=run.spec.hyper._replace(parameters={"log_theta": wide})), []
+    for spec in (run.spec, plain):
+        model.spec = spec
+        found.append(run.predict(world.truth.var_names, draws=40, truth=world.truth).var["log_score"].mean())
+    assert found[0] > found[1] + 0.005, found

@@ -71,3 +71,21 @@ def test_a_cell_without_neighbors_has_the_standard_prior(world):
     trace = poutine.trace(model).get_trace(batch)
     scale = trace.nodes["z"]["fn"].base_dist.scale
     assert (scale[0] == 1).all() and (scale[1:] < 0.9).all()
+
+
+def test_hidden_genes_are_scored_as_if_each_were_once(world):
+    """A gene that is hidden in a quarter of the steps had the posterior of a quarter of its counts: twice as wide."""
+    config = with_overrides(PRESETS["default"], [*FAST, "graph=none"])
+    data = prepared(world, config)
+    model = chains_of(start(data, config, 0, quiet)[0])[0].model
+    batch = batches(data, config, 0).of(np.arange(50))
+    known = {name: loc for name, (loc, _) in model.priors().items()} | {"z": torch.zeros(50, model.latent)}
+
+    def score(visible):
+        trace = poutine.trace(poutine.condition(model, known)).get_trace(batch._replace(visible=visible))
+        trace.compute_log_prob()
+        return trace.nodes["x"]["log_prob_sum"].item()
+
+    quarter = torch.arange(20) % 4
+    found = [score(quarter != k) for k in range(4)]
+    assert np.mean(found) == pytest.approx(score(quarter >= 0), rel=1e-5) and np.ptp(found) > 0

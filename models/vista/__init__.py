@@ -24,8 +24,11 @@ GUIDE
                    towards what graph attention makes of cell and neighbors, which starts as their mean (closed map) or at zero (learned map);
                    "kl_only": the released code, where the graph alters the KL term alone. Shares are zero in `build`: gimVI in every mode.
     training       in each step a quarter of the panel is hidden from the encoder, in cells and neighbors alike, and only hidden genes are scored:
-                   attention, gains, slopes and dispersions are learned in the situation in which they will be used (``visible=1``: the
-                   whole evidence bound, which trains shares and spreads too). After the fit, gains of measured genes are set with all genes seen.
+                   attention, gains, slopes and dispersions are learned in the situation in which they will be used. The log-likelihood of
+                   the |H| of P genes that are hidden counts P / |H| times: over steps that hide each gene equally often,
+                   E (P / |H|) sum_{g in H} log p(x_g | visible) = sum_g E[log p(x_g | visible) | g hidden], every count once, as
+                   every gene has one prior; unscaled, gene-level posteriors were those of a quarter of the counts. (``visible=1``: the
+                   whole evidence bound, which trains shares and spreads too.) After the fit, gains of measured genes are set with all genes seen.
 
 PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors); where g was not measured delta_g, k_g, theta'_g ~ hyper-prior, and the error of its
 pattern, drawn once for all cells along directions of the target and smooth waves of the coordinates (`inner.py`); count ~ NB(rate, theta'). Means of
@@ -73,12 +76,14 @@ from ppl_st.models.vista.closed import (
     directions_above_noise,
     fit_map,
     log_share,
-    mean_of_neighbors,
+    mixed_rows,
     moments,
+    moments_over_cells,
     project,
     read_directions,
     second_moments,
     target_encoder,
+    theta_of_zeros,
     totals_of,
     weights,
 )
@@ -87,10 +92,11 @@ from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
 from ppl_st.models.vista.levels import interpolate, tabulate
 from ppl_st.models.vista.model import LOG_SCALE, RESERVED, Guide, Model, Spec, build, sides
 from ppl_st.models.vista.process import fit_process, mixed_features, weigh
+from ppl_st.models.vista.style import as_reference
 from ppl_st.observation import find
 
 __all__ = [
-    "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary",
+    "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary", "as_reference",
     "batches", "build", "empty", "initialise", "loss_scale", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
@@ -163,6 +169,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
     mine, theirs = moments(data.measured, data.batch), moments(panel, data.reference_batch)
     with torch.no_grad():
         _write(model.covariate, share)
+        _write(model.zeros, theta_of_zeros(data))
         model.parent.copy_(torch.from_numpy(data.parent))
         _write(model.level, share - np.log(np.exp(share[data.panel]).sum()))
         if model.closed:
@@ -177,17 +184,20 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             loadings = directions_above_noise(data, mine, np.random.default_rng([seed, 5]))
             encoder = target_encoder(found, loadings, hyper.denoise)
             encoder = np.column_stack([encoder, np.full(len(encoder), 1 / len(encoder))])
-            z = project(data.measured, data.batch, mine, encoder)
-            u = project(data.measured, data.batch, mine, read_directions(loadings))
-            z, u = (x if not hyper.mix else (1 - hyper.mix) * x + hyper.mix * (mean_of_neighbors(data.graph) @ x) for x in (z, u))
-            _write(guide.place_mean, u.mean(0))
-            _write(guide.place_sd, np.maximum(u.std(0), 1e-6))
-            scale = max(float(z[:, -1].std()), 1e-6)
-            encoder[:, -1] /= scale
-            z[:, -1] /= scale
-            own = np.einsum("dg,de,eg->g", found.decoder, np.cov(z[:, :-1].T).reshape(z.shape[1] - 1, -1), found.decoder)
+            measured, n, d = data.measured, data.counts.shape[0], encoder.shape[1]
+            both = np.column_stack([encoder, read_directions(loadings)])
+            center, covariance = moments_over_cells(
+                data.graph, hyper.mix, lambda some: project(measured[some], data.batch[some], mine, both)
+            )
+            sd = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+            _write(guide.place_mean, center[d:])
+            _write(guide.place_sd, np.maximum(sd[d:], 1e-6))
+            size = np.append(np.ones(d - 1), 1 / max(float(sd[d - 1]), 1e-6))
+            encoder *= size
+            covariance = covariance[:d, :d] * np.outer(size, size) * n / max(n - 1, 1)
+            own = np.einsum("dg,de,eg->g", found.decoder, covariance[:-1, :-1], found.decoder)
             decoder = np.vstack([found.decoder, hyper.common * np.maximum(np.sqrt(own), 1e-6)])
-            spread = np.maximum(np.sqrt(np.einsum("dg,de,eg->g", decoder, np.cov(z.T), decoder)), 1e-6)
+            spread = np.maximum(np.sqrt(np.einsum("dg,de,eg->g", decoder, covariance, decoder)), 1e-6)
             _write(guide.gram, found.gram)
             _write(guide.cross, found.cross)
             _write(guide.loadings, loadings)
@@ -195,12 +205,16 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             _write(guide.reference_encoder, np.pad(found.encoder, ((0, 0), (0, 1))))
             _write(model.decoder, decoder / spread)  # score of unit sd over the target's cells
             _write(model.reference_slope, found.scale * spread)
-            _write(guide.log_scale, np.log(SPREAD * np.maximum(z.std(0), 1e-3)))
-            _write(guide.reference_log_scale, np.full(z.shape[1], np.log(SPREAD)))
+            _write(guide.log_scale, np.log(SPREAD * np.maximum(size * sd[:d], 1e-3)))
+            _write(guide.reference_log_scale, np.full(d, np.log(SPREAD)))
             for side in (model, guide):
                 if hasattr(side, "gate"):
                     side.gate.fill_(float(np.arctanh(hyper.mix)))
-            _write(model.levels, _levels(model, guide, data, mine, z, rng))
+
+            def states(rows: NDArray[np.int64]) -> Floats:
+                return mixed_rows(data.graph, hyper.mix, rows, lambda some: project(measured[some], data.batch[some], mine, encoder))
+
+            _write(model.levels, _levels(model, guide, data, mine, states, rng))
         for name, (loc, _) in model.priors().items():
             getattr(guide, f"{name}_loc").copy_(loc)
         if "log_gain" in model.priors():
@@ -209,14 +223,16 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
 
 
-def _levels(model: Model, guide: Guide, data: Data, mine: Moments, states: NDArray[Any], rng: np.random.Generator) -> Floats:
-    """Weights of the process, where there is one, and the table of `levels.py`, from some cells with their states [n, d]."""
+def _levels(
+    model: Model, guide: Guide, data: Data, mine: Moments, states: Callable[[NDArray[np.int64]], NDArray[Any]], rng: np.random.Generator
+) -> Floats:
+    """Weights of the process, where there is one, and the table of `levels.py`, from some cells and their ``states`` (rows -> [rows, d])."""
     hyper, found = model.spec.hyper, model.process
-    some = rng.permutation(len(states))
+    some = rng.permutation(data.counts.shape[0])
     rows = np.sort(np.resize(some, LEVEL_CELLS) if len(some) < LEVEL_CELLS else some[:LEVEL_CELLS])
-    decoder, z, phi = model.decoder.numpy().astype(np.float64), states[rows].astype(np.float64), None
+    distinct, place = np.unique(rows, return_inverse=True)
+    decoder, z, phi = model.decoder.numpy().astype(np.float64), states(distinct)[place].astype(np.float64), None
     if found is not None:
-        distinct, place = np.unique(rows, return_inverse=True)
         phi = mixed_features(data, mine, found, hyper.mix, distinct)[place]
         for name, value in weigh(phi, z, decoder, found, hyper.share, data.panel)._asdict().items():
             _write(getattr(model, name), value)
@@ -305,9 +321,10 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
 
 def _renew_levels(model: Model, guide: Guide, data: Data, rng: np.random.Generator) -> None:
     """The table of levels of the trained states; gains of measured genes take up the difference at their slopes."""
-    panel, before = model.panel, model.levels.clone()
+    panel, before, every = model.panel, model.levels.clone(), Batches(data, 0, 0, 0)
     with torch.no_grad():
-        _write(model.levels, _levels(model, guide, data, moments(data.measured, data.batch), _states(guide, data), rng))
+        states = lambda rows: guide.states(every.of(rows))[0].numpy()  # noqa: E731
+        _write(model.levels, _levels(model, guide, data, moments(data.measured, data.batch), states, rng))
         if "log_gain" in model.priors():
             after, before = (interpolate(table, guide.slope_loc[panel], panel) for table in (model.levels, before))
             guide.log_gain_loc[panel] += after - before

@@ -92,6 +92,10 @@ class Batches:
         """These spatial cells as seeds, every gene visible, no reference cells."""
         return self._batch(rows, np.empty(0, np.int64), np.ones(len(self.data.panel), dtype=bool))
 
+    def of_reference(self, rows: NDArray[np.int64]) -> Batch:
+        """These reference cells, every gene visible, no spatial cells."""
+        return self._batch(np.empty(0, np.int64), rows, np.ones(len(self.data.panel), dtype=bool))
+
     def _batch(self, seeds: NDArray[np.int64], reference: NDArray[np.int64], shown: NDArray[np.bool_]) -> Batch:
         data = self.data
         context, neighbors, present = surroundings(data.graph, seeds)

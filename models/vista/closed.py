@@ -21,24 +21,29 @@ multiplies these weights by exponential ones: the Bayesian bootstrap of the refe
 the map: the process beside it, `process.py`, is neither weighted nor drawn again).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import reverse_cuthill_mckee
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from ppl_st.models.common import cells
 from ppl_st.models.common.cells import DENSE_GENES, log_normalise
+from ppl_st.models.common.counts import LOG_THETA
 from ppl_st.models.common.process import unit
 from ppl_st.models.vista.batches import Data
 
 Floats = NDArray[np.float64]
 DIRECTIONS = 50  # at most
 CELLS = 2000  # cells of either side on which weights are found
+DIRECTION_CELLS = 4096  # cells of the target from which its directions are found
 CLIP = 8.0  # standard deviations
-ROWS = 4096  # cells made dense together
+ROWS, ENTRIES = 4096, 2**23  # cells, and cells x genes, made dense together: memory must not grow with the cells
 ROUNDS, DAMPING, NEAR = 4, 0.7, 30  # of the density ratio
 RATIO_PENALTY = 3.0
 FAR = 4.0  # standard deviations: places are clipped
@@ -94,36 +99,67 @@ def project(counts: sp.csr_matrix, batch: NDArray[np.int64], m: Moments, weights
     return np.concatenate([standardise(counts[i : i + ROWS], batch[i : i + ROWS], m) @ weights for i in starts])
 
 
-def weighted(x: Floats, w: Floats) -> Floats:
-    """Columns centered and scaled under weights w that sum to 1."""
-    mean = w @ x
-    sd = np.sqrt(w @ (x - mean) ** 2)
-    return (x - mean) / np.where(sd > 1e-8, sd, 1.0)
+class Panel:
+    """The reference's panel as z-scores, dense in some cells only."""
+
+    def __init__(self, data: Data) -> None:
+        self.counts, self.batch = sp.csr_matrix(data.reference[:, data.panel]), data.reference_batch
+        self.moments, self.totals = moments(self.counts, self.batch), totals_of(self.counts)
+        self.block = lru_cache(maxsize=4)(self._block)  # of a small reference all
+
+    def blocks(self, width: int) -> list[tuple[int, int]]:
+        """First and last cell of the blocks in which ``width`` genes are made dense."""
+        m = len(self.totals)
+        step = int(np.clip(ENTRIES // width, 64, ROWS))
+        return [(start, min(start + step, m)) for start in range(0, m, step)]
+
+    def _block(self, start: int, stop: int) -> Floats:
+        return self.rows(np.arange(start, stop))
+
+    def rows(self, rows: NDArray[np.int64]) -> Floats:
+        """[rows, P] z-scores, clipped."""
+        return standardise(self.counts[rows], self.batch[rows], self.moments)
 
 
-def density_ratio(x: Floats, r: Floats, rng: np.random.Generator) -> Floats:
-    """Weights [m] of the reference cells r [m, P] that make them look like cells of the target x [n, P]; they sum to 1."""
-    m = len(r)
+def density_ratio(x: Floats, panel: Panel, rng: np.random.Generator) -> Floats:
+    """Weights [m] of the reference's cells that make them look like cells of the target x [n, P]; they sum to 1."""
+    m, p = panel.counts.shape
     w = np.full(m, 1.0 / m)
     pool = rng.permutation(m)[:CELLS]  # neighbors are sought among these
     k = max(1, min(NEAR, len(pool) // 4))
+    blocks, inside = panel.blocks(p), panel.rows(pool)
     for _ in range(ROUNDS):
-        z = weighted(r, w)
-        gram = (z * w[:, None]).T @ z
-        smooth = np.linalg.solve(gram + RATIO_PENALTY * np.eye(len(gram)), gram)
-        mine, theirs = (unit(side @ smooth) for side in (z, x))
-        used, expected = _nearest(theirs, mine[pool], k), _nearest(mine, mine[pool], k)
-        usage = np.bincount(used.ravel(), minlength=len(pool)) / used.size
-        base = np.bincount(expected.ravel(), weights=np.repeat(w, k), minlength=len(pool)) / k
-        ratio = ((usage + 1e-6) / (base + 1e-6))[expected].mean(1)  # [m] smoothed over the reference neighborhood
+        first, second = np.zeros(p), np.zeros((p, p))
+        for start, stop in blocks:
+            z, own = panel.block(start, stop), w[start:stop]
+            first += own @ z
+            second += (z * own[:, None]).T @ z
+        center, sd, gram = _standard(first, second)
+        smooth = np.linalg.solve(gram + RATIO_PENALTY * np.eye(p), gram)
+        near = unit((inside - center) / sd @ smooth)
+        used, usual, expected = _nearest(unit(x @ smooth), near, k), np.zeros(len(pool)), []
+        for start, stop in blocks:
+            found = _nearest(unit((panel.block(start, stop) - center) / sd @ smooth), near, k)
+            usual += np.bincount(found.ravel(), weights=np.repeat(w[start:stop], k), minlength=len(pool)) / k
+            expected.append(found)
+        odds = (np.bincount(used.ravel(), minlength=len(pool)) / used.size + 1e-6) / (usual + 1e-6)
+        ratio = np.concatenate([odds[found].mean(1) for found in expected])  # [m] smoothed over the reference neighborhood
         w = w * ratio**DAMPING
         w = 0.8 * w / w.sum() + 0.2 / m
     return w
 
 
-def _nearest(x: NDArray[np.float32], pool: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def _standard(first: Floats, second: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean [P], sd [P] (1 where a gene does not vary) and correlation [P, P] from weighted first and second moments of z-scores."""
+    covariance = second - np.outer(first, first)
+    sd = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    sd = np.where(sd > 1e-7, sd, 1.0)
+    return first, sd, covariance / np.outer(sd, sd)
+
+
+def _nearest(x: NDArray[np.float32], pool: NDArray[np.float32], k: int) -> NDArray[np.int16]:
     """Positions in the pool of the k rows most alike to each row of x, by inner product, in blocks."""
-    found = [np.argpartition(-(x[i : i + 512] @ pool.T), k - 1, axis=1)[:, :k] for i in range(0, len(x), 512)]
+    found = [np.argpartition(-(x[i : i + 512] @ pool.T), k - 1, axis=1)[:, :k].astype(np.int16) for i in range(0, len(x), 512)]
     return np.concatenate(found)
 
 
@@ -134,8 +170,7 @@ def weights(data: Data, mine: Moments, reweight: bool, rng: np.random.Generator)
         return np.full(m, 1.0 / m)
     some = rng.permutation(data.counts.shape[0])[:CELLS]
     x = standardise(data.measured[some], data.batch[some], mine)[:, : len(data.panel)]
-    panel = sp.csr_matrix(data.reference[:, data.panel])
-    return density_ratio(x, standardise(panel, data.reference_batch, moments(panel, data.reference_batch)), rng)
+    return density_ratio(x, Panel(data), rng)
 
 
 class SecondMoments(NamedTuple):
@@ -147,24 +182,28 @@ class SecondMoments(NamedTuple):
 
 
 def second_moments(data: Data, w: Floats, genes: NDArray[np.int64] | None = None) -> SecondMoments:
-    """S, C and scale of ``genes`` of the reference (all when None) under weights w [m] that sum to 1; the reference is never dense as a whole."""
+    """S, C and scale of ``genes`` of the reference (all when None) under weights w [m] that sum to 1, summed over blocks of cells."""
     genes = np.arange(data.reference.shape[1]) if genes is None else genes
-    panel = sp.csr_matrix(data.reference[:, data.panel])
-    totals = totals_of(panel)
-    x = weighted(standardise(panel, data.reference_batch, moments(panel, data.reference_batch)), w)
-    left, depth = (x * w[:, None]).T, float(np.median(totals))
-    scale, cross = np.empty(len(genes)), np.empty((x.shape[1], len(genes)))
-    for start in range(0, len(genes), 1024):
-        part = slice(start, min(start + 1024, len(genes)))
-        y = log_normalised(data.reference[:, genes[part]], totals, depth)
-        mean = w @ y
-        sd = np.sqrt(w @ (y - mean) ** 2)
-        sd = np.where(sd > 1e-8, sd, 1.0)
-        cross[:, part] = left @ ((y - mean) / sd)
-        # From z-scores of log1p to the logarithm of the rate: d log u / d log1p(u) = (1 + u) / u at the mean.
-        u = np.expm1(mean)
-        scale[part] = np.minimum(sd * (1 + u) / np.maximum(u, 0.05), 3.0)
-    return SecondMoments(left @ x, cross, scale)
+    panel, g = Panel(data), len(genes)
+    p, depth = panel.counts.shape[1], float(np.median(panel.totals))
+    first, second, cross = np.zeros(p), np.zeros((p, p)), np.zeros((p, g))
+    mean, square = np.zeros(g), np.zeros(g)
+    for start, stop in panel.blocks(max(p, g)):
+        x, own = panel.block(start, stop), w[start:stop]
+        y = log_normalised(data.reference[start:stop][:, genes], panel.totals[start:stop], depth)
+        left = (x * own[:, None]).T
+        first += left.sum(1)
+        second += left @ x
+        cross += left @ y
+        mean += own @ y
+        square += own @ np.square(y, out=y)
+    first, size, gram = _standard(first, second)
+    variance = square - mean**2
+    sd = np.sqrt(np.where(variance > 1e-12 * square, variance, 1.0))
+    # From z-scores of log1p to the logarithm of the rate: d log u / d log1p(u) = (1 + u) / u at the mean.
+    u = np.expm1(mean)
+    scale = np.minimum(sd * (1 + u) / np.maximum(u, 0.05), 3.0)
+    return SecondMoments(gram, (cross - np.outer(first, mean)) / np.outer(size, sd), scale)
 
 
 def ridge(known: SecondMoments, penalty: float) -> Floats:
@@ -187,7 +226,7 @@ def directions_above_noise(data: Data, mine: Moments, rng: np.random.Generator) 
     """Loadings L [A, DIRECTIONS] of the target's genes on its leading directions, strongest first, noise of unit variance; see the file's
     docstring. Columns beyond the directions that rise above the noise are 0. (`ppl_st.models.common.cells.find_directions` has all directions asked
     for, of unit variance, from all cells.)"""
-    some = np.sort(rng.permutation(data.counts.shape[0])[:ROWS])
+    some = np.sort(rng.permutation(data.counts.shape[0])[:DIRECTION_CELLS])
     x = standardise(data.measured[some], data.batch[some], mine)
     n, genes = x.shape
     correlation, q = x.T @ x / n, min(DIRECTIONS, genes - 1)
@@ -226,10 +265,50 @@ def standard_places(u: Floats) -> Floats:
     return np.clip((u - u.mean(0)) / np.maximum(u.std(0), 1e-6), -FAR, FAR)
 
 
-def mean_of_neighbors(graph: sp.csr_matrix) -> sp.csr_matrix:
-    """Row-normalised graph; a cell without neighbors is its own."""
-    degree = np.diff(graph.indptr)
-    return sp.csr_matrix(sp.diags(1.0 / np.maximum(degree, 1)) @ graph + sp.diags((degree == 0).astype(np.float64)))
+def mean_of_neighbors(graph: sp.csr_matrix, rows: NDArray[np.int64]) -> sp.csr_matrix:
+    """``rows`` of the row-normalised graph; a cell without neighbors is its own."""
+    near = graph[rows]
+    degree = np.diff(near.indptr)
+    alone = np.flatnonzero(degree == 0)
+    own = sp.csr_matrix((np.ones(len(alone)), (alone, rows[alone])), shape=near.shape)
+    return sp.csr_matrix(sp.diags(1.0 / np.maximum(degree, 1)) @ near + own)
+
+
+def mixed_rows(graph: sp.csr_matrix, mix: float, rows: NDArray[np.int64], read: Callable[[NDArray[np.int64]], NDArray[Any]]) -> Floats:
+    """What ``read`` says of any cells [.., k] for the cells ``rows``, with this share of their neighbors' mean: [rows, k]."""
+    if not mix:
+        return np.asarray(read(rows), dtype=np.float64)
+    mixer = mean_of_neighbors(graph, rows)
+    needed = np.union1d(rows, mixer.indices)
+    x = read(needed)
+    return np.asarray((1 - mix) * x[np.searchsorted(needed, rows)] + mix * (mixer[:, needed] @ x), dtype=np.float64)
+
+
+def moments_over_cells(graph: sp.csr_matrix, mix: float, read: Callable[[NDArray[np.int64]], NDArray[Any]]) -> tuple[Floats, Floats]:
+    """Mean [k] and covariance [k, k] (of n) of `mixed_rows` over all cells, summed over blocks of cells that are neighbors as far as can be."""
+    n = graph.shape[0]
+    order = reverse_cuthill_mckee(graph).astype(np.int64) if mix else np.arange(n)
+    first, second = np.zeros(1), np.zeros(1)
+    for start in range(0, n, ROWS):
+        x = mixed_rows(graph, mix, np.sort(order[start : start + ROWS]), read)
+        first, second = first + x.sum(0), second + x.T @ x
+    return first / n, second / n - np.outer(first, first) / n**2
+
+
+def theta_of_zeros(data: Data) -> Floats:
+    """Covariate of a gene: its log theta as far as its zeros in the reference tell it, given its mean, [G].
+
+    Posterior mean on the grid `LOG_THETA` when the gene has one share of every cell's total: genes too faint to tell have the grid's mean. What the
+    states of the cells make of a gene is in it.
+    """
+    m, total = data.reference.shape[0], totals_of(data.reference)
+    seen = np.bincount(data.reference.indices[data.reference.data > 0], minlength=data.reference.shape[1])
+    depth = np.quantile(total, (np.arange(50) + 0.5) / 50)
+    theta, mean = np.exp(LOG_THETA)[:, None, None], np.exp(log_share(data))[:, None] * depth  # [G, 50]
+    zero = np.clip(np.exp(-theta * np.log1p(mean / theta)).mean(-1), 1e-9, 1 - 1e-9)  # [grid, G]
+    score = (m - seen) * np.log(zero) + seen * np.log1p(-zero)
+    weight = np.exp(score - score.max(0))
+    return np.asarray(LOG_THETA @ weight / weight.sum(0))
 
 
 def log_share(data: Data) -> Floats:

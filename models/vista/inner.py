@@ -4,7 +4,8 @@ Panel genes are hidden from the map in folds and predicted in the target: exactl
 penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, ``common`` and then the share of the process over the
 reference's cells (`process.py`); learned on them are the hyper-priors of
 gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
-likelihood's parameters. A score is bent (`ppl_st.models.common.counts.bend`) before its slope makes a log rate of it.
+likelihood's parameters. Their covariate is the log share in the reference; the likelihood's parameters have the gene's zeros there as well
+(`closed.theta_of_zeros`). A score is bent (`ppl_st.models.common.counts.bend`) before its slope makes a log rate of it.
 
 ERROR OF A PATTERN. What the map gets wrong of a gene is not wrong anew in every cell: the gene is too high in one kind of cells, or in one part
 of the tissue. Let t_i [q] be the place of a cell along the directions of the target (u of `closed.py`, mixed with its neighbors', unit sd) and w_i
@@ -46,6 +47,7 @@ from ppl_st.models.vista.closed import (
     second_moments,
     standard_places,
     standardise,
+    theta_of_zeros,
     totals_of,
     weights,
 )
@@ -83,7 +85,8 @@ class Hyper(NamedTuple):
     gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
     gain_covariance: list[float]  # of the first two: aa, ab, bb
     slope: list[float]  # slope: mean, slope by covariate, sd
-    parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slope by covariate, sd
+    parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slopes by covariate and by `theta_of_zeros`, sd
+    zeros_mean: float  # of `theta_of_zeros`
     error: list[float]  # tau [q]: sd of the error of a gene's log rate along each direction
     wave_error: float  # tau_w
     candidates: list[dict[str, float]]  # settings tried, with their mean correlation on inner genes
@@ -111,7 +114,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
     folds = np.array_split(rng.permutation(p), FOLDS)
     judged = [np.sort(inner[:JUDGED]) for inner in folds]
     truth = standardise(data.measured[rows], data.batch[rows], moments(data.measured, data.batch))
-    mixer = mean_of_neighbors(data.graph)[rows]
+    mixer = mean_of_neighbors(data.graph, rows)
     needed = np.union1d(rows, mixer.indices)  # the judged cells and their neighbors
     mixer, rows_of = sp.csr_matrix(mixer[:, needed]), np.searchsorted(needed, rows)
 
@@ -205,12 +208,12 @@ def _standardised(x: Floats) -> Floats:
 
 def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None]) -> Hyper:
     """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors, and no share of the neighbors."""
-    parameters = {name: [loc, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
+    parameters = {name: [loc, 0.0, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
     return Hyper(
         known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0, center,
-        [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, [ERROR] * DIRECTIONS, ERROR, [],
+        [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, 0.0, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
 
@@ -241,7 +244,7 @@ def _hyper_priors(
     counts = data.counts[rows][:, genes].toarray().astype(np.float64)
     median = float(np.log(np.median(totals_of(data.measured))))
     depth = np.hstack(log_depth) - median  # [rows, genes]
-    share = log_share(data)
+    share, zeros = log_share(data), theta_of_zeros(data)
     scores = np.hstack(predicted)
     spread = SPREAD * (1 - chosen["share"]) / (scores.std(0) + 1e-9)  # states are uncertain, features of the process are not
     scores /= scores.std(0) + 1e-9
@@ -279,7 +282,7 @@ def _hyper_priors(
     gain = [level, tilt - 1, gain_sd]
     hyper = Hyper(
         chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], chosen["share"],
-        exponent.tolist(), bent, float(share.mean()), gain, list(covariance), slope, {}, *error, candidates,
+        exponent.tolist(), bent, float(share.mean()), gain, list(covariance), slope, {}, float(zeros.mean()), *error, candidates,
     )  # fmt: skip
     exponents = np.clip(design @ exponent, *EXPONENTS)
     along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]
@@ -293,11 +296,11 @@ def _hyper_priors(
         rate = np.exp(np.clip(log_rate, -20, 20))
         draws.append(rate * (counts.sum(0) + 0.5) / (rate.sum(0) + 0.5))
     inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
-    parameters = learn_parameters(likelihood, inner_genes, z)
+    parameters = learn_parameters(likelihood, inner_genes, np.stack([z, zeros[data.panel[genes]] - zeros.mean()]))
     say(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f} + {slope[1]:.2f} log share, "
         f"sd {slope[2]:.2f}; depth {exponent[0]:.2f} + {exponent[1]:.2f} log share; bend {bent:g}; "
-        + ", ".join(f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items())
+        + ", ".join(f"{name} {a:.2f} + {b:.2f} log share + {c:.2f} theta of zeros, sd {s:.2f}" for name, (a, b, c, s) in parameters.items())
         + f"; pattern error {np.linalg.norm(hyper.error):.2f} along directions, {hyper.wave_error:.2f} in space"
     )
     return hyper._replace(parameters=parameters)

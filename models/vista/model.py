@@ -9,8 +9,10 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from ppl_st.count_likelihoods import ZeroInflatedNegativeBinomial
 from ppl_st.inference.adversary import Kind, generator_loss, logits
 from ppl_st.inference.svi import Pair
+from ppl_st.likelihoods import NegativeBinomial
 from ppl_st.models.common.counts import bend
 from ppl_st.models.common.process import Field, unit
 from ppl_st.models.vista.batches import Batch, mixed, neighbor_mean
@@ -50,9 +52,10 @@ class Model(PyroModule):
     measured: Tensor  # [G]
     parent: Tensor  # [G] gene whose gain and slope a gene has: itself, or of GENE:layer the gene
     library: Tensor  # [batches, 2]
-    covariate: Tensor  # [G]
-    level_variance: Tensor  # [G]
-    level: Tensor  # [G]
+    covariate: Tensor  # [G] log share in the reference
+    zeros: Tensor  # [G] log theta that zeros in the reference tell (`closed.theta_of_zeros`)
+    level: Tensor  # [G] log of the gene's share of the reference's panel counts
+    level_variance: Tensor  # [G] of that as an estimate; 0 where the level is learned
     own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
     beside: Tensor  # [G]
     center: Tensor  # [G]
@@ -76,9 +79,8 @@ class Model(PyroModule):
         self.register_buffer("measured", measured)
         self.register_buffer("parent", torch.arange(genes))
         self.register_buffer("library", torch.tensor(spec.library))
-        self.register_buffer("covariate", torch.zeros(genes))  # log share in the reference
-        self.register_buffer("level", torch.zeros(genes))  # log of the gene's share of the reference's panel counts
-        self.register_buffer("level_variance", torch.zeros(genes))  # of that as an estimate; 0 where the level is learned
+        for name in ("covariate", "zeros", "level", "level_variance"):
+            self.register_buffer(name, torch.zeros(genes))
         self.process: Field | None = None  # over the reference's cells; a function of them, not stored with the weights
         for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0)):
             self.register_buffer(name, torch.full((genes,), value))
@@ -109,8 +111,8 @@ class Model(PyroModule):
                 a, b, s = hyper.slope
                 found["slope"] = ((a + b * z).clamp_min(LEAST_SLOPE), torch.full_like(z, s))
         for name in self.likelihood.priors:
-            a, b, s = hyper.parameters[name]
-            found[name] = (a + b * z, torch.full_like(z, s))
+            a, b, c, s = hyper.parameters[name]
+            found[name] = (a + b * z + c * (self.zeros - hyper.zeros_mean), torch.full_like(z, s))
         return found
 
     def globals(self) -> dict[str, Tensor]:
@@ -153,16 +155,18 @@ class Model(PyroModule):
 
     def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
         """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""
-        if self.closed:
-            logits = self.level + self.bias + (z[:, :-1] @ self.decoder[:-1]) * self.reference_slope
-        else:
-            logits = self.level + self.bias + z @ self.decoder
-        return (log_library[:, None] + torch.log_softmax(logits, -1)).clamp(*LOG_RATE)
+        return (log_library[:, None] + torch.log_softmax(self.reference_logits(z), -1)).clamp(*LOG_RATE)
+
+    def reference_logits(self, z: Tensor, genes: Any = slice(None)) -> Tensor:
+        """Log shares of ``genes`` in reference cells before they are normalised over all, [R, g]."""
+        own = self.latent - self.closed
+        score = z[:, :own] @ self.decoder[:own, genes]
+        return self.level[genes] + self.bias[genes] + (score * self.reference_slope[genes] if self.closed else score)
 
     # ---- local sites, likelihood ----
 
     def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
-        """Run the generative story on one minibatch; ``observe=False`` draws the counts."""
+        """Run the generative story on one minibatch; ``observe=False`` draws the counts. Where H of P genes are scored, they count P / H times."""
         c = self.config
         drawn = self.globals()
         out, codes = {}, {}
@@ -172,7 +176,7 @@ class Model(PyroModule):
                     z = pyro.sample("z_reference", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))  # [R, d]
                 mean, sd = self.library[batch.reference_batch].unbind(1)
                 log_library = pyro.sample("log_library", dist.Normal(mean, sd))  # [R]
-                law = self._reference_law(z, self.reference_log_rate(z, log_library))
+                law = self.reference_law(z, self.reference_log_rate(z, log_library))
                 if c.visible < 1:  # what the encoder saw is not scored: the map is judged as it will be used
                     scored = torch.ones(self.spec.n_genes, dtype=torch.bool)
                     scored[self.panel[batch.visible]] = False
@@ -188,10 +192,9 @@ class Model(PyroModule):
             own = batch.counts[: len(batch.rows)]
             rate = self.log_rate(drawn, z, batch.total[: len(own)].log(), batch.usual.log(), self.panel).exp()
             law = self.likelihood(rate, {name: value[self.panel] for name, value in drawn.items()})
-            if c.visible < 1 and not bool(batch.visible.all()):
-                law = law.mask(~batch.visible)
-            with cells, poutine.scale(scale=c.target_weight):
-                out["x"] = pyro.sample("x", law.to_event(1), obs=own if observe else None)  # [B, P]
+            scored = batch.visible if bool(batch.visible.all()) else ~batch.visible  # [P]
+            with cells, poutine.scale(scale=c.target_weight * len(scored) / int(scored.sum())):
+                out["x"] = pyro.sample("x", law.mask(scored).to_event(1), obs=own if observe else None)  # [B, P]
             codes["cells"] = z
         if self.opponent[0] is not None and len(codes) == 2:
             kind: Kind = c.adversary  # type: ignore[assignment]
@@ -219,14 +222,12 @@ class Model(PyroModule):
                 z = pyro.sample("z", prior)  # [B, d]
                 return z
 
-    def _reference_law(self, z: Tensor, log_rate: Tensor) -> Any:
-        from ppl_st.count_likelihoods import ZeroInflatedNegativeBinomial
-        from ppl_st.likelihoods import NegativeBinomial
-
+    def reference_law(self, z: Tensor, log_rate: Tensor, genes: Any = slice(None)) -> Any:
+        """Law of the counts of ``genes`` in reference cells [R, g]."""
+        log_theta = self.reference_log_theta[genes]
         if self.config.reference_likelihood == "zinb":
-            gate = self.dropout_logits(z)
-            return ZeroInflatedNegativeBinomial(log_mean=log_rate, log_theta=self.reference_log_theta, gate_logits=gate)
-        return NegativeBinomial(log_mean=log_rate, log_theta=self.reference_log_theta)
+            return ZeroInflatedNegativeBinomial(log_mean=log_rate, log_theta=log_theta, gate_logits=self.dropout_logits(z)[:, genes])
+        return NegativeBinomial(log_mean=log_rate, log_theta=log_theta)
 
     # ---- prediction ----
 

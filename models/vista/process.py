@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ppl_st.models.common.cells import log_normalise
 from ppl_st.models.common.process import Field, field, some_cells, unit
 from ppl_st.models.vista.batches import Data
-from ppl_st.models.vista.closed import Floats, Moments, mean_of_neighbors, moments, standardise, totals_of
+from ppl_st.models.vista.closed import Floats, Moments, mixed_rows, moments, standardise, totals_of
 
 ROWS = 2048  # cells made dense together
 
@@ -54,11 +54,9 @@ def features_of(found: Field, counts: sp.csr_matrix, batch: NDArray[np.int64], m
 
 def mixed_features(data: Data, mine: Moments, found: Field, mix: float, rows: NDArray[np.int64]) -> Floats:
     """phi [rows, F] of cells of the target, with their neighbors' share."""
-    mixer = mean_of_neighbors(data.graph)[rows]
-    needed = np.union1d(rows, mixer.indices)
-    phi = features_of(found, data.measured[needed], data.batch[needed], mine, len(data.panel))
-    mixed: Floats = (1 - mix) * phi[np.searchsorted(needed, rows)] + mix * (mixer[:, needed] @ phi)
-    return mixed
+    return mixed_rows(
+        data.graph, mix, rows, lambda some: features_of(found, data.measured[some], data.batch[some], mine, len(data.panel))
+    )
 
 
 def weigh(phi: Floats, states: Floats, decoder: Floats, found: Field, share: float, panel: NDArray[np.int64]) -> Weights:

@@ -14,6 +14,7 @@ from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
+from ppl_st.models.vista.closed import ROWS
 from ppl_st.prepare import MIN_SHARED, refuse_single, relative_depths, same_genes
 from ppl_st.spatial import neighbors, sections
 
@@ -136,7 +137,11 @@ def waves(target: Counts, graph: sp.csr_matrix, config: Config) -> NDArray[np.fl
     section = sections(target, config.library_key)
     section = np.zeros(n, np.int64) if section is None else section
     phase = rng.uniform(0, 2 * np.pi, (section.max() + 1, frequency.shape[1]))  # errors of two sections in one frame have nothing in common
-    return np.asarray(np.sqrt(2) * np.cos(target.xy[:, :2] @ frequency + phase[section]), dtype=np.float32)
+    found = np.empty((n, frequency.shape[1]), np.float32)
+    for start in range(0, n, ROWS):
+        part = slice(start, start + ROWS)
+        found[part] = np.sqrt(2) * np.cos(target.xy[part, :2] @ frequency + phase[section[part]])
+    return found
 
 
 def _with_depth(counts: Counts, genes: NDArray[np.str_]) -> Counts:
