@@ -61,7 +61,8 @@ ROOMS: dict[str, set[str]] = {
     "prepare": {"data", "pairs", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "pairs", "config", "conformal", "inference"},
-    "posterior": {"io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream"},
+    "style": {"data"},  # a run seen as its reference
+    "posterior": {"io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream", "style"},
     "export": {"io", "data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},
