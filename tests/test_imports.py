@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "compositions": {"metrics"},
     "ridge": set(),
     "baselines": {"data", "spatial", "metrics", "ridge"},
-    "peers": {"data", "baselines"},  # other people's methods, imported when they are run
+    "peers": {"data", "baselines", "calibration", "metrics"},  # other people's methods, imported when they are run
     "calibration": {"data", "metrics"},
     "conformal": {"calibration"},
     "neighbor_score": set(),
