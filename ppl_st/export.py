@@ -11,8 +11,8 @@ predictions           count, rate [chain, draw, cell, gene] of genes that the ta
                       log_likelihood [chain, draw, cell], summed over all of the truth's genes that the target did not measure
 predictions_constant_data   with a truth: count [cell, gene] of those genes
 
-So these work as they stand: `az.loo(idata)`; of ArviZ 0.x `plot_bpv` of x, `plot_ppc` and `loo_pit(idata, y="library")`; of ArviZ 1.x `plot_ppc_tstat` of
-x, `plot_ppc_dist`, `plot_ppc_pit` and `loo_pit(idata, var_names="library")`, which needs 25 draws or more.
+So these work as they stand: `az.loo(idata)`; of ArviZ 0.x `plot_bpv` of x, `plot_ppc` and `loo_pit(idata, y="library")`; of ArviZ 1.x
+`plot_ppc_tstat` of x, `plot_ppc_dist`, `plot_ppc_pit` and `loo_pit(idata, var_names="library")`, which needs 25 draws or more.
 """
 
 import json
