@@ -82,10 +82,14 @@ def load_weights(folder: Path, pair: Pair) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(str(folder / "weights.safetensors"))
-    for side, module in zip(("model", "guide"), pair, strict=True):
-        module.load_state_dict(
-            {name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")}
-        )
+    try:
+        for side, module in zip(("model", "guide"), pair, strict=True):
+            module.load_state_dict({name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")})
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder / 'weights.safetensors'}: the weights do not fit what settings and data of the run give here, another version or another "
+            f"machine's arithmetic wrote them; repeat the fit ({str(error).splitlines()[-1].strip()})"
+        ) from error
 
 
 def write_inner(folder: Path, inner: Inner) -> None:

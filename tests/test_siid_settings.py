@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ppl_st.api as api
 from ppl_st.errors import UserError
@@ -50,7 +51,12 @@ def test_there_are_as_many_factors_as_are_named(sim, tmp_path, what):
 def test_a_fit_that_kept_the_best_chain_is_resumed_where_its_weights_are_missing(sim, tmp_path):
     fit = {"preset": "paper", "overrides": ["chains=2", "factors=3", "fit.steps=4", "fit.checkpoint_every=2"], "seed": 3}
     run = api.fit("siid", target=sim.target, reference=sim.reference, out=tmp_path / "run", **fit)
-    (tmp_path / "run" / "weights.safetensors").unlink()  # the disk was full
+    weights = tmp_path / "run" / "weights.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor[:-1].clone() if name.endswith("xi_loc") else tensor for name, tensor in tensors.items()}, weights)
+    with pytest.raises(UserError, match=r"weights.safetensors: the weights do not fit .*repeat the fit \(size mismatch"):
+        api.load(tmp_path / "run")
+    weights.unlink()  # the disk was full
     again = api.fit("siid", out=tmp_path / "run", resume=True)
     assert len(chains_of(again.pair)) == 1
     np.testing.assert_array_equal(again.predict(draws=4).X, run.predict(draws=4).X)
