@@ -136,21 +136,22 @@ def write_adata(adata: anndata.AnnData, path: str | Path) -> None:
 
 
 def storable(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy of ``obs`` that every AnnData file can hold: text with gaps becomes categories.
+    """A copy of ``obs`` that every AnnData file can hold: text with gaps becomes categories, objects that are all numbers become numbers.
 
     Raises
     ------
     UserError
         A column holds neither numbers nor text.
     """
-    made = table.copy()
+    made = table.infer_objects()
     for column in made.columns:
         values = made[column]
         if not (pd.api.types.is_object_dtype(values) or isinstance(values.dtype, pd.StringDtype)):
             continue
         known = values.dropna()
-        if not all(isinstance(value, str | bool) for value in known):
-            raise UserError(f"obs column {column!r} holds {type(known.iloc[0]).__name__} among others; make it text or numbers, or drop it")
+        odd = next((value for value in known if not isinstance(value, str)), "")
+        if odd != "":
+            raise UserError(f"obs column {column!r} holds a {type(odd).__name__} ({str(odd)[:30]}); make all of it text or numbers, or drop it")
         text = values.astype(object)
         made[column] = text if len(known) == len(values) else text.where(values.notna(), None).astype("category")
     return made

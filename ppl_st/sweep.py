@@ -186,7 +186,7 @@ def _refuse_other(place: Path, plan: Mapping[str, Any], preset: str, overrides: 
             f"{', '.join(overrides) or 'nothing set'}; choose another --out, or give the variant another name"
         )
     wanted = {"folds": None if plan["truth"] else str(plan["folds"]), "max_folds": plan["max_folds"], "draws": plan["draws"]}
-    before = {key: stored[key] for key in wanted}
+    before = {key: stored.get(key) for key in wanted}  # evaluations of older versions lack some
     for role in ("target", "reference", "truth"):
         wanted[role] = configs.hash_path(plan[role]) if plan[role] else None
         before[role] = stored["inputs"].get(role, {}).get("sha256")

@@ -218,6 +218,9 @@ def test_adata_hash_sees_values_and_nothing_else():
     renamed = _adata(counts)
     renamed.var_names = [*renamed.var_names[:-1], "other"]
     assert len({first, cfg.hash_adata(_adata(changed)), cfg.hash_adata(moved), cfg.hash_adata(renamed)}) == 4
+    labelled = _adata(counts)
+    labelled.obsm["names"] = np.array([["a", "b"]] * 5000)  # text is no number to hash
+    assert cfg.hash_adata(labelled) == first
 
 
 def test_manifest_is_plain_json_and_hashes_what_it_was_given(tmp_path):

@@ -21,6 +21,7 @@ from ppl_st.errors import UserError
 from ppl_st.inference import hyperpriors
 from ppl_st.likelihoods import NegativeBinomial
 from ppl_st.models import siid
+from ppl_st.models.siid.model import RESERVED
 from ppl_st.observation import BUILT_IN, find, name_of
 from ppl_st.simulate import checkerboard, spatial_field
 
@@ -134,6 +135,10 @@ def test_what_a_method_cannot_use_is_refused_with_the_reason(function, message):
     with pytest.raises(UserError, match=message):
         find(name_of(function), ("activity",))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_names_of_siids_own_effects_are_taken():
+    assert {"phi", "log_phi", "xi"} <= set(RESERVED)  # a parameter phi would have been given the gains' phi_loc
 
 
 def test_only_functions_that_can_be_found_again_have_a_name():

@@ -66,6 +66,13 @@ def test_a_draw_of_the_effect_does_not_depend_on_how_cells_are_cut(monkeypatch):
             law = predictor.count_dist(batch, 0, drawn, predictor.local(batch, 0), torch.arange(30, 40))
             found[n, predictor.rows(batch)] = law.mean.detach().numpy()
     np.testing.assert_allclose(found[0], found[1], rtol=0.01)
+    guide, (batch, *_), genes = predictor.guides[0], list(predictor.blocks(1000)), torch.arange(30, 40)
+    rate = predictor._effect(batch, 0, genes)[1]
+    with torch.no_grad():  # other doubt, the same mean profiles: spots expect the same (genes that few spots show had too low a mean)
+        mean = guide.xi_loc + 0.5 * (2 * guide.xi_log_scale).exp()
+        guide.xi_loc.copy_(mean - 0.5)
+        guide.xi_log_scale.zero_()
+    torch.testing.assert_close(predictor._effect(batch, 0, genes)[1], rate, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("uncovered", [0, 30])

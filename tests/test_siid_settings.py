@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import ppl_st.api as api
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
+from ppl_st.io import storable
 from ppl_st.simulate import checkerboard
 from seeded import own_seed
 from siid_problems import FAST, KNOBS
@@ -73,8 +74,11 @@ def test_text_with_gaps_is_stored(sim, tmp_path, dtype):
     found = api.load(tmp_path / "run").target.obs["kind"]
     assert found.isna().sum() == target.n_obs // 3 and set(found.dropna()) == {"a", "b"}
     assert list(target.obs["kind"][:1]) == ["a"] and target.obs["kind"].dtype == dtype  # the caller's table is as it was
-    target.obs["odd"] = [{}] * target.n_obs
-    with pytest.raises(UserError, match="'odd' holds dict"):
+    target.obs["whole"], target.obs["yes"] = pd.Series([1, 2, 3], dtype=object).repeat(100).to_numpy(), np.full(300, True, dtype=object)
+    stored = storable(target.obs)
+    assert stored["whole"].dtype.kind == "i" and stored["yes"].dtype == bool and target.obs["whole"].dtype == object
+    target.obs["odd"] = pd.Series(["text", 1.5, None], dtype=object).repeat(100).to_numpy()
+    with pytest.raises(UserError, match=r"'odd' holds a float \(1.5\); make all of it text"):
         api.fit("siid", target=target, reference=sim.reference, overrides=FAST, seed=3, out=tmp_path / "other")
 
 

@@ -21,6 +21,14 @@ def run(world):
     return ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=8"], seed=0)
 
 
+def test_the_latent_state_is_places_without_the_process(run):
+    latent = run.predict(run.genes[:1], draws=2).obsm["latent"]
+    (chain,) = spaim.chains_of(run.pair)
+    directions = len(chain.guide.known)
+    assert directions < 50 < len(chain.guide.known_codes(run.data.panel[:1]))  # here features would have filled up the columns
+    assert latent.shape[1] == directions
+
+
 def test_every_gene_asked_for_is_predicted_under_its_own_name(world):
     settings = ["hidden=[16, 8]", "clusters=8", "fit.steps=30", "inner_steps=5", "batch_genes=7"]
     run = ppl_st.fit("spaim", target=world.target, reference=world.reference, preset="paper", overrides=settings, seed=0)

@@ -56,7 +56,7 @@ FINE_SLOPES, FINE_THETA = np.linspace(0.2, 5.0, 49), np.linspace(-3.0, 5.0, 41) 
 LEVEL_CELLS = 1000  # of the fit, over which c_g is a mean
 OWN_ENTRIES = 1_500_000  # cells x genes on which measured genes learn slope and theta
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
-NODES = 7  # nodes over what is not known of a map
+NODES = 7  # of the quadrature over what is not known of a map
 
 
 def quadrature(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -92,8 +92,8 @@ def default_hyper(data: Problem, config: Settings) -> Hyper:
     z, doubt = (values[data.panel] for values in true_shares(data))
     level, noise = (values[data.columns] for values in log_shares(data.counts, data.columns))
     center = float(z.mean())
-    gain, covariance = _levels(level, noise, z - center, doubt, living(data), config)
-    return Hyper(smoothing, share, 1.0, depth_prior, 0.0, gain, covariance, (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), center, [])
+    levels = _levels(level, noise, z - center, doubt, living(data), config)
+    return Hyper(smoothing, share, 1.0, depth_prior, 0.0, *levels, (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), center, [])
 
 
 def learn_hyper(
@@ -148,8 +148,11 @@ def learn_hyper(
     alive = living(data)[genes]
     if not alive.all():
         say(dead_genes(int((~alive).sum())))
-    hyper = _priors(refined(scores[best]), level, noise, z, doubt, alive, config)
-    hyper = hyper._replace(smoothing=smoothing, share=share, doubt=wide, depth_prior=depth_prior, bend=bent, candidates=candidates)
+    center = float(z.mean())
+    at = z - center
+    levels, (slope, theta) = _levels(level, noise, at, doubt, alive, config), _priors(refined(scores[best]), at)
+    span = float(at.min()), float(at.max())
+    hyper = Hyper(smoothing, share, wide, depth_prior, bent, *levels, slope, theta, center, candidates, span=span)
     hyper = hyper._replace(own_depth=own_depth(tests, hyper, z))
     say(
         f"smoothing {smoothing:g}, "
@@ -244,24 +247,13 @@ def _subset(data: Any, rng: np.random.Generator) -> tuple[Any, NDArray[np.int64]
     return take_cells(data, cells), np.searchsorted(cells, chosen)
 
 
-def _priors(
-    score: NDArray[np.float64],
-    level: NDArray[np.float64],
-    noise: NDArray[np.float64],
-    z: NDArray[np.float64],
-    doubt: NDArray[np.float64],
-    alive: NDArray[np.bool_],
-    config: Settings,
-) -> Hyper:
-    center = float(z.mean())
-    at = z - center
-    loc, tilt, scale = parameter_prior(logsumexp(score, axis=1), at, FINE_SLOPES, 1.0, 0.5)
+def _priors(score: NDArray[np.float64], z: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """(m, m', s') of slopes and (a', b', s'') of log theta, from `refined` scores and centered covariates [genes]."""
+    loc, tilt, scale = parameter_prior(logsumexp(score, axis=1), z, FINE_SLOPES, 1.0, 0.5)
     loc, scale = float(np.clip(loc, *SLOPE_LOC)), min(scale, SLOPE_SCALE)
-    prior = -0.5 * ((FINE_SLOPES[:, None] - loc - tilt * at) / scale) ** 2  # [slopes, genes]
-    theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior, axis=0))[:, None], axis=0), at, FINE_THETA, 1.0, 1.5)
-    gain, covariance = _levels(level, noise, at, doubt, alive, config)
-    span = float(at.min()), float(at.max())
-    return Hyper(0.0, 0.0, 1.0, 0.0, 0.0, gain, covariance, (loc, tilt, scale), (theta[0], theta[1], theta[2]), center, [], span=span)
+    prior = -0.5 * ((FINE_SLOPES[:, None] - loc - tilt * z) / scale) ** 2  # [slopes, genes]
+    theta = parameter_prior(logsumexp(score + (prior - logsumexp(prior, axis=0))[:, None], axis=0), z, FINE_THETA, 1.0, 1.5)
+    return (loc, tilt, scale), (theta[0], theta[1], theta[2])
 
 
 def _levels(
