@@ -223,6 +223,7 @@ def test_wrong_splits_are_refused() -> None:
         baselines.ridge_z_smooth(no_place)
 
 
+@pytest.mark.slow
 def test_osmfish_lower_bounds() -> None:
     target = anndata.read_h5ad(path("osmfish_cortex/spatial.h5ad"))
     target = read_counts(target[~target.obs["duplicate_row"].to_numpy(dtype=bool)].copy(), role="target")
@@ -246,6 +247,7 @@ def test_osmfish_lower_bounds() -> None:
     assert all(got[name] > bound for name, bound in least.items()), got
 
 
+@pytest.mark.slow
 def test_spots_to_cells_lower_bounds() -> None:
     folder = "derived_pair_xenium_brain/"
     target = read_counts(path(folder + "xenium_like_panel.h5ad"), role="target")

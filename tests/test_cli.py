@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ppl_st.api
+from machine import slowness
 from ppl_st.cli import app
 from ppl_st.errors import UserError
 
@@ -338,7 +339,7 @@ def test_the_program_starts_fast_and_exits_with_its_codes(tmp_path):
         out, err = process.communicate()
         times.append(time.perf_counter() - began)
         assert process.returncode == 0 and "evaluate" in out and not err
-    assert min(times) < 1
+    assert min(times) < slowness()
     process = shell("fit", "sid", "--out", tmp_path / "new")
     _, err = process.communicate()
     assert process.returncode == 2 and err.count("\n") == 1 and err.startswith("error: unknown method")
@@ -347,14 +348,15 @@ def test_the_program_starts_fast_and_exits_with_its_codes(tmp_path):
     assert process.returncode == 2 and "--sett" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_middle_leaves_a_run_that_resumes(folder, tmp_path):
     out = tmp_path / "run"
     process = shell("fit", "siid", *pair(folder), "--out", out, *FAST[:-1], "--set=fit.steps=100000")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (out / "log.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
     assert (out / "state.pt").exists() and not [p for p in out.iterdir() if ".tmp" in p.name]
     assert "was interrupted: continue it" in refused("predict", out, "--out", tmp_path / "x.h5ad")

@@ -203,6 +203,7 @@ def test_a_real_fit_against_a_truth_file(world, tmp_path):
         ev.evaluate(["siid"], world.target, reference, truth=truth, out=out)
 
 
+@pytest.mark.slow
 def test_memory_blocks_do_not_change_the_accuracy(world, perfect):
     a, b = (
         ev.evaluate(["siid"], world.target, world.reference, folds=3, baselines=False, memory_gb=gb).scores

@@ -253,6 +253,7 @@ def test_a_users_likelihood_is_the_one_in_the_objective_and_in_the_predictive(me
     np.testing.assert_allclose(b.layers[drawn].mean(0), a.layers[drawn].mean(0), rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_own_parameters_are_learned_as_those_of_the_built_in_likelihood():
     """The same negative binomial by the general route and by its own: hyper-prior, points of measured genes, sites."""
     world = data_of(n_cells=600, rho=3.0, n_genes=60, n_panel=45)

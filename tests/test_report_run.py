@@ -155,6 +155,7 @@ def test_chosen_genes_measured_or_not(run, sim, tmp_path):
     assert not (tmp_path / "n.html").exists()
 
 
+@pytest.mark.slow
 def test_recalibrated_intervals_are_the_ones_shown(run, sim, raw, tmp_path):
     narrow = np.clip(0.5 + 2.5 * (KNOTS - 0.5), 0, 1)  # as if the raw forecasts were much too wide
     layer = Recalibration(0.9, [], [narrow.tolist()], [], 30, 0.8)
@@ -232,6 +233,7 @@ def test_sections_stand_side_by_side():
     np.testing.assert_array_equal(report_run._apart(table, None), table.obsm["spatial"])
 
 
+@pytest.mark.slow
 def test_method_of_images(tmp_path):
     """Spots, not cells; every gene was fitted; no reference to warn about; two sections side by side."""
     from ppl_st.shapes import shapes

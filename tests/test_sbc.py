@@ -70,6 +70,7 @@ def covered(found, name):
         assert np.median(found[f"{name}: {site}, measured genes"].spread()) > 2, site
 
 
+@pytest.mark.slow
 def test_spaim_learns_the_hyper_priors_that_it_was_simulated_with():
     covered(sbc_methods.spaim_genes(5), "SpaIM")
 

@@ -130,6 +130,7 @@ def test_inputs_are_not_modified(sim):
         assert (counts != table.X).nnz == 0 and (xy == table.obsm["spatial"]).all()
 
 
+@pytest.mark.slow
 def test_place_matters_and_a_shuffled_reference_is_useless(run, sim):
     rng = np.random.default_rng(0)
     good = accuracy(run, sim)

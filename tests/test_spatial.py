@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.spatial import cKDTree
 
+from machine import slowness
 from ppl_st.data import read_counts, thin
 from ppl_st.errors import UserError
 from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, neighbors, spot_pitch
@@ -203,9 +204,9 @@ def real() -> tuple[Array, Array, sparse.csr_matrix, sparse.csr_matrix]:
 
 
 def test_real_pair_radius_in_time(real: tuple[Array, Array, sparse.csr_matrix, sparse.csr_matrix]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     radius, info = infer_radius(*real)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5 * slowness()
     assert (
         radius == pytest.approx(27.5, rel=0.05)
         and info.shift == (0.0, 0.0)
@@ -213,6 +214,7 @@ def test_real_pair_radius_in_time(real: tuple[Array, Array, sparse.csr_matrix, s
     )
 
 
+@pytest.mark.slow
 def test_real_pair_radius_under_noise_gene_factors_depth_and_shift(
     real: tuple[Array, Array, sparse.csr_matrix, sparse.csr_matrix],
 ) -> None:
