@@ -89,6 +89,8 @@ def rank_plot(ranks: "Mapping[str, ArrayLike]", draws: int, *, columns: int = 3,
         Title -> ranks of the truth among the posterior draws, [simulations, quantities].
     draws
         Posterior draws that each truth was ranked among.
+    bins
+        Bars of a panel, at most draws + 1.
 
     Notes
     -----
@@ -96,7 +98,7 @@ def rank_plot(ranks: "Mapping[str, ArrayLike]", draws: int, *, columns: int = 3,
     more). A hollow middle: posteriors too narrow; a hill: too wide; a slope: biased.
     """
     names = list(ranks)
-    columns = min(columns, len(names))
+    columns, bins = min(columns, len(names)), min(bins, draws + 1)
     rows = -(-len(names) // columns)
     figure = empty_figure(3.0 * columns, 2.3 * rows + 0.2)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True)

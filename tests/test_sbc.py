@@ -10,6 +10,7 @@ import pytest
 import sbc_methods
 import torch
 
+from ppl_st.errors import UserError
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.testing.simulation import Ranks, simulation_ranks, uniformity
 
@@ -41,6 +42,18 @@ def test_p_values_are_not_too_small_under_the_truth():
     rng = np.random.default_rng(0)
     p = [uniformity(Ranks(rng.integers(0, 100, (60, 5)), np.zeros((60, 5)), 99)) for _ in range(300)]
     assert np.mean(np.array(p) < 0.05) < 0.08
+
+
+def test_few_draws_have_few_ranks():
+    """Five draws, six ranks: ten bins left some empty of ranks, and any ranks passed."""
+    always = Ranks(np.zeros((50, 1), int), np.zeros((50, 1)), 5)
+    assert uniformity(always) < 1e-6
+    even = Ranks(np.tile(np.arange(6), 10)[:, None], np.zeros((60, 1)), 5)
+    assert uniformity(even) == 1.0
+    with pytest.raises(UserError, match="simulation 1 has 7 draws, those before 9"):
+        simulation_ranks(lambda number: (np.zeros(1), np.zeros((9 - 2 * number, 1))), 2)
+    with pytest.raises(UserError, match="among 0 draws"):
+        uniformity(Ranks(np.zeros((50, 1), int), np.zeros((50, 1)), 0))
 
 
 @pytest.fixture(scope="module")
