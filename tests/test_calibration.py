@@ -119,7 +119,7 @@ def test_variances_add_up_and_with_doubt_of_each_cell_their_share_is_the_squared
 
 
 def test_doubt_that_all_cells_share_lowers_no_correlation():
-    """One level per draw and gene: the parts still add up, but between / sum is far below the squared correlation; that is the ratio without doubt."""
+    """One level per draw and gene: the parts add up, but between / sum is far below the squared correlation; that is the ratio without doubt."""
     rng = np.random.default_rng(5)
     draws, cells = 2000, 300
     mean = rng.gamma(3.0, 1.0, (cells, 2))
