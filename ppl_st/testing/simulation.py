@@ -28,6 +28,13 @@ class Ranks(NamedTuple):
         """Root mean square of z, [quantities]: 1 = right, 2 = posterior standard deviations are half of what they should be."""
         return np.asarray(np.sqrt(np.square(self.z).mean(0)))
 
+    def pooled_spread(self) -> tuple[float, float]:
+        """log of the root mean square of z over all quantities, 0 = right, and its standard error: simulations are the units, as the quantities of
+        one depend on each other. With few simulations it sees what `uniformity`, quantity by quantity, cannot.
+        """
+        square = np.square(self.z).mean(1)  # [simulations]
+        return 0.5 * float(np.log(square.mean())), 0.5 * float(square.std(ddof=1) / square.mean() / np.sqrt(len(square)))
+
 
 def simulation_ranks(
     simulate_and_fit: Callable[[int], tuple[NDArray[np.float64], NDArray[np.float64]]], simulations: int
