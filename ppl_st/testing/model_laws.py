@@ -35,12 +35,11 @@ class Minibatches(Protocol):
         """The minibatch of `step`."""
 
 
-def _traces(pair: Pair, batch: Any, seed: int = 0, observe: bool = True) -> tuple[Any, Any]:
-    """(model, guide) traces; the model's latent sites are the guide's draws when it observes, else its own."""
-    with rng_scope(seed, "trace"), torch.no_grad():
+def _traces(pair: Pair, batch: Any) -> tuple[Any, Any]:
+    """(model, guide) traces; the model's latent sites are the guide's draws."""
+    with rng_scope(0, "trace"), torch.no_grad():
         guide = poutine.trace(pair.guide).get_trace(batch)
-        model = poutine.replay(pair.model, guide) if observe else pair.model
-        return poutine.trace(model).get_trace(batch, observe=observe), guide
+        return poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch), guide
 
 
 def _sites(trace: Any, *, observed: bool) -> dict[str, Any]:
@@ -130,7 +129,8 @@ def simulation_obeys(pair: Pair, batch: Any, draws: int = 40, fresh: int = 20) -
     ranks: dict[str, list[float]] = {name: [] for name in data}
     moments: dict[str, list[tuple[float, float, float]]] = {name: [] for name in data}
     for k in range(draws):
-        trace, _ = _traces(pair, batch, seed=k + 1, observe=False)
+        with rng_scope(k + 1, "trace"), torch.no_grad():
+            trace = poutine.trace(pair.model).get_trace(batch, observe=False)
         simulated = _sites(trace, observed=False)
         for name in data:
             if name not in simulated:
@@ -169,12 +169,14 @@ def _standardised(fn: Any, total: Tensor) -> list[tuple[float, float, float]]:
     """
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
+    if fn.event_shape:
+        return []
     try:
         m, v = (value.double().expand(fn.batch_shape).flatten() for value in (fn.mean, fn.variance))
     except NotImplementedError:
         return []
     whole = v.sum()
-    if fn.event_shape or not (m.isfinite().all() and 0 < whole < math.inf):
+    if not (m.isfinite().all() and 0 < whole < math.inf):
         return []
     m, v, z = m[v > 0], v[v > 0], float((total - m.sum()) / whole.sqrt())
     if bool(fn.support.check(torch.tensor(-1.0))):
