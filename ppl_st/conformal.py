@@ -180,7 +180,8 @@ def genes_needed(level: float) -> int:
 def gene_strata(covariate: Any, size: int = STRATUM) -> list[float]:
     """Values between strata of the covariate [genes] with ``size`` genes or more in each; a stratum ends with all genes of its largest value."""
     known = np.sort(np.asarray(covariate, dtype=np.float64))
-    strata, edges, last = max(1, known.size // size), [], 0
+    strata, last = max(1, known.size // size), 0
+    edges: list[float] = []
     for cut in np.unique(np.quantile(known, np.arange(1, strata) / strata, method="lower")):
         upto = int(np.searchsorted(known, cut, side="right"))
         if upto - last >= size and known.size - upto >= size:  # not so where many genes share a value

@@ -256,7 +256,7 @@ def write_table(
 
 def write_whole(table: ad.AnnData, path: str | Path) -> None:
     """Write an AnnData of dense arrays that is in memory as `write_table` does; its ``X`` is the layer "mean" as well."""
-    layers = {"mean": table.X, **table.layers}
+    layers: dict[str, Any] = {"mean": table.X, **table.layers}
     write_table(
         path, table.obs, table.obsm, table.uns, np.asarray(table.var_names, dtype=str), layers, [(np.arange(table.n_obs), layers)],
         lambda: table.var, table.varm,
