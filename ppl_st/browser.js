@@ -93,6 +93,7 @@
   };
 
   const match = (text) => {
+    if (genes.has(text.trim())) return text.trim();  // names may differ in capitals alone
     const wanted = text.trim().toLowerCase();
     if (!wanted) return undefined;
     const lower = order.map((name) => name.toLowerCase());
@@ -100,11 +101,15 @@
       .map((test) => lower.findIndex(test)).find((index) => index >= 0);
     return place === undefined ? undefined : order[place];
   };
+  const go = (name) => {
+    const address = `#gene=${encodeURIComponent(name)}`;
+    if (location.hash === address) show(genes.get(name));  // the address does not change: take away what was typed
+    else location.hash = address;
+  };
   const ask = (text) => {
     const name = match(text);
     if (name === undefined) say(`${text}: not among the ${order.length} genes of this page; make one with it by --genes.`);
-    else location.hash = `gene=${encodeURIComponent(name)}`;
-    return name;
+    else go(name);
   };
   const fromAddress = () => {
     const name = decodeURIComponent(location.hash.replace(/^#gene=/, ""));
@@ -112,7 +117,7 @@
   };
   const beside = (step) => {
     const here = order.indexOf(find("gene-browser").dataset.shown);
-    ask(order[(here + step + order.length) % order.length]);
+    go(order[(here + step + order.length) % order.length]);
   };
   find("gene").addEventListener("change", (event) => ask(event.target.value));
   find("gene").addEventListener("input", (event) => { if (genes.has(event.target.value)) ask(event.target.value); });

@@ -182,8 +182,12 @@ def variance_decomposition(rate_mean: Any, rate_sd: Any, count_sd: Any) -> pd.Da
 
     With layers of `Run.predict`, [cells, genes]: ``between`` = variance over cells of the mean rate (the pattern that is predicted), ``epistemic`` =
     mean over cells of rate_sd^2 (what the model does not know: state, level), ``noise`` = mean of count_sd^2 - rate_sd^2 (what no model could
-    know). By the law of total variance they add up to the predictive variance of a count in a cell picked at random; between / sum is the squared
-    correlation with the counts that the model expects of its prediction.
+    know). By the law of total variance they add up to the predictive variance of a count in a cell picked at random.
+
+    The split does not say how the doubt is shared between cells. Where it is each cell's own, between / sum is the squared correlation with the
+    counts that the model expects of its prediction. Doubt about the gene's level is shared by all cells and lowers no correlation: where that is all,
+    the expected squared correlation is about between / (between + noise), however large the epistemic part. ``noise`` is a mean over draws of
+    the dispersion as well: a few draws of a heavy tail can be most of it. ``var["trust"]`` leaves out level and dispersion.
     """
     mean, sd, count = (np.asarray(layer, dtype=np.float64) for layer in (rate_mean, rate_sd, count_sd))
     between, epistemic = mean.var(0), (sd**2).mean(0)

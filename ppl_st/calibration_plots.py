@@ -22,6 +22,7 @@ def calibration_curve(
     levels: "ArrayLike",
     coverage: "ArrayLike | Mapping[str, ArrayLike]",
     per_gene: "ArrayLike | None" = None,
+    promised: tuple[float, float] | None = None,
 ) -> "Figure":
     """Observed against nominal coverage of central intervals; the diagonal is perfect calibration.
 
@@ -35,6 +36,8 @@ def calibration_curve(
     per_gene
         Coverage of every gene, [L, G], of the first curve: drawn as the band of the middle 80 % of genes,
         because one overall number hides badly covered genes.
+    promised
+        Level and coverage of the interval with the guarantee, which is of this level alone: a diamond.
     """
     curves = coverage if isinstance(coverage, Mapping) else {"all genes": coverage}
     x = np.asarray(levels, dtype=float)
@@ -47,6 +50,8 @@ def calibration_curve(
         ax.fill_between(x, low, high, color=COLORS[0], alpha=0.2, linewidth=0, label=label)
     for (name, curve), color in zip(curves.items(), COLORS, strict=False):
         ax.plot(x, np.asarray(curve, dtype=float), color=color, marker="o", markersize=3.5, label=name)
+    if promised is not None:
+        ax.plot(promised[0], promised[1], color=COLORS[1], marker="D", linestyle="none", label="interval with the guarantee")
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.set_xlabel("nominal coverage of the interval")
     ax.set_ylabel("share of held-out counts inside (randomised)")
@@ -89,6 +94,8 @@ def rank_plot(ranks: "Mapping[str, ArrayLike]", draws: int, *, columns: int = 3,
         Title -> ranks of the truth among the posterior draws, [simulations, quantities].
     draws
         Posterior draws that each truth was ranked among.
+    bins
+        Bars of a panel, at most draws + 1.
 
     Notes
     -----
@@ -96,7 +103,7 @@ def rank_plot(ranks: "Mapping[str, ArrayLike]", draws: int, *, columns: int = 3,
     more). A hollow middle: posteriors too narrow; a hill: too wide; a slope: biased.
     """
     names = list(ranks)
-    columns = min(columns, len(names))
+    columns, bins = min(columns, len(names)), min(bins, draws + 1)
     rows = -(-len(names) // columns)
     figure = empty_figure(3.0 * columns, 2.3 * rows + 0.2)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True)

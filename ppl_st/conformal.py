@@ -19,8 +19,9 @@ Conformal intervals (``guarantee=True``). With c_g(l) the coverage of the centra
     l* = min { l : (m mean_g (1 - c_g(l)) + 1) / (m + 1) <= 1 - level }
 
 Then E[coverage of a new gene] >= level for any m, whatever the forecaster, as long as the new gene's curve is exchangeable with the inner ones'
-(conformal risk control: Angelopoulos, Bates, Fisch, Lei, Schuster, ICLR 2024, Theorem 1; the miscoverage falls with l and lies in [0, 1]). It is
-exact for genes that the same fits were not shown. A new gene is predicted by the fit to *all* measured genes: for it the promise holds as far as that
+(conformal risk control: Angelopoulos, Bates, Fisch, Lei, Schuster, ICLR 2024, Theorem 1; the miscoverage falls with l and lies in [0, 1]). In strata
+it holds nearly: edges are values of inner genes, and the one at an edge is always of the lower stratum, which a new gene need not be. It is exact
+for genes that the same fits were not shown. A new gene is predicted by the fit to *all* measured genes: for it the promise holds as far as that
 fit errs like those to a part of them, which no theorem says (least squares with as many genes as observations is a counter-example). Where
 the miscoverage has no jumps in l, the over-coverage is at most 2 / (m + 1) (Theorem 2 there: up to .074 with 26 inner genes), plus what the level is
 rounded up to the next one of `GRID` (in steps of .02, from .98 on of .002). The promise is for the mean over genes, not each one.
@@ -40,7 +41,7 @@ from numpy.typing import NDArray
 from ppl_st.calibration import GRID
 from ppl_st.errors import UserError
 
-__all__ = ["KNOTS", "Inner", "Recalibration", "at_places", "conformal_level", "gene_strata", "pit_curves", "recalibration", "shrunk"]
+__all__ = ["KNOTS", "Inner", "Recalibration", "at_places", "conformal_level", "gene_strata", "genes_needed", "pit_curves", "recalibration", "shrunk"]
 
 STRATUM = 50  # inner genes that a stratum needs
 # Probabilities at which the distribution function of a PIT is kept: the ends of the central intervals of `GRID`, the median, 0 and 1.
@@ -148,7 +149,8 @@ def conformal_level(curves: Any, level: float) -> float:
 
 
 def recalibration(pit: Any, covariate: Any, level: float = 0.9, *, guarantee: bool = False) -> Recalibration:
-    """What to correct, in strata of a covariate with `STRATUM` inner genes or more in each (with fewer genes there is one stratum).
+    """What to correct, in strata of a covariate with `STRATUM` inner genes or more in each, with the guarantee also as many as its level needs (with
+    fewer genes there is one stratum).
 
     ``pit`` [knots, genes] from `pit_curves`; ``covariate`` [genes] is known of a new gene too, such as its mean count in the reference.
     """
@@ -157,7 +159,7 @@ def recalibration(pit: Any, covariate: Any, level: float = 0.9, *, guarantee: bo
         raise UserError(f"recalibration: PIT curves have shape {curves.shape}, need [{len(KNOTS)}, {known.size}], one for each covariate")
     if not 0 < level < 1:
         raise UserError(f"recalibration: level {level} must lie strictly between 0 and 1")
-    edges = gene_strata(known)
+    edges = gene_strata(known, max(STRATUM, genes_needed(level)) if guarantee else STRATUM)
     of = np.searchsorted(edges, known)
     return _made(curves, [curves[:, of == k] for k in range(len(edges) + 1)], edges, level, guarantee)
 
@@ -170,12 +172,22 @@ def at_places(pit: Any, edges: list[float], level: float = 0.9, *, guarantee: bo
     return _made(curves.mean(0), list(curves), edges, level, guarantee)
 
 
-def gene_strata(covariate: Any) -> list[float]:
-    """Values between strata of the covariate [genes] with `STRATUM` genes or more in each (fewer where many genes share a value)."""
-    known = np.asarray(covariate, dtype=np.float64)
-    strata = max(1, known.size // STRATUM)
-    cuts = np.unique(np.quantile(known, np.arange(1, strata) / strata, method="lower"))  # values that occur: no stratum is empty
-    return [float(cut) for cut in cuts[cuts < known.max()]]
+def genes_needed(level: float) -> int:
+    """How many units a guarantee of ``level`` needs: 1 / (m + 1) <= 1 - level."""
+    return int(np.ceil(round(1 / (1 - level), 6))) - 1
+
+
+def gene_strata(covariate: Any, size: int = STRATUM) -> list[float]:
+    """Values between strata of the covariate [genes] with ``size`` genes or more in each; a stratum ends with all genes of its largest value."""
+    known = np.sort(np.asarray(covariate, dtype=np.float64))
+    strata, last = max(1, known.size // size), 0
+    edges: list[float] = []
+    for cut in np.unique(np.quantile(known, np.arange(1, strata) / strata, method="lower")):
+        upto = int(np.searchsorted(known, cut, side="right"))
+        if upto - last >= size and known.size - upto >= size:  # not so where many genes share a value
+            edges.append(float(cut))
+            last = upto
+    return edges
 
 
 def _made(curves: Floats, parts: list[Floats], edges: list[float], level: float, guarantee: bool) -> Recalibration:

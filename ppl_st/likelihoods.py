@@ -145,17 +145,21 @@ class _Observation(TorchDistribution):
 
 
 def count_quantile(d: Any, q: Tensor) -> Tensor:
-    """The smallest count k with P(X <= k) >= q, by doubling and bisection of `d.cdf`; q in [0, 1), fits the batch shape."""
+    """The smallest count k with P(X <= k) >= q, by doubling and bisection of `d.cdf`; q in [0, 1), fits the batch shape.
+
+    Above 2^53 float64 does not hold every count: there it is the nearest that it holds.
+    """
     check_shape(q, d.batch_shape, f"{type(d).__name__}.icdf")
     shape = common_shape(q.shape, d.batch_shape)
     low, high = torch.full(shape, -1.0, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     share = q.detach().cpu().expand(shape)
     while bool((short := (d.cdf(high).cpu() < share) & (high < LARGEST_COUNT)).any()):
         low, high = torch.where(short, high, low), torch.where(short, 2 * high + 1, high)
-    while bool((high - low > 1).any()):
-        middle = ((low + high) / 2).floor()
+    middle = ((low + high) / 2).floor()
+    while bool((between := (low < middle) & (middle < high)).any()):  # else they are neighbouring counts, or neighbouring numbers
         enough = d.cdf(middle).cpu() >= share
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        low, high = torch.where(between & ~enough, middle, low), torch.where(between & enough, middle, high)
+        middle = ((low + high) / 2).floor()
     mean = d.mean
     return high.to(device=mean.device, dtype=mean.dtype)
 

@@ -12,7 +12,9 @@ on draw k,
 
 Statistics: `log_fold_change` between two groups of cells, `morans_i` over a neighbor graph, `ligand_receptor` product over neighbors. Each takes the
 counts of all genes of one draw [cells, genes] and returns `Statistic`. With U = 0 (``population=False``) the estimand is the value that
-measured counts *of these very cells* would have given; with U the value in the population that the cells come from.
+measured counts *of these very cells* would have given; with U the value in the population that the cells come from. The U of `morans_i` and
+`ligand_receptor` is no such variance: it is that under random exchange of values between cells, of a world without a pattern. It serves the test of
+"no pattern" (`pool`, whose p is then that of this test), makes no interval, and `pooled` takes these two with ``population=False`` only.
 
 Draws must be joint over cells: those of one draw share the gene's level, dispersion and every other thing that the model does not know. A model may
 be calibrated entry by entry and still forget that an error in a gene's *pattern* is shared by many cells; then pooled intervals are too short, too
@@ -42,10 +44,11 @@ Floats = NDArray[np.float64]
 
 
 class Statistic(NamedTuple):
-    """A statistic of one complete data set and its sampling variance, [genes]."""
+    """A statistic of one complete data set and its sampling variance, [genes]; ``exchanged``: the one if cells exchange values."""
 
     estimate: Floats
     variance: Floats
+    exchanged: bool = False
 
 
 class Pooled(NamedTuple):
@@ -99,11 +102,17 @@ def pooled(
 ) -> Pooled:
     """`pool` of ``statistic`` over complete data sets [cells, genes], one at a time (see `draws_of`).
 
-    ``population=False`` leaves the sampling variance out: the estimand is the statistic of these cells' own counts.
+    ``population=False`` leaves the sampling variance out: the estimand is the statistic of these cells' own counts. It must be so for
+    statistics whose variance is that of exchanged values.
     """
     found = [statistic(counts) for counts in draws]
     if len(found) < 2:
         raise UserError(f"pooled: {len(found)} draws; at least two are needed, 20 or more are sensible (predict --samples 20)")
+    if population and any(one.exchanged for one in found):
+        raise UserError(
+            "pooled: the variance of this statistic is that of values exchanged between cells, which makes no interval for a population; with "
+            "population=False the interval is for these cells' own counts (`pool` of both columns tests for no pattern)"
+        )
     estimates = np.stack([one.estimate for one in found])
     variances = np.stack([one.variance for one in found])
     return pool(estimates, variances if population else np.zeros_like(variances), level=level)
@@ -214,7 +223,7 @@ def morans_i(counts: Any, graph: sp.csr_matrix) -> Statistic:
     second = kurtosis * ((n**2 - n) * s1 - 2 * n * s2 + 6 * total**2)
     expected = -1 / (n - 1)
     variance = (first - second) / ((n - 1) * (n - 2) * (n - 3) * total**2) - expected**2
-    return Statistic(np.where(varies, i - expected, 0.0), np.where(varies, np.maximum(variance, 0.0), 0.0))
+    return Statistic(np.where(varies, i - expected, 0.0), np.where(varies, np.maximum(variance, 0.0), 0.0), exchanged=True)
 
 
 def ligand_receptor(counts: Any, graph: sp.csr_matrix, pairs: Any) -> Statistic:
@@ -234,7 +243,7 @@ def ligand_receptor(counts: Any, graph: sp.csr_matrix, pairs: Any) -> Statistic:
     base = ligand.mean(0) * receptor.mean(0)
     safe = np.where(base > 0, base, 1.0)
     variance = ligand.var(0) * receptor.var(0) / (n - 1) / safe**2
-    return Statistic(np.where(base > 0, (ligand * receptor).mean(0) / safe - 1, 0.0), np.where(base > 0, variance, 0.0))
+    return Statistic(np.where(base > 0, (ligand * receptor).mean(0) / safe - 1, 0.0), np.where(base > 0, variance, 0.0), exchanged=True)
 
 
 def _counts(counts: Any) -> Floats:

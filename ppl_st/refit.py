@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ppl_st import run_folder
 from ppl_st.api import train
-from ppl_st.conformal import Inner, Recalibration, at_places, gene_strata, pit_curves, recalibration
+from ppl_st.conformal import Inner, Recalibration, at_places, gene_strata, genes_needed, pit_curves, recalibration
 from ppl_st.data import Counts, gene_folds
 from ppl_st.errors import UserError
 from ppl_st.image_run import ImageRun, spots_of
@@ -61,7 +61,7 @@ def recalibrate(
     if run.method in METHODS and METHODS[run.method].reference == "image":
         raise UserError("recalibrate: several seeds of a method of images; recalibrate one of them")
     genes = np.sort(np.intersect1d(run.target.genes, run.genes))
-    needed = int(np.ceil(round(1 / (1 - level), 6))) - 1  # 1 / (genes + 1) <= 1 - level
+    needed = genes_needed(level)
     if guarantee and len(genes) < needed:
         raise UserError(
             f"recalibrate: {len(genes)} measured genes cannot promise a coverage of {level:g}: that needs {needed} or more; lower --level, or "

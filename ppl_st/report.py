@@ -71,8 +71,8 @@ class Section:
 
 
 HOW_TO_READ = {
-    "Where to start": "Read the warnings first. Then look up your gene: does the predicted pattern vary more than the doubt about it? "
-    "A pattern that is no stronger than its doubt is not a finding.",
+    "Where to start": "Read the warnings first. Then look up your gene and its trust: how far its predicted pattern stands out of counting noise. "
+    "A wide interval need not speak against a pattern: doubt about the level of a gene is shared by all cells and moves them together.",
     "predicted mean (rate)": "The expected count of a gene in a cell, without observation noise: what to plot, and what to hand on as the "
     "imputed value. It is smoother than any observed map, because it holds no noise.",
     "doubt about the mean (sd of the rate)": "What the model does not know about the expected count: the state of the cell, the level of "
@@ -88,7 +88,8 @@ HOW_TO_READ = {
     "PIT": "Where a held-out count lies within its forecast: 0 at the lower end, 1 at the upper one, spread at random over the probability of its "
     "own value. Flat is right; high at both ends means intervals that are too short, a hill ones that are too wide, a slope a level that is off.",
     "variance: pattern, doubt, noise": "Where the predicted variance of a gene's counts comes from: differences between cells that are predicted, "
-    "what is not known of the expected counts, and counting. The three shares add up to 1.",
+    "what is not known of the expected counts, and counting. The three shares add up to 1. Doubt about a gene's level is part of the second and "
+    "does not blur its pattern, so a large second share alone is no reason to dismiss a gene.",
     "predictive checks": "Statistics of measured counts among those of counts that the model makes up. A statistic outside its band is a side of the "
     "data that the model does not reproduce.",
     "between fits": "The part of the doubt about the mean that comes from fits (other seeds, other starts) that disagree. Where it is large, a "

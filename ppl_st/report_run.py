@@ -96,6 +96,8 @@ def report_run(
         Receives one line per event.
     """
     talk = say or (lambda line: None)
+    if groups is not None and truth is None:
+        raise UserError(f"groups {groups!r}: coverage in groups of cells is that of a truth; give --truth COUNTS.h5ad, or leave out --groups")
     labels = _labels(run, groups)
     noun = "spot" if reference_kind(run) == "image" else "cell"
     counted = None if truth is None else run.counts_of(truth)

@@ -29,8 +29,9 @@ UNITS = {
     "variance: pattern": "share", "variance: doubt": "share", "variance: noise": "share",
 }  # fmt: skip
 TOP = 8  # genes that are named of a metagene
+OF_GUARANTEE = "The interval is the one with the guarantee, at this level alone; CRPS and PIT are of the forecast that is corrected without it."
 
-__all__ = ["accuracy", "calibration", "checked", "fit", "genes", "in_short", "inner_calibration", "metagenes"]
+__all__ = ["accuracy", "calibration", "checked", "fit", "genes", "in_short", "inner_calibration", "metagenes", "risk_of"]
 
 
 def in_short(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str) -> str:
@@ -99,14 +100,20 @@ def accuracy(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]
         "Correlation over cells (no unit) against the best that counting noise allows, one dot per gene: the distance to the dashed line is what a "
         "better model could gain.": calibration_plots.ceiling_plot(scores["raw_ceiling"], scores["raw_pcc"], "correlation reached"),
     }
-    risk = 1 - scores["raw_pcc"].to_numpy() ** 2
+    risk = risk_of(scores["raw_pcc"])
     ranks = {"the model's trust": scores["trust"], "mean count": scores["mean_count"], "best possible order": -risk}
     curves = {name: risk_coverage(risk, rank) for name, rank in ranks.items()}
     figures[
-        "What goes wrong (1 - PCC squared, no unit) on average over the genes that are kept, when genes are dropped from the least trusted on: the "
-        "lower the curve, the better the ranking. Trust is worth something where its curve lies below that of the mean count."
+        "What goes wrong (1 - PCC squared, 1 where the PCC is negative; no unit) on average over the genes that are kept, when genes are dropped "
+        "from the least trusted on: the lower the curve, the better the ranking. Trust is worth something where its curve lies below that of the "
+        "mean count."
     ] = calibration_plots.risk_curve({name: (curve.retained, curve.risk) for name, curve in curves.items()}, "mean 1 - PCC² of the genes kept")
     return Section("Accuracy on held-out genes", tables=[table], figures=figures)
+
+
+def risk_of(pcc: Any) -> NDArray[np.float64]:
+    """1 - squared correlation of each gene, 1 for a map that runs against the counts."""
+    return np.asarray(1 - np.maximum(pcc, 0.0) ** 2, dtype=np.float64)
 
 
 def calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, labels: NDArray[np.str_] | None = None) -> Section:
@@ -115,16 +122,21 @@ def calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, labels: N
     per_gene, density = coverage(*pit, GRID).per_gene, pit_histogram(*pit)
     curves, densities = {"raw": per_gene.mean(1)}, {"raw": density.mean(1)}
     text, layer = "", run.recalibration
+    promised: tuple[float, float] | None = None
     if layer is not None:
         known = run.reference_mean[pd.Index(run.genes).get_indexer(predicted.var_names)]
         corrected = layer.corrected(pit[0], known), layer.corrected(pit[1], known)
-        curves["recalibrated"], densities["recalibrated"] = coverage(*corrected, GRID).overall, pit_histogram(*corrected).mean(1)
+        densities["recalibrated"] = pit_histogram(*corrected).mean(1)
         after = scores["recalibrated_coverage"]
+        if layer.guarantee:  # the interval is not one of the corrected forecast
+            promised = layer.level, float(after.mean())
+        else:
+            curves["recalibrated"] = coverage(*corrected, GRID).overall
         raw = np.mean([np.interp(layer.level, GRID, curve) for curve in per_gene.T])
         text = (
             f"Recalibrated {layer.level:.0%} intervals hold {after.mean():.1%} of the held-out counts (raw: {raw:.1%}), and between 80 and 97 % for "
             f"{after.between(0.8, 0.97).mean():.0%} of the genes. CRPS of the recalibrated forecast {scores['recalibrated_crps'].mean():.4g} counts, "
-            f"raw {scores['crps'].mean():.4g}."
+            f"raw {scores['crps'].mean():.4g}." + (f" {OF_GUARANTEE}" if layer.guarantee else "")
         )
     rows = {f"{level:.0%}": scores[f"coverage_{round(100 * level)}"] for level in LEVELS}
     table = pd.DataFrame(
@@ -143,7 +155,7 @@ def calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, labels: N
     figures = {
         "Share of held-out counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep "
         "their word, below it they are too narrow. The band holds the middle 80 % of genes (raw).": calibration_plots.calibration_curve(
-            GRID, curves, per_gene
+            GRID, curves, per_gene, promised
         ),
         "Randomised PIT of the held-out counts (density, no unit): flat at 1 is right; high at both ends means intervals that are too short, a "
         "hill that they are too wide, a slope that the level is off. The band holds the middle 80 % of genes (raw).": calibration_plots.pit_plot(
@@ -169,16 +181,23 @@ def inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:
         np.stack([np.diff(np.interp(np.interp(ends, one, KNOTS), KNOTS, pit), axis=0)[0] for one, pit in zip(by, inner.pit.T, strict=True)], 1)
         for by in (np.tile(KNOTS, (len(inner.genes), 1)), maps.T)
     )
+    curves = {"raw": raw.mean(1), "recalibrated": after.mean(1)}
+    promised: tuple[float, float] | None = None
+    if layer.guarantee:  # the interval is not one of the corrected forecast
+        nominal = np.full(len(inner.genes), np.mean(layer.nominal)) if spots else np.diff(layer.ends_of(known), axis=0)[0]
+        held = [np.diff(np.interp([0.5 - at / 2, 0.5 + at / 2], KNOTS, pit))[0] for at, pit in zip(nominal, inner.pit.T, strict=True)]
+        del curves["recalibrated"]
+        promised = layer.level, float(np.mean(held))
     text = (
         f"There is no truth for what is predicted, so {len(inner.genes)} {what} hidden in turn and the method fitted "
         f"again without them: {layer.raw_coverage:.1%} of their counts lay inside the raw {layer.level:.0%} intervals. They also taught the "
-        "correction, so the recalibrated curve flatters itself a little."
+        f"correction, so the recalibrated {'interval' if layer.guarantee else 'curve'} flatters itself a little."
     )
     caption = (
         "Share of the hidden counts inside central intervals (randomised) against the nominal share, no unit: on the dashed line intervals keep "
         "their word, below it they are too narrow. The band holds the middle 80 % of genes (raw)."
     )
-    figure = calibration_plots.calibration_curve(GRID, {"raw": raw.mean(1), "recalibrated": after.mean(1)}, raw)
+    figure = calibration_plots.calibration_curve(GRID, curves, raw, promised)
     return Section(f"Calibration on {'spots' if spots else 'genes'} that were hidden in turn", text, figures={caption: figure})
 
 

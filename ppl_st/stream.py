@@ -28,7 +28,7 @@ from ppl_st.io import atomic, free_bytes, hdf5_target, storable
 if TYPE_CHECKING:
     from ppl_st.posterior import Run
 
-__all__ = ["Slabs", "layers_of", "var_of", "varm_of", "write_prediction", "write_samples", "write_table"]
+__all__ = ["Slabs", "layers_of", "var_of", "varm_of", "write_prediction", "write_samples", "write_table", "write_whole"]
 
 SLAB_VALUES = 2**23  # float32 values of one slab: 32 MiB per layer
 MIN_SLAB, MAX_SLAB = 64, 16384  # rows
@@ -252,6 +252,15 @@ def write_table(
         for slab in slabs.values():
             slab.close()
         ad.io.write_elem(store, "var", var())
+
+
+def write_whole(table: ad.AnnData, path: str | Path) -> None:
+    """Write an AnnData of dense arrays that is in memory as `write_table` does; its ``X`` is the layer "mean" as well."""
+    layers: dict[str, Any] = {"mean": table.X, **table.layers}
+    write_table(
+        path, table.obs, table.obsm, table.uns, np.asarray(table.var_names, dtype=str), layers, [(np.arange(table.n_obs), layers)],
+        lambda: table.var, table.varm,
+    )  # fmt: skip
 
 
 def write_samples(

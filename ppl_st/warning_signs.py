@@ -33,6 +33,12 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
             f"Low trust: for {int(weak.sum())} of {len(scores)} genes looked at (e.g. {', '.join(scores.index[weak][:3])}) the squared correlation "
             f"that Poisson counts around the predicted rates would have, an upper bound, is below {LOW_TRUST:.0%}. Their maps say little."
         )
+    unseen = scores.index.isin(run.genes[~run.measured])
+    if unseen.any() and not methods:
+        found.append(
+            f"Off the panel: {int(unseen.sum())} of {len(scores)} genes looked at were never counted here, so nothing in these data says how right "
+            "their maps are. Trust ranks them; genes of the panel that a fit does not see (--hold-out, `ppl-st evaluate`) show how well they do."
+        )
     if run.record.get("skipped"):
         found.append(f"{len(run.record['skipped'])} steps of the fit were not finite and were skipped.")
     layer = run.recalibration

@@ -64,14 +64,14 @@ def test_upper_limit_ignores_zeros_and_single_cells():
 def world():
     rng = np.random.default_rng(0)
     xy = rng.random((400, 2)) * [2000, 1500]
-    mean = np.exp(np.stack([np.sin(xy[:, 0] / 300), np.cos(xy[:, 1] / 200), xy[:, 0] / 1000], 1))
+    mean = np.exp(np.stack([np.sin(xy[:, 0] / 300), np.cos(xy[:, 1] / 200), xy[:, 0] / 1000, xy[:, 1] / 1000], 1))
     truth = rng.poisson(mean).astype(float)
     truth[:, 2] = np.nan  # a gene without a truth
     width = np.rint(3 * np.sqrt(mean))
     width[0, 0] = np.inf
-    facts = [{"trust": "0.5"}, {"trust": "0.01 (low)"}, {}]
+    facts = [{"trust": "0.5"}, {"trust": "0.01 (low)"}, {}, {}]
     names = [f"cell<{i}>" for i in range(400)]
-    return GeneMaps(xy, names, ["Gad1", "Gad2", "</script>x"], mean, 0.3 * mean, width, truth, facts, "90 % interval (raw)")
+    return GeneMaps(xy, names, ["Gad1", "Gad2", "</script>x", "GAD2"], mean, 0.3 * mean, width, truth, facts, "90 % interval (raw)")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,14 @@ def test_a_reader_searches_hovers_taps_and_zooms(world, page):
         # a name that is not there
         reader.js("document.getElementById('gene').focus()")
         reader.type("Sox10\n")
-        reader.until("document.getElementById('gene-status').textContent.includes('not among the 3 genes')")
+        reader.until("document.getElementById('gene-status').textContent.includes('not among the 4 genes')")
+        # a name that differs from another one in capitals alone, and half of a name where that gene is shown already
+        for typed in ("GAD2\n", "GAD2 \n"):
+            reader.js("document.getElementById('gene').focus()")
+            reader.type(typed)
+            reader.until(f"{SHOWN} === 'GAD2' && document.getElementById('gene').value === 'GAD2'")
+        reader.js("location.hash = '#gene=Gad2'")
+        reader.until(f"{SHOWN} === 'Gad2'")
         # hover over one cell
         reader.js("document.querySelector('.maps').scrollIntoView()")
         x, y = cell_on_screen(reader, 7)
@@ -150,8 +157,9 @@ def test_a_reader_searches_hovers_taps_and_zooms(world, page):
         # a link of a table, the buttons
         reader.js("location.hash = '#gene=Gad1'")
         reader.until(f"{SHOWN} === 'Gad1'")
-        reader.js("document.getElementById('previous').click()")
-        reader.until(f"{SHOWN} === '</script>x'")
+        for before in ("GAD2", "</script>x"):
+            reader.js("document.getElementById('previous').click()")
+            reader.until(f"{SHOWN} === '{before}'")
         assert reader.js(f"{DATA}.truth.every(Number.isNaN)")
         assert reader.errors == []
         assert all(url.startswith(("file:", "data:", "blob:")) for url in reader.requests)

@@ -103,7 +103,7 @@ def test_risk_coverage_by_hand_and_its_limits():
         risk_coverage(risk, [np.nan] * 4)
 
 
-def test_variances_add_up_and_their_share_is_the_squared_correlation():
+def test_variances_add_up_and_with_doubt_of_each_cell_their_share_is_the_squared_correlation():
     rng = np.random.default_rng(4)
     draws, cells = 4000, 300
     mean = rng.gamma(3.0, 1.0, (cells, 2))
@@ -116,3 +116,17 @@ def test_variances_add_up_and_their_share_is_the_squared_correlation():
     np.testing.assert_allclose(table["noise"], mean.mean(0), rtol=0.05)
     realised = [np.mean([np.corrcoef(count[d, :, g], mean[:, g])[0, 1] ** 2 for d in range(200)]) for g in range(2)]
     np.testing.assert_allclose(table["between"] / table.sum(axis=1), realised, atol=0.02)
+
+
+def test_doubt_that_all_cells_share_lowers_no_correlation():
+    """One level per draw and gene: the parts add up, but between / sum is far below the squared correlation; that is the ratio without doubt."""
+    rng = np.random.default_rng(5)
+    draws, cells = 2000, 300
+    mean = rng.gamma(3.0, 1.0, (cells, 2))
+    rate = mean * rng.gamma(4.0, 1 / 4, (draws, 1, 2))
+    count = rng.poisson(rate)
+    table = variance_decomposition(rate.mean(0), rate.std(0), count.std(0))
+    np.testing.assert_allclose(table[["between", "epistemic", "noise"]].sum(axis=1), count.reshape(-1, 2).var(0), rtol=0.05)
+    realised = [np.mean([np.corrcoef(count[d, :, g], mean[:, g])[0, 1] ** 2 for d in range(400)]) for g in range(2)]
+    assert (table["between"] / table.sum(axis=1) < np.array(realised) - 0.1).all()
+    np.testing.assert_allclose(table["between"] / (table["between"] + table["noise"]), realised, atol=0.05)

@@ -14,6 +14,7 @@ from ppl_st.conformal import (
     at_places,
     conformal_level,
     gene_strata,
+    genes_needed,
     pit_curves,
     recalibration,
 )
@@ -185,6 +186,17 @@ def test_gene_strata_hold_enough_genes():
     edges = gene_strata(known)
     assert len(edges) == 3 and (np.bincount(np.searchsorted(edges, known)) >= STRATUM).all() and gene_strata(known[:60]) == []
     assert gene_strata(np.zeros(200)) == []  # genes that share a value are not told apart
+
+
+def test_a_promise_of_a_high_level_has_strata_that_can_keep_it():
+    """120 genes and a level of .99: two strata of 60 had no finite interval between them, 99 are needed."""
+    rng = np.random.default_rng(0)
+    known, curves = rng.random(120), np.repeat(KNOTS[:, None], 120, 1)
+    made = recalibration(curves, known, 0.99, guarantee=True)
+    assert genes_needed(0.99) == 99 and made.edges == [] and 0.99 < made.nominal[0] < 1
+    assert len(recalibration(curves, known, 0.99).maps) == 2
+    tied = np.sort(np.r_[np.ones(60), rng.random(30), 1 + rng.random(60)])  # the first cut takes all the ones with it
+    assert (np.bincount(np.searchsorted(gene_strata(tied), tied)) >= STRATUM).all()
 
 
 def test_no_stratum_of_genes_is_empty():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from ppl_st import likelihood_math
 from ppl_st.errors import UserError
-from ppl_st.likelihoods import Gaussian, NegativeBinomial, Poisson
+from ppl_st.likelihoods import Gaussian, NegativeBinomial, Poisson, count_quantile
 from seeded import own_seed
 
 _own_seed = pytest.fixture(own_seed, autouse=True)
@@ -325,3 +326,10 @@ def test_mask_and_to_event():
     torch.testing.assert_close(d.to_event(1).log_prob(x), d.log_prob(x).sum(-1))
     masked = d.mask(torch.tensor([True, False])).log_prob(x)
     assert not masked[:, 1].any() and torch.equal(masked[:, 0], d.log_prob(x)[:, 0])
+
+
+def test_quantiles_of_counts_beyond_whole_numbers_end():
+    """Above 2^53 neighbouring numbers are more than 1 apart: the bisection never ended. A share of 0 is at 0, whatever stands beside it."""
+    at = torch.tensor([1e16, 3e17, 3.0], dtype=torch.float64)
+    steps = SimpleNamespace(batch_shape=at.shape, mean=at, cdf=lambda k: (k >= at).double())  # fast: Poisson(1e16).icdf(0.5) did not end either
+    assert count_quantile(steps, torch.tensor([0.5, 0.9, 0.0], dtype=torch.float64)).tolist() == [1e16, 3e17, 0.0]

@@ -129,9 +129,9 @@ def test_pit_plot_draws_each_histogram_and_the_band_of_the_first():
     assert labels(figure) == ["density (1 = uniform)"] and png(figure)
 
 
-@pytest.mark.parametrize("draws", [99, 63, 5])
+@pytest.mark.parametrize("draws", [99, 63, 5, 3])
 def test_rank_plot_is_flat_for_uniform_ranks(draws):
-    """Every rank once: each bar is exactly 1, also where the ranks do not divide into the bins."""
+    """Every rank once: each bar is exactly 1, also where ranks do not divide into the bins or are fewer than these."""
     once = np.arange(draws + 1)[:, None]
     figure = calibration_plots.rank_plot({"a": once, "b": np.zeros((50, 2)), "c": once}, draws, columns=2, bins=5)
     shown = [ax for ax in figure.axes if ax.get_visible()]

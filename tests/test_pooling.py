@@ -96,6 +96,15 @@ def test_spatial_scores_have_the_moments_of_random_exchange(tissue):
     assert len(row) and score.estimate[0] == pytest.approx(by_hand / (sent * x[:, 1].mean()) - 1)
 
 
+def test_a_variance_under_exchange_makes_no_interval_for_a_population(tissue):
+    x, graph, group = tissue
+    for statistic in (lambda counts: morans_i(counts, graph), lambda counts: ligand_receptor(counts, graph, [(0, 1)])):
+        with pytest.raises(UserError, match="population=False"):
+            pooled([x, x], statistic)
+        assert (pooled([x, x], statistic, population=False).se == 0).all()
+    assert (pooled([x, x], lambda counts: log_fold_change(counts, group)).se > 0).all()
+
+
 def test_a_pattern_is_found_and_a_constant_gene_is_nothing(tissue):
     _, graph, _ = tissue
     rng = np.random.default_rng(3)

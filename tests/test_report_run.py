@@ -16,7 +16,7 @@ from ppl_st import api, calibration_plots, refit, report_run, report_sections
 from ppl_st.browser import decode
 from ppl_st.calibration import GRID
 from ppl_st.checks import predictive_checks
-from ppl_st.conformal import KNOTS, Recalibration
+from ppl_st.conformal import KNOTS, Inner, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
 from ppl_st.warning_signs import warning_signs
@@ -128,6 +128,42 @@ def test_warnings_say_what_was_measured(run):
     trust, intervals = warning_signs(run, scores, {}, "cell", 0)[-2:]
     assert "for 1 of 2 genes looked at (e.g. b)" in trust and "an upper bound, is below 5%" in trust and "expects" not in trust
     assert "about right on the data that it was measured on" in intervals and "hides genes of the panel in turn" in intervals
+
+
+def test_genes_off_the_panel_are_a_warning_where_no_truth_judges_them(run):
+    names = [run.genes[run.measured][0], *run.genes[~run.measured][:2]]
+    scores = pd.DataFrame({"trust": 0.5, "coverage_90": 0.9, "raw_pcc": 0.5}, index=names)
+    told = [line for line in warning_signs(run, scores, {}, "cell", 0) if line.startswith("Off the panel")]
+    assert len(told) == 1 and "2 of 3 genes looked at were never counted here" in told[0]
+    assert not any("Off the panel" in line for line in warning_signs(run, scores, {run.method: scores}, "cell", 0))
+    assert not any("Off the panel" in line for line in warning_signs(run, scores.iloc[:1], {}, "cell", 0))
+
+
+def test_the_interval_with_the_guarantee_is_drawn_where_it_is_promised(run, monkeypatch):
+    """Its ends are not those of the corrected forecast: the curve of that one stood beside coverages it did not have."""
+    drawn, draw = [], calibration_plots.calibration_curve
+    monkeypatch.setattr(calibration_plots, "calibration_curve", lambda *given: drawn.append(given) or draw(*given))
+    rng, genes = np.random.default_rng(0), run.genes[:4]
+    low = rng.uniform(0, 0.9, (50, 4))
+    table = ad.AnnData(np.zeros((50, 4), np.float32), layers={"pit_low": low, "pit_high": low + 0.1})
+    table.var_names = genes
+    scores = pd.DataFrame({"recalibrated_coverage": [0.9, 0.95, 0.99, 1.0], "crps": 1.0, "recalibrated_crps": 1.0}, index=genes)
+    scores = scores.assign(**{f"coverage_{level}": 0.9 for level in (50, 80, 90, 95)})
+    layer = Recalibration(0.8, [], [np.clip(0.5 + 2 * (KNOTS - 0.5), 0, 1).tolist()], [0.96], 4, 0.7)
+    shown = report_sections.calibration(replace(run, recalibration=layer), table, scores)
+    levels, curves, _, promised = drawn.pop()
+    assert list(curves) == ["raw"] and promised == (0.8, pytest.approx(0.96)) and "guarantee, at this level alone" in shown.text
+    inner = Inner(genes, np.stack([KNOTS, KNOTS**2, KNOTS, KNOTS], 1), np.zeros(0, str), np.zeros((0, 4), np.float32))
+    report_sections.inner_calibration(run, inner, layer)
+    _, curves, _, promised = drawn.pop()
+    assert list(curves) == ["raw"] and promised == (0.8, pytest.approx(0.96)) and len(levels) == len(GRID)  # .98^2 - .02^2 = .96, too
+    report_sections.calibration(replace(run, recalibration=layer._replace(nominal=[])), table, scores)
+    assert list(drawn[-1][1]) == ["raw", "recalibrated"] and drawn[-1][3] is None
+
+
+def test_a_map_that_runs_against_the_counts_is_the_greatest_risk():
+    risk = report_sections.risk_of(pd.Series([0.5, -0.9, 0.1]))
+    assert np.argsort(risk).tolist() == [0, 2, 1] and risk[1] == 1
 
 
 def test_report_without_a_truth_and_in_memory(run, tmp_path, monkeypatch):
@@ -263,6 +299,8 @@ def test_groups_checks_and_variance_are_shown(run, sim, tmp_path):
     assert "On 10 genes that were hidden from the fit the mean correlation" in words and "variance: pattern" in words
     checked = words.split("Would the model's own data look like yours?")[1][:1500]
     assert "of 10 genes" in checked and "Moran's I" in checked and "hidden from the fit" in checked
+    with pytest.raises(UserError, match=r"groups 'half': .* give --truth COUNTS\.h5ad, or leave out --groups"):
+        report_run.report_run(labelled, tmp_path / "n.html", groups="half", draws=4)
     with pytest.raises(UserError, match="no column 'half' in obs"):
         report_run.report_run(run, tmp_path / "n.html", truth=sim.truth, groups="half", draws=4)
     assert not (tmp_path / "n.html").exists()

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import sbc_methods
 import torch
+from scipy.stats import norm
 
+from ppl_st.errors import UserError
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.testing.simulation import Ranks, simulation_ranks, uniformity
 
@@ -41,6 +43,34 @@ def test_p_values_are_not_too_small_under_the_truth():
     rng = np.random.default_rng(0)
     p = [uniformity(Ranks(rng.integers(0, 100, (60, 5)), np.zeros((60, 5)), 99)) for _ in range(300)]
     assert np.mean(np.array(p) < 0.05) < 0.08
+
+
+def test_few_draws_have_few_ranks():
+    """Five draws, six ranks: ten bins left some empty of ranks, and any ranks passed."""
+    always = Ranks(np.zeros((50, 1), int), np.zeros((50, 1)), 5)
+    assert uniformity(always) < 1e-6
+    even = Ranks(np.tile(np.arange(6), 10)[:, None], np.zeros((60, 1)), 5)
+    assert uniformity(even) == 1.0
+    with pytest.raises(UserError, match="simulation 1 has 7 draws, those before 9"):
+        simulation_ranks(lambda number: (np.zeros(1), np.zeros((9 - 2 * number, 1))), 2)
+    with pytest.raises(UserError, match="among 0 draws"):
+        uniformity(Ranks(np.zeros((50, 1), int), np.zeros((50, 1)), 0))
+
+
+def test_few_simulations_tell_short_posteriors_by_all_quantities_together():
+    """20 simulations of 16 quantities that depend on each other, as of XFuse: posteriors too short by a third are seen by the pooled spread alone."""
+    rng, kept = np.random.default_rng(0), []
+    for _ in range(200):
+        z = np.sqrt(0.3) * rng.standard_normal((20, 1)) + np.sqrt(0.7) * rng.standard_normal((20, 16))
+        off, error = Ranks(np.zeros((20, 16), int), z, 99).pooled_spread()
+        kept.append((abs(off) < 3.5 * error, abs(off + np.log(1.5)) < 3.5 * error, uniformity(ranks_of(1.5 * z), bins=4) > 1e-3))
+    right, short, seen = np.mean(kept, 0)
+    assert right > 0.98 and short < 0.2 and seen > 0.8
+
+
+def ranks_of(z):
+    """Ranks of a truth that lies z posterior sds from the mean, among 99 draws."""
+    return Ranks(np.round(99 * norm.cdf(z)).astype(int), z, 99)
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +153,6 @@ def test_xfuse_expected_counts_of_places():
     print("p", uniformity(found, bins=4), "spread", np.median(found.spread()), "mean z", found.z.mean())
     assert uniformity(found, bins=4) > 1e-3
     assert 0.6 < np.median(found.spread()) < 2.0 and abs(found.z.mean()) < 1.2
+    off, error = found.pooled_spread()
+    print("pooled spread", np.exp(off), "standard error of its log", error)
+    assert abs(off) < 3.5 * error

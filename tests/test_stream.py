@@ -249,3 +249,17 @@ def test_without_an_unmeasured_gene_names_are_asked_for(run, tmp_path):
         with pytest.raises(UserError, match=r"this run of siid: no gene is left to predict.*--genes"):
             ask()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_in_memory_is_written_so_that_xarray_opens_it_lazily(tmp_path):
+    share = np.random.default_rng(0).random((5, 3)).astype(np.float32)
+    share[0] = 0.0  # zeros are values, not gaps
+    table = ad.AnnData(share, layers={"sd": 0.1 * share}, obsm={"spatial": np.zeros((5, 2))}, uns={"ppl_st": "{}"})
+    table.varm["profile"] = pd.DataFrame(np.eye(3), index=table.var_names, columns=["a", "b", "c"])
+    stream.write_whole(table, tmp_path / "t.zarr")
+    with xr.open_zarr(tmp_path / "t.zarr", group="layers", consolidated=False) as lazy:
+        np.testing.assert_array_equal(lazy["mean"].values, share)
+        np.testing.assert_array_equal(lazy["sd"].values, 0.1 * share)
+    back = ad.read_zarr(tmp_path / "t.zarr")
+    np.testing.assert_array_equal(back.X, share)
+    assert list(back.varm["profile"].columns) == ["a", "b", "c"] and back.uns["ppl_st"] == "{}"

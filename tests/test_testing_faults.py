@@ -30,6 +30,12 @@ class InvertedDispersion(NegativeBinomial):
         return self.mean * (1 + self.mean * self.theta)
 
 
+class NoMoment(Poisson):
+    @property
+    def variance(self):
+        return torch.full_like(self.mean, torch.nan)
+
+
 class StrictlyBelow(Poisson):
     def cdf(self, value):
         return super().cdf(value - 1)
@@ -158,6 +164,7 @@ class SharesCopies(Poisson):
 FAULTS = [
     (L.normalisation, replace(POISSON, make=TooLikely)),
     (L.moments, replace(NB, make=InvertedDispersion)),
+    (L.moments, replace(POISSON, make=NoMoment)),
     (L.cdf, replace(POISSON, make=StrictlyBelow)),
     (L.quantile, replace(POISSON, make=OneTooFar)),
     (L.quantile, replace(GAUSSIAN, make=HalfWidth)),

@@ -12,7 +12,7 @@ from torch import nn
 from law_subjects import DrawsWithoutDispersion
 from ppl_st.inference.pair import Pair
 from ppl_st.likelihoods import NegativeBinomial
-from ppl_st.testing import check_pair
+from ppl_st.testing import LawBroken, check_pair, simulation_obeys
 from seeded import own_seed
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ class Model(PyroModule):
         observe = observe or self.fault == "always observes"
         with pyro.plate("cells", full, subsample=batch.rows):
             depth = pyro.sample("depth", dist.Gamma(torch.full((len(batch.rows),), 2.0), 1.0))
-            rate = depth[:, None] * level.exp()
+            rate = depth[:, None] * level.exp() * (3 if self.fault == "other rate when simulating" and not observe else 1)
             likelihood = (DrawsWithoutDispersion if self.fault == "sampler" else NegativeBinomial)(rate, torch.tensor(0.5))
             with pyro.poutine.scale(scale=2.0 if self.fault == "scaled by hand" else 1.0):
                 x = pyro.sample("x", Recorded(likelihood, self.fault).to_event(1), obs=batch.x if observe else None)
@@ -67,6 +67,14 @@ class Recorded(dist.TorchDistribution):
     def __init__(self, base, fault):
         self.base, self.fault, self.drawn = base, fault, False
         super().__init__(base.batch_shape, validate_args=False)
+
+    @property
+    def mean(self):
+        return self.base.mean
+
+    @property
+    def variance(self):
+        return self.base.variance
 
     def log_prob(self, value):
         return self.base.log_prob(value)
@@ -94,10 +102,13 @@ class Guide(PyroModule):
             pyro.sample("depth", dist.LogNormal(self.depth_loc[batch.rows].log(), 0.05))
 
 
+def _data():
+    return dist.NegativeBinomial(torch.full((N, 3), 2.0), logits=torch.zeros(N, 3)).sample()
+
+
 def _check(fault=None):
-    x = dist.NegativeBinomial(torch.full((N, 3), 2.0), logits=torch.zeros(N, 3)).sample()
-    rows = torch.arange(N)
-    return check_pair(Pair(Model(fault), Guide(fault)), Epoch(x, 8), Batch(x, rows), {"cells": N})
+    x = _data()
+    return check_pair(Pair(Model(fault), Guide(fault)), Epoch(x, 8), Batch(x, torch.arange(N)), {"cells": N})
 
 
 def test_a_right_pair_obeys_the_model_laws():
@@ -120,3 +131,11 @@ def test_a_right_pair_obeys_the_model_laws():
 )
 def test_model_laws_catch_planted_faults(fault, law):
     assert law in _check(fault)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("other rate when simulating", "off in level"), ("sampler", r"off in spread of what \.mean and \.variance say")]
+)
+def test_what_is_simulated_is_held_against_what_is_scored(fault, said):
+    with pytest.raises(LawBroken, match=said):
+        simulation_obeys(Pair(Model(fault), Guide(fault)), Batch(_data(), torch.arange(N)))

@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from ppl_st.inference.pair import Pair
 from ppl_st.inference.randomness import rng_scope
@@ -34,12 +35,11 @@ class Minibatches(Protocol):
         """The minibatch of `step`."""
 
 
-def _traces(pair: Pair, batch: Any, seed: int = 0, observe: bool = True) -> tuple[Any, Any]:
-    """(model, guide) traces; the model's latent sites are the guide's draws when it observes, else its own."""
-    with rng_scope(seed, "trace"), torch.no_grad():
+def _traces(pair: Pair, batch: Any) -> tuple[Any, Any]:
+    """(model, guide) traces; the model's latent sites are the guide's draws."""
+    with rng_scope(0, "trace"), torch.no_grad():
         guide = poutine.trace(pair.guide).get_trace(batch)
-        model = poutine.replay(pair.model, guide) if observe else pair.model
-        return poutine.trace(model).get_trace(batch, observe=observe), guide
+        return poutine.trace(poutine.replay(pair.model, guide)).get_trace(batch), guide
 
 
 def _sites(trace: Any, *, observed: bool) -> dict[str, Any]:
@@ -117,26 +117,36 @@ def minibatches_unbiased(pair: Pair, batches: Minibatches, whole: Any, draws: in
 
 
 def simulation_obeys(pair: Pair, batch: Any, draws: int = 40, fresh: int = 20) -> None:
-    """With observe=False the observed sites are drawn, and their totals rank evenly among fresh draws.
+    """With observe=False the observed sites are drawn, from what they are scored by with observe=True.
 
-    The rank of the total among `fresh` totals drawn anew from the same distribution is uniform, whatever its
-    tails. Means and spreads of these ranks over `draws` simulations are z-tested.
+    The model runs again with observe=True, given the simulated latent values and data; its distribution of an observed site is what is scored. The
+    rank of the simulated total among `fresh` totals drawn from that is uniform, whatever its tails: means and spreads of these ranks over `draws`
+    simulations are z-tested. That says nothing against a sampler that disagrees with its own distribution, so where mean and variance are defined and
+    entries are independent (no event of several), totals are held against the sums of these as well. The tails of that test are approximate: those
+    of sums of gamma variables with the entries' moments. A model that is not a function of its latent sites (dropout) breaks this law.
     """
     data = _sites(_traces(pair, batch)[0], observed=True)
     ranks: dict[str, list[float]] = {name: [] for name in data}
+    moments: dict[str, list[tuple[float, float, float]]] = {name: [] for name in data}
     for k in range(draws):
-        trace, _ = _traces(pair, batch, seed=k + 1, observe=False)
+        with rng_scope(k + 1, "trace"), torch.no_grad():
+            trace = poutine.trace(pair.model).get_trace(batch, observe=False)
         simulated = _sites(trace, observed=False)
         for name in data:
             if name not in simulated:
                 raise LawBroken(f"site {name} is {'still observed' if name in trace.nodes else 'missing'} with observe=False")
-            site = simulated[name]
+        given = poutine.condition(pair.model, data={name: simulated[name]["value"] for name in data})
+        with rng_scope(k, "scored"), torch.no_grad():
+            scored = poutine.trace(poutine.replay(given, trace)).get_trace(batch, observe=True)
+        for name in data:
+            fn, own = scored.nodes[name]["fn"], simulated[name]["value"].double().sum()
             with rng_scope(k, "fresh"), torch.no_grad():
-                totals = torch.stack([site["fn"].sample().double().sum() for _ in range(fresh)])
-                own, ties = site["value"].double().sum(), torch.rand(fresh, dtype=torch.float64)
+                totals = torch.stack([fn.sample().double().sum() for _ in range(fresh)])
+                ties = torch.rand(fresh, dtype=torch.float64)
                 # Ties (totals of sparse counts) are broken at random.
                 below = (totals < own).sum() + ((totals == own) & (ties < torch.rand((), dtype=torch.float64))).sum()
                 ranks[name].append(float(below + torch.rand((), dtype=torch.float64)) / (fresh + 1))
+                moments[name] += _standardised(fn, own)
     for name, values in ranks.items():
         u = torch.tensor(values, dtype=torch.float64)
         for what, statistic, mean, variance in (
@@ -146,6 +156,48 @@ def simulation_obeys(pair: Pair, batch: Any, draws: int = 40, fresh: int = 20) -
             z = float(statistic.mean() - mean) / math.sqrt(variance / draws)
             if 2 * scipy.stats.norm.sf(abs(z)) < FAILURE_RATE:
                 raise LawBroken(f"site {name}: totals of simulated data are off in {what}, z = {z:.3g} over {draws} draws")
+    for name, found in moments.items():
+        if found:
+            _judge_moments(name, *(torch.tensor(column, dtype=torch.float64) for column in zip(*found, strict=True)))
+
+
+def _standardised(fn: Any, total: Tensor) -> list[tuple[float, float, float]]:
+    """[((total - mean) / sd under ``fn``, bounds on skewness and excess kurtosis of the total)], or nothing where they cannot be known.
+
+    The bounds are those of independent gamma variables with the entries' means m and variances v (a Poisson or negative binomial has less): skewness
+    2 sum(v^2 / m) / sum(v)^1.5, excess 6 sum(v^3 / m^2) / sum(v)^2. Where values may be negative: 0, and 6 for each entry.
+    """
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    if fn.event_shape:
+        return []
+    try:
+        m, v = (value.double().expand(fn.batch_shape).flatten() for value in (fn.mean, fn.variance))
+    except NotImplementedError:
+        return []
+    whole = v.sum()
+    if not (m.isfinite().all() and 0 < whole < math.inf):
+        return []
+    m, v, z = m[v > 0], v[v > 0], float((total - m.sum()) / whole.sqrt())
+    if bool(fn.support.check(torch.tensor(-1.0))):
+        return [(z, 0.0, float(6 * (v**2).sum() / whole**2))]
+    return [(z, float(2 * (v**2 / m).sum() / whole**1.5), float(6 * (v**3 / m**2).sum() / whole**2))]
+
+
+def _judge_moments(name: str, z: Tensor, skew: Tensor, excess: Tensor) -> None:
+    """Sum and sum of squares of standardised totals [draws], against a Pearson III and a gamma law of the same moments."""
+    draws, scale = len(z), 2 + float(excess.mean())  # the variance of a square
+    level = scipy.stats.pearson3(float(skew.mean()) / math.sqrt(draws))
+    for what, value, law in (
+        ("level", float(z.sum()) / math.sqrt(draws), level),
+        ("spread", float((z**2).sum()), scipy.stats.gamma(draws / scale, scale=scale)),
+    ):
+        if 2 * min(law.cdf(value), law.sf(value)) < FAILURE_RATE:
+            mean, square = float(z.mean()), float((z**2).mean())
+            raise LawBroken(
+                f"site {name}: totals of simulated data are off in {what} of what .mean and .variance say: over {draws} draws their standardised "
+                f"values have mean {mean:.3g} and mean square {square:.3g}"
+            )
 
 
 def check_pair(

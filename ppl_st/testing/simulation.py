@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
+from ppl_st.errors import UserError
+
 __all__ = ["Ranks", "simulation_ranks", "uniformity"]
 
 
@@ -26,6 +28,13 @@ class Ranks(NamedTuple):
         """Root mean square of z, [quantities]: 1 = right, 2 = posterior standard deviations are half of what they should be."""
         return np.asarray(np.sqrt(np.square(self.z).mean(0)))
 
+    def pooled_spread(self) -> tuple[float, float]:
+        """log of the root mean square of z over all quantities, 0 = right, and its standard error: simulations are the units, as the quantities of
+        one depend on each other. With few simulations it sees what `uniformity`, quantity by quantity, cannot.
+        """
+        square = np.square(self.z).mean(1)  # [simulations]
+        return 0.5 * float(np.log(square.mean())), 0.5 * float(square.std(ddof=1) / square.mean() / np.sqrt(len(square)))
+
 
 def simulation_ranks(
     simulate_and_fit: Callable[[int], tuple[NDArray[np.float64], NDArray[np.float64]]], simulations: int
@@ -36,6 +45,8 @@ def simulation_ranks(
     ranks, z, draws = [], [], 0
     for number in range(simulations):
         truth, drawn = simulate_and_fit(number)
+        if number and len(drawn) != draws:
+            raise UserError(f"simulation_ranks: simulation {number} has {len(drawn)} draws, those before {draws}; ranks need the same number in all")
         draws = len(drawn)
         ranks.append((drawn < truth).sum(0))
         z.append((truth - drawn.mean(0)) / np.maximum(drawn.std(0, ddof=1), 1e-12))
@@ -43,10 +54,13 @@ def simulation_ranks(
 
 
 def uniformity(found: Ranks, bins: int = 10) -> float:
-    """p-value of uniform ranks: chi-squared over ``bins`` for each quantity, the smallest p times the number of quantities (they may depend on
-    each other), at most 1.
+    """p-value of uniform ranks: chi-squared over ``bins`` (at most draws + 1: as many as there are ranks) for each quantity, the smallest p times the
+    number of quantities (they may depend on each other), at most 1.
     """
     n, quantities = found.ranks.shape
+    bins = min(bins, found.draws + 1)
+    if not n or bins < 2:
+        raise UserError(f"uniformity: {n} simulations ranked among {found.draws} draws; need one or more of each")
     edges = np.linspace(0, found.draws + 1, bins + 1)
     expected = n * np.diff(np.ceil(edges - 1e-9)) / (found.draws + 1)  # whole ranks in each bin
     p = []
