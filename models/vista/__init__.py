@@ -68,7 +68,7 @@ from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import bend, log_mean
 from ppl_st.models.common.predictor import QUADRATURE
 from ppl_st.models.common.process import Field
-from ppl_st.models.vista.batches import Batch, Batches, Data
+from ppl_st.models.vista.batches import Batch, Batches, Data, panel_share
 from ppl_st.models.vista.closed import (
     SPREAD,
     Floats,
@@ -171,7 +171,8 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
         _write(model.covariate, share)
         _write(model.zeros, theta_of_zeros(data))
         model.parent.copy_(torch.from_numpy(data.parent))
-        _write(model.level, share - np.log(np.exp(share[data.panel]).sum()))
+        level = share - np.log(np.exp(share[data.panel]).sum())
+        _write(model.level, level if "log_gain" in model.priors() else level + panel_share(data))
         if model.closed:
             _write(model.level_variance, log_shares(data.reference, data.panel)[1])
         for name, value in (("mean", mine.mean), ("sd", mine.sd), ("reference_mean", theirs.mean), ("reference_sd", theirs.sd)):
@@ -219,7 +220,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             getattr(guide, f"{name}_loc").copy_(loc)
         if "log_gain" in model.priors():
             counts = np.asarray(data.counts.sum(0), dtype=np.float64).ravel() + 0.5
-            observed = torch.from_numpy(np.log(counts / counts.sum())).float()
+            observed = torch.from_numpy(np.log(counts / counts.sum()) + panel_share(data)).float()
             guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
 
 
@@ -298,16 +299,17 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
 
     Measured genes were scored when they were hidden from the encoder, and are predicted when they are not: their states vary more then. So their
     gains, where there are any, move to where the mean rate over cells is the measured one. With ``visible=1`` they were seen in training too, but the
-    states' spreads were trained: the table of levels of the closed map is made anew.
+    states' spreads were trained, with ``graph="posterior"`` the attention: the table of levels of the closed map is made anew.
     """
     chains = chains_of(pair)
-    if config.visible == 1 and config.map == "closed":
+    if config.map == "closed" and (config.visible == 1 or sides(chains[0])[1].attends):
         for c, chain in enumerate(chains):
             _renew_levels(*sides(chain), data, np.random.default_rng([seed, 7, c]))
     if config.visible == 1 or config.platform != "hierarchical":
         return pair
     predictor = Predictor(pair, data, config, sides(chains[0])[0].spec)
     rows = np.sort(np.random.default_rng([seed, 6]).permutation(predictor.n_cells)[:LEVEL_CELLS])
+    counts, depth = torch.from_numpy(np.asarray(data.counts.sum(0), dtype=np.float32).ravel()), float(totals_of(data.measured).sum())
     for c, chain in enumerate(chains):
         model, guide = sides(chain)
         batch = predictor.at(rows)
@@ -315,7 +317,8 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
             local = predictor.local(batch, c)
             drawn = draw_globals([chain], LEVEL_DRAWS, seed)
             total = sum(predictor.count_dist(batch, c, one, local, model.panel).mean.sum(0) for one in drawn) / LEVEL_DRAWS
-            guide.log_gain_loc[model.panel] += ((batch.counts[: len(rows)].sum(0) + 0.5) / (total + 0.5)).log()
+            every = total * (depth / batch.total[: len(rows)].sum())  # in all cells: of a faint gene some have no count at all
+            guide.log_gain_loc[model.panel] += ((counts + 0.5) / (every + 0.5)).log()
     return pair
 
 

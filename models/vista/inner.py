@@ -32,7 +32,7 @@ from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score
 from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import LOG_THETA, bend
 from ppl_st.models.common.inner import BENDS, SHARES, climb, dead_genes, level_prior
-from ppl_st.models.vista.batches import Data, shares
+from ppl_st.models.vista.batches import Data, panel_share, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,
     SPREAD,
@@ -211,9 +211,10 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     parameters = {name: [loc, 0.0, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
+    gain = [panel_share(data), 0.0, 1.0]
     return Hyper(
         known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0, center,
-        [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, 0.0, [ERROR] * DIRECTIONS, ERROR, [],
+        gain, [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, 0.0, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
 
