@@ -45,7 +45,8 @@ class Config:
     batch_reference: int = field(default=32, metadata={"ge": 0})
     library_key: str | None = None  # obs column of the section: no neighbors across sections
     batch_key: str | None = None  # obs column of the batch, on both sides
-    anchor_key: str | None = None  # obs column of the cell type, on both sides: train on the paper's anchor genes only
+    # obs column of the cell type, on both sides: train on the paper's anchor genes only (intervals are then those of genes that agree)
+    anchor_key: str | None = None
     layer: str | None = None  # layer with the counts
     reference_layers: tuple[str, ...] = ()  # further layers of the reference to impute, as genes GENE:layer (`ppl_st.layers`)
     gene_key: str | None = None  # var column with the gene names, of each file that has it; none = var_names
