@@ -93,7 +93,7 @@ from ppl_st.models.vista.levels import interpolate, tabulate
 from ppl_st.models.vista.model import LOG_SCALE, RESERVED, Guide, Model, Spec, build, sides
 from ppl_st.models.vista.process import fit_process, mixed_features, weigh
 from ppl_st.models.vista.style import as_reference
-from ppl_st.observation import find
+from ppl_st.observation import find, of_mean
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary", "as_reference",
@@ -107,7 +107,7 @@ MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn set
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, fit the closed-form map of every chain, and return the initialised ensemble with its specification."""
-    likelihood = find(config.likelihood, RESERVED)
+    likelihood = of_mean(find(config.likelihood, RESERVED))
     if config.map == "learned" and config.visible < 1:
         raise UserError(
             f"map='learned' with visible={config.visible}: the published networks are fitted to the whole evidence bound, with all genes visible; "
@@ -206,6 +206,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             _write(guide.reference_encoder, np.pad(found.encoder, ((0, 0), (0, 1))))
             _write(model.decoder, decoder / spread)  # score of unit sd over the target's cells
             _write(model.reference_slope, found.scale * spread)
+            _write(model.reference_log_theta, theta_of_zeros(data))
             _write(guide.log_scale, np.log(SPREAD * np.maximum(size * sd[:d], 1e-3)))
             _write(guide.reference_log_scale, np.full(d, np.log(SPREAD)))
             for side in (model, guide):
@@ -356,7 +357,7 @@ class Predictor:
         self.loads = error_loads(spec.hyper, data.waves.shape[1])  # [q + K]
         if config.map == "closed" and config.platform == "hierarchical" and config.likelihood in ("nb", "poisson"):
             self.closed_form = self._closed_form
-        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(self.loads)))
+        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(self.loads) + 1))
 
     def blocks(self, max_cells: int) -> Any:
         """Batches that own every cell once."""
@@ -389,12 +390,17 @@ class Predictor:
         """p(count | draw): states are drawn here; the error of an unmeasured gene's pattern is the same in all blocks of cells."""
         model, key, error, beyond = self.models[chain], tuple(genes.tolist()), torch.tensor(0.0), None
         if local.along is not None:
-            error = local.along @ self.noise(int(drawn["gene_key"]), key) - 0.5 * local.along.square().sum(1, keepdim=True)
-            error = error * (1 - model.measured[genes])
+            noise, doubt = self.noise(int(drawn["gene_key"]), key), self._layer_doubt(model, genes)
+            error = local.along @ noise[:-1] - 0.5 * local.along.square().sum(1, keepdim=True)
+            error = error * (1 - model.measured[genes]) + doubt.sqrt() * noise[-1] - 0.5 * doubt
         if local.phi is not None:
             beyond = self._beyond(model, local, genes)
         z = local.loc + local.scale * torch.randn_like(local.loc)
         return model.count_dist(drawn, z, local.log_total, local.log_usual, genes, beyond, error)
+
+    def _layer_doubt(self, model: Model, genes: Tensor) -> Tensor:
+        """Variance [g] of the log levels of genes ``GENE:layer``: their gain is that of the gene, and knows the doubt of the gene's level only."""
+        return model.level_variance[genes] * (model.parent[genes] != genes) * (model.config.platform == "hierarchical")
 
     def _beyond(self, model: Model, local: Local, genes: Tensor) -> Tensor:
         assert local.phi is not None
@@ -407,7 +413,7 @@ class Predictor:
     def _closed_form(self, batch: Batch, chain: int, local: Local, genes: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Posterior means [n, g] of the rate and of log1p(count x ``factor`` [n, 1]): states, slopes and, in the latter, levels by quadrature.
 
-        The level's doubt and the pattern's error, whose factor has mean 1, are integrated in the rate exactly.
+        The gain's doubt, and those of a layer's level and of the pattern, whose factors have mean 1, are integrated in the rate exactly.
         """
         model, laws = self.models[chain], self.guides[chain].gene_laws()
         decoder = model.decoder[:, genes]
@@ -416,7 +422,7 @@ class Predictor:
             mean, noise = model.own[genes] * mean + self._beyond(model, local, genes), model.own[genes] * noise
         (gain, gain_sd), (slope, slope_sd) = laws["log_gain"], laws["slope"]
         drawn, log_theta = {"log_gain": gain + 0.5 * gain_sd.square()}, laws["log_theta"][0][genes] if "log_theta" in laws else None
-        spread = gain_sd[model.parent[genes]].square()[None]
+        spread = gain_sd[model.parent[genes]].square()[None] + self._layer_doubt(model, genes)
         if local.along is not None:
             spread = spread + local.along.square().sum(1, keepdim=True) * (1 - model.measured[genes])
         rate, lognorm, one = torch.zeros_like(mean), torch.zeros_like(mean), torch.ones(1)
