@@ -34,7 +34,7 @@ PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors); where g was not meas
 pattern, drawn once for all cells along directions of the target and smooth waves of the coordinates (`inner.py`); count ~ NB(rate, theta'). Means of
 rates and of log-normalised counts are integrated, not drawn.
 
-``map="learned"`` (presets "paper", "released", "gimvi") has the published networks, softmax over the panel, ZINB reference, classifier and settings.
+``map="learned"`` (presets "paper", "released", "gimvi") has networks, softmax over the panel, ZINB reference, classifier and settings.
 
 SYMBOLS  n spatial, m reference cells, G genes, P panel, A panel and genes that only the target has, d latent dimensions;
          of a batch: B seeds, c seeds and their neighbors, R reference cells.
@@ -43,6 +43,7 @@ DIFFERENCES from paper and released code
     * the graph is computed once over all cells, with rows that are row numbers, within sections; released: kNN among 128 random cells, per step;
     * prediction uses the same graph; released: none;
     * gain and dispersion of an unmeasured gene come from hyper-priors; released: dispersion is a random initialisation that never trained;
+    * networks of the presets differ from the published ones in layers that `config.py` lists (encoders, library, dispersion, graph attention);
     * LayerNorm instead of BatchNorm: a batch of one cell is like any other; no argument is modified;
     * KL warm-up in "paper" follows gimVI (weight t / 8000 over 4000 steps); the default's ends;
     * minibatches stand for n spatial and m reference cells; released: each side counts as half, whatever its size (reference_weight = n / m does it).
@@ -110,7 +111,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     likelihood = of_mean(find(config.likelihood, RESERVED))
     if config.map == "learned" and config.visible < 1:
         raise UserError(
-            f"map='learned' with visible={config.visible}: the published networks are fitted to the whole evidence bound, with all genes visible; "
+            f"map='learned' with visible={config.visible}: networks are fitted to the whole evidence bound, with all genes visible, as published; "
             "add --set visible=1"
         )
     if config.adversary != "off" and config.map == "closed" and config.graph != "posterior":
@@ -146,7 +147,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
 
 
 def loss_scale(data: Data, config: Config) -> float:
-    """What the loss is multiplied by: one over the target's entries; of the published networks, whose Adam (eps .01) and clipping know how large a
+    """What the loss is multiplied by: one over the target's entries; of learned networks, whose Adam (eps .01) and clipping know how large a
     gradient is, one over the cells of both sides, as published."""
     n, genes = data.measured.shape
     return 1.0 / (n + data.reference.shape[0]) if config.map == "learned" else 1.0 / (n * genes)

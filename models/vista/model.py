@@ -240,7 +240,7 @@ class Model(PyroModule):
 
 
 class Guide(PyroModule):
-    """q: encoder of the standardised panel (closed) or the published networks (learned), and what the graph adds."""
+    """q: encoder of the standardised panel (closed) or networks (learned), and what the graph adds."""
 
     mean: Tensor  # [batches, A] buffers: moments of the target's genes
     sd: Tensor
@@ -376,7 +376,7 @@ class Guide(PyroModule):
         return self._heads(self.shared(self._reference_features(batch)))
 
     def encode_both(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`encode_reference` and `encode`; of the published networks the shared layers run once, over the cells of both sides."""
+        """`encode_reference` and `encode`; of learned networks the shared layers run once, over the cells of both sides."""
         if self.closed:
             return self.encode_reference(batch), self.encode(batch)
         loc, scale = self._heads(self.shared(torch.cat([self._reference_features(batch), self._target_features(batch)])))
