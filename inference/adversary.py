@@ -1,6 +1,6 @@
 r"""The second player: a critic that tells two sets of codes apart, with its own parameters and its own optimiser.
 
-A model holds its critic outside its own parameters (`Critic` in a tuple) and adds a named factor to its objective,
+A model holds its critic outside its own parameters (a module in a tuple, which registers nothing) and adds a named factor to its objective,
 ``pyro.factor("adversary", -weight * generator_loss(...))``; `ppl_st.inference.svi.fit` alternates: one step of the pair with the critic as it
 is, one step of the critic on the codes that the pair drew in its own, detached. T(c) is the critic's logit, real and fake the two sides:
 

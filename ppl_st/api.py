@@ -140,7 +140,7 @@ def fit(
     spots = METHODS[method].reference == "spots"
     cells, other = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
     if cells.xy is None:
-        talk(f"target ({cells.source}): no coordinates (obsm['spatial']); nothing is learned from neighbors in space")
+        talk(f"target ({cells.source}): no coordinates (obsm['spatial']): neighbors in space cannot inform its cells")
     if hold_out is not None:
         cells = hold_out_genes(cells, other, read_genes(hold_out) if isinstance(hold_out, str | Path) else hold_out)
     if getattr(settings, "reference_layers", ()):

@@ -23,6 +23,7 @@ from ppl_st.errors import UserError
 from ppl_st.io import read_adata
 
 MAX_COUNT = 2**24
+SHARED_TOTAL = "vista_shared_total"  # obs column of a run that uses some of the genes that it shares with its reference: total over all of them
 # Values looked at together when a matrix is checked or made sparse: bounds the temporaries.
 _BLOCK_VALUES = 2**24
 
@@ -353,6 +354,12 @@ def matched(truth: Counts, cells: Counts, genes: NDArray[np.str_]) -> sparse.csr
         missing = cells.names[order < 0]
         raise UserError(f"truth ({counts.source}) lacks {len(missing)} of the {len(order)} cells, e.g. {missing[0]}")
     return sparse.csr_matrix(counts.matrix[order])
+
+
+def shared_total(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
+    """Total [n] of each cell over those of ``genes`` that it measured, also where a run uses some of them only (`SHARED_TOTAL`)."""
+    own = counts.take_genes(counts.genes[np.isin(counts.genes, genes)]).totals
+    return np.asarray(counts.obs.get(SHARED_TOTAL, own), dtype=np.float64)
 
 
 def labels_of(counts: Counts, key: str, role: str, setting: str) -> NDArray[np.str_]:

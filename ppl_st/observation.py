@@ -133,6 +133,21 @@ def find(text: str, reserved: tuple[str, ...] = ()) -> Likelihood:
     return likelihood
 
 
+def of_mean(likelihood: Likelihood) -> Likelihood:
+    """The likelihood as a function of the mean of its counts, also where the mean that it takes is another one (before zero inflation, say).
+
+    The given mean is divided by what the counts of mean 1 have on average; a likelihood whose mean is proportional to the one that it takes then has
+    it. Levels that were learned as ratios of counts are such means.
+    """
+    if likelihood.name in ("nb", "poisson"):
+        return likelihood
+
+    def make(mean: Tensor, **parameters: Tensor) -> Any:
+        return likelihood.make(mean / likelihood.make(mean.new_ones(mean.shape[-1]), **parameters).mean, **parameters)
+
+    return likelihood._replace(make=make)
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """The name "module:function" under which `find` gets this very function back.
 

@@ -137,20 +137,20 @@ def _gimvi(split: Split, draws: int) -> Answer:
         mean = np.zeros((target.n_obs, len(split.held_out)), dtype=np.float32)
         mean[filled] = model.get_imputed_values(normalized=False)[1][:, held_out]
         drawn = np.zeros((draws, *mean.shape), dtype=np.float32)
-        drawn[:, filled] = _gimvi_counts(model.module, some, draws, len(split.training))
+        _draw_gimvi(model.module, some, len(split.training), drawn, np.flatnonzero(filled))
     return Answer(mean, drawn)
 
 
-def _gimvi_counts(module: Any, target: ad.AnnData, draws: int, first: int) -> NDArray[np.float32]:
-    """Posterior predictive counts [draws, cells, genes] of the genes from the ``first`` on; the spatial side is mode 1, its batch is the last."""
-    parts = []
+def _draw_gimvi(module: Any, target: ad.AnnData, first: int, drawn: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
+    """Write posterior predictive counts of the target's cells, genes from the ``first`` on, into the ``rows`` of ``drawn`` [draws, cells, genes]; the
+    spatial side is mode 1, its batch is the last."""
     with torch.inference_mode():
         for start in range(0, target.n_obs, 2048):
             x = torch.from_numpy(target.X[start : start + 2048].toarray())
             batch = torch.full((len(x), 1), module.n_batch - 1)
-            laws = (module._run_forward(x, 1, batch, torch.zeros_like(batch))["px"] for _ in range(draws))
-            parts.append(torch.stack([law.sample()[:, first:].clone() for law in laws]).numpy())
-    return np.concatenate(parts, axis=1).astype(np.float32)
+            for counts in drawn:
+                law = module._run_forward(x, 1, batch, torch.zeros_like(batch))["px"]
+                counts[rows[start : start + 2048]] = law.sample()[:, first:].numpy()
 
 
 def _tangram(split: Split, draws: int, *, by_cluster: bool) -> Answer:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ppl_st.calibration import LEVELS, coverage, interval_coverage
 from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
-from ppl_st.data import Counts, matched
+from ppl_st.data import Counts, matched, shared_total
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive, predictive_blocks
 from ppl_st.inference.svi import Pair
@@ -82,7 +82,7 @@ class Run:
     @property
     def shared_total(self) -> NDArray[np.float64]:
         """Counts of each cell over the genes shared with the reference: the depth of scores on log-normalised counts."""
-        return np.asarray(self.target.take_genes(self.genes[self.measured]).totals, dtype=np.float64)
+        return shared_total(self.target, self.genes)
 
     @property
     def reference_mean(self) -> NDArray[np.float64]:
@@ -417,7 +417,7 @@ class Run:
 
 def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
     """Median over each cell's own total of the genes shared with the reference, as scores are normalised; 1 for a cell without such counts."""
-    total = counts.take_genes(counts.genes[np.isin(counts.genes, genes)]).totals
+    total = shared_total(counts, genes)
     positive = total > 0
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
 

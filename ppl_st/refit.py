@@ -150,6 +150,8 @@ def _refit(run: Run, held: NDArray[np.str_]) -> Run:
     if isinstance(run.spec, Mixture):
         runs = tuple(_refit(one, held) for one in run.spec.runs)
         return replace(run, spec=run.spec._replace(runs=runs), data=tuple(one.data for one in runs))
+    if not hasattr(run.module, "start"):
+        raise UserError(f"recalibrate: a view of a {run.method} run (as_reference, turned) cannot be fitted again; recalibrate the run itself")
     cells = run.target.take_genes(run.target.genes[~np.isin(run.target.genes, held)])
     data, cells, other = load_prepare(run.method).problem(cells, run.reference, run.config, lambda line: None)
     return train(run.method, run.module, run.config, data, cells, other, run.manifest, None, None, "quiet", lambda line: None)

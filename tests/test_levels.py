@@ -163,3 +163,4 @@ def test_anchor_genes_are_the_same_when_a_run_is_loaded(tmp_path):
     assert 5 <= len(run.data.panel) < 36
     want, found = (one.predict(["gene0040"], draws=5).layers["rate_mean"] for one in (run, ppl_st.load(tmp_path / "run")))
     np.testing.assert_array_equal(want, found)
+    np.testing.assert_array_equal(ppl_st.load(tmp_path / "run").shared_total, sim.target.X.toarray().sum(1))  # depth of scores, as of other methods

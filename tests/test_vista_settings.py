@@ -8,11 +8,12 @@ from pyro.infer import TraceMeanField_ELBO
 
 import ppl_st
 from ppl_st.config import with_overrides
-from ppl_st.data import read_counts
+from ppl_st.data import read_counts, shared_total
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import rng_scope
 from ppl_st.models.vista import PRESETS, batches, start
+from ppl_st.prepare import vista as prepare
 from ppl_st.prepare.vista import problem
 from ppl_st.simulate import spatial_field
 
@@ -89,3 +90,16 @@ def test_hidden_genes_are_scored_as_if_each_were_once(world):
     quarter = torch.arange(20) % 4
     found = [score(quarter != k) for k in range(4)]
     assert np.mean(found) == pytest.approx(score(quarter >= 0), rel=1e-5) and np.ptp(found) > 0
+
+
+def test_of_more_shared_genes_than_the_closed_map_takes_those_with_most_counts_are_used(world, monkeypatch):
+    """Time grew with the cube of the shared genes, without a bound."""
+    monkeypatch.setattr(prepare, "MAX_PANEL", 8)
+    said, sides = [], (read_counts(world.target, role="target"), read_counts(world.reference, role="reference", need_spatial=False))
+    data, target, reference = problem(*sides, with_overrides(PRESETS["default"], FAST), said.append)
+    counts = np.asarray(world.target.X.sum(0)).ravel()
+    assert sorted(counts[:20])[-8:] == sorted(counts[world.target.var_names.get_indexer(target.genes)])
+    assert list(reference.genes[data.panel]) == list(target.genes) and data.others.shape[1] == 0
+    assert "of 20 shared genes the 8 with most counts are used" in said[0]
+    np.testing.assert_array_equal(shared_total(target, reference.genes), world.target.X.toarray().sum(1))
+    assert len(problem(*sides, with_overrides(PRESETS["gimvi"], []), quiet)[0].panel) == 20

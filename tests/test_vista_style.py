@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ppl_st
@@ -43,6 +44,21 @@ def test_a_condition_changes_the_genes_and_the_cells_that_it_changes_in_the_refe
     assert np.abs(change[:, 2]).mean() < 0.15
 
 
+def test_what_is_not_known_of_a_change_everywhere_is_the_same_at_all_places(world):
+    """It was drawn anew at each place: of the mean over cells of several kinds the doubt was that over the root of the places."""
+    style = world.run.as_reference("ill")
+    predictor = style.module.Predictor(style.pair, style.data, style.config, style.spec)
+    effect, genes, batch = predictor.effects[0], torch.arange(36), predictor.at(np.arange(0, 300, 3))
+    local = predictor.local(batch, 0)
+    local = local._replace(scale=torch.zeros_like(local.scale))
+    with torch.no_grad():
+        rates = [predictor.count_dist(batch, 0, {"gene_key": torch.tensor(key)}, local, genes).mean.log().mean(0) for key in range(300)]
+    share = effect.shares(local.loc).mean(0)
+    wanted = (effect.everywhere.square() + share.square() @ effect.sd.square()).sqrt()
+    np.testing.assert_allclose(torch.stack(rates).std(0), wanted, rtol=0.2)
+    assert len(share) > 3 and (effect.everywhere > 0).all()
+
+
 def test_it_is_a_prediction_of_these_cells_and_of_new_ones_that_says_what_it_is(world, tmp_path):
     style = world.run.as_reference("ill", library=500.0)
     table = style.predict(world.genes, draws=5)
@@ -63,6 +79,10 @@ def test_what_it_cannot_give_is_refused_by_name(world):
         world.run.as_reference("sick")
     with pytest.raises(UserError, match="positive total"):
         world.run.as_reference(library=0.0)
+    with pytest.raises(UserError, match="export the run itself"):
+        world.run.as_reference().arviz_groups()
+    with pytest.raises(UserError, match="cannot be fitted again"):
+        ppl_st.recalibrate(world.run.as_reference())
     with pytest.raises(UserError, match="does not decode"):
         world.run.as_reference().as_reference()
 

@@ -34,7 +34,7 @@ PREDICTIVE of gene g in cell i: z_i ~ q(z | x', neighbors); where g was not meas
 pattern, drawn once for all cells along directions of the target and smooth waves of the coordinates (`inner.py`); count ~ NB(rate, theta'). Means of
 rates and of log-normalised counts are integrated, not drawn.
 
-``map="learned"`` (presets "paper", "released", "gimvi") has the published networks, softmax over the panel, ZINB reference, classifier and settings.
+``map="learned"`` (presets "paper", "released", "gimvi") has networks, softmax over the panel, ZINB reference, classifier and settings.
 
 SYMBOLS  n spatial, m reference cells, G genes, P panel, A panel and genes that only the target has, d latent dimensions;
          of a batch: B seeds, c seeds and their neighbors, R reference cells.
@@ -43,6 +43,7 @@ DIFFERENCES from paper and released code
     * the graph is computed once over all cells, with rows that are row numbers, within sections; released: kNN among 128 random cells, per step;
     * prediction uses the same graph; released: none;
     * gain and dispersion of an unmeasured gene come from hyper-priors; released: dispersion is a random initialisation that never trained;
+    * networks of the presets differ from the published ones in layers that `config.py` lists (encoders, library, dispersion, graph attention);
     * LayerNorm instead of BatchNorm: a batch of one cell is like any other; no argument is modified;
     * KL warm-up in "paper" follows gimVI (weight t / 8000 over 4000 steps); the default's ends;
     * minibatches stand for n spatial and m reference cells; released: each side counts as half, whatever its size (reference_weight = n / m does it).
@@ -68,7 +69,7 @@ from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import bend, log_mean
 from ppl_st.models.common.predictor import QUADRATURE
 from ppl_st.models.common.process import Field
-from ppl_st.models.vista.batches import Batch, Batches, Data
+from ppl_st.models.vista.batches import Batch, Batches, Data, panel_share
 from ppl_st.models.vista.closed import (
     SPREAD,
     Floats,
@@ -93,7 +94,7 @@ from ppl_st.models.vista.levels import interpolate, tabulate
 from ppl_st.models.vista.model import LOG_SCALE, RESERVED, Guide, Model, Spec, build, sides
 from ppl_st.models.vista.process import fit_process, mixed_features, weigh
 from ppl_st.models.vista.style import as_reference
-from ppl_st.observation import find
+from ppl_st.observation import find, of_mean
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec", "adversary", "as_reference",
@@ -107,10 +108,10 @@ MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn set
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """Choose settings, fit the closed-form map of every chain, and return the initialised ensemble with its specification."""
-    likelihood = find(config.likelihood, RESERVED)
+    likelihood = of_mean(find(config.likelihood, RESERVED))
     if config.map == "learned" and config.visible < 1:
         raise UserError(
-            f"map='learned' with visible={config.visible}: the published networks are fitted to the whole evidence bound, with all genes visible; "
+            f"map='learned' with visible={config.visible}: networks are fitted to the whole evidence bound, with all genes visible, as published; "
             "add --set visible=1"
         )
     if config.adversary != "off" and config.map == "closed" and config.graph != "posterior":
@@ -146,7 +147,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
 
 
 def loss_scale(data: Data, config: Config) -> float:
-    """What the loss is multiplied by: one over the target's entries; of the published networks, whose Adam (eps .01) and clipping know how large a
+    """What the loss is multiplied by: one over the target's entries; of learned networks, whose Adam (eps .01) and clipping know how large a
     gradient is, one over the cells of both sides, as published."""
     n, genes = data.measured.shape
     return 1.0 / (n + data.reference.shape[0]) if config.map == "learned" else 1.0 / (n * genes)
@@ -171,7 +172,8 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
         _write(model.covariate, share)
         _write(model.zeros, theta_of_zeros(data))
         model.parent.copy_(torch.from_numpy(data.parent))
-        _write(model.level, share - np.log(np.exp(share[data.panel]).sum()))
+        level = share - np.log(np.exp(share[data.panel]).sum())
+        _write(model.level, level if "log_gain" in model.priors() else level + panel_share(data))
         if model.closed:
             _write(model.level_variance, log_shares(data.reference, data.panel)[1])
         for name, value in (("mean", mine.mean), ("sd", mine.sd), ("reference_mean", theirs.mean), ("reference_sd", theirs.sd)):
@@ -205,6 +207,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             _write(guide.reference_encoder, np.pad(found.encoder, ((0, 0), (0, 1))))
             _write(model.decoder, decoder / spread)  # score of unit sd over the target's cells
             _write(model.reference_slope, found.scale * spread)
+            _write(model.reference_log_theta, theta_of_zeros(data))
             _write(guide.log_scale, np.log(SPREAD * np.maximum(size * sd[:d], 1e-3)))
             _write(guide.reference_log_scale, np.full(d, np.log(SPREAD)))
             for side in (model, guide):
@@ -219,7 +222,7 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             getattr(guide, f"{name}_loc").copy_(loc)
         if "log_gain" in model.priors():
             counts = np.asarray(data.counts.sum(0), dtype=np.float64).ravel() + 0.5
-            observed = torch.from_numpy(np.log(counts / counts.sum())).float()
+            observed = torch.from_numpy(np.log(counts / counts.sum()) + panel_share(data)).float()
             guide.log_gain_loc[model.panel] = observed - model.level[model.panel]
 
 
@@ -298,16 +301,17 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
 
     Measured genes were scored when they were hidden from the encoder, and are predicted when they are not: their states vary more then. So their
     gains, where there are any, move to where the mean rate over cells is the measured one. With ``visible=1`` they were seen in training too, but the
-    states' spreads were trained: the table of levels of the closed map is made anew.
+    states' spreads were trained, with ``graph="posterior"`` the attention: the table of levels of the closed map is made anew.
     """
     chains = chains_of(pair)
-    if config.visible == 1 and config.map == "closed":
+    if config.map == "closed" and (config.visible == 1 or sides(chains[0])[1].attends):
         for c, chain in enumerate(chains):
             _renew_levels(*sides(chain), data, np.random.default_rng([seed, 7, c]))
     if config.visible == 1 or config.platform != "hierarchical":
         return pair
     predictor = Predictor(pair, data, config, sides(chains[0])[0].spec)
     rows = np.sort(np.random.default_rng([seed, 6]).permutation(predictor.n_cells)[:LEVEL_CELLS])
+    counts, depth = torch.from_numpy(np.asarray(data.counts.sum(0), dtype=np.float32).ravel()), float(totals_of(data.measured).sum())
     for c, chain in enumerate(chains):
         model, guide = sides(chain)
         batch = predictor.at(rows)
@@ -315,7 +319,8 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
             local = predictor.local(batch, c)
             drawn = draw_globals([chain], LEVEL_DRAWS, seed)
             total = sum(predictor.count_dist(batch, c, one, local, model.panel).mean.sum(0) for one in drawn) / LEVEL_DRAWS
-            guide.log_gain_loc[model.panel] += ((batch.counts[: len(rows)].sum(0) + 0.5) / (total + 0.5)).log()
+            every = total * (depth / batch.total[: len(rows)].sum())  # in all cells: of a faint gene some have no count at all
+            guide.log_gain_loc[model.panel] += ((counts + 0.5) / (every + 0.5)).log()
     return pair
 
 
@@ -353,7 +358,7 @@ class Predictor:
         self.loads = error_loads(spec.hyper, data.waves.shape[1])  # [q + K]
         if config.map == "closed" and config.platform == "hierarchical" and config.likelihood in ("nb", "poisson"):
             self.closed_form = self._closed_form
-        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(self.loads)))
+        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(self.loads) + 1))
 
     def blocks(self, max_cells: int) -> Any:
         """Batches that own every cell once."""
@@ -386,12 +391,17 @@ class Predictor:
         """p(count | draw): states are drawn here; the error of an unmeasured gene's pattern is the same in all blocks of cells."""
         model, key, error, beyond = self.models[chain], tuple(genes.tolist()), torch.tensor(0.0), None
         if local.along is not None:
-            error = local.along @ self.noise(int(drawn["gene_key"]), key) - 0.5 * local.along.square().sum(1, keepdim=True)
-            error = error * (1 - model.measured[genes])
+            noise, doubt = self.noise(int(drawn["gene_key"]), key), self._layer_doubt(model, genes)
+            error = local.along @ noise[:-1] - 0.5 * local.along.square().sum(1, keepdim=True)
+            error = error * (1 - model.measured[genes]) + doubt.sqrt() * noise[-1] - 0.5 * doubt
         if local.phi is not None:
             beyond = self._beyond(model, local, genes)
         z = local.loc + local.scale * torch.randn_like(local.loc)
         return model.count_dist(drawn, z, local.log_total, local.log_usual, genes, beyond, error)
+
+    def _layer_doubt(self, model: Model, genes: Tensor) -> Tensor:
+        """Variance [g] of the log levels of genes ``GENE:layer``: their gain is that of the gene, and knows the doubt of the gene's level only."""
+        return model.level_variance[genes] * (model.parent[genes] != genes) * (model.config.platform == "hierarchical")
 
     def _beyond(self, model: Model, local: Local, genes: Tensor) -> Tensor:
         assert local.phi is not None
@@ -404,7 +414,7 @@ class Predictor:
     def _closed_form(self, batch: Batch, chain: int, local: Local, genes: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Posterior means [n, g] of the rate and of log1p(count x ``factor`` [n, 1]): states, slopes and, in the latter, levels by quadrature.
 
-        The level's doubt and the pattern's error, whose factor has mean 1, are integrated in the rate exactly.
+        The gain's doubt, and those of a layer's level and of the pattern, whose factors have mean 1, are integrated in the rate exactly.
         """
         model, laws = self.models[chain], self.guides[chain].gene_laws()
         decoder = model.decoder[:, genes]
@@ -413,7 +423,7 @@ class Predictor:
             mean, noise = model.own[genes] * mean + self._beyond(model, local, genes), model.own[genes] * noise
         (gain, gain_sd), (slope, slope_sd) = laws["log_gain"], laws["slope"]
         drawn, log_theta = {"log_gain": gain + 0.5 * gain_sd.square()}, laws["log_theta"][0][genes] if "log_theta" in laws else None
-        spread = gain_sd[model.parent[genes]].square()[None]
+        spread = gain_sd[model.parent[genes]].square()[None] + self._layer_doubt(model, genes)
         if local.along is not None:
             spread = spread + local.along.square().sum(1, keepdim=True) * (1 - model.measured[genes])
         rate, lognorm, one = torch.zeros_like(mean), torch.zeros_like(mean), torch.ones(1)

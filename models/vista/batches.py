@@ -157,6 +157,11 @@ def dense_rows(counts: sp.csr_matrix, rows: NDArray[np.int64]) -> NDArray[np.flo
     return dense
 
 
+def panel_share(data: Data) -> float:
+    """Log of the panel's share of the target's counts. Levels are shares of the panel, depth is the total of all A genes: this lies between them."""
+    return float(np.log(shares(data.measured)[: len(data.panel)].sum()))
+
+
 def shares(counts: sp.csr_matrix) -> NDArray[np.float64]:
     """Share of each gene in all counts, sums to 1."""
     total = np.asarray(counts.sum(0), dtype=np.float64).ravel() + 0.5

@@ -1,4 +1,15 @@
-"""Settings of VISTA and their presets."""
+"""Settings of VISTA and their presets.
+
+"paper", "released" and "gimvi" have the published objective (term by term, `tests/test_vista.py`), widths and settings. Their networks
+(``map="learned"``) are not the published ones layer by layer:
+
+    encoder      two linear layers for either modality, then the shared ones; gimVI: one. LayerNorm where gimVI has BatchNorm.
+    library      of a reference cell: its observed total with one shift and one sd for all cells; gimVI: an encoder network.
+    dispersion   one theta per gene and modality; gimVI: per gene and batch.
+    graph        "paper": location + V relu(GAT(location)), V = 0 at the start; the paper (eq. 9, 10) has a second network F_s of the counts x' beside
+                 the encoder, relu(GAT(W F_s(x'))). "released": the same, for the location of the term that the graph alters; the released code adds
+                 GAT(location) to the location and exp(GAT(scale)) to the scale, without V.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,7 +26,7 @@ class Config:
     graph: Literal["none", "kl_only", "posterior", "prior"] = "prior"
     neighbors: int = field(default=20, metadata={"ge": 1})  # of a cell, within its section
     heads: int = field(default=1, metadata={"ge": 1})  # of the attention
-    # closed: map in closed form from standardised genes; learned: the published networks, by gradient
+    # closed: map in closed form from standardised genes; learned: networks much like the published ones (above), by gradient
     map: Literal["closed", "learned"] = "closed"
     latent: int = field(default=48, metadata={"ge": 1})  # d
     hidden: int = field(default=64, metadata={"ge": 1})  # units of the learned networks
@@ -45,7 +56,8 @@ class Config:
     batch_reference: int = field(default=32, metadata={"ge": 0})
     library_key: str | None = None  # obs column of the section: no neighbors across sections
     batch_key: str | None = None  # obs column of the batch, on both sides
-    anchor_key: str | None = None  # obs column of the cell type, on both sides: train on the paper's anchor genes only
+    # obs column of the cell type, on both sides: train on the paper's anchor genes only (intervals are then those of genes that agree)
+    anchor_key: str | None = None
     layer: str | None = None  # layer with the counts
     reference_layers: tuple[str, ...] = ()  # further layers of the reference to impute, as genes GENE:layer (`ppl_st.layers`)
     gene_key: str | None = None  # var column with the gene names, of each file that has it; none = var_names

@@ -32,7 +32,7 @@ from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score
 from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import LOG_THETA, bend
 from ppl_st.models.common.inner import BENDS, SHARES, climb, dead_genes, level_prior
-from ppl_st.models.vista.batches import Data, shares
+from ppl_st.models.vista.batches import Data, panel_share, shares
 from ppl_st.models.vista.closed import (
     DIRECTIONS,
     SPREAD,
@@ -211,9 +211,10 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
     parameters = {name: [loc, 0.0, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
     center = float(log_share(data).mean())
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
+    gain = [panel_share(data), 0.0, 1.0]
     return Hyper(
         known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0, center,
-        [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, 0.0, [ERROR] * DIRECTIONS, ERROR, [],
+        gain, [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, 0.0, [ERROR] * DIRECTIONS, ERROR, [],
     )  # fmt: skip
 
 
@@ -242,15 +243,15 @@ def _hyper_priors(
     """
     genes, sizes = np.concatenate(judged), [len(part) for part in judged]
     counts = data.counts[rows][:, genes].toarray().astype(np.float64)
-    median = float(np.log(np.median(totals_of(data.measured))))
-    depth = np.hstack(log_depth) - median  # [rows, genes]
+    usual = np.log(data.usual[rows])[:, None]
+    depth = np.hstack(log_depth) - usual  # [rows, genes]: a section that is shallower as a whole has fewer counts of every gene
     share, zeros = log_share(data), theta_of_zeros(data)
     scores = np.hstack(predicted)
     spread = SPREAD * (1 - chosen["share"]) / (scores.std(0) + 1e-9)  # states are uncertain, features of the process are not
     scores /= scores.std(0) + 1e-9
     plain = torch.from_numpy(scores)
     panel = np.asarray(data.reference[:, data.panel].sum(0), dtype=np.float64).ravel() + 0.5
-    offset = median + np.log(panel / panel.sum())[genes]
+    offset = usual + np.log(panel / panel.sum())[genes]  # [rows, genes]
     tried: dict[float, tuple[Floats, Floats, Floats]] = {}
 
     def evidence(k: float) -> float:
@@ -360,17 +361,17 @@ def pattern_errors(
 
 
 def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Floats) -> tuple[Floats, Floats, Floats]:
-    """Quasi-Poisson regression of every gene: log mean = offset + c0 + c1 predicted + c2 depth; coefficients, their variances, and what the prior
-    (`PRECISION` around `CENTER`) left of the way from there to them, [genes, 3] each."""
+    """Quasi-Poisson regression of every gene: log mean = offset ([genes], or [rows, genes]) + c0 + c1 predicted + c2 depth; coefficients, their
+    variances, and what the prior (`PRECISION` around `CENTER`) left of the way from there to them, [genes, 3] each."""
     n, genes = counts.shape
     coefficients, variances, kept = np.zeros((genes, 3)), np.ones((genes, 3)), np.ones((genes, 3))
     prior = np.diag(PRECISION)
     for g in range(genes):
         x = np.column_stack([np.ones(n), predicted[:, g], depth[:, g]])
-        beta = np.array([np.log((counts[:, g].sum() + 0.5) / (np.exp(offset[g] + depth[:, g]).sum() + 0.5)), 0.0, 1.0])
+        beta = np.array([np.log((counts[:, g].sum() + 0.5) / (np.exp(offset[..., g] + depth[:, g]).sum() + 0.5)), 0.0, 1.0])
         mu, hessian = np.ones(n), prior
         for _ in range(25):
-            mu = np.exp(np.clip(offset[g] + x @ beta, -20, 15))
+            mu = np.exp(np.clip(offset[..., g] + x @ beta, -20, 15))
             hessian = x.T @ (x * mu[:, None]) + prior
             step = np.linalg.solve(hessian, x.T @ (counts[:, g] - mu) - prior @ (beta - CENTER))
             beta = beta + np.clip(step, -1, 1)

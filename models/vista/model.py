@@ -21,7 +21,7 @@ from ppl_st.models.vista.config import Config
 from ppl_st.models.vista.inner import EXPONENTS, Hyper
 from ppl_st.models.vista.levels import KNOTS, interpolate
 from ppl_st.networks import MLP, GraphAttention
-from ppl_st.observation import find
+from ppl_st.observation import find, of_mean
 
 RESERVED = (
     "log_gain", "slope", "reference_log_theta", "z", "z_reference", "z_context", "z_graph", "log_library", "x", "x_reference", "cells",
@@ -67,7 +67,7 @@ class Model(PyroModule):
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__()
         self.config, self.spec, self.closed = config, spec, config.map == "closed"
-        self.likelihood = find(config.likelihood, RESERVED)
+        self.likelihood = of_mean(find(config.likelihood, RESERVED))
         # The closed map has one more coordinate, what all genes of a spatial cell have in common: the last one.
         d, genes = min(config.latent, len(spec.panel)) + 1 if self.closed else config.latent, spec.n_genes
         self.latent = d
@@ -91,10 +91,9 @@ class Model(PyroModule):
         self.reference_slope = nn.Parameter(torch.ones(genes), requires_grad=self.closed)
         self.reference_log_theta = nn.Parameter(torch.zeros(genes))
         if config.reference_likelihood == "zinb":
-            self.dropout_logits = nn.Linear(d, genes)
+            self.dropout_logits = nn.Linear(d - self.closed, genes)
         if config.graph == "prior":
-            # W: p(z) = Normal(gate x mean of the neighbors, 1 - gate^2)
-            self.gate = nn.Parameter(torch.zeros(d), requires_grad=self.scores_states)
+            self.gate = nn.Parameter(torch.zeros(d), requires_grad=self.scores_states)  # W: p(z) = Normal(gate x neighbors' mean, 1 - gate^2)
         critic = MLP([d, 32, 32, 32, 1], dropout=0.1) if config.adversary != "off" else None
         self.opponent = (critic,)  # in a tuple: the critic is no part of this module
 
@@ -226,7 +225,8 @@ class Model(PyroModule):
         """Law of the counts of ``genes`` in reference cells [R, g]."""
         log_theta = self.reference_log_theta[genes]
         if self.config.reference_likelihood == "zinb":
-            return ZeroInflatedNegativeBinomial(log_mean=log_rate, log_theta=log_theta, gate_logits=self.dropout_logits(z)[:, genes])
+            gate = self.dropout_logits(z[:, : self.latent - self.closed])  # as the rate: not of what only the target's genes have in common
+            return ZeroInflatedNegativeBinomial(log_mean=log_rate, log_theta=log_theta, gate_logits=gate[:, genes])
         return NegativeBinomial(log_mean=log_rate, log_theta=log_theta)
 
     # ---- prediction ----
@@ -240,7 +240,7 @@ class Model(PyroModule):
 
 
 class Guide(PyroModule):
-    """q: encoder of the standardised panel (closed) or the published networks (learned), and what the graph adds."""
+    """q: encoder of the standardised panel (closed) or networks (learned), and what the graph adds."""
 
     mean: Tensor  # [batches, A] buffers: moments of the target's genes
     sd: Tensor
@@ -376,7 +376,7 @@ class Guide(PyroModule):
         return self._heads(self.shared(self._reference_features(batch)))
 
     def encode_both(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`encode_reference` and `encode`; of the published networks the shared layers run once, over the cells of both sides."""
+        """`encode_reference` and `encode`; of learned networks the shared layers run once, over the cells of both sides."""
         if self.closed:
             return self.encode_reference(batch), self.encode(batch)
         loc, scale = self._heads(self.shared(torch.cat([self._reference_features(batch), self._target_features(batch)])))

@@ -9,8 +9,8 @@ shares of a state in them. With x_kg the counts of the condition's cells there a
     e_kg = log x_kg / m_kg - log x'_kg / m'_kg      in two parts: of the gene everywhere, and what is left at a place
 
 each shrunk by its sampling variance, over-dispersion included: the first as Normal(0, `CHANGE`^2), the second as Normal(0, tau_g^2) over the places
-of the gene, tau_g^2 by moments. What is not known of e is drawn once per gene and draw. A condition that is the whole reference adds nothing. All of
-it is a model's answer, not a measurement.
+of the gene, tau_g^2 by moments. What is not known of the first part is drawn once per gene and draw, of the second once per place as well. A
+condition that is the whole reference adds nothing. All of it is a model's answer, not a measurement.
 
 n spatial cells, R reference cells, G genes, d latent dimensions.
 """
@@ -42,7 +42,8 @@ class Effect(NamedTuple):
     scale: Tensor  # [d] of the coordinates of a state: one over their sd around a place
     places: Tensor  # [K, d] in these units
     mean: Tensor  # [K, G]
-    sd: Tensor  # [K, G]
+    everywhere: Tensor  # [G] sd of what it does everywhere
+    sd: Tensor  # [K, G] of what it does at one place beside that
 
     def shares(self, z: Tensor) -> Tensor:
         """r(z) of states z [n, d], [n, K]: posterior of a mixture of normals, all alike but for their means."""
@@ -66,7 +67,7 @@ def effect_of(model: Model, guide: Guide, data: Data, inside: NDArray[np.bool_])
         sd = (points - places[torch.cdist(points, places).argmin(1)]).square().mean(0).sqrt()
         sd = sd.clamp_min(max(1e-3 * float(sd.max()), 1e-6))
         unknown = torch.zeros(len(places), model.spec.n_genes)
-        effect = Effect(width / sd, places / sd, unknown, unknown)
+        effect = Effect(width / sd, places / sd, unknown, unknown[0], unknown)
         sums = torch.zeros(2, 3, *unknown.shape, dtype=torch.float64)  # of the condition and of all: counts, their mean and variance
         for start in range(0, len(inside), ROWS):
             rows = np.arange(start, min(start + ROWS, len(inside)))
@@ -86,8 +87,8 @@ def effect_of(model: Model, guide: Guide, data: Data, inside: NDArray[np.bool_])
     here, own_noise = compared(x, m, v, x_all, m_all)
     tau = np.maximum((((here - found) ** 2 / own_noise).sum(0) - len(x)) / (1 / own_noise).sum(0), 0.0)  # squared
     keep, own_keep = CHANGE**2 / (CHANGE**2 + noise), tau / (tau + own_noise)
-    mean, variance = keep * found + own_keep * (here - found), keep * noise + own_keep * own_noise
-    return effect._replace(mean=torch.from_numpy(mean).float(), sd=torch.from_numpy(np.sqrt(variance)).float())
+    known = keep * found + own_keep * (here - found), np.sqrt(keep * noise), np.sqrt(own_keep * own_noise)
+    return effect._replace(**{name: torch.from_numpy(one).float() for name, one in zip(("mean", "everywhere", "sd"), known, strict=True)})
 
 
 def as_reference(pair: Pair, data: Data, inside: NDArray[np.bool_] | None, library: float) -> Any:
@@ -142,6 +143,6 @@ class StylePredictor:
             local.total[key] = torch.logsumexp(model.reference_logits(z), 1, keepdim=True)
         log_rate = self.log_library - local.total[key] + model.reference_logits(z, genes)
         if effect is not None:
-            noise = self.noise(key, tuple(genes.tolist()), len(effect.places))
-            log_rate = log_rate + effect.shares(z) @ (effect.mean[:, genes] + effect.sd[:, genes] * noise)
+            noise = self.noise(key, tuple(genes.tolist()), 1 + len(effect.places))
+            log_rate = log_rate + effect.everywhere[genes] * noise[0] + effect.shares(z) @ (effect.mean[:, genes] + effect.sd[:, genes] * noise[1:])
         return model.reference_law(z, log_rate.clamp(*LOG_RATE), genes)

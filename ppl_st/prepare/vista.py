@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy import stats
 
-from ppl_st.data import Counts, labels_of, shared_genes
+from ppl_st.data import SHARED_TOTAL, Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.layers import parents
 from ppl_st.models.vista import Config, Data
@@ -20,7 +20,7 @@ from ppl_st.spatial import neighbors, sections
 
 MAX_OTHERS = 1000
 LENGTHS, WAVES = (5.0, 10.0, 20.0, 40.0), 8  # of the waves, in distances between cells; waves of each
-DEPTH = "vista_shared_total"  # obs column of a stored run with ``anchor_key``
+MAX_PANEL = 6500  # more than any targeted panel: time of the closed map grows with the cube of the panel, its memory with the square
 ANCHOR_R, ANCHOR_P = 0.5, 0.05  # the paper's thresholds
 
 
@@ -29,9 +29,11 @@ def problem(
 ) -> tuple[Data, Counts, Counts]:
     """The problem from spatial cells and dissociated cells; returns it with the counts that it uses.
 
-    Genes: all of the reference; those that the target has too are the panel (with ``anchor_key`` only those whose pseudo-bulks agree). Genes that
-    only the target has help to place its cells (``others``; those with most counts, at most `MAX_OTHERS`). Cells of the target stay, also empty
-    ones; reference cells without a panel gene are dropped.
+    Genes: all of the reference; those that the target has too are the panel (with ``anchor_key`` only those whose pseudo-bulks agree; of the closed
+    map those with most counts, at most `MAX_PANEL`; what is left out counts as not measured). Genes that only the target has help to place its cells
+    (``others``; those with most counts, at most `MAX_OTHERS`). Cells of the target stay, also empty ones; reference cells without a panel gene are
+    dropped. What is learned on hidden panel genes (levels, errors) is of genes like these: with ``anchor_key`` of genes that agree, and intervals of
+    genes that do not are too narrow.
     """
     refuse_single(target, "target")
     panel_genes = shared_genes(target, reference, minimum=MIN_SHARED)
@@ -40,8 +42,9 @@ def problem(
     if len(others.genes) or rest:
         say(f"of the genes that only the target has {len(others.genes)} help to place its cells, {rest} are left out")
     everything, target = target, target.take_genes(panel_genes)
-    if config.anchor_key is not None:
+    if config.anchor_key is not None or len(panel_genes) > MAX_PANEL:
         everything, target, reference = (_with_depth(side, panel_genes) for side in (everything, target, reference))
+    if config.anchor_key is not None:
         keep = anchors(target, reference.take_genes(panel_genes), config.anchor_key)
         say(f"{int(keep.sum())} of {len(keep)} shared genes are anchors (r > {ANCHOR_R}, p < {ANCHOR_P} over {config.anchor_key})")
         if keep.sum() < MIN_SHARED:
@@ -50,6 +53,10 @@ def problem(
                 "needed: leave anchor_key out, or use labels with more types"
             )
         target = target.take_genes(panel_genes[keep])
+    if config.map == "closed" and len(target.genes) > MAX_PANEL:
+        say(f"of {len(target.genes)} shared genes the {MAX_PANEL} with most counts are used; the others are predicted as if they were not measured")
+        most = np.argsort(-np.asarray(target.matrix.sum(0)).ravel(), kind="stable")[:MAX_PANEL]
+        target = target.take_genes(target.genes[np.sort(most)])
     empty = np.asarray(reference.take_genes(target.genes).matrix.sum(1)).ravel() == 0
     if empty.any():
         say(f"{int(empty.sum())} reference cells without a count in the panel are left out")
@@ -84,13 +91,20 @@ def _others(target: Counts, panel: NDArray[np.str_], config: Config) -> NDArray[
 def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tuple[Data, Counts]:
     """The same problem for other spatial cells with all genes of the fitted target, with their own graph and without reference cells.
 
-    Their counts are standardised by the moments of the fit; a batch that the fit does not know is treated as its first one.
+    Their counts are standardised by the moments of their batch in the fit; a batch that the fit does not know has none, and is refused.
     """
     target = same_genes(target, fitted)
     codes = np.zeros(len(target.names), np.int64)
     if config.batch_key is not None:
         known = pd.Index(np.unique(labels_of(fitted, config.batch_key, "target", "batch_key")))
-        codes = np.maximum(known.get_indexer(pd.Index(labels_of(target, config.batch_key, "target", "batch_key"))), 0).astype(np.int64)
+        labels = labels_of(target, config.batch_key, "target", "batch_key")
+        codes = known.get_indexer(pd.Index(labels)).astype(np.int64)
+        if (codes < 0).any():
+            unknown = str(labels[codes < 0][0])
+            raise UserError(
+                f"target ({target.source}): the fit knows no batch {unknown!r} (obs column {config.batch_key!r}, batch_key); it knows "
+                f"{', '.join(known)}: write there the one that these cells are most like, or fit again with them"
+            )
     # the graph of "kl_only" never reaches a prediction
     near = graph(target, replace(config, graph="none") if config.graph == "kl_only" else config)
     fresh = data._replace(
@@ -145,8 +159,10 @@ def waves(target: Counts, graph: sp.csr_matrix, config: Config) -> NDArray[np.fl
 
 
 def _with_depth(counts: Counts, genes: NDArray[np.str_]) -> Counts:
-    """The counts with their totals over ``genes`` in obs: stored with a run, where those that are no anchors are no longer among its genes."""
-    return counts if DEPTH in counts.obs else replace(counts, obs=counts.obs.assign(**{DEPTH: counts.take_genes(genes).totals}))
+    """The counts with their totals over ``genes`` in obs: stored with a run, where those that it does not use are no longer among its genes."""
+    if SHARED_TOTAL in counts.obs:
+        return counts
+    return replace(counts, obs=counts.obs.assign(**{SHARED_TOTAL: counts.take_genes(genes).totals}))
 
 
 def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
@@ -165,7 +181,7 @@ def anchors(target: Counts, reference: Counts, key: str) -> NDArray[np.bool_]:
     for side, own in zip((target, reference), labels, strict=True):
         member = sp.csr_matrix((own[None] == types[:, None]).astype(np.float64))
         sums = np.asarray((member @ side.matrix).todense())
-        depth = member @ np.asarray(side.obs.get(DEPTH, side.totals), dtype=np.float64)
+        depth = member @ np.asarray(side.obs.get(SHARED_TOTAL, side.totals), dtype=np.float64)
         bulks.append(np.log1p(1e4 * sums / np.maximum(depth, 1.0)[:, None]))
     keep = np.zeros(len(target.genes), dtype=bool)
     for g in range(len(keep)):
