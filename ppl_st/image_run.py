@@ -32,7 +32,7 @@ from ppl_st.images import Source, read_labels
 from ppl_st.io import atomic
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.posterior import Run
-from ppl_st.prepare.xfuse import new_image, section_at
+from ppl_st.prepare.xfuse import new_image, refuse_cut, section_at
 from ppl_st.run_folder import write_counts, write_json, write_text
 from ppl_st.slides import positions
 
@@ -73,9 +73,17 @@ class ImageRun(Run):
         image, scale
             A new image, and working pixels per pixel of it (by default as the sections of the fit were shrunk).
         radius
-            Of the spots in coordinates; None: as in the fit.
+            Of the spots in coordinates; None: what the target says in scanpy's convention, unless the fit was told (``input.radius``); else as in
+            the fit.
+
+        Raises
+        ------
+        UserError
+            If places overlap or are cut, so that they would get too few counts: each pixel counts for one place.
         """
-        names, xy = (np.zeros(0, str), np.zeros((0, 2))) if target is None else positions(target)
+        names, xy, told = (np.zeros(0, str), np.zeros((0, 2)), None) if target is None else positions(target)
+        if radius is None and self.config.input.radius is None:
+            radius = told
         if image is not None:
             if section is not None:
                 raise UserError("section and image exclude each other: a new image is no section of the fit")
@@ -85,8 +93,10 @@ class ImageRun(Run):
             base = new_image(image, like, self.config.input, lambda line: None, name=name, scale=scale)
         else:
             base = self.section(section)
-        seen = self.looking(section_at(base, xy, radius), names, xy)
-        spots_alike = image is None and radius is None
+        asked = section_at(base, xy, radius)
+        refuse_cut(asked, names)
+        seen = self.looking(asked, names, xy)
+        spots_alike = image is None and np.isclose(asked.radius, base.radius)
         return seen if spots_alike else replace(seen, inner=None, recalibration=None)
 
     def areas(self, section: str | None = None) -> "ImageRun":

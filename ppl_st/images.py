@@ -23,7 +23,7 @@ from ppl_st.errors import UserError
 
 __all__ = [
     "VISIUM_RADIUS", "VISIUM_SPOT", "Slide", "Source", "image_size", "label_spots", "overlay", "read_image", "read_labels", "resize",
-    "tissue_mask", "to_rgb",
+    "sizes_alone", "tissue_mask", "to_rgb",
 ]  # fmt: skip
 
 Source: TypeAlias = str | Path | NDArray[Any]
@@ -336,6 +336,14 @@ def label_spots(
         nearest[rows, columns][inside] = distance[inside]
         label[rows, columns][inside] = k + 1
     return label
+
+
+def sizes_alone(centers: NDArray[np.float64], radius: float, *, square: bool = False) -> NDArray[np.int64]:
+    """Pixels [n] that each spot of `label_spots` would hold if it were alone in an endless image."""
+    reach = int(np.ceil(radius)) + 2
+    shape = (2 * reach + 1, 2 * reach + 1)
+    moved = centers - np.floor(centers) + reach
+    return np.array([np.count_nonzero(label_spots(shape, one[None], radius, square=square)) for one in moved], np.int64)
 
 
 def overlay(path: Path, image: NDArray[np.uint8], centers: NDArray[np.float64], radius: float) -> Path:
