@@ -281,6 +281,21 @@ def test_a_new_image_is_cropped_to_its_tissue_alone():
     glass[200:202, 100:102] = glass[300:302, 250:252] = 60  # dust
     with pytest.raises(UserError, match="image array: no tissue is found in it"):
         new_image(glass, data, Input(), quiet, scale=1.0)
+    assert new_image(glass, data, Input(), quiet, scale=1.0, mask="none").mask.all()
+
+
+def test_a_new_image_of_another_resolution_is_said_and_its_tissue_can_be_given(tmp_path):
+    adata, image, tissue = world()
+    data, _ = problem([slide(adata, image, micron=2.0)], Input(), quiet)
+    lines = []
+    alike = new_image(image, data, Input(), lines.append)
+    assert len(lines) == 1 and np.isnan(alike.micron)
+    assert new_image(image, data, Input(), quiet, scale=0.8).micron == pytest.approx(data.sections[0].micron)
+    new_image(np.repeat(np.repeat(image, 3, 0), 3, 1), data, Input(), lines.append)
+    assert "its longer side is 960 working pixels, in the fit's sections 320 to 320" in lines[2] and "its area of tissue is" in lines[3]
+    Image.fromarray((255 * tissue[:, ::-1]).astype(np.uint8)).save(tmp_path / "mask.png")  # the other half
+    given = new_image(image, data, Input(), quiet, mask=tmp_path / "mask.png")
+    assert given.origin[0] > alike.origin[0] + 100 and given.mask.mean() == pytest.approx(alike.mask.mean(), rel=0.1)
 
 
 # ---- files ----

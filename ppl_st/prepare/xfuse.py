@@ -36,6 +36,7 @@ from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
 __all__ = ["new_image", "problem", "refuse_cut", "section_at", "without"]
 
 INSIDE = 0.9  # share of its disc that a spot must have inside the image
+ALIKE = 2.0  # an image whose size or tissue differs by a larger factor from those of the fit may be of another resolution
 WHOLE = 0.75  # share of the pixels of its disc that a place must have for itself
 
 
@@ -89,7 +90,7 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
         low, high = np.array(section.origin), np.array(section.origin) + np.array([width, height]) / section.scale
         held = "the spots of the fit and a margin; fit with a larger one (--set input.margin=...)"
         if not (section.shown or section).counts.shape[0]:
-            held = "the tissue found in the new image and a margin; leave them out, or if they lie on tissue, fit with --set 'input.mask=[\"none\"]'"
+            held = "the tissue found in the new image and a margin; leave them out, or if they lie on tissue, give --mask"
         raise UserError(
             f"target: {outside.sum()} of {len(xy)} positions lie outside section {section.name!r}, e.g. ({first[0]:.6g}, {first[1]:.6g}); it spans "
             f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file, {held}"
@@ -127,13 +128,16 @@ def new_image(
     *,
     name: str = "new",
     scale: float | None = None,
+    mask: str | Path | None = None,
 ) -> Section:
-    """A section of an image without counts, for prediction: the tissue, or all of the image where the fit's mask is "none"; covariates unknown.
+    """A section of an image without counts, for prediction: its tissue and a margin; covariates unknown.
 
     The margin around the tissue is that around the spots of the fit. What is kept of the image scales its colors and places its spatial field, so it
     does not depend on the places that are asked for.
 
-    ``scale``: working pixels per pixel of the image; None: that of the first section of the fit, hence an image of the same resolution.
+    ``scale``: working pixels per pixel of the image; None: that of the first section of the fit, hence an image of the same resolution,
+    which is taken on trust: the size of a pixel is then unknown. ``mask``: "none" (all of the image is tissue) or a file over it that is not 0 on
+    tissue; None: as in the fit where that was "none", else found in the image.
 
     Raises
     ------
@@ -142,24 +146,37 @@ def new_image(
     """
     height, width = image_size(image)
     first = like.sections[0]
+    micron = first.micron if scale is not None else float("nan")
     if scale is None:
         scale = first.file_scale if np.isfinite(first.file_scale) else min(1.0, first.scale)
     pixels = read_image(image, scale=scale)
-    frame = pixels.shape[:2]
-    mask = np.ones(pixels.shape[:2], bool) if set(config.mask) == {"none"} else tissue_mask(pixels)
-    if not mask.any():
+    frame = (pixels.shape[0], pixels.shape[1])
+    if mask == "none" or (mask is None and set(config.mask) == {"none"}):
+        on = np.ones(frame, bool)
+    else:
+        on = tissue_mask(pixels) if mask is None else read_labels(Path(mask), frame, mask=True) > 0
+    if not on.any():
         raise UserError(
-            f"image {image if isinstance(image, str | Path) else 'array'}: no tissue is found in it; if there is some, fit with "
-            "--set 'input.mask=[\"none\"]', with which all of an image is tissue"
+            f"image {image if isinstance(image, str | Path) else 'array'}: no tissue is found in it; if there is some, give --mask, an image that is "
+            "not 0 on it, or --mask none: all of the image is tissue"
         )
-    tissue = np.argwhere(mask)[:, ::-1].astype(np.float64)
+    tissue = np.argwhere(on)[:, ::-1].astype(np.float64)
     box = box_around(tissue, pixels.shape[:2], max(config.margin * np.ptp(tissue, axis=0).max(), 4 * first.radius))
-    pixels, mask = pixels[box[0] : box[1], box[2] : box[3]], mask[box[0] : box[1], box[2] : box[3]]
-    say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {mask.mean():.0%} tissue")
+    pixels, on = pixels[box[0] : box[1], box[2] : box[3]], on[box[0] : box[1], box[2] : box[3]]
+    say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {on.mean():.0%} tissue")
+    for what, own, known in (
+        ("longer side", max(frame), [max(one.frame) or max(one.mask.shape) for one in like.sections]),
+        ("area of tissue", int(on.sum()), [int(one.mask.sum()) for one in like.sections]),
+    ):
+        if not min(known) / ALIKE <= own <= ALIKE * max(known):
+            say(
+                f"{name}: its {what} is {own:.3g} working pixels, in the fit's sections {min(known):.3g} to {max(known):.3g}: is its resolution "
+                "that of the fit's images? if not, give --scale"
+            )
     nowhere = _no_counts(0, len(like.genes))
     return Section(
-        name, np.ascontiguousarray(pixels), np.zeros(mask.shape, np.int64), nowhere, -1, mask, np.zeros((0, 2)), first.radius,
-        np.full(len(like.covariates), -1, np.int64), None, scale=scale, origin=(box[2] / scale, box[0] / scale), micron=first.micron,
+        name, np.ascontiguousarray(pixels), np.zeros(on.shape, np.int64), nowhere, -1, on, np.zeros((0, 2)), first.radius,
+        np.full(len(like.covariates), -1, np.int64), None, scale=scale, origin=(box[2] / scale, box[0] / scale), micron=micron,
         square=first.square, pitch=first.pitch, frame=frame, file_scale=scale,
     )  # fmt: skip
 
