@@ -180,11 +180,11 @@ def test_areas_cells_and_spots_are_sums_of_the_map(run, world, monkeypatch, tmp_
     labels = np.zeros_like(kind)
     labels[:64], labels[64:] = 7, 4
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # one latent image, whatever is asked of it
-    halves = run.cells(labels, "section0").predict(draws=40)
+    halves = run.cells(labels, "section0").predict(draws=6)
     assert halves.obs_names.tolist() == ["4", "7"]
-    one = run.cells(np.ones_like(kind), "section0").predict(draws=40)
+    one = run.cells(np.ones_like(kind), "section0").predict(draws=6)
     np.testing.assert_allclose(halves.layers["rate_mean"].sum(0), one.layers["rate_mean"][0], rtol=1e-4)
-    run.maps(tmp_path / "m.zarr", section="section0", draws=40)
+    run.maps(tmp_path / "m.zarr", section="section0", draws=6)
     mean = zarr.open_group(str(tmp_path / "m.zarr"), mode="r")["mean"][:].sum((1, 2), dtype=float)
     np.testing.assert_allclose(mean, one.layers["rate_mean"][0], rtol=1e-4)
     with pytest.raises(UserError, match="no label above 0"):
