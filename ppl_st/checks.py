@@ -71,7 +71,10 @@ def predictive_checks(run: Run, truth: Counts | None = None, genes: Any = None, 
     asked = np.asarray(known.genes if genes is None else genes, dtype=str)
     asked = asked[np.isin(asked, run.genes) & np.isin(asked, known.genes)]
     if not len(asked) or draws < 2:
-        raise UserError(f"predictive_checks: {len(asked)} genes with counts that the run knows, {draws} draws; need one gene and two draws or more")
+        raise UserError(
+            f"predictive_checks: {len(asked)} genes with counts that the run knows, {draws} draws; need one gene and two draws or more (and where "
+            "nothing was measured, a truth)"
+        )
     n = len(run.target.names)
     most = max(1, int(MAX_BYTES // (4 * draws * n)))
     if len(asked) > most:

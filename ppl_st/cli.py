@@ -183,6 +183,7 @@ def predict(
     scale: Annotated[
         float | None, typer.Option("--scale", help="xfuse: side of the new image as used over its own; default: as of the fit's images.")
     ] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="xfuse: tissue of the new image, a file not 0 there, or none: all of it.")] = None,
     maps: Annotated[Path | None, typer.Option("--maps", help="xfuse: genes to map at every pixel (out: .zarr).")] = None,
     quantiles: Annotated[bool, typer.Option("--quantiles", help="xfuse: maps of the 5 and 95 % quantiles too.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="xfuse: folder for a picture per map, all on one color scale.")] = None,
@@ -223,7 +224,7 @@ def predict(
             fitted.as_reference()
         lines = predict_places(
             cast(Any, fitted), out, cast(Any, asked[0] if asked else "spots"), genes=maps or genes, target=target, section=section, image=image,
-            scale=scale, cells=cells, regions=differential, pictures=png, quantiles=quantiles, draws=draws, samples=samples, seed=seed,
+            scale=scale, mask=mask, cells=cells, regions=differential, pictures=png, quantiles=quantiles, draws=draws, samples=samples, seed=seed,
             memory_gb=memory_gb, say=say,
         )  # fmt: skip
         for line in lines:
@@ -231,7 +232,7 @@ def predict(
         return
     places = several and METHODS[fitted.method].reference == "image"
     names = fitted.genes if places and names is None else names
-    beside = {"section": section, "image": image, "scale": scale, "png": png, "quantiles": quantiles, "target": places and target}
+    beside = {"section": section, "image": image, "scale": scale, "mask": mask, "png": png, "quantiles": quantiles, "target": places and target}
     if options := ", ".join(f"--{one}" for one in (*asked, *(name for name, value in beside.items() if value))):
         if several:
             raise UserError(f"{runs[0]}: seeds together predict their own cells or spots; for {options} give one of them, {runs[0]}/seed0, say")

@@ -6,8 +6,9 @@ Two ways to hide spots:
 - whole sections: their image is seen, none of their spots (in-silico expression).
 
 Sections are prepared once from all spots (positions are no secret; counts of hidden ones are taken out, their pixels then belong to no
-measurement), so a hidden spot is judged where it lies. Genes judged are those with the largest totals. Scores are per gene over hidden spots of
-a section (fold = section), on raw counts and on log1p(count); methods add log score, CRPS and randomised coverage.
+measurement), so a hidden spot is judged where it lies. So scale, crop and mask of a hidden section, too, are those that its spots give; a new image
+without spots (`ppl_st.prepare.xfuse.new_image`) has to do without. Genes judged are those with the largest totals. Scores are per gene over hidden
+spots of a section (fold = section), on raw counts and on log1p(count); methods add log score, CRPS and randomised coverage.
 """
 
 import time
@@ -156,7 +157,8 @@ def score_hidden(
     memory_gb: float = 1.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[pd.DataFrame]:
-    """A score table per section with hidden spots; a section that the run does not know is predicted from its image alone."""
+    """A score table per section with hidden spots; a section that the run does not know is predicted from its image alone, which is prepared with the
+    places of its spots."""
     known = {one.name: one for one in run.data.sections}
     parts = []
     for section, one, rows in zip(without(data, hidden).sections, kept, hidden, strict=True):

@@ -11,6 +11,8 @@ predictions           count, rate [chain, draw, cell, gene] of genes that the ta
                       log_likelihood [chain, draw, cell], summed over all of the truth's genes that the target did not measure
 predictions_constant_data   with a truth: count [cell, gene] of those genes
 
+Where nothing was measured (XFuse's run.at, .areas and .cells) there are no posterior_predictive, observed_data and log_likelihood.
+
 So these work as they stand: `az.loo(idata)`; of ArviZ 0.x `plot_bpv` of x, `plot_ppc` and `loo_pit(idata, y="library")`; of ArviZ 1.x
 `plot_ppc_tstat` of x, `plot_ppc_dist`, `plot_ppc_pit` and `loo_pit(idata, var_names="library")`, which needs 25 draws or more.
 """
@@ -112,11 +114,12 @@ class _Plan:
 
         for c, turn in enumerate(self.turns):
             for d in range(len(turn)):
-                with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):
-                    one = dist(c, d, self.panel)
-                with rng_scope(self.seed, "export panel", b, c, d):
-                    made["x"][c, d] = one.sample().numpy()
-                made["log_lik"][c, d] = one.log_prob(seen).sum(1).numpy()
+                if len(self.panel):
+                    with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):
+                        one = dist(c, d, self.panel)
+                    with rng_scope(self.seed, "export panel", b, c, d):
+                        made["x"][c, d] = one.sample().numpy()
+                    made["log_lik"][c, d] = one.log_prob(seen).sum(1).numpy()
                 if len(self.unmeasured):
                     with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):  # the same draw of the local sites
                         one = dist(c, d, self.unmeasured)
@@ -137,11 +140,12 @@ class _Plan:
         names = {"cell": run.target.names[rows], "panel_gene": run.genes[self.panel], "gene": run.genes[self.unmeasured]}
         frames: dict[str, Any] = {
             "posterior": _posterior(run, self.drawn) if run.method != "stack" else _runs_of(run, self.predictor.fits, self.turns),
-            "posterior_predictive": xr.Dataset({"x": ((*sample, "panel_gene"), made["x"]), "library": (sample, made["x"].sum(-1))}),
-            "observed_data": xr.Dataset({"x": (("cell", "panel_gene"), seen), "library": (("cell",), seen.sum(-1))}),
-            "log_likelihood": xr.Dataset({"library": (sample, made["log_lik"])}),
             "constant_data": _constant(run, rows),
         }
+        if len(self.panel):
+            frames["posterior_predictive"] = xr.Dataset({"x": ((*sample, "panel_gene"), made["x"]), "library": (sample, made["x"].sum(-1))})
+            frames["observed_data"] = xr.Dataset({"x": (("cell", "panel_gene"), seen), "library": (("cell",), seen.sum(-1))})
+            frames["log_likelihood"] = xr.Dataset({"library": (sample, made["log_lik"])})
         if len(self.unmeasured):
             frames["predictions"] = xr.Dataset({name: ((*sample, "gene"), made[name]) for name in ("count", "rate")})
         if self.held_out is not None:

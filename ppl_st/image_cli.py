@@ -1,6 +1,7 @@
 """What ``ppl-st predict`` does with a run of a method of images, and the files of ``ppl-st simulate shapes``."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from ppl_st.io import atomic, write_adata
 __all__ = ["Want", "predict_places", "write_shapes"]
 
 UNLIKE = 0.99  # share of the fit's tiles that are explained better, above which an image's tile is unlike the fit
+ON = 0.5  # share of a place on tissue, below which it lies off it
 Want = Literal["spots", "areas", "cells", "maps", "differential", "summary"]
 REFUSED: dict[Want, tuple[str, ...]] = {  # options that mean nothing beside what is wanted
     "spots": ("png", "quantiles"),
@@ -45,6 +47,7 @@ def predict_places(
     section: str | None,
     image: Path | None,
     scale: float | None,
+    mask: str | None,
     cells: Path | None,
     regions: str | None,
     pictures: Path | None,
@@ -61,8 +64,9 @@ def predict_places(
         if given[option]:
             beside = "" if want == "spots" else f" goes not with --{want}"
             raise UserError(f"--{option}{beside}: {REMEDIES[option]}; leave out --{option}")
-    if scale is not None and image is None:
-        raise UserError("--scale is of a new image; give one with --image")
+    for option, value in (("scale", scale), ("mask", mask)):
+        if value is not None and image is None:
+            raise UserError(f"--{option} is of a new image; give one with --image")
     names = None if genes is None else list(read_genes(genes))
     if want == "differential":
         first, comma, second = (regions or "").partition(",")
@@ -74,7 +78,7 @@ def predict_places(
         yield f"{out}: {len(table)} genes"
         return
     if want in ("maps", "summary"):
-        seen = run.at(section=section, image=image, scale=scale)
+        seen = run.at(section=section, image=image, scale=scale, mask=mask, say=say)
         if want == "summary":
             from PIL import Image
 
@@ -98,27 +102,29 @@ def predict_places(
     if want == "areas":
         seen = run.areas(section)
     elif cells is not None:
-        base = run if image is None else run.at(section=section, image=image, scale=scale)
-        seen = base.cells(cells, section)
+        base = run if image is None else run.at(section=section, image=image, scale=scale, mask=mask, say=say)
+        seen = base.cells(cells, section, say=say)
     elif target is None and section is None and image is None:
         seen = run  # the spots of the fit
     elif target is None:
-        raise UserError("which spots? give --target with their positions, or --maps, --areas, --cells, --summary")
+        areas = "" if image is not None else " --areas,"
+        raise UserError(f"which spots? give --target with their positions, or --maps,{areas} --cells, --summary")
     else:
-        seen = run.at(target, section=section, image=image, scale=scale)
+        seen = run.at(target, section=section, image=image, scale=scale, mask=mask, say=say)
     say(f"predicting {len(run.genes) if names is None else len(names)} genes at {len(seen.target.names)} {want}, {draws} draws")
-    result = seen.predict(names, draws=draws, seed=seed, memory_gb=memory_gb)
+    if seen is not run and (off := int((seen.target.obs["tissue"] < ON).sum())):
+        yield f"{off} of {len(seen.target.names)} {want} lie off the tissue{'' if image is None else ' found'}: little is predicted there"
     if image is not None:
         unlike = seen.novelty()
         column, row = (seen.data.sections[0].centers // NOVELTY_TILE).astype(int).T
-        result.obs["novelty"] = unlike[row, column]
+        seen = replace(seen, target=replace(seen.target, obs=seen.target.obs.assign(novelty=unlike[row, column])))
         yield _unlike(unlike)
-    write_adata(result, out)
-    yield f"{out}: {result.n_obs} x {result.n_vars}"
+    rows, columns = seen.write(out, names, draws=draws, seed=seed, memory_gb=memory_gb, say=say)
+    yield f"{out}: {rows} x {columns}"
     if samples:
         store = out.with_name(f"{out.stem}.samples.zarr")
         seen.write_samples(store, names, samples, seed)
-        yield f"{store}: count[{samples}, {result.n_obs}, {result.n_vars}]"
+        yield f"{store}: count[{samples}, {rows}, {columns}]"
 
 
 def _unlike(novelty: NDArray[np.float64]) -> str:

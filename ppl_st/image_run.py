@@ -13,7 +13,7 @@ annotations: `ppl_st.load` needs nothing else.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,16 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
-from ppl_st.images import Source, read_labels
+from ppl_st.image_maps import Activities, ome
+from ppl_st.images import Source, label_image, nearest
 from ppl_st.io import atomic
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.posterior import Run
-from ppl_st.prepare.xfuse import new_image, section_at
+from ppl_st.prepare.xfuse import new_image, refuse_cut, section_at
 from ppl_st.run_folder import write_counts, write_json, write_text
 from ppl_st.slides import positions
 
@@ -61,6 +60,8 @@ class ImageRun(Run):
         image: Source | None = None,
         radius: float | None = None,
         scale: float | None = None,
+        mask: str | Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> "ImageRun":
         """The run looking at other spots: of a section of the fit, or of a new image.
 
@@ -72,21 +73,35 @@ class ImageRun(Run):
             Name; may be left out where the fit has one section.
         image, scale
             A new image, and working pixels per pixel of it (by default as the sections of the fit were shrunk).
+        mask
+            The tissue of a new image: a file over it that is not 0 there, or "none": all of it. None: found, or all of it where the fit's is "none".
         radius
-            Of the spots in coordinates; None: as in the fit.
+            Of the spots in coordinates; None: what the target says in scanpy's convention, unless the fit was told (``input.radius``); else as in
+            the fit.
+        say
+            Receives a line about what is seen of a new image, and one where it looks of another resolution than the fit's sections.
+
+        Raises
+        ------
+        UserError
+            If places overlap or are cut, so that they would get too few counts: each pixel counts for one place.
         """
-        names, xy = (np.zeros(0, str), np.zeros((0, 2))) if target is None else positions(target)
+        names, xy, told = (np.zeros(0, str), np.zeros((0, 2)), None) if target is None else positions(target)
+        if radius is None and self.config.input.radius is None:
+            radius = told
         if image is not None:
             if section is not None:
                 raise UserError("section and image exclude each other: a new image is no section of the fit")
             taken = {one.name for data in (self.data, self.fitted) if data is not None for one in data.sections}
             name = next(name for name in ("new", *(f"new{k}" for k in range(2, 1000))) if name not in taken)
             like = self.data if self.fitted is None else self.fitted
-            base = new_image(image, like, self.config.input, lambda line: None, name=name, scale=scale)
+            base = new_image(image, like, self.config.input, say, name=name, scale=scale, mask=mask)
         else:
             base = self.section(section)
-        seen = self.looking(section_at(base, xy, radius), names, xy)
-        spots_alike = image is None and radius is None
+        asked = section_at(base, xy, radius)
+        refuse_cut(asked, names)
+        seen = self.looking(asked, names, xy)
+        spots_alike = image is None and np.isclose(asked.radius, base.radius)
         return seen if spots_alike else replace(seen, inner=None, recalibration=None)
 
     def areas(self, section: str | None = None) -> "ImageRun":
@@ -96,16 +111,21 @@ class ImageRun(Run):
             raise UserError(f"section {one.name!r} has no annotation; fit with --set input.annotation=...")
         return self._at_labels(one, one.annotation, np.array(one.regions))
 
-    def cells(self, labels: str | Path | NDArray[Any], section: str | None = None) -> "ImageRun":
-        """The run looking at the cells of a label image (0: none, else the cell), an array as large as the section or a file over its whole image."""
+    def cells(
+        self, labels: str | Path | NDArray[Any], section: str | None = None, *, say: Callable[[str], None] = lambda line: None
+    ) -> "ImageRun":
+        """The run looking at the cells of a label image (0: none, else the cell), an array as large as the section or a file over its whole image.
+
+        Of a file, cells that lie partly beyond the section are left out, and so are those that hold no pixel; ``say`` gets a line about each.
+        """
         one = self.section(section)
-        found = np.asarray(labels) if not isinstance(labels, str | Path) else _whole(Path(labels), one)
+        found = np.asarray(labels) if not isinstance(labels, str | Path) else _cells_of(Path(labels), one, say)
         if found.shape != one.label.shape:
             raise UserError(f"cells: labels have shape {found.shape}, section {one.name!r} has {one.label.shape}")
         values, index = np.unique(found, return_inverse=True)
         known = values > 0
         if not known.any():
-            raise UserError(f"cells: no label above 0 lies in section {one.name!r}")
+            raise UserError(f"cells: no label above 0 lies wholly in section {one.name!r}")
         ranks = np.cumsum(known) * known
         return self._at_labels(one, ranks[index].reshape(found.shape), values[known].astype(str))
 
@@ -142,7 +162,7 @@ class ImageRun(Run):
         index = self._index(genes)
         height, width = one.label.shape
         shape = (len(index), height, width)
-        with atomic(path) as temporary, _Activities(self, one, index, draws, seed, Path(path).parent) as kept:
+        with atomic(path) as temporary, Activities(self, one, index, draws, seed, Path(path).parent) as kept:
             group = zarr.open_group(str(temporary), mode="w")
             names = ["mean", "sd", *(("q05", "q95") if quantiles else ())]
             arrays = {
@@ -167,7 +187,7 @@ class ImageRun(Run):
                 unlike = self.novelty().astype(np.float32)
                 group.create_array("novelty", data=unlike, dimension_names=("tile_y", "tile_x")).attrs["pixels_per_tile"] = NOVELTY_TILE
             group.attrs.update(
-                ome=_ome(one, names, self.genes[index].tolist(), top),
+                ome=ome(one, names, self.genes[index].tolist(), top),
                 genes=self.genes[index].tolist(), section=one.name, unit="expected counts per pixel", draws=draws,
                 micron_per_pixel=None if np.isnan(one.micron) else float(one.micron), scale=float(one.scale),
                 origin=[float(v) for v in one.origin], manifest=json.dumps(self.manifest),
@@ -271,77 +291,13 @@ class ImageRun(Run):
         return whole.looking(section.at(label, middle), names, xy)
 
     def looking(self, section: Section, names: NDArray[np.str_], xy: NDArray[np.float64]) -> "ImageRun":
-        obs = pd.DataFrame({"section": section.name, "pixels": np.bincount(section.label.ravel(), minlength=len(names) + 1)[1:]}, index=names)
-        counts = Counts(_empty(len(names), len(self.genes)), self.genes, names, xy, obs, section.name, "X")
+        """The run looking at the measurements of ``section``, in which no gene was measured; ``obs["tissue"]`` is the share of them on its mask."""
+        label = section.label.ravel()
+        size, on = (np.bincount(label, weights, len(names) + 1)[1:] for weights in (None, section.mask.ravel()))
+        obs = pd.DataFrame({"section": section.name, "pixels": size, "tissue": on / np.maximum(size, 1)}, index=names)
+        counts = Counts(_empty(len(names), 0), np.zeros(0, str), names, xy, obs, section.name, "X")
         fitted = self.data if self.fitted is None else self.fitted
         return replace(self, data=self.data._replace(sections=(section,)), target=counts, fitted=fitted)
-
-
-class _Activities:
-    """Draws of one section's activities in a scratch file, and the moments of any genes and pixels over them."""
-
-    def __init__(self, run: ImageRun, section: Section, genes: NDArray[np.int64], draws: int, seed: int, folder: Path) -> None:
-        import tempfile
-
-        number = [one.name for one in run.data.sections].index(section.name)
-        predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
-        existing = folder
-        while not existing.is_dir():
-            existing = existing.parent
-        self.file = tempfile.TemporaryFile(dir=existing)  # has no name and vanishes with the process
-        self.loadings: list[Tensor] = []  # [genes, M] of each draw
-        for draw in run.module.maps(predictor, genes, draws, seed, [number]):
-            flat = draw.activity.flatten(1).numpy()  # [M, pixels]
-            if not self.loadings:
-                self.values = np.memmap(self.file, np.float32, "w+", shape=(draws, *flat.shape))
-            self.values[draw.draw] = flat
-            self.loadings.append((draw.shape * draw.odds.exp()).T.contiguous())
-
-    def moments(self, pixels: slice, genes: slice, quantiles: bool) -> dict[str, NDArray[np.float32]]:
-        """mean, sd (and q05, q95) [genes, pixels]: sums of differences to the first draw, which do not cancel."""
-        activity = [torch.from_numpy(values[:, pixels]) for values in self.values]
-        first = self.loadings[0][genes] @ activity[0]
-        total, square, number = torch.zeros_like(first), torch.zeros_like(first), len(activity)
-        differences = [torch.zeros_like(first)]
-        for one, loading in zip(activity[1:], self.loadings[1:], strict=True):
-            difference = torch.addmm(first, loading[genes], one, beta=-1)
-            total += difference
-            square.addcmul_(difference, difference)
-            if quantiles:
-                differences.append(difference)
-        variance = (square - total * total / number).clamp_(min=0) / max(1, number - 1)
-        found = {"mean": (first + total / number).numpy(), "sd": variance.sqrt_().numpy()}
-        if quantiles:
-            ends = torch.quantile(torch.stack(differences), torch.tensor([0.05, 0.95]), dim=0) + first
-            found["q05"], found["q95"] = ends[0].numpy(), ends[1].numpy()
-        return found
-
-    def __enter__(self) -> "_Activities":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del self.values
-        self.file.close()
-
-
-def _ome(section: Section, names: Sequence[str], genes: Sequence[str], top: NDArray[np.float64]) -> dict[str, Any]:
-    """OME-Zarr metadata of maps: pixel size and place in um where known, else in coordinates of the file, and a channel per gene.
-
-    The place of a pixel is that of its middle, and the middle of the file's first pixel is 0.
-    """
-    known = bool(np.isfinite(section.micron))
-    unit = {"unit": "micrometer"} if known else {}
-    coordinate = section.micron * section.scale if known else 1.0  # um per coordinate
-    step = coordinate / section.scale
-    place = [coordinate * (v - 0.5) + step / 2 for v in reversed(section.origin)]
-    axes = [{"name": "c", "type": "channel"}, *({"name": name, "type": "space", **unit} for name in "yx")]
-    moved = [{"type": "scale", "scale": [1.0, float(step), float(step)]}, {"type": "translation", "translation": [0.0, *map(float, place)]}]
-    scales = [{"name": name, "axes": axes, "datasets": [{"path": name, "coordinateTransformations": moved}]} for name in names]
-    channels = [
-        {"label": str(gene), "color": "FFFFFF", "active": k == 0, "window": {"start": 0.0, "end": float(high), "min": 0.0, "max": float(high)}}
-        for k, (gene, high) in enumerate(zip(genes, top, strict=True))
-    ]
-    return {"version": "0.5", "multiscales": scales, "omero": {"channels": channels}}
 
 
 def _empty(rows: int, genes: int) -> sp.csr_matrix:
@@ -349,13 +305,38 @@ def _empty(rows: int, genes: int) -> sp.csr_matrix:
     return sp.csr_matrix(shape, dtype=np.float32)
 
 
-def _whole(path: Path, section: Section) -> NDArray[np.int64]:
-    """The part of a label image over a section's whole image that the section covers."""
+def _cells_of(path: Path, section: Section, say: Callable[[str], None]) -> NDArray[Any]:
+    """Labels [H, W] of the cells that lie wholly in a section, from a label image over its whole image."""
     if not section.frame[0]:
         raise UserError(f"section {section.name!r}: the run does not know the size of its whole image; fit again with this version")
-    whole = read_labels(path, section.frame)
-    top, left = round(section.origin[1] * section.scale), round(section.origin[0] * section.scale)
-    return whole[top : top + section.label.shape[0], left : left + section.label.shape[1]]
+    fine = label_image(path, section.frame)
+    ends = []  # first and last pixel along each axis: of the section, and of it in the file
+    for size, whole, length, origin in zip(fine.shape, section.frame, section.label.shape, reversed(section.origin), strict=True):
+        first = round(origin * section.scale)
+        ends.append((slice(first, first + length), slice(first * size // whole, -(-(first + length) * size // whole))))
+    (rows, fine_rows), (columns, fine_columns) = ends
+    rest = fine[: fine_rows.start], fine[fine_rows.stop :], fine[fine_rows, : fine_columns.start], fine[fine_rows, fine_columns.stop :]
+    within = _positive(fine[fine_rows, fine_columns])
+    cut = np.intersect1d(within, np.concatenate([_positive(part) for part in rest]))
+    whole_ones = np.setdiff1d(within, cut)
+    found = nearest(fine, section.frame)[rows, columns]
+    found = np.where(np.isin(found, cut), 0, found)
+    if len(cut):
+        say(f"{len(cut)} of {len(within)} cells lie partly beyond the part of the image that section {section.name!r} covers, and are left out")
+    gone = len(np.setdiff1d(whole_ones, found))
+    if gone:
+        pixel = "" if np.isnan(section.micron) else f" ({section.micron:.3g} um each)"
+        lost = f"{gone} of {len(whole_ones)} cells hold no pixel{pixel}; fit with a larger input.pitch"
+        if 2 * gone > len(whole_ones):
+            raise UserError(f"cells ({path}): {lost}")
+        say(lost)
+    return found
+
+
+def _positive(labels: NDArray[Any]) -> NDArray[Any]:
+    """The labels above 0 that there are."""
+    values = pd.unique(labels.ravel())
+    return np.asarray(values[values > 0])
 
 
 # ---- sections and spots ----

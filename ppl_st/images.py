@@ -22,8 +22,8 @@ from ppl_st.data import Counts
 from ppl_st.errors import UserError
 
 __all__ = [
-    "VISIUM_RADIUS", "VISIUM_SPOT", "Slide", "Source", "image_size", "label_spots", "overlay", "read_image", "read_labels", "resize",
-    "tissue_mask", "to_rgb",
+    "VISIUM_RADIUS", "VISIUM_SPOT", "Slide", "Source", "image_size", "label_image", "label_spots", "nearest", "overlay", "read_image", "read_labels",
+    "resize", "sizes_alone", "tissue_mask", "to_rgb",
 ]  # fmt: skip
 
 Source: TypeAlias = str | Path | NDArray[Any]
@@ -31,6 +31,7 @@ _TIFF = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".qptiff")
 _PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_SIDE = 8000  # pixels of a working image: more is hardly ever meant
 STRIP = 64  # rows
+MOST = 0.999  # share of an image's values that its full scale must hold
 SMALLEST = 1e-4  # share of the image below which a piece of tissue, or a hole in it, is dirt (the published (1 %)^2)
 
 VISIUM_SPOT = 65.0  # um: Space Ranger's spot_diameter_fullres is the size in pixels of a theoretical spot of 65 um, not of the printed one
@@ -137,6 +138,22 @@ def read_labels(path: Path, shape: tuple[int, int], *, mask: bool = False) -> ND
 
     Of color images whether a pixel is not black; several colors are no labels, only a ``mask``.
     """
+    return _labels_of(nearest(_plane(path, shape), shape), path, mask).astype(np.int64)
+
+
+def label_image(path: Path, shape: tuple[int, int]) -> NDArray[Any]:
+    """Labels as in `read_labels`, in the pixels of their file."""
+    return _labels_of(_plane(path, shape), path, False)
+
+
+def nearest(values: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    """The nearest of the pixels [h, w, ...] to each pixel of a grid of ``shape``."""
+    rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(shape, values.shape, strict=False))
+    return np.asarray(values[rows.astype(np.int64)[:, None], columns.astype(np.int64)])
+
+
+def _plane(path: Path, shape: tuple[int, int]) -> NDArray[Any]:
+    """[h, w] or [h, w, channels] of a file that has the proportions of ``shape``."""
     with _opened(path) as (kind, file):
         values: NDArray[Any] = file.asarray() if kind == "tiff" else np.asarray(file)
     values = np.squeeze(values)
@@ -148,20 +165,24 @@ def read_labels(path: Path, shape: tuple[int, int], *, mask: bool = False) -> ND
             f"label image {path}: {size[1]} x {size[0]} px have other proportions than the section's image ({width} x {height} px at the working "
             "resolution); give labels over the whole image, at any resolution"
         )
-    rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(shape, size, strict=False))
-    values = values[rows.astype(np.int64)[:, None], columns.astype(np.int64)]
-    if values.ndim == 3:
-        color = values[..., : 3 if values.shape[2] > 2 else 1]
-        values = np.asarray(color.any(2))
-        if not mask and values.any() and np.ptp(color[values], axis=0).any():
-            raise UserError(f"label image {path}: several colors are no labels; save the number of each region or cell in one channel")
-    return values.astype(np.int64)
+    return values
+
+
+def _labels_of(values: NDArray[Any], path: Path, mask: bool) -> NDArray[Any]:
+    if values.ndim == 2:
+        return values
+    color = values[..., : 3 if values.shape[2] > 2 else 1]
+    colored = np.asarray(color.any(2))
+    if not mask and colored.any() and np.ptp(color[colored], axis=0).any():
+        raise UserError(f"label image {path}: several colors are no labels; save the number of each region or cell in one channel")
+    return colored
 
 
 def to_rgb(values: NDArray[Any], name: str = "array") -> NDArray[np.uint8]:
     """uint8 [H, W, 3] of any image array [H, W] or [H, W, 1, 2 (gray, alpha), 3 or 4 (RGB, alpha)].
 
-    Full scale is 255, 4095 or 65535 for integers and 1 or 255 for floats: the smallest that holds the largest value.
+    Full scale is that of 8, 10, 12, 14 or 16 bits for integers and 1 or 255 for floats: the smallest that holds `MOST` of the values, so that a few
+    pixels that overshoot do not decide; they are cut.
     """
     pixels = values[..., None] if values.ndim == 2 else values
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
@@ -172,9 +193,11 @@ def to_rgb(values: NDArray[Any], name: str = "array") -> NDArray[np.uint8]:
         return pixels
     if (pixels.dtype.kind == "f" and not np.isfinite(pixels).all()) or pixels.min() < 0:
         raise UserError(f"image {name}: holds negative or non-finite values; store intensities from 0 up")
-    top = float(pixels[..., :3].max()) if pixels.shape[2] > 2 else float(pixels[..., 0].max())
-    scales = [255.0] if pixels.dtype == np.uint8 else [1.0, 255.0] if pixels.dtype.kind in "fb" else [255.0, 4095.0, 65535.0]
-    full = next((one for one in scales if top <= one), None)
+    colors = pixels[..., : 3 if pixels.shape[2] > 2 else 1]
+    top = float(colors.max())
+    scales = [255.0] if pixels.dtype == np.uint8 else [1.0, 255.0] if pixels.dtype.kind in "fb" else [2.0**b - 1 for b in (8, 10, 12, 14, 16)]
+    over = (int(np.count_nonzero(colors > one)) for one in scales)
+    full = next((one for one, k in zip(scales, over, strict=True) if k <= (1 - MOST) * colors.size), None)
     if full is None:
         raise UserError(f"image {name}: values up to {top:g} of type {pixels.dtype} fit no usual range; convert it to 8 bits")
     opaque = max(1.0, float(np.float32(pixels[..., -1].max()) / np.float32(full)))  # 12-bit color with 16-bit alpha exists
@@ -184,7 +207,7 @@ def to_rgb(values: NDArray[Any], name: str = "array") -> NDArray[np.uint8]:
         if pixels.shape[2] in (2, 4):
             alpha = color[..., -1:] / opaque
             color = color[..., :-1] * alpha + (1 - alpha)
-        out[rows] = np.rint(255 * color)
+        out[rows] = np.rint(255 * color.clip(max=1))
     return out
 
 
@@ -336,6 +359,14 @@ def label_spots(
         nearest[rows, columns][inside] = distance[inside]
         label[rows, columns][inside] = k + 1
     return label
+
+
+def sizes_alone(centers: NDArray[np.float64], radius: float, *, square: bool = False) -> NDArray[np.int64]:
+    """Pixels [n] that each spot of `label_spots` would hold if it were alone in an endless image."""
+    reach = int(np.ceil(radius)) + 2
+    shape = (2 * reach + 1, 2 * reach + 1)
+    moved = centers - np.floor(centers) + reach
+    return np.array([np.count_nonzero(label_spots(shape, one[None], radius, square=square)) for one in moved], np.int64)
 
 
 def overlay(path: Path, image: NDArray[np.uint8], centers: NDArray[np.float64], radius: float) -> Path:

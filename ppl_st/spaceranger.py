@@ -28,14 +28,23 @@ __all__ = ["read_spaceranger"]
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 
 
-def read_spaceranger(folder: Path, image: Source | None = None) -> Slide:
+def read_spaceranger(
+    folder: Path, image: Source | None = None, *, layer: str | None = None, gene_key: str | None = None
+) -> Slide:
     """The spots under tissue with their counts, and the image. See the module's docstring.
+
+    Genes are named by their symbols, with ``gene_key`` "gene_ids" by their identifiers.
 
     Raises
     ------
     UserError
-        Naming what the folder lacks; for a folder with several bin sizes, its names.
+        Naming what the folder lacks; for a folder with several bin sizes, its names; for a layer or other names of genes.
     """
+    if layer not in (None, "X") or gene_key not in (None, "gene_ids"):
+        raise UserError(
+            f"{folder}: layer={layer!r}, gene_key={gene_key!r}: a Space Ranger folder has one table of counts and names its genes by symbol or, with "
+            "gene_key=gene_ids, by identifier; leave out others"
+        )
     bins = sorted(path.name for path in folder.glob("binned_outputs/square_*"))
     if bins:
         shown = ", ".join(bins)
@@ -43,7 +52,7 @@ def read_spaceranger(folder: Path, image: Source | None = None) -> Slide:
     spatial = folder / "spatial"
     factors = _factors(spatial / "scalefactors_json.json")
     table = _positions(spatial)
-    adata = _matrix(folder)
+    adata = _matrix(folder, "features/name" if gene_key is None else "features/id")
     table = table[table["in_tissue"] == 1]
     known = adata.obs_names.intersection(table.index)
     if not len(known):
@@ -96,8 +105,8 @@ def _positions(spatial: Path) -> pd.DataFrame:
     return table.set_index("barcode")
 
 
-def _matrix(folder: Path) -> ad.AnnData:
-    """Gene expression of ``filtered_feature_bc_matrix.h5`` (else ``raw_...``), genes of one name summed."""
+def _matrix(folder: Path, naming: str) -> ad.AnnData:
+    """Gene expression of ``filtered_feature_bc_matrix.h5`` (else ``raw_...``), genes of one name (the data set ``naming``) summed."""
     path = next((folder / name for name in ("filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5") if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder}: no filtered_feature_bc_matrix.h5; give the outs folder of Space Ranger")
@@ -106,7 +115,7 @@ def _matrix(folder: Path) -> ad.AnnData:
             group = file["matrix"]
             entries = tuple(group[name][:] for name in ("data", "indices", "indptr"))
             matrix = sparse.csr_matrix(entries, shape=tuple(group["shape"][:])[::-1])  # stored as genes x spots by column
-            barcodes, genes, kinds = (np.asarray(group[name].asstr()[:]) for name in ("barcodes", "features/name", "features/feature_type"))
+            barcodes, genes, kinds = (np.asarray(group[name].asstr()[:]) for name in ("barcodes", naming, "features/feature_type"))
     except (OSError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as a 10x matrix ({error}); is the file whole?") from error
     expression = kinds == "Gene Expression"

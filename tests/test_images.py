@@ -99,6 +99,11 @@ def test_alpha_depth_and_gray_are_put_right(picture, tmp_path):
     assert (images.read_image(tmp_path / "deep.tif") == picture).all()
     twelve = (picture.astype(np.float64) * 4095 / 255).astype(np.uint16)
     assert np.abs(images.to_rgb(twelve).astype(int) - picture).max() <= 1
+    for bits in (10, 12, 14, 16):  # in 16-bit files, and with a pixel that overshoots
+        deep = np.rint(picture.astype(np.float64) * (2**bits - 1) / 255).astype(np.uint16)
+        assert np.abs(images.to_rgb(deep).astype(int) - picture).max() <= 1, bits
+        deep[0, 0] = 65535
+        assert np.abs(images.to_rgb(deep).astype(int) - picture)[1:].max() <= 1, bits
     assert (images.to_rgb(picture.astype(np.float32) / 255) == picture).all()
     gray = images.to_rgb(picture[..., 0])
     assert gray.shape == picture.shape and (gray == picture[..., :1]).all()

@@ -59,7 +59,8 @@ ROOMS: dict[str, set[str]] = {
     "image_features": set(),
     "image_baselines": set(),
     "image_plots": {"io"},
-    "image_run": {"io", "data", "config", "images", "slides", "models", "prepare", "posterior", "run_folder"},
+    "image_maps": {"models"},
+    "image_run": {"io", "data", "config", "image_maps", "images", "slides", "models", "prepare", "posterior", "run_folder"},
     "prepare": {"data", "pairs", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "pairs", "config", "conformal", "inference"},

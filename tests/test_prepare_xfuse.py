@@ -16,7 +16,7 @@ import realdata
 from ppl_st.errors import UserError
 from ppl_st.images import Slide
 from ppl_st.models.xfuse.data import Input
-from ppl_st.prepare.xfuse import new_image, problem, section_at
+from ppl_st.prepare.xfuse import new_image, problem, refuse_cut, section_at
 from ppl_st.slides import positions, read_slide, read_slides
 
 WIDTH, HEIGHT, PITCH = 400, 300, 20.0
@@ -224,7 +224,7 @@ def test_other_positions_and_new_images():
     adata, image, _ = world()
     data, _ = problem([slide(adata, image)], Input(), quiet)
     section = data.sections[0]
-    names, xy = positions(ad.AnnData(obs=pd.DataFrame(index=["p", "q"]), obsm={"spatial": np.array([[100.0, 100.0], [130.0, 170.0]])}))
+    names, xy, _ = positions(ad.AnnData(obs=pd.DataFrame(index=["p", "q"]), obsm={"spatial": np.array([[100.0, 100.0], [130.0, 170.0]])}))
     asked = section_at(section, xy, radius=12.0)
     assert names.tolist() == ["p", "q"] and asked.counts.shape == (2, 4) and asked.radius == pytest.approx(12 * section.scale)
     own = (100 - np.array(section.origin)) * section.scale
@@ -238,6 +238,29 @@ def test_other_positions_and_new_images():
     assert half.sections[0].scale == pytest.approx(0.4) and half.sections[0].frame == (120, 160)
     assert new_image(image[::2, ::2], half, Input(), quiet).frame == (120, 160)
     assert section.pitch == asked.pitch == fresh.pitch == pytest.approx(PITCH * section.scale)  # what is asked for changes no scale of space
+
+
+def test_places_that_lose_pixels_to_others_or_to_the_border_are_refused():
+    adata, image, _ = world()
+    section = problem([slide(adata, image)], Input(), quiet)[0].sections[0]
+    touching = np.array([[100.0, 100.0], [112.0, 100.0], [106.0, 112.0]])
+    refuse_cut(section_at(section, touching, 6.0), np.array(["a", "b", "c"]))
+    i, j = np.meshgrid(np.arange(5), np.arange(5))
+    grid = 100 + 3.0 * np.stack([i.ravel(), j.ravel()], 1)  # pitch: half the radius
+    border = np.array([section.origin]) + np.array([0.5, 60.0])
+    repeated = np.array([[130.0, 150.0], [100.0, 100.0], [130.0, 150.0]])
+    for xy, said in ((repeated, "1 of 3 places .* e.g. p2 0 of "), (grid, "25 of 25 places"), (border, "1 of 1 places .* e.g. p0")):
+        with pytest.raises(UserError, match=said):
+            refuse_cut(section_at(section, xy, 6.0), np.array([f"p{k}" for k in range(len(xy))]))
+
+
+def test_a_section_of_one_spot_names_a_remedy_that_works():
+    adata, image, _ = world()
+    with pytest.raises(UserError, match=r"--set input.radius=... --set input.scale=...") as caught:
+        problem([slide(adata[:1].copy(), image)], Input(radius=5.0), quiet)
+    assert "one spot has no neighbor" in str(caught.value)
+    data, kept = problem([slide(adata[:1].copy(), image)], Input(radius=5.0, scale=0.5, check=False), quiet)
+    assert len(kept[0].names) == 1 and (data.sections[0].label == 1).sum() > 10 and data.sections[0].pitch == 10.0
 
 
 def test_a_new_image_is_cropped_to_its_tissue_alone():
@@ -258,50 +281,80 @@ def test_a_new_image_is_cropped_to_its_tissue_alone():
     glass[200:202, 100:102] = glass[300:302, 250:252] = 60  # dust
     with pytest.raises(UserError, match="image array: no tissue is found in it"):
         new_image(glass, data, Input(), quiet, scale=1.0)
+    assert new_image(glass, data, Input(), quiet, scale=1.0, mask="none").mask.all()
+
+
+def test_a_new_image_of_another_resolution_is_said_and_its_tissue_can_be_given(tmp_path):
+    adata, image, tissue = world()
+    data, _ = problem([slide(adata, image, micron=2.0)], Input(), quiet)
+    lines = []
+    alike = new_image(image, data, Input(), lines.append)
+    assert len(lines) == 1 and np.isnan(alike.micron)
+    assert new_image(image, data, Input(), quiet, scale=0.8).micron == pytest.approx(data.sections[0].micron)
+    new_image(np.repeat(np.repeat(image, 3, 0), 3, 1), data, Input(), lines.append)
+    assert "its longer side is 960 working pixels, in the fit's sections 320 to 320" in lines[2] and "its area of tissue is" in lines[3]
+    Image.fromarray((255 * tissue[:, ::-1]).astype(np.uint8)).save(tmp_path / "mask.png")  # the other half
+    given = new_image(image, data, Input(), quiet, mask=tmp_path / "mask.png")
+    assert given.origin[0] > alike.origin[0] + 100 and given.mask.mean() == pytest.approx(alike.mask.mean(), rel=0.1)
 
 
 # ---- files ----
 
 
 def spaceranger(folder, adata, version, image):
-    """A Space Ranger folder of the given version: hires image at half the full resolution."""
+    """A Space Ranger folder of the given version, hires image at half the full resolution; the third is of bins of 16 um and has a protein too."""
     spatial = folder / "spatial"
     spatial.mkdir(parents=True)
     factors = {"spot_diameter_fullres": 13.0, "tissue_hires_scalef": 0.5, "tissue_lowres_scalef": 0.1, "fiducial_diameter_fullres": 20.0}
+    if version == 3:
+        factors |= {"spot_diameter_fullres": 3.2, "microns_per_pixel": 5.0, "bin_size_um": 16.0}
     (spatial / "scalefactors_json.json").write_text(json.dumps(factors))
     Image.fromarray(image[::2, ::2]).save(spatial / "tissue_hires_image.png")
-    xy = adata.obsm["spatial"]
-    rows = [f"{name},1,{k},{k},{y:g},{x:g}" for k, (name, (x, y)) in enumerate(zip(adata.obs_names, xy, strict=True))]
-    rows += ["off-tissue,0,9,9,10,10"]
-    header = ["barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres"]
-    name = "tissue_positions_list.csv" if version == 1 else "tissue_positions.csv"
-    (spatial / name).write_text("\n".join(([] if version == 1 else header) + rows) + "\n")
-    barcodes = [*adata.obs_names, "off-tissue"]
-    matrix = sp.csc_matrix(sp.vstack([adata.X, np.ones((1, adata.n_vars), np.float32)]).T.astype(np.int32))  # genes x barcodes
+    xy, n = adata.obsm["spatial"], adata.n_obs
+    columns = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+    places = [[name, 1, k, k, y, x] for k, (name, (x, y)) in enumerate(zip(adata.obs_names, xy, strict=True))]
+    table = pd.DataFrame([*places, ["off-tissue", 0, 9, 9, 10.0, 10.0]], columns=columns)
+    if version == 3:
+        table.to_parquet(spatial / "tissue_positions.parquet")
+    else:
+        table.to_csv(spatial / ("tissue_positions_list.csv" if version == 1 else "tissue_positions.csv"), index=False, header=version == 2)
+    kinds = ["Gene Expression"] * adata.n_vars + ["Antibody Capture"] * (version == 3)
+    counts = sp.hstack([adata.X, np.full((n, len(kinds) - adata.n_vars), 1000, np.float32)])
+    matrix = sp.csc_matrix(sp.vstack([counts, np.ones((1, len(kinds)), np.float32)]).T.astype(np.int32))  # genes x barcodes
     with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
         group = file.create_group("matrix")
         for key in ("data", "indices", "indptr"):
             group[key] = getattr(matrix, key)
         group["shape"] = matrix.shape
-        group["barcodes"] = np.array(barcodes, dtype="S")
-        group["features/name"] = np.array(adata.var_names, dtype="S")
-        group["features/feature_type"] = np.array(["Gene Expression"] * adata.n_vars, dtype="S")
+        group["barcodes"] = np.array([*adata.obs_names, "off-tissue"], dtype="S")
+        group["features/name"] = np.array([*adata.var_names, "CD3"][: len(kinds)], dtype="S")
+        group["features/id"] = np.array([f"ENSG{k}" for k in range(len(kinds))], dtype="S")
+        group["features/feature_type"] = np.array(kinds, dtype="S")
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_space_ranger_folders(tmp_path, version):
+    if version == 3:
+        pytest.importorskip("pyarrow")
     adata, image, _ = world()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adata.var_names = ["A", "B", "A", "C"]  # a repeated name is summed
     spaceranger(tmp_path / "run" / "outs", adata, version, image)
     read = read_slide(tmp_path / "run" / "outs", None)
-    assert read.name == "run" and read.image_scale == 0.5 and read.micron == pytest.approx(5) and read.radius == pytest.approx(5.5)
+    radius = 1.6 if version == 3 else 5.5
+    assert read.name == "run" and read.image_scale == 0.5 and read.micron == pytest.approx(5) and read.radius == pytest.approx(radius)
+    assert read.square == (version == 3)
     assert read.counts.genes.tolist() == ["A", "B", "C"] and np.allclose(read.counts.xy, adata.obsm["spatial"])
     assert (read.counts.matrix[:, 0].toarray().ravel() == adata.X[:, [0, 2]].toarray().sum(1)).all()
+    by_id = read_slide(tmp_path / "run" / "outs", None, gene_key="gene_ids").counts
+    assert by_id.genes.tolist() == ["ENSG0", "ENSG1", "ENSG2", "ENSG3"] and (by_id.matrix != adata.X).nnz == 0
+    for more in ({"layer": "raw"}, {"gene_key": "symbol"}):
+        with pytest.raises(UserError, match="a Space Ranger folder has one table of counts"):
+            read_slide(tmp_path / "run" / "outs", None, **more)
     data, _ = problem([read], Input(pitch=10.0), quiet)
     section = data.sections[0]
-    assert section.scale == pytest.approx(0.5) and section.micron == pytest.approx(10) and section.radius == pytest.approx(2.75)
+    assert section.scale == pytest.approx(0.5) and section.micron == pytest.approx(10) and section.radius == pytest.approx(radius / 2)
     Image.fromarray(image).save(tmp_path / "full.png")
     full, _ = problem([read_slide(tmp_path / "run" / "outs", tmp_path / "full.png")], Input(pitch=10.0), quiet)
     assert np.abs(full.sections[0].centers - section.centers)[:-1].max() < 1e-6 and full.sections[0].image.shape == section.image.shape
@@ -310,7 +363,7 @@ def test_space_ranger_folders(tmp_path, version):
     lowres = hires.with_name("tissue_lowres_image.png")
     Image.fromarray(image[::10, ::10]).save(lowres)
     assert read_slide(tmp_path / "run" / "outs", lowres).image_scale == 0.1
-    if version > 1:  # columns go by their names
+    if version == 2:  # columns go by their names
         table = pd.read_csv(hires.with_name("tissue_positions.csv"))
         table.assign(note=0)[[*table.columns[:4], "pxl_col_in_fullres", "note", "pxl_row_in_fullres"]].to_csv(
             hires.with_name("tissue_positions.csv"), index=False
@@ -347,6 +400,14 @@ def test_anndata_with_its_own_image(tmp_path):
     read = read_slide(tmp_path / "a.h5ad", None)
     assert read.name == "a" and read.image_scale == 0.5 and read.radius == pytest.approx(5.5)
     assert problem([read], Input(), quiet)[0].sections[0].scale == pytest.approx(0.5)  # that of the image: never enlarged
+    Image.fromarray(image[::2, ::2]).save(tmp_path / "hires.png")
+    Image.fromarray(image).save(tmp_path / "full.png")
+    assert read_slide(adata, tmp_path / "hires.png").image_scale == 0.5 and read_slide(adata, tmp_path / "full.png").image_scale == 1.0
+    assert positions(adata)[2] == pytest.approx(5.5)
+    bins = adata.copy()
+    bins.uns["spatial"]["lib"]["scalefactors"] |= {"microns_per_pixel": 0.5, "bin_size_um": 8.0, "spot_diameter_fullres": 16.0}
+    read = read_slide(bins, None)
+    assert (read.radius, read.micron, read.square) == (8.0, 0.5, True) and positions(bins)[2] == 8.0
     pair = read_slides([adata, adata], [])
     assert [one.name for one in pair] == ["section", "section-2"]
     with pytest.raises(UserError, match="2 --target but 1 --image"):

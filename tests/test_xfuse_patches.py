@@ -32,10 +32,11 @@ def test_ids_beyond_what_a_float32_can_tell_apart(data):
     location = torch.tensor([number - 1, number - 2, number - 2, number - 3])
     out = aggregate(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), location, number)
     assert out[-3:, 0].tolist() == [8.0, 6.0, 1.0] and float(out.sum()) == 15.0
-    # and the way from labels to rows: two neighbors that float32 would merge
-    one = data.sections[0]
-    far = one._replace(label=np.where(one.label == 1, one.label.max(), np.where(one.label == one.label.max(), 1, one.label)))
-    assert tissue(far).label.dtype == torch.int64
+    # and labels are whole numbers of 64 bits on all of the way to them
+    seen = tissue(data.sections[0])
+    assert seen.label.dtype == torch.int64 and np.array_equal(seen.label.numpy(), data.sections[0].label)
+    batch = Batches([seen], 30, 1, "none", 0).at(0)
+    assert batch.location.dtype == batch.rows.dtype == torch.int64
 
 
 # ---- patches ----
@@ -156,6 +157,7 @@ def test_a_section_takes_little_more_memory_than_its_features():
     peak = tracemalloc.get_traced_memory()[1] / one.mask.size
     tracemalloc.stop()
     assert seen.features.shape == (16, 300, 400) and peak < 64 + 50, f"{peak:.0f} bytes per pixel"
+    assert tissue(one, fields=False).features.shape == (1, 300, 400)  # what no field sees is not kept
 
 
 def test_a_measurement_that_fits_in_no_patch_is_refused(data):

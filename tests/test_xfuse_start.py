@@ -14,6 +14,7 @@ from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.predict import draw_globals, posterior_predictive
 from ppl_st.inference.svi import fit
 from ppl_st.models import xfuse
+from ppl_st.models.xfuse import warm_start
 from ppl_st.models.xfuse.data import Input
 from ppl_st.models.xfuse.model import LENGTHS, lattices_over, points_of, sides, spatial_field
 from ppl_st.models.xfuse.patches import tissue
@@ -230,3 +231,23 @@ def test_presets_run(data, preset):
     stored = xfuse.spec_from(xfuse.spec_to(spec))
     assert stored == spec
     xfuse.empty(config, stored, data, 1).model.load_state_dict(pair.model.state_dict())
+
+
+def test_the_basis_is_made_in_blocks_of_columns(monkeypatch):
+    data = two_sections()
+    spec = xfuse._spec(data, 0.6, 1.0, 1.0)  # short lengths: many points
+    model = xfuse.sides(xfuse.build(settings(), spec))[0]
+    spots = gather(data, [tissue(one) for one in data.sections])
+    points = sum(map(points_of, spec.lattices))
+    monkeypatch.setattr(warm_start, "COLUMNS", points)
+    whole = warm_start.basis(model, spots)[0]
+    widths = []
+
+    def spy(lattices, weights, where):
+        widths.append(weights.shape[1])
+        return spatial_field(lattices, weights, where)
+
+    monkeypatch.setattr(warm_start, "COLUMNS", 100)
+    monkeypatch.setattr(warm_start, "spatial_field", spy)
+    np.testing.assert_allclose(warm_start.basis(model, spots)[0], whole, atol=1e-6)
+    assert max(widths) == 100 and sum(widths) == points == whole.shape[1] and (whole != 0).any(0).all()

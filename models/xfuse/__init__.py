@@ -30,7 +30,7 @@ DIFFERENCES from paper and released code
     * spatial field and image regression in the generator: networks alone, trained for minutes, are below a Gaussian process (BENCHMARKS.md);
     * genes of one draw share one latent image (released: a new one for every ten genes); location ids are int64 (released: float32);
     * weights of spots make the sums over measurements unbiased (`patches.py`); metagenes on a fixed maximum with masks (`metagenes.py`), a split
-      subtracts log 2 and changes nothing; group norm; log-odds shared, Gamma functions at the non-zero counts only;
+      subtracts log 2 and changes no mean; group norm; log-odds shared, Gamma functions at the non-zero counts only;
     * ``preset="paper"`` has the published networks, augmentation, weights and schedule.
 """
 
@@ -77,7 +77,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     with torch_threads(config.fit.threads):
         rng = np.random.default_rng([seed, 21])
         axes = _axes(data, config.condition)
-        tissues = _tissues(data, axes)
+        tissues = _tissues(data, axes, config.fields)
         spots = gather(data, tissues)
         working = without_failed(spots, say) if config.fields else spots
         kernel = learn_kernel(working, rng) if config.fields else None
@@ -95,8 +95,8 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     return ensemble([pair]), spec
 
 
-def _tissues(data: Data, axes: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None) -> list[Tissue]:
-    return [tissue(section, None if axes is None else _scores(section, axes)) for section in data.sections]
+def _tissues(data: Data, axes: tuple[NDArray[np.float32], NDArray[np.float32]] | None, fields: bool) -> list[Tissue]:
+    return [tissue(section, None if axes is None else _scores(section, axes), fields) for section in data.sections]
 
 
 def _axes(data: Data, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
@@ -163,7 +163,8 @@ def spec_from(stored: dict[str, Any]) -> Spec:
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
     """Minibatches of patches."""
-    return Batches(_tissues(data, _axes(data, config.condition)), config.patch, config.batch_patches, config.augment, seed, config.hide)
+    tissues = _tissues(data, _axes(data, config.condition), config.fields)
+    return Batches(tissues, config.patch, config.batch_patches, config.augment, seed, config.hide)
 
 
 def edit(pair: Pair, data: Data, config: Config, seed: int) -> Callable[[int, torch.optim.Optimizer], None] | None:
@@ -292,7 +293,7 @@ class Predictor:
             codes = self.spec.codes[known] if known >= 0 else [int(code) for code in one.covariates]
             guide = self.guides[chain]
             axes = (guide.center.numpy(), guide.axes.numpy()) if self.config.condition else None
-            seen = tissue(one, None if axes is None else _scores(one.shown or one, axes))
+            seen = tissue(one, None if axes is None else _scores(one.shown or one, axes), self.config.fields)
             with torch.no_grad():
                 latents = guide.latents(seen.scaled(seen.image)[None], seen.spots[None])
             lattices = self.spec.lattices[known] if known >= 0 else _new_lattices(one, self.spec)

@@ -8,7 +8,8 @@ before the softmax renormalises the others, a_m' -> a_m' / (1 - a_m) in every pi
 where KL_m is what the divergences of its profile and field weights no longer cost. Each metagene is judged on a random share of the locations, so
 that the work does not grow with their number. It is dropped if d_m >= 0, the worst first and never both halves of one split: what is left of the
 pair stays for the next round. Every metagene that contributes is then split while there is room: both halves inherit everything, with their
-logits lowered by log 2, which leaves the activities of all others and the sum of the two as they were: no prediction changes.
+logits lowered by log 2, which at the posterior means leaves the activities of all others and the sum of the two as they were: predictions change
+only in that the halves' profiles, fields and location effects vary independently from then on.
 
 The alternative (``selection="ard"``) keeps all metagenes and adds the factor -ard G / 2 sum_m log(1 + share_m / 0.01), share_m the share of
 metagene m in all activity: a prior with a peak at no use that charges each used metagene like the G parameters that it has.

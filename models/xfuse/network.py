@@ -7,7 +7,8 @@ r"""The networks of XFuse in plain torch: a recognition network and a generator 
 A block is convolution, norm, leaky ReLU (0.2). Preset "paper" (``published``): two 3x3 blocks after each resampling, 5x5 resampling convolutions
 at the finer resolution, a stem, two-layer posterior heads for location and sd each, scale and metagenes with a hidden layer each, batch norm. The
 default is lighter (one 3x3 block per level, upsampled after the convolution, no stem, one-layer heads) and has group norm: a batch of one patch is
-like any other, and training and prediction compute the same function. Sides are padded (replicated) to a multiple of 2^(D-1) and cropped again.
+like any other. Its means and variances are those of what is seen at once, a patch in training and the whole section in prediction, so the two
+compute nearly, not exactly, the same function. Sides are padded (replicated) to a multiple of 2^(D-1) and cropped again.
 """
 
 from collections.abc import Sequence

@@ -121,8 +121,11 @@ def pitch_of(section: Section) -> float:
     return float(np.median(distance[:, 1]))
 
 
-def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissue:
-    """A section as tensors; ``scores`` [rows, S - 1] of the spots of the fit are painted into the channels that the recognition network sees."""
+def tissue(section: Section, scores: NDArray[np.float32] | None = None, fields: bool = True) -> Tissue:
+    """A section as tensors; ``scores`` [rows, S - 1] of the spots of the fit are painted into the channels that the recognition network sees.
+
+    Without ``fields`` no features are kept (F = 0).
+    """
     rows, fit = section.counts.shape[0], section.shown or section
     # int64 throughout: a float32 cannot tell ids beyond 2^24 apart
     label = section.label
@@ -132,8 +135,9 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None) -> Tissu
         if box is not None:
             low[row], high[row] = [b.start for b in box], [b.stop - 1 for b in box]
     ends = np.stack([section.image.min((0, 1)), section.image.max((0, 1))], 1).astype(np.float32)
-    features = np.empty((FEATURES + 1, *label.shape), np.float32)
-    image_features(section.image, section.mask, pitch_of(fit), features[:-1])
+    features = np.empty((FEATURES * fields + 1, *label.shape), np.float32)
+    if fields:
+        image_features(section.image, section.mask, pitch_of(fit), features[:-1])
     features[-1] = gaussian_filter(_beyond(fit), OUTSIDE)
     painted = np.zeros((0, *label.shape), np.float32)
     if scores is not None:
@@ -307,7 +311,7 @@ class Batches:
         if self.augment == "affine":
             border = np.unique(torch.cat([label[0], label[-1], label[:, 0], label[:, -1]]).numpy()) - 1
             whole = ~np.isin(seen, border)
-        image, features, spots, where = planes.split([3, FEATURES + 1, len(one.spots), 2])
+        image, features, spots, where = planes.split([3, len(one.features), len(one.spots), 2])
         if len(spots) and rng.random() < self.hide:
             spots = torch.zeros_like(spots)
         features, where = coarse(features), coarse(where)

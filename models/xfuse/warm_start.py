@@ -41,6 +41,7 @@ COMPONENTS = 25
 FAILED = 0.02  # of its section's median depth
 MOST_FAILED = 0.05  # of all spots; where more are empty it is the tissue that is
 MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the cube
+COLUMNS = 256  # points of a lattice whose functions are made at once
 SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
 NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 ODDS = np.linspace(-5.0, 12.0, 35)  # they grow with the counts of a spot, so that deep spots need high ones
@@ -436,14 +437,14 @@ def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Arra
 
 def basis(model: Model, spots: Spots) -> tuple[Array, Array]:
     """The model's basis functions at the spots: spatial [n, points of all lattices], image [n, J]; prior variance 1 each in sum."""
-    spec = model.spec
-    offsets = np.cumsum([0, *map(points_of, spec.lattices)])
+    offsets = np.cumsum([0, *map(points_of, model.spec.lattices)])
     space = np.zeros((len(spots.section), offsets[-1]))
-    for n, lattices in enumerate(spec.lattices):
-        mine = np.flatnonzero(spots.section == n)
-        if len(mine):
-            where = torch.from_numpy(spots.xy[mine]).float()[:, None]  # [s, 1, 2]
-            values = spatial_field(lattices, torch.eye(points_of(lattices)), where)[..., 0]  # [points, s]
-            space[mine, offsets[n] : offsets[n + 1]] = values.T.numpy()
+    for n, lattices in enumerate(model.spec.lattices):
+        mine, points = np.flatnonzero(spots.section == n), points_of(lattices)
+        where = torch.from_numpy(spots.xy[mine]).float()[:, None]  # [s, 1, 2]
+        for first in range(0, points if len(mine) else 0, COLUMNS):
+            some = torch.eye(points, min(COLUMNS, points - first)).roll(first, 0)
+            values = spatial_field(lattices, some, where)[..., 0]  # [some, s]
+            space[mine, offsets[n] + first : offsets[n] + first + len(values)] = values.T.numpy()
     image = np.cos(spots.features @ model.frequency.double().numpy() + model.phase.double().numpy())
     return space, image * math.sqrt(2 / model.config.functions)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,16 +18,26 @@ from numpy.typing import NDArray
 from ppl_st.annotations import Regions, regions_from_geojson, regions_from_image, regions_from_spots
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
-from ppl_st.images import Slide, Source, image_size, label_spots, overlay, read_image, read_labels, tissue_mask
+from ppl_st.images import (
+    Slide,
+    Source,
+    image_size,
+    label_spots,
+    overlay,
+    read_image,
+    read_labels,
+    sizes_alone,
+    tissue_mask,
+)
 from ppl_st.models.xfuse.data import FEW_SPOTS, Data, Input, Section
+from ppl_st.prepare.xfuse_frame import Frame, box_around, check_positions, inside_share, lie_outside, share_on
 from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
 
-__all__ = ["new_image", "problem", "section_at", "without"]
+__all__ = ["new_image", "problem", "refuse_cut", "section_at", "without"]
 
 INSIDE = 0.9  # share of its disc that a spot must have inside the image
-ON_TISSUE, ELSEWHERE, BETTER = 0.85, 0.9, 0.1  # an error: a smaller share of spots on tissue than the first, while another reading of the
-# positions puts at least the second there, and better by the third (measured: right positions .97 to .99, exchanged axes .58 to .79)
-MUCH = 0.3  # or better by this (pale tissue: right positions .79, others at most .48)
+ALIKE = 2.0  # an image whose size or tissue differs by a larger factor from those of the fit may be of another resolution
+WHOLE = 0.75  # share of the pixels of its disc that a place must have for itself
 
 
 def problem(
@@ -73,14 +83,14 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
         If a disc has its middle outside the section's image: nothing was seen there.
     """
     centers = (xy - np.array(section.origin)) * section.scale
-    outside = _outside(centers, section.image.shape[:2])
+    outside = lie_outside(centers, section.image.shape[:2])
     if outside.any():
         first = xy[outside][0]
         height, width = section.image.shape[:2]
         low, high = np.array(section.origin), np.array(section.origin) + np.array([width, height]) / section.scale
         held = "the spots of the fit and a margin; fit with a larger one (--set input.margin=...)"
         if not (section.shown or section).counts.shape[0]:
-            held = "the tissue found in the new image and a margin; leave them out, or if they lie on tissue, fit with --set 'input.mask=[\"none\"]'"
+            held = "the tissue found in the new image and a margin; leave them out, or if they lie on tissue, give --mask"
         raise UserError(
             f"target: {outside.sum()} of {len(xy)} positions lie outside section {section.name!r}, e.g. ({first[0]:.6g}, {first[1]:.6g}); it spans "
             f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file, {held}"
@@ -88,6 +98,26 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
     pixels = section.radius if radius is None else radius * section.scale
     label = label_spots(section.label.shape, centers, pixels, square=section.square)
     return section.at(label, centers)._replace(radius=pixels)
+
+
+def refuse_cut(asked: Section, names: NDArray[np.str_]) -> None:
+    """Refuse the places of `section_at` that lost much of their discs to others or to the border: their sums would be too small.
+
+    Raises
+    ------
+    UserError
+        If a place holds less than `WHOLE` of the pixels that it would hold alone.
+    """
+    held = np.bincount(asked.label.ravel(), minlength=len(names) + 1)[1:]
+    alone = sizes_alone(asked.centers, asked.radius, square=asked.square)
+    cut = np.flatnonzero(held < WHOLE * alone)
+    if len(cut):
+        first = int(cut[0])
+        raise UserError(
+            f"target: {len(cut)} of {len(names)} places hold less than {WHOLE:.0%} of their pixels, e.g. {names[first]} {held[first]} of "
+            f"{alone[first]}: they overlap or repeat others, or the border of section {asked.name!r} cuts them, a pixel counts for one place; ask "
+            "for them in several files or with a smaller radius, and leave out those at the border"
+        )
 
 
 def new_image(
@@ -98,13 +128,16 @@ def new_image(
     *,
     name: str = "new",
     scale: float | None = None,
+    mask: str | Path | None = None,
 ) -> Section:
-    """A section of an image without counts, for prediction: the tissue, or all of the image where the fit's mask is "none"; covariates unknown.
+    """A section of an image without counts, for prediction: its tissue and a margin; covariates unknown.
 
     The margin around the tissue is that around the spots of the fit. What is kept of the image scales its colors and places its spatial field, so it
     does not depend on the places that are asked for.
 
-    ``scale``: working pixels per pixel of the image; None: that of the first section of the fit, hence an image of the same resolution.
+    ``scale``: working pixels per pixel of the image; None: that of the first section of the fit, hence an image of the same resolution,
+    which is taken on trust: the size of a pixel is then unknown. ``mask``: "none" (all of the image is tissue) or a file over it that is not 0 on
+    tissue; None: as in the fit where that was "none", else found in the image.
 
     Raises
     ------
@@ -113,24 +146,37 @@ def new_image(
     """
     height, width = image_size(image)
     first = like.sections[0]
+    micron = first.micron if scale is not None else float("nan")
     if scale is None:
         scale = first.file_scale if np.isfinite(first.file_scale) else min(1.0, first.scale)
     pixels = read_image(image, scale=scale)
-    frame = pixels.shape[:2]
-    mask = np.ones(pixels.shape[:2], bool) if set(config.mask) == {"none"} else tissue_mask(pixels)
-    if not mask.any():
+    frame = (pixels.shape[0], pixels.shape[1])
+    if mask == "none" or (mask is None and set(config.mask) == {"none"}):
+        on = np.ones(frame, bool)
+    else:
+        on = tissue_mask(pixels) if mask is None else read_labels(Path(mask), frame, mask=True) > 0
+    if not on.any():
         raise UserError(
-            f"image {image if isinstance(image, str | Path) else 'array'}: no tissue is found in it; if there is some, fit with "
-            "--set 'input.mask=[\"none\"]', with which all of an image is tissue"
+            f"image {image if isinstance(image, str | Path) else 'array'}: no tissue is found in it; if there is some, give --mask, an image that is "
+            "not 0 on it, or --mask none: all of the image is tissue"
         )
-    tissue = np.argwhere(mask)[:, ::-1].astype(np.float64)
-    box = _box(tissue, pixels.shape[:2], max(config.margin * np.ptp(tissue, axis=0).max(), 4 * first.radius))
-    pixels, mask = pixels[box[0] : box[1], box[2] : box[3]], mask[box[0] : box[1], box[2] : box[3]]
-    say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {mask.mean():.0%} tissue")
+    tissue = np.argwhere(on)[:, ::-1].astype(np.float64)
+    box = box_around(tissue, pixels.shape[:2], max(config.margin * np.ptp(tissue, axis=0).max(), 4 * first.radius))
+    pixels, on = pixels[box[0] : box[1], box[2] : box[3]], on[box[0] : box[1], box[2] : box[3]]
+    say(f"{name}: {width} x {height} px at scale {scale:.3g}: {pixels.shape[1]} x {pixels.shape[0]} px, {on.mean():.0%} tissue")
+    for what, own, known in (
+        ("longer side", max(frame), [max(one.frame) or max(one.mask.shape) for one in like.sections]),
+        ("area of tissue", int(on.sum()), [int(one.mask.sum()) for one in like.sections]),
+    ):
+        if not min(known) / ALIKE <= own <= ALIKE * max(known):
+            say(
+                f"{name}: its {what} is {own:.3g} working pixels, in the fit's sections {min(known):.3g} to {max(known):.3g}: is its resolution "
+                "that of the fit's images? if not, give --scale"
+            )
     nowhere = _no_counts(0, len(like.genes))
     return Section(
-        name, np.ascontiguousarray(pixels), np.zeros(mask.shape, np.int64), nowhere, -1, mask, np.zeros((0, 2)), first.radius,
-        np.full(len(like.covariates), -1, np.int64), None, scale=scale, origin=(box[2] / scale, box[0] / scale), micron=first.micron,
+        name, np.ascontiguousarray(pixels), np.zeros(on.shape, np.int64), nowhere, -1, on, np.zeros((0, 2)), first.radius,
+        np.full(len(like.covariates), -1, np.int64), None, scale=scale, origin=(box[2] / scale, box[0] / scale), micron=micron,
         square=first.square, pitch=first.pitch, frame=frame, file_scale=scale,
     )  # fmt: skip
 
@@ -219,15 +265,6 @@ def _no_counts(rows: int, genes: int) -> sp.csr_matrix:
 # ---- one section ----
 
 
-class _Frame(NamedTuple):
-    """A slide's whole image at the working resolution, and its spots in it."""
-
-    image: NDArray[np.uint8]
-    centers: NDArray[np.float64]
-    radius: float
-    scale: float  # working pixels per coordinate
-
-
 def _section(
     slide: Slide, number: int, genes: NDArray[np.str_], codes: NDArray[np.int64], config: Input, say: Callable[[str], None], pictures: Path
 ) -> tuple[Section, Counts]:
@@ -239,9 +276,9 @@ def _section(
         raise UserError(f"target ({counts.source}): no spot has {config.min_counts} counts (input.min_counts); lower it, or check the counts")
     frame = _frame(slide, config)
     if config.check:
-        _check_positions(slide, frame, pictures)
+        check_positions(slide, frame, pictures)
     shape = frame.image.shape[:2]
-    inside = _inside_share(frame.centers, frame.radius, shape) >= INSIDE
+    inside = inside_share(frame.centers, frame.radius, shape) >= INSIDE
     keep = enough & inside
     if not keep.all():
         say(
@@ -250,7 +287,7 @@ def _section(
         )
     if not keep.any():
         raise UserError(f"target ({counts.source}): no spot is left of {len(keep)}")
-    box = _box(frame.centers, shape, max(config.margin * np.ptp(frame.centers, axis=0).max(), 4 * frame.radius))
+    box = box_around(frame.centers, shape, max(config.margin * np.ptp(frame.centers, axis=0).max(), 4 * frame.radius))
     crop = (slice(box[0], box[1]), slice(box[2], box[3]))
     image = np.ascontiguousarray(frame.image[crop])
     centers = frame.centers - [box[2], box[0]]
@@ -287,15 +324,21 @@ def _section(
     return section, rows
 
 
-def _pitch(frame: _Frame) -> float:
+def _pitch(frame: Frame) -> float:
     return spot_pitch(frame.centers) if len(frame.centers) > 1 else 4 * frame.radius
 
 
-def _frame(slide: Slide, config: Input) -> _Frame:
+def _frame(slide: Slide, config: Input) -> Frame:
     assert slide.counts is not None and slide.counts.xy is not None
     xy = slide.counts.xy
     radius = config.radius or slide.radius
-    pitch = spot_pitch(xy) if radius is None or config.scale is None else None
+    needed = radius is None or config.scale is None
+    if needed and len(xy) < 2:
+        raise UserError(
+            f"target ({slide.counts.source}): one spot has no neighbor to measure a pitch from; give its radius in coordinates and the scale, --set "
+            "input.radius=... --set input.scale=..."
+        )
+    pitch = spot_pitch(xy) if needed else None
     if radius is None:
         assert pitch is not None
         radius = DEFAULT_FRACTION * pitch
@@ -309,82 +352,12 @@ def _frame(slide: Slide, config: Input) -> _Frame:
         file_scale = min(file_scale, 6000 / max(height, width))
     image = read_image(slide.image, scale=file_scale)
     scale = file_scale * slide.image_scale
-    return _Frame(image, xy * scale, radius * scale, scale)
-
-
-def _check_positions(slide: Slide, frame: _Frame, pictures: Path) -> None:
-    """Refuse spots outside the image, and positions that another reading would put on tissue (see `ON_TISSUE`)."""
-    shape = frame.image.shape[:2]
-    outside = _outside(frame.centers, shape)
-    mask = tissue_mask(frame.image)
-    readings = _readings(frame, mask)
-    share = {name: _on(mask, xy) for name, xy in readings.items()}
-    best = max(share, key=lambda name: share[name])
-    own = _on(mask, frame.centers)
-    better = share[best] >= own + (BETTER if share[best] >= ELSEWHERE else MUCH)
-    hint = f"; {best}, {share[best]:.0%} would lie on tissue" if better else ""
-    width, height = shape[1] / frame.scale, shape[0] / frame.scale
-    if outside.any():
-        xy = frame.centers / frame.scale
-        low, high = (f"({x:.6g}, {y:.6g})" for x, y in (xy.min(0), xy.max(0)))
-        problem = (
-            f"{outside.sum()} of {len(outside)} spots lie outside the image ({width:.6g} x {height:.6g} px): obsm['spatial'] spans {low} to "
-            f"{high}{hint}"
-        )
-    elif own < ON_TISSUE and hint:
-        problem = f"only {own:.0%} of the spots lie on tissue{hint}"
-    else:
-        return
-    path = overlay(pictures / f"overlay_{slide.name}.png", frame.image, frame.centers, frame.radius)
-    raise UserError(
-        f"section {slide.name} ({slide.counts.source if slide.counts else ''}): {problem}; obsm['spatial'] must be x (right) and y (down) in "
-        f"pixels of the image; see {path} (if the positions are right: --set input.check=false)"
-    )
-
-
-def _readings(frame: _Frame, mask: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
-    """Other meanings that the positions could have."""
-    xy, (height, width) = frame.centers, frame.image.shape[:2]
-    found = {
-        "with x and y exchanged": xy[:, ::-1],
-        "with x counted from the right": np.array([width, 0]) + xy * [-1, 1],
-        "with y counted from below": np.array([0, height]) + xy * [1, -1],
-    }
-    middle = np.argwhere(mask)[:, ::-1].mean(0) + 0.5 if mask.any() else np.array([width, height]) / 2
-    factor = float(np.hypot(*middle)) / max(float(np.hypot(*xy.mean(0))), 1e-300)
-    if not 0.8 < factor < 1.25:
-        found[f"multiplied by about {factor:.2g} (coordinates of another resolution, or um?)"] = xy * factor
-    return found
-
-
-def _on(mask: NDArray[np.bool_], xy: NDArray[np.float64]) -> float:
-    """Share of the positions that lie in the image and on the mask."""
-    inside = ~_outside(xy, mask.shape)
-    column, row = np.floor(xy[inside]).astype(np.int64).T
-    return float(mask[row, column].sum() / max(1, len(xy)))
-
-
-def _outside(xy: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    return np.asarray((xy < 0).any(1) | (xy >= np.array([shape[1], shape[0]])).any(1))
-
-
-def _inside_share(xy: NDArray[np.float64], radius: float, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Share of each disc that lies in the image [n], by the pixels' middles of a disc on a grid of 20 x 20."""
-    steps = (np.arange(20) + 0.5) / 10 - 1
-    offset = radius * np.array([(a, b) for a in steps for b in steps if a * a + b * b <= 1])
-    return 1 - _outside((xy[:, None] + offset).reshape(-1, 2), shape).reshape(len(xy), -1).mean(1)
-
-
-def _box(xy: NDArray[np.float64], shape: tuple[int, ...], margin: float) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of the part of the image within ``margin`` of the positions."""
-    left, top = np.maximum(0, np.floor(xy.min(0) - margin)).astype(int)
-    right, bottom = np.minimum([shape[1], shape[0]], np.ceil(xy.max(0) + margin)).astype(int)
-    return int(top), int(bottom), int(left), int(right)
+    return Frame(image, xy * scale, radius * scale, scale)
 
 
 def _mask(
     slide: Slide, number: int, image: NDArray[np.uint8], shape: tuple[int, ...], crop: tuple[slice, slice], centers: NDArray[np.float64],
-    config: Input, frame: _Frame, pictures: Path,
+    config: Input, frame: Frame, pictures: Path,
 ) -> NDArray[np.bool_]:  # fmt: skip
     choice = config.mask[number if len(config.mask) > 1 else 0]
     if choice == "none":
@@ -392,7 +365,7 @@ def _mask(
     if choice == "auto":
         return tissue_mask(image, centers)
     mask = read_labels(Path(choice), (shape[0], shape[1]), mask=True)[crop] > 0
-    share = _on(mask, centers)
+    share = share_on(mask, centers)
     if not mask.any() or share < 0.01:
         path = overlay(pictures / f"overlay_{slide.name}.png", np.where(mask[..., None], image, image // 2), centers, frame.radius)
         raise UserError(
@@ -412,7 +385,7 @@ def _beyond(mask: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:
 
 
 def _annotation(
-    slide: Slide, number: int, label: NDArray[np.int64], shape: tuple[int, ...], box: tuple[int, int, int, int], frame: _Frame,
+    slide: Slide, number: int, label: NDArray[np.int64], shape: tuple[int, ...], box: tuple[int, int, int, int], frame: Frame,
     keep: NDArray[np.bool_], config: Input,
 ) -> Regions | None:  # fmt: skip
     if not config.annotation:

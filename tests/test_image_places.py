@@ -1,0 +1,113 @@
+"""What is asked of a run of XFuse at places of its images: which cells count, what is off the tissue, what was never measured."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+import xarray as xr
+
+from ppl_st.checks import predictive_checks
+from ppl_st.data import Counts
+from ppl_st.errors import UserError
+from ppl_st.image_cli import predict_places
+from ppl_st.image_maps import ome
+from ppl_st.image_run import ImageRun, spots_of
+from ppl_st.models import xfuse
+from xfuse_sections import settings, start_of, two_sections
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A run at its start; its first section is rows 10..73 and columns 20..99 of a whole image of 80 x 110 pixels."""
+    data = two_sections()
+    first, second = data.sections
+    data = data._replace(sections=(first._replace(frame=(80, 110), origin=(20.0, 10.0), micron=6.25), second))
+    pair, spec = start_of(data)
+    kept = []
+    for one in data.sections:
+        names = np.array([f"{one.name}{k}" for k in range(one.counts.shape[0] - 1)])
+        xy = one.centers[:-1] + np.array(one.origin)
+        kept.append(Counts(one.counts[:-1], data.genes, names, xy, pd.DataFrame(index=names), one.name, "X"))
+    spots = spots_of(data, kept)
+    return ImageRun("xfuse", xfuse, settings(), spec, pair, data, spots, spots, {}, {}, lambda counts: None)
+
+
+def places(*xy, uns=None):
+    names = [f"p{k}" for k in range(len(xy))]
+    return ad.AnnData(obs=pd.DataFrame(index=names), obsm={"spatial": np.array(xy, float)}, uns=uns or {})
+
+
+def ask(run, out, want="spots", **options):
+    nothing = dict.fromkeys(("genes", "target", "section", "image", "scale", "mask", "cells", "regions", "pictures"))
+    nothing |= {"quantiles": False, "draws": 2, "samples": 0, "seed": 0, "memory_gb": 1.0, "say": lambda line: None}
+    return list(predict_places(run, out, want, **{**nothing, **options}))
+
+
+def test_cells_that_are_cut_or_too_small_are_left_out_and_said(run, tmp_path):
+    fine = np.zeros((320, 440), np.uint16)  # a fourth of a working pixel each
+    fine[80:120, 160:200] = 1
+    fine[20:60, 200:240] = 2  # half beyond the section
+    fine[:10, :10] = 3  # in no part of it
+    fine[101, 301] = 4  # between the middles of working pixels
+    tifffile.imwrite(tmp_path / "cells.tif", fine)
+    lines = []
+    seen = run.cells(tmp_path / "cells.tif", "a", say=lines.append)
+    assert seen.target.names.tolist() == ["1"] and seen.target.obs["pixels"].tolist() == [100]
+    assert np.allclose(seen.target.xy, [[45, 25]])
+    assert lines[0].startswith("1 of 3 cells lie partly beyond the part of the image that section 'a' covers")
+    assert lines[1] == "1 of 2 cells hold no pixel (6.25 um each); fit with a larger input.pitch"
+    fine[101, 305] = 5
+    tifffile.imwrite(tmp_path / "cells.tif", fine)
+    with pytest.raises(UserError, match=r"cells.tif\): 2 of 3 cells hold no pixel"):
+        run.cells(tmp_path / "cells.tif", "a")
+    tifffile.imwrite(tmp_path / "cells.tif", np.where(fine == 2, fine, 0))
+    with pytest.raises(UserError, match="no label above 0 lies wholly in section 'a'"):
+        run.cells(tmp_path / "cells.tif", "a")
+
+
+def test_places_off_the_tissue_are_said_and_tables_are_streamed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageRun, "predict", None)  # which holds all of a table
+    places([60, 40], [60, 13]).write_h5ad(tmp_path / "spots.h5ad")  # the first rows of the section are off its mask
+    told = ask(run, tmp_path / "p.zarr", target=tmp_path / "spots.h5ad", section="a")
+    assert told == ["1 of 2 spots lie off the tissue: little is predicted there", f"{tmp_path / 'p.zarr'}: 2 x 12"]
+    table = ad.read_zarr(tmp_path / "p.zarr")
+    assert table.obs["tissue"].iloc[0] == 1 and table.obs["tissue"].iloc[1] < 0.2 and table.varm["metagene_profile_mean"].shape == (12, 4)
+    layers = xr.open_zarr(tmp_path / "p.zarr", group="layers")
+    assert layers["rate_mean"].dims == ("cell", "gene") and np.array_equal(layers["rate_mean"], table.X)
+
+
+def test_places_without_counts_were_not_measured(run):
+    seen = run.at(places([60, 40], [80, 60]), section="a")
+    assert not seen.predict(draws=2).var["measured"].any() and run.measured.all()
+    assert set(seen.arviz_groups(draws=2)) == {"posterior", "constant_data", "predictions"}
+    with pytest.raises(UserError, match="0 genes with counts"):
+        predictive_checks(seen)
+    own = run.target.take_rows(run.target.obs["section"].to_numpy() == "a")
+    again = run.at(places(*own.xy), section="a")
+    truth = Counts(own.matrix, own.genes, again.target.names, own.xy, own.obs, "truth", "X")
+    assert len(predictive_checks(again, truth, draws=3).library) == len(own.names)
+    assert np.isfinite(again.score(truth, draws=3)["log_score"]).all()
+    groups = again.arviz_groups(draws=2, truth=truth)
+    assert groups["predictions"]["log_likelihood"].dims == ("chain", "draw", "cell")
+
+
+def test_places_have_the_radius_of_their_file_and_each_its_own_pixels(run):
+    told = {"spatial": {"lib": {"scalefactors": {"spot_diameter_fullres": 13.0}, "images": {}}}}
+    assert run.at(places([60, 40], uns=told), section="a").data.sections[0].radius == pytest.approx(5.5)
+    assert run.at(places([60, 40], uns=told), section="a", radius=3.0).data.sections[0].radius == 3.0
+    assert run.at(places([60, 40]), section="a").data.sections[0].radius == 4.0
+    with pytest.raises(UserError, match=r"1 of 2 places hold less than 75% of their pixels, e.g. p1 0 of "):
+        run.at(places([60, 40], [60, 40]), section="a")
+
+
+def test_pixels_of_a_map_lie_where_those_of_the_file_do(run):
+    section = run.section("a")._replace(scale=0.25, origin=(100.0, 40.0), micron=2.0)  # um per working pixel: half a um per coordinate
+    found = ome(section, ["mean"], ["a"], np.ones(1))["multiscales"][0]
+    scale, translation = found["datasets"][0]["coordinateTransformations"]
+    assert scale["scale"] == [1, 2, 2] and {axis.get("unit") for axis in found["axes"]} == {None, "micrometer"}
+    # the first working pixel covers the file's pixels 100..103 and 40..43, whose middle is at 101.5 and 41.5 pixels of half a um
+    assert translation["translation"] == pytest.approx([0, 41.5 / 2, 101.5 / 2])
+    bare = ome(section._replace(micron=float("nan")), ["mean"], ["a"], np.ones(1))["multiscales"][0]
+    assert bare["datasets"][0]["coordinateTransformations"][1]["translation"] == pytest.approx([0, 41.5, 101.5])
+    assert all("unit" not in axis for axis in bare["axes"])
