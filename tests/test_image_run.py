@@ -318,6 +318,7 @@ def test_a_failed_evaluation_leaves_nothing(base, world, monkeypatch, tmp_path):
 # ---- demonstration ----
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, monkeypatch):
     from ppl_st import demo_images
 
@@ -373,6 +374,7 @@ def test_commands(base):
     assert "Metagenes, the most active first" in (base / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_recalibrated_intervals_at_places(base, world, tmp_path):
     """Hidden spots teach the correction; it goes with spots of the same size in sections of the fit, with nothing else."""
     shutil.copytree(base / "run", tmp_path / "run")

@@ -265,6 +265,7 @@ def unlike(table, latent, rng):
     return table
 
 
+@pytest.mark.slow
 def test_pooled_intervals_of_a_region_hold_the_truth_because_errors_of_a_pattern_are_shared_by_its_cells():
     world = spatial_field(seed=3, n_cells=900, n_reference=500, n_genes=110, n_panel=50, n_types=5, length=300.0, rho=3.0)
     rng = np.random.default_rng(0)
