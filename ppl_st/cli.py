@@ -209,8 +209,8 @@ def predict(
         raise UserError("--proportions goes with one run, without --genes, --target, --samples, --turned and --as-reference; run predict twice")
     from ppl_st.api import load
     from ppl_st.data import read_genes
-    from ppl_st.io import write_adata
     from ppl_st.models import METHODS
+    from ppl_st.stream import write_whole
 
     names = None if genes is None else read_genes(genes)
     fitted, say = load(runs[0]), speaker(quiet)
@@ -244,13 +244,14 @@ def predict(
         for name, score in fitted.record["inner_log_score"].items():
             share = f"{fitted.record['weights'].get(name, 1):.3f}"
             say(f"weight {share}, log score {score:.4f} on {fitted.record['inner_genes']} held-out genes: {name}")
+        say("forecasts are mixed uncorrected: no layers lower and upper; in Python ppl_st.recalibrate(ppl_st.stack.stack(runs)) makes them")
     if turned:
         fitted = fitted.turned()
     if as_reference:
         fitted = fitted.as_reference(None if as_reference == "all" else as_reference)
     if proportions:
         result = fitted.proportions(draws=draws, seed=seed)
-        write_adata(result, out)
+        write_whole(result, out)
         shape = result.shape
     else:
         shape = fitted.write(out, names, target=target, draws=draws, seed=seed, memory_gb=memory_gb, say=say)

@@ -216,12 +216,13 @@ class Run:
         Returns
         -------
         DataFrame
-            One row per gene: mean_count, log_score (mean log predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected
-            randomised coverage of the central interval); of a recalibrated run also recalibrated_crps (of the corrected predictive) and
-            recalibrated_coverage (of the interval lower, upper).
+            One row per gene of ``genes`` (None: those of the truth that the fit did not see): mean_count, log_score (mean log predictive probability,
+            nats), crps (counts), coverage_50/80/90/95 (expected randomised coverage of the central interval); of a recalibrated run also
+            recalibrated_crps (of the corrected predictive) and recalibrated_coverage (of the interval lower, upper).
         """
         known = self.counts_of(truth)
-        index = self._index(known.genes if genes is None else genes)
+        unseen = known.genes if self.measured.all() else known.genes[~np.isin(known.genes, self.target.genes)]
+        index = self._index(unseen if genes is None else genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed, names = matched(known, self.target, self.genes[index]), pd.Index(self.genes[index], name="gene")
         ends, maps, mass = self._correction(index, draws)
@@ -264,7 +265,7 @@ class Run:
         median depth; "measured" are the genes that the reference has, too. It is a view: nothing is fitted, and it has no folder.
         """
         if not hasattr(self.module, "turned"):
-            raise UserError(f"{self.method} translates in one direction only; the other one is an output of spagene")
+            raise UserError(f"{self.method}: this run translates in one direction only; a spagene run of one seed has another (RUN/seed0, say)")
         module, data = self.module.turned(self.pair, self.data)
 
         def refuse(counts: Counts) -> tuple[Any, Counts]:
@@ -295,7 +296,7 @@ class Run:
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
         """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
         if not hasattr(self.module, "proportions"):
-            raise UserError(f"{self.method} deconvolves no spots; proportions are an output of siid")
+            raise UserError(f"{self.method}: this run deconvolves no spots; a siid run of one seed does (RUN/seed0, say)")
         spots, profiles = self.module.proportions(self.pair, self.data, self.config, draws, seed)
         factors = pd.DataFrame(index=[f"factor{k}" for k in range(profiles.shape[0])])
         result = ad.AnnData(spots.mean(0), obs=self.reference.obs.copy(), var=factors)

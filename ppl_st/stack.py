@@ -78,7 +78,8 @@ def stack(runs: Sequence[Run]) -> Run:
     -------
     Run
         Predicts the genes that all of them can predict; ``record["weights"]`` are the weights, ``record["inner_log_score"]`` the mean log
-        score of each run and of the mixture on the inner genes.
+        score of each run and of the mixture on the inner genes. *Uncorrected* forecasts are mixed: what recalibration says of each run is not true of
+        the mixture, so there are no ``lower`` and ``upper`` until `ppl_st.recalibrate` has fitted all runs of the stack again.
 
     Raises
     ------

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -159,6 +160,11 @@ def test_score_table(run, sim):
     np.testing.assert_allclose(table["mean_count"], np.asarray(sim.truth.X.mean(0)).ravel(), rtol=1e-5)
     assert (table["log_score"] < 0).all() and (table["crps"] > 0).all()
     assert (np.diff(table.filter(like="coverage").to_numpy(), axis=1) >= 0).all()
+    both = ad.concat([sim.target[:, :3], sim.truth[sim.target.obs_names]], axis=1, merge="first")  # the panel's genes were shown to the fit
+    pd.testing.assert_frame_equal(run.score(both, draws=20), table)
+    assert run.score(both, genes=both.var_names[:4].tolist(), draws=5).index.tolist() == both.var_names[:4].tolist()
+    with pytest.raises(UserError, match="no gene is left to predict"):
+        run.score(sim.target, draws=5)
     wrong = sim.truth.copy()
     wrong.X = sp.csr_matrix(sim.truth.X.toarray()[::-1])
     assert run.score(wrong, draws=20)["log_score"].mean() < table["log_score"].mean() - 0.05

@@ -101,6 +101,13 @@ def test_only_fits_of_one_method_with_other_seeds_are_joined(singles):
         seeds([singles[0], singles[0]])
 
 
+def test_what_one_seed_alone_can_do_is_said(run):
+    with pytest.raises(UserError, match=r"siid: this run deconvolves no spots; a siid run of one seed does \(RUN/seed0, say\)"):
+        run.proportions()
+    with pytest.raises(UserError, match=r"this run translates in one direction only; a spagene run of one seed has another"):
+        run.turned()
+
+
 @pytest.fixture(scope="module")
 def mixture():
     world = spatial_field(seed=1, n_cells=200, n_reference=150, n_genes=40, n_panel=20)
@@ -127,6 +134,16 @@ def test_a_stack_is_exported_as_one_chain_of_the_mixture(mixture, tmp_path):
     assert json.loads(groups["posterior"].attrs["runs"]) == list(both.record["weights"])
     for one in groups.values():
         one.close()
+
+
+def test_a_stack_is_uncorrected_until_it_is_recalibrated_itself(mixture):
+    world, both = mixture
+    genes = world.truth.var_names[:3].tolist()
+    assert both.recalibration is None and all(run.recalibration is not None for run in both.spec.runs)
+    assert "lower" not in both.predict(genes, draws=4).layers
+    again = refit.recalibrate(both, folds=2, draws=8)
+    table = again.predict(genes, draws=40)
+    assert len(again.inner.genes) == 20 and (table.layers["lower"] <= table.layers["upper"]).all()
 
 
 def test_more_draws_than_memory_are_refused(mixture, tmp_path, monkeypatch):
