@@ -115,7 +115,7 @@ def execute(paths, folder, seconds):
 def executed(request, tmp_path_factory):
     """Every notebook that this session asks for, run."""
     asked = [item.callspec.params["path"] for item in request.session.items if "executed" in getattr(item, "fixturenames", ())]
-    return execute(asked, tmp_path_factory.mktemp("notebooks"), seconds=1700)
+    return execute(asked, tmp_path_factory.mktemp("notebooks"), seconds=3500)
 
 
 def test_there_are_notebooks():
@@ -147,7 +147,7 @@ def test_the_check_sees_what_it_is_for():
         assert len(blemishes(notebook)) == 1, bad
 
 
-@pytest.mark.timeout(1800)  # all of them run before the first is looked at
+@pytest.mark.timeout(3600)  # all of them run before the first is looked at
 @every
 def test_runs_in_smoke_mode(path, executed):
     notebooks, said = executed

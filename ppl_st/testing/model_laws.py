@@ -139,7 +139,8 @@ def simulation_obeys(pair: Pair, batch: Any, draws: int = 40, fresh: int = 20) -
         with rng_scope(k, "scored"), torch.no_grad():
             scored = poutine.trace(poutine.replay(given, trace)).get_trace(batch, observe=True)
         for name in data:
-            fn, own = scored.nodes[name]["fn"], simulated[name]["value"].double().sum()
+            fn: Any = scored.nodes[name]["fn"]
+            own = simulated[name]["value"].double().sum()
             with rng_scope(k, "fresh"), torch.no_grad():
                 totals = torch.stack([fn.sample().double().sum() for _ in range(fresh)])
                 ties = torch.rand(fresh, dtype=torch.float64)
