@@ -103,7 +103,7 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
             unknown = str(labels[codes < 0][0])
             raise UserError(
                 f"target ({target.source}): the fit knows no batch {unknown!r} (obs column {config.batch_key!r}, batch_key); it knows "
-                f"{', '.join(known)}: write there the one that these cells are most like, or fit again with them"
+                f"{', '.join(map(str, known))}: write there the one that these cells are most like, or fit again with them"
             )
     # the graph of "kl_only" never reaches a prediction
     near = graph(target, replace(config, graph="none") if config.graph == "kl_only" else config)
