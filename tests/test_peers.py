@@ -68,8 +68,11 @@ def test_draws_of_the_training_genes_are_not_kept_and_few_genes_are_judged_at_on
     laws = SimpleNamespace(sample=lambda: torch.from_numpy(next(turns)))
     module = SimpleNamespace(n_batch=2, _run_forward=lambda x, mode, batch, labels: {"px": laws})
     target = ad.AnnData(sp.csr_matrix(np.ones((30, 8), np.float32)))
-    kept = peers._gimvi_counts(module, target, 6, 8)
+    every = np.zeros((6, 32, 12), np.float32)  # the first and the last cell have no training counts
+    peers._draw_gimvi(module, target, 8, every, np.arange(1, 31))
+    kept = every[:, 1:31]
     np.testing.assert_array_equal(kept, drawn[..., 8:])
+    assert not every[:, [0, 31]].any()
     truth, seen, score = rng.poisson(2.0, (30, 12)), [], peers.crps_from_draws
     monkeypatch.setattr(peers, "crps_from_draws", lambda draws, truth: seen.append(draws.shape[-1]) or score(draws, truth))
     table = peers.draw_scores(kept, sp.csr_matrix(truth))
