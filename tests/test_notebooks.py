@@ -16,6 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w.])(/(?:home|root|Users|work|tmp|var/folders)/|[A-Za-z]:\\\\?Users)|site-packages")
 LARGEST = 1_500_000  # bytes
 LONGEST_CELL = 12  # lines
+LONGEST, IMPORTS = 60.0, 6.0  # processor seconds: of a notebook, where those of the imports are these; a slow machine has more of both
 
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -52,7 +53,7 @@ def blemishes(notebook):
 
 
 RUNNER = """
-import os, sys, nbformat
+import os, sys, time, nbformat
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from traitlets.config import Config
@@ -77,9 +78,14 @@ def run(path):
             break
     nbformat.write(notebook, path)
 
+print("imports", time.process_time())
 for path in sys.argv[1:]:
+    sys.stdout.flush()
     if child := os.fork():
-        os.waitpid(child, 0)
+        _, status, used = os.wait4(child, 0)
+        print(os.path.basename(path), used.ru_utime + used.ru_stime)
+        if status:
+            print(path, "ended with status", status, file=sys.stderr)
         continue
     os.chdir(os.path.dirname(path))
     run(path)
@@ -93,6 +99,7 @@ def execute(paths, folder, seconds):
 
     One process imports the libraries and is forked for each notebook, which so starts as clean as in a kernel of its own: importing
     them anew for every notebook would be most of the work. A notebook that ends its process is found without execution counts.
+    Returns notebooks by name, what was said, and processor seconds: of each by name, and of the "imports".
     """
     copies = []
     for path in paths:
@@ -108,7 +115,8 @@ def execute(paths, folder, seconds):
     command = [sys.executable, "-c", RUNNER, *map(str, copies)]
     done = subprocess.run(command, cwd=folder, env=environment, timeout=seconds, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    return {copy.name: nbformat.read(copy, as_version=4) for copy in copies}, done.stderr[-5000:]
+    spent = {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
+    return {copy.name: nbformat.read(copy, as_version=4) for copy in copies}, done.stderr[-5000:], spent
 
 
 @pytest.fixture(scope="module")
@@ -150,5 +158,6 @@ def test_the_check_sees_what_it_is_for():
 @pytest.mark.timeout(3600)  # all of them run before the first is looked at
 @every
 def test_runs_in_smoke_mode(path, executed):
-    notebooks, said = executed
+    notebooks, said, spent = executed
     assert blemishes(notebooks[path.name]) == [], said
+    assert spent[path.name] < LONGEST * max(1.0, spent["imports"] / IMPORTS), spent

@@ -171,7 +171,7 @@ def new_image(
         if not min(known) / ALIKE <= own <= ALIKE * max(known):
             say(
                 f"{name}: its {what} is {own:.3g} working pixels, in the fit's sections {min(known):.3g} to {max(known):.3g}: is its resolution "
-                "that of the fit's images? if not, give --scale"
+                f"the one that is taken, {scale:.3g} working pixels per pixel? if not, give another --scale"
             )
     nowhere = _no_counts(0, len(like.genes))
     return Section(

@@ -174,13 +174,14 @@ def _standardised(fn: Any, total: Tensor) -> list[tuple[float, float, float]]:
         return []
     try:
         m, v = (value.double().expand(fn.batch_shape).flatten() for value in (fn.mean, fn.variance))
-    except NotImplementedError:
+        signed = bool(fn.support.check(torch.tensor(-1.0)).all())
+    except NotImplementedError:  # torch's own, of a distribution that does not say
         return []
     whole = v.sum()
     if not (m.isfinite().all() and 0 < whole < math.inf):
         return []
     m, v, z = m[v > 0], v[v > 0], float((total - m.sum()) / whole.sqrt())
-    if bool(fn.support.check(torch.tensor(-1.0))):
+    if signed:
         return [(z, 0.0, float(6 * (v**2).sum() / whole**2))]
     return [(z, float(2 * (v**2 / m).sum() / whole**1.5), float(6 * (v**3 / m**2).sum() / whole**2))]
 
