@@ -81,6 +81,11 @@ class Counts:
         matrix.sort_indices()
         return replace(self, matrix=matrix, genes=self.genes[index])
 
+    def in_name_order(self) -> "Counts":
+        """The same rows with the genes sorted by name, so that nothing downstream depends on the order in a file."""
+        ordered = np.sort(self.genes)
+        return self if np.array_equal(ordered, self.genes) else self.take_genes(ordered)
+
     def take_rows(self, index: NDArray[Any] | Sequence[int]) -> "Counts":
         """The rows `index` (positions, or a mask [n]), in that order."""
         rows = np.arange(len(self.names))[np.asarray(index)]

@@ -25,7 +25,8 @@ def read_layers(source: str | Path | ad.AnnData, layers: Sequence[str], *, gene_
     """The counts in each of these layers of a reference, whose genes ``gene_key`` names if it has that column of ``var``."""
     adata = read_adata(source, role="reference")
     own, file = gene_key if gene_key in adata.var else None, None if isinstance(source, ad.AnnData) else str(source)
-    return [read_counts(adata, role="reference", layer=name, need_spatial=False, gene_key=own, file=file) for name in layers]
+    found = (read_counts(adata, role="reference", layer=name, need_spatial=False, gene_key=own, file=file) for name in layers)
+    return [counts.in_name_order() for counts in found]
 
 
 def with_layers(counts: Counts, source: str | Path | ad.AnnData, layers: Sequence[str], *, gene_key: str | None = None) -> Counts:
