@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ppl_st.observation import Likelihood
 
-__all__ = ["MIN_SCALE", "learn_parameters", "parameter_prior", "random_effects", "score_grid", "score_nb"]
+__all__ = ["MIN_SCALE", "learn_parameters", "parameter_prior", "random_effects", "score_grid", "score_nb", "within"]
 
 MIN_SCALE = 0.05  # no two platforms agree better than this: 5 % per gene
 OWN_CELLS = 2000  # cells on which parameters of likelihoods other than the negative binomial are learned: each costs a log_prob per draw
@@ -61,6 +61,21 @@ def parameter_prior(
     loc, *slope, log_scale = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000}).x
     scale = np.exp(np.clip(log_scale, np.log(width) - 4.0, np.log(width) + 2.0)) * np.sqrt(1 + 1 / score.shape[1])
     return [float(loc), *map(float, slope), float(scale)]
+
+
+def within(loc: Tensor, scale: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Mean and sd of Normal(loc, scale) between ``low`` and ``high``, of any shape: what a hyper-prior learned on a grid means to a draw."""
+    at, wide = loc.double(), scale.double()
+    left, right = ((end - at) / wide for end in (low, high))
+    left, right = left.clamp(-30.0, 30.0), right.clamp(-30.0, 30.0)
+    law = torch.distributions.Normal(0.0, 1.0)
+    # of the two tails the one that keeps its digits
+    upper = left > 0
+    mass = torch.where(upper, law.cdf(-left) - law.cdf(-right), law.cdf(right) - law.cdf(left)).clamp_min(1e-300)
+    p, q = law.log_prob(left).exp() / mass, law.log_prob(right).exp() / mass
+    mean = p - q
+    variance = 1 + left * p - right * q - mean.square()
+    return (at + wide * mean).clamp(low, high).to(loc.dtype), (wide * variance.clamp_min(1e-12).sqrt()).to(loc.dtype)
 
 
 def score_nb(

@@ -138,7 +138,8 @@ def fit(
         return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
     assert reference is not None and targets[0] is not None
     spots = METHODS[method].reference == "spots"
-    cells, other = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
+    pair = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
+    cells, other = (one.in_name_order() for one in pair)
     if cells.xy is None:
         talk(f"target ({cells.source}): no coordinates (obsm['spatial']): neighbors in space cannot inform its cells")
     if hold_out is not None:

@@ -139,7 +139,8 @@ def evaluate(
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
         record |= {"folds": str(folds) if truth is None else None, "max_folds": max_folds, "draws": draws}
-    cells, other = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots or baselines, spots))
+    pair = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots or baselines, spots))
+    cells, other = (one.in_name_order() for one in pair)
     names = getattr(settings, "reference_layers", ())
     further = read_layers(reference, names, gene_key=gene_key) if names else []
     layers = {name: one.take_genes(other.genes).matrix for name, one in zip(names, further, strict=True)}

@@ -22,7 +22,7 @@ def read_pair(
     gene_key: str | None = None,
     need_spatial: tuple[bool, bool] = (True, True),
 ) -> tuple[Counts, Counts]:
-    """Target and reference, the genes of each sorted by name; ``need_spatial``: whether coordinates of the one, of the other may not be absent; those of the target must be sound.
+    """Target and reference; ``need_spatial``: whether coordinates of the one, of the other may not be absent; those of the target must be sound.
 
     ``gene_key`` names the genes of each that has such a column in ``var``; the other keeps its ``var_names``.
 
@@ -37,8 +37,7 @@ def read_pair(
         own = _own_key(adata, layer, gene_key)
         named |= own is not None
         needed |= role == "target" and "spatial" in adata.obsm
-        counts = read_counts(adata, role=role, layer=layer, gene_key=own, need_spatial=needed, file=_file(source))
-        found.append(counts.in_name_order())
+        found.append(read_counts(adata, role=role, layer=layer, gene_key=own, need_spatial=needed, file=_file(source)))
     if not named:
         raise UserError(
             f"gene_key {gene_key!r}: neither target ({found[0].source}) nor reference ({found[1].source}) has such a column in var; name a column "

@@ -37,14 +37,6 @@ def test_a_column_names_the_genes_of_each_file_that_has_it(tmp_path):
         read_pair(tmp_path / "t.h5ad", symbols, gene_key="symbol")
 
 
-def test_genes_are_read_in_the_order_of_their_names():
-    shuffled = table(["b", "c", "a"])
-    shuffled.X[:, 0] = 7
-    for one in read_pair(shuffled, shuffled):
-        assert one.genes.tolist() == ["a", "b", "c"]
-        np.testing.assert_array_equal(one.matrix.toarray()[0], [1, 7, 1])
-
-
 def test_errors_name_the_file(tmp_path):
     bad = table(["a", "b"])
     bad.X = bad.X + 0.5

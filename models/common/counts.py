@@ -28,7 +28,9 @@ A log-normalised count is log1p(x_ig D / t_i), t_i the total over the shared gen
 is a good guess; if it is a noisy count beside depth_i, as where few genes are shared and many measured, P(x > 0) log1p(D / t_i E[x | x > 0]) is
 better, and is taken where inner genes say so beyond their standard error (`own_depth`).
 
-What is said to be chosen or learned on inner genes, and e: `ppl_st.models.common.inner`. Measured genes keep their own level, slope and theta.
+What is said to be chosen or learned on inner genes, and e: `ppl_st.models.common.inner`. Slopes and log thetas are learned, and meant, between the
+ends of their grids; draws are normal with the mean and sd that is. Measured genes have level, slope and theta from their own counts, these two with
+the same priors.
 """
 
 from collections.abc import Callable
@@ -45,7 +47,7 @@ from scipy.interpolate import CubicSpline
 from scipy.special import logsumexp
 from torch import Tensor
 
-from ppl_st.inference.hyperpriors import random_effects, score_nb
+from ppl_st.inference.hyperpriors import random_effects, score_nb, within
 from ppl_st.models.common.cells import Problem, all_counts, log_shares
 from ppl_st.models.common.process import Process
 
@@ -53,8 +55,10 @@ SOFT = 0.1  # 1 + k m stays above about SOFT^2 / |1 + k m|
 SLOPES = np.array([0.2, 0.5, 0.8, 1.1, 1.4, 1.7, 2.1, 2.6, 3.2, 4.0, 5.0])  # at which counts are scored,
 LOG_THETA = np.linspace(-3.0, 5.0, 9)
 FINE_SLOPES, FINE_THETA = np.linspace(0.2, 5.0, 49), np.linspace(-3.0, 5.0, 41)  # and what lies between: even, so that a sum is an integral
-LEVEL_CELLS = 1000  # of the fit, over which c_g is a mean
-OWN_ENTRIES = 1_500_000  # cells x genes on which measured genes learn slope and theta
+LEVEL_CELLS = 10_000  # of the fit, over which c_g is a mean: 50 of a type of which there are .5%, whose markers have their level from it
+OWN_CELLS = 1000  # at most, and
+OWN_ENTRIES = 1_500_000  # cells x genes, on which measured genes learn slope and theta
+OWN_SD = 0.02  # of level, slope and log theta of measured genes, at least
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
 NODES = 7  # of the quadrature over what is not known of a map
 
@@ -190,12 +194,12 @@ class CountLayer(PyroModule):
         super().__init__()
         share, doubt = (torch.from_numpy(values).float() for values in true_shares(data))
         z, ones = share - hyper.center, torch.ones_like(share)
-        within = z.clamp(*hyper.span)
+        inside = z.clamp(*hyper.span)
         (a, b, s), (aa, ab, bb) = hyper.gain, hyper.gain_covariance
         values = {
             "log_gain": (a + b * z, (s**2 + aa + 2 * ab * z + bb * z**2 + b**2 * doubt).sqrt()),
-            "slope": ((hyper.slope[0] + hyper.slope[1] * within).clamp_min(SLOPES[0]), hyper.slope[2] * ones),
-            "log_theta": (hyper.log_theta[0] + hyper.log_theta[1] * within, hyper.log_theta[2] * ones),
+            "slope": within(hyper.slope[0] + hyper.slope[1] * inside, hyper.slope[2] * ones, *SLOPES[[0, -1]]),
+            "log_theta": within(hyper.log_theta[0] + hyper.log_theta[1] * inside, hyper.log_theta[2] * ones, *LOG_THETA[[0, -1]]),
         }
         for name, (loc, scale) in values.items():
             self.register_buffer(f"{name}_loc", loc)  # [G]
@@ -227,19 +231,27 @@ class CountLayer(PyroModule):
         self.sample, self.weight = torch.from_numpy(where).float(), torch.from_numpy(depth / depth.sum()).float()
         self.offset.fill_(float(np.log(np.maximum(totals, 0.5).sum() / depth.sum())))
         self.added.fill_(self.depth_prior * every.mean())
-        some = int(np.clip(OWN_ENTRIES // p, 100, len(rows)))
+        some = int(np.clip(OWN_ENTRIES // p, 100, OWN_CELLS))
         used = np.flatnonzero(totals > 0)[:some]
         rows, where, depth = rows[used], where[used], depth[used]
-        own, _ = log_shares(data.counts, data.columns)
+        own, variance = (values[data.columns] for values in log_shares(data.counts, data.columns))
+        level_sd = np.maximum(np.sqrt(variance), OWN_SD)
         for start in range(0, p, 256):
             part = slice(start, start + 256)
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
-            score = refined(score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known))))
-            weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
-            slope = (weight.sum(1) * FINE_SLOPES[:, None]).sum(0)
-            log_theta = (weight.sum(0) * FINE_THETA[:, None]).sum(0)
             index = torch.from_numpy(data.panel[part])
-            for name, values in (("slope", slope), ("log_theta", log_theta), ("log_gain", own[data.columns[part]])):
-                getattr(self, f"{name}_loc")[index] = torch.from_numpy(values).float()
-                getattr(self, f"{name}_scale")[index] = 0.02
+            score = refined(score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known))))
+            for axis, (name, grid) in enumerate((("slope", FINE_SLOPES), ("log_theta", FINE_THETA))):
+                loc, scale = (getattr(self, f"{name}_{of}")[index].double().numpy() for of in ("loc", "scale"))
+                score -= np.expand_dims(np.square((grid[:, None] - loc) / scale) / 2, 1 - axis)
+            weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
+            self._set("log_gain", index, own[part] - level_sd[part] ** 2 / 2, level_sd[part])
+            for axis, (name, grid) in enumerate((("slope", FINE_SLOPES), ("log_theta", FINE_THETA))):
+                of_value = weight.sum(1 - axis)  # [grid, g]
+                mean = grid @ of_value
+                self._set(name, index, mean, np.sqrt(np.maximum(grid**2 @ of_value - mean**2, OWN_SD**2)))
+
+    def _set(self, name: str, index: Tensor, loc: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
+        getattr(self, f"{name}_loc")[index] = torch.from_numpy(loc).float()
+        getattr(self, f"{name}_scale")[index] = torch.from_numpy(scale).float()

@@ -49,6 +49,7 @@ DEPTH_PRIORS = (0.0, 0.25, 0.5, 1.0, 2.0)  # a that are tried, in this order, un
 BENDS = (0.0, 0.15, 0.3, 0.6)  # k, the same
 SLOPE_LOC = (0.3, 4.5)  # within the grid; the belief, a slope near 1, is `parameter_prior`'s and yields to evidence
 SLOPE_SCALE = 0.8
+WIDE_SLOPE = (1.7, 0.0, 0.8)  # where there is nothing to learn from: what was learned on real data is mostly between 1 and 2.7
 AGREEMENT_SD = 0.5  # of b around 1
 FOLDS = 4
 MIN_PANEL = 12  # shared genes below which nothing is held out to learn from
@@ -93,7 +94,7 @@ def default_hyper(data: Problem, config: Settings) -> Hyper:
     level, noise = (values[data.columns] for values in log_shares(data.counts, data.columns))
     center = float(z.mean())
     levels = _levels(level, noise, z - center, doubt, living(data), config)
-    return Hyper(smoothing, share, 1.0, depth_prior, 0.0, *levels, (1.0, 0.0, 0.4), (0.5, 0.0, 1.0), center, [])
+    return Hyper(smoothing, share, 1.0, depth_prior, 0.0, *levels, WIDE_SLOPE, (0.5, 0.0, 1.0), center, [])
 
 
 def learn_hyper(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ppl_st.count_likelihoods import ZeroInflatedNegativeBinomial
 from ppl_st.inference.adversary import Kind, generator_loss, logits
+from ppl_st.inference.hyperpriors import within
 from ppl_st.inference.svi import Pair
 from ppl_st.likelihoods import NegativeBinomial
 from ppl_st.models.common.counts import bend
@@ -107,11 +108,10 @@ class Model(PyroModule):
             (a, b, s), (aa, ab, bb) = hyper.gain, hyper.gain_covariance
             found["log_gain"] = (a + b * z, (s**2 + aa + 2 * ab * z + bb * z**2 + (1 + b) ** 2 * self.level_variance).sqrt())
             if self.closed:
-                a, b, s = hyper.slope
-                found["slope"] = ((a + b * z).clamp_min(LEAST_SLOPE), torch.full_like(z, s))
-        for name in self.likelihood.priors:
-            a, b, c, s = hyper.parameters[name]
-            found[name] = (a + b * z + c * (self.zeros - hyper.zeros_mean), torch.full_like(z, s))
+                found["slope"] = ((hyper.slope[0] + hyper.slope[1] * z).clamp_min(LEAST_SLOPE), torch.full_like(z, hyper.slope[2]))
+        for name, (a, b, c, s) in ((one, hyper.parameters[one]) for one in self.likelihood.priors):
+            loc, grid = a + b * z + c * (self.zeros - hyper.zeros_mean), self.likelihood.grid(name)
+            found[name] = within(loc, torch.full_like(z, s), float(grid[0]), float(grid[-1]))
         return found
 
     def globals(self) -> dict[str, Tensor]:
