@@ -157,6 +157,29 @@ def test_every_head_has_a_finite_loss_and_agreeing_sites(data, head):
     assert all(torch.isfinite(p.grad).all() for module in pair for p in module.parameters() if p.grad is not None)
 
 
+def test_settings_that_networks_cannot_heed_are_refused():
+    assert spaim.PRESETS["paper"].smoothing == 0.0
+    for setting in ("smoothing", "process"):
+        with pytest.raises(ValueError, match=f"{setting}=0.5 would do nothing"):
+            replace(spaim.PRESETS["network"], **{setting: 0.5})
+
+
+def test_one_in_k_and_one_of_the_profiles_that_networks_see_is_whole(data, monkeypatch):
+    """Every one had lost entries, though predictions are from whole ones."""
+    config = replace(spaim.PRESETS["network"], hidden=(16, 8), clusters=8, augment=1, augment_zero=0.9)
+    pair = build_network(config, spaim.learn_hyper(without(data, np.arange(30)), config, 0, lambda line: None, None), data, 0)
+    seen = []
+    content = pair.model.net.content
+    monkeypatch.setattr(pair.model.net, "content", lambda s: seen.append((s == 0).float().mean(1)) or content(s))
+    torch.manual_seed(0)
+    batch = spaim.batches(data, config, 0).at(1)
+    own = (batch.profiles == 0).float().mean(1)
+    for _ in range(20):
+        poutine.trace(poutine.replay(pair.model, poutine.trace(pair.guide).get_trace(batch))).get_trace(batch)
+    whole = (torch.stack(seen) == own).float().mean()
+    assert 0.4 < whole < 0.6
+
+
 def test_point_codes_refuse_a_density(data):
     with pytest.raises(UserError, match="head='nb' needs codes='normal'"):
         build_network(paper(head="nb"), None, data, 0)

@@ -44,6 +44,8 @@ def test_clusters_by_label_by_number_and_by_resolution(world):
     assert labelled.profiles.shape[1] == world.reference.obs["type"].nunique() and "spaim_cluster" not in reference.obs
     with pytest.raises(UserError, match="no obs column 'kind'"):
         pose(world, replace(SMALL, cluster_key="kind"))
+    with pytest.raises(UserError, match=r"one cluster and at least two are needed; set resolution 0\.001, which has to be larger"):
+        pose(world, replace(SMALL, resolution=0.001))  # it was fitted, and could not be loaded
 
 
 # ---- its regression ----

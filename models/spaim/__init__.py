@@ -16,12 +16,12 @@ GENERATIVE STORY (preset "default": the closed-form Bayesian last layer)
     x_ig    ~ NB(depth_i exp(log_gain_g + slope_g f_ig - ...), theta_g)      depth, level, slope, dispersion: `ppl_st.models.common.counts`
 
 GUIDE
-    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k, s_k, c and the
-    lengthscale of k maximise the marginal likelihood (grid; d_k and s_k then by SVI: with the exact posterior as guide the ELBO *is* the log
-    marginal likelihood, for every draw). An unmeasured gene has more sources of doubt, all drawn: what the training genes leave of its
-    features, and s_k, both scaled so that they are as far as inner held-out genes were from their maps (e of `inner.py`; they do not shrink with
-    s); beta given the reference's cells; and the hyper-priors of level (with the sampling error of the reference's), slope and theta, learned on
-    inner genes. The counts do not feed back into w (a cut).
+    w | t is exact and elementwise in the eigenbasis of the features: one solve shared by all cells, whatever their number. d_k and s_k maximise the
+    marginal likelihood (grid, then SVI: with the exact posterior as guide the ELBO *is* the log marginal likelihood, for every draw), c and the
+    lengthscale of k a pseudo-likelihood (grid; m_k is of the other genes' loadings). An unmeasured gene has more sources of doubt, all drawn: what
+    the training genes leave of its features, and s_k, both scaled so that they are as far as inner held-out genes were from their maps (e of
+    `inner.py`; they do not shrink with s); beta given the reference's cells; and the hyper-priors of level (with the sampling error of the
+    reference's), slope and theta, learned on inner genes. The counts do not feed back into w (a cut).
 
 SYMBOLS  n cells, A genes of the target, P of them shared with the reference, G genes and K clusters of the reference, q directions, F features;
     u [n, q], t [q, P], phi_g [G, F], w [q, F]; of the process phi_i [n, L], beta [L, G].
@@ -38,7 +38,8 @@ DIFFERENCES from paper and released code
       a gene's share in the reference reaches the level of either;
     * the released style loss is inert (`ppl_st.factors.style_loss`); its prediction faults (only the last batch, genes in the order of a set) cannot
       occur: genes are asked for by name and decoded one by one;
-    * ``preset="paper"`` has the objective term by term (`network.py`) and the released settings.
+    * ``preset="paper"`` has the objective term by term (`network.py`) and the released settings, but 600 steps whatever the number of genes
+      (released: 300 passes).
 """
 
 from collections.abc import Callable
@@ -161,7 +162,7 @@ class Predictor(MapPredictor):
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``obsm`` latent: places of the cells on the target's first 50 directions [n, q]."""
+    """``obsm`` latent: places of the cells on the target's first 50 directions [n, q]; of the networks, 50 of the output weights of each cell."""
     chain = chains_of(pair)[0]
     n, size = data.counts.shape[0], min(LATENT, len(guide_of(chain).known))  # what follows are features of the process
     rows = (np.arange(first, min(first + 4096, n)) for first in range(0, n, 4096))

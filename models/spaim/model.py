@@ -37,9 +37,9 @@ class Config:
     features: Literal["kernel", "network"] = "kernel"  # closed-form Bayesian layer, or the style-transfer networks
     directions: int = field(default=200, metadata={"ge": 1})  # of the cells, at most; without weight of the regression 50
     landmarks: int = field(default=512, metadata={"ge": 2})  # genes that carry the features; no approximation below this panel size
-    # of the radial kernels, in units of 1 - correlation; auto: marginal likelihood
+    # of the radial kernels, in units of 1 - correlation; auto: pseudo-likelihood
     lengthscale: float | Literal["auto"] = field(default="auto", metadata={"gt": 0})
-    # weight of the regression inside the reference, 0 to 1; auto: marginal likelihood
+    # weight of the regression inside the reference, 0 to 1; auto: pseudo-likelihood
     regression: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     # share of the process over the reference's cells in an unmeasured gene's map; auto: chosen on inner held-out genes
     process: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
@@ -56,7 +56,8 @@ class Config:
     clusters: int = field(default=40, metadata={"ge": 2})  # number that Leiden's resolution is searched for
     resolution: float | None = field(default=None, metadata={"gt": 0})  # of Leiden, instead of a number of clusters
     profile: Literal["mean", "median"] = "mean"  # of a cluster
-    normalise: bool = True  # divide by the total over the shared genes before log1p (published: no)
+    # divide by the total over the shared genes before log1p (published: no); features="kernel": of the reference, the target always is
+    normalise: bool = True
     layer: str | None = None
     gene_key: str | None = None
     # ---- features="network" only
@@ -67,11 +68,17 @@ class Config:
     content_weight: float = field(default=1.0, metadata={"ge": 0})  # of the published losses, codes="point"
     style_weight: float = field(default=1.0, metadata={"ge": 0})
     gram: Literal["released", "features"] = "released"  # Gram matrices of the style loss; the released ones are inert
-    augment: int = field(default=0, metadata={"ge": 0})  # copies of a minibatch whose profiles lose entries at random
+    # copies of a minibatch whose profiles lose entries at random; codes="normal": one copy, whole with probability 1 / (1 + augment)
+    augment: int = field(default=0, metadata={"ge": 0})
     augment_zero: float = field(default=0.5, metadata={"ge": 0})
     batch_genes: int = field(default=0, metadata={"ge": 0})  # genes per minibatch; 0 = all
     inner_steps: int = field(default=150, metadata={"ge": 1})  # training steps of the fit to inner genes that calibrates counts
     fit: FitConfig = FitConfig(steps=20, lr=0.02, clip_norm=1e3, window=10, checkpoint_every=0)
+
+    def __post_init__(self) -> None:
+        asked = [f"{name}={value}" for name in ("smoothing", "process") if (value := getattr(self, name)) not in ("auto", 0.0)]
+        if self.features == "network" and asked:
+            raise ValueError(f"features='network' has no places of cells to mix: {' and '.join(asked)} would do nothing")
 
 
 _network_fit = FitConfig(steps=600, lr=1e-3, clip_norm=float("inf"), checkpoint_every=0)
@@ -174,7 +181,11 @@ def comparable(directions: Directions, data: Data) -> NDArray[np.float64]:
 
 
 def choose(data: Data, config: Config, seed: int) -> tuple[float, float]:
-    """The most probable lengthscale and weight of the regression given all loadings of the training genes (of some, where they are many)."""
+    """The most probable lengthscale and weight of the regression given all loadings of the training genes (of some, where they are many).
+
+    The regression of a gene is on the loadings of the others, so this is a pseudo-likelihood: log |det(I - weight R)|, which would make it the
+    density of all loadings together, is left out.
+    """
     directions = find_directions(data.counts, config.directions, all_counts(data.counts))
     genes = landmarks(data.panel, config.landmarks, seed)
     at = positions(data.panel, genes)

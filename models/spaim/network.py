@@ -106,7 +106,8 @@ class NetworkModel(PyroModule):
         shared, scale = self.styles(), self.log_scale.exp()
         s = batch.profiles
         if self.config.augment and self.training:
-            s = s * (torch.rand(s.shape) >= self.config.augment_zero)
+            whole = torch.rand(len(s), 1) * (1 + self.config.augment) < 1  # prediction is from whole profiles
+            s = s * (whole | (torch.rand(s.shape) >= self.config.augment_zero))
         with pyro.plate("genes", batch.n_genes, subsample=batch.genes):
             content2 = pyro.sample("content2", dist.Normal(self.net.content(s)[1], scale[1]).to_event(1))  # [B, H2]
             content1 = pyro.sample("content1", dist.Normal(self.content_means(s, content2), scale[0]).to_event(1))  # [B, H1]

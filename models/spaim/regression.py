@@ -12,7 +12,7 @@ directions look like noise without any structure, and all that they know is lost
 REGRESSION. In the reference, gene g on the panel genes (correlations c, penalty p by generalised cross-validation) has coefficients
 b_g = (c_PP + p I)^-1 c_Pg; applied to the loadings of the target they predict m_kg = sum_h b_gh t_kh, and for a panel gene, from the others only,
 m_kg = t_kg - [(c_PP + p I)^-1 t_k]_g / [(c_PP + p I)^-1]_gg. Where target and reference are alike m is all there is to know; where platforms differ
-it is wrong. Its weight, one number, is chosen by marginal likelihood (`ppl_st.models.spaim.model.choose`).
+it is wrong. Its weight, one number, is chosen by a pseudo-likelihood (`ppl_st.models.spaim.model.choose`).
 """
 
 import numpy as np

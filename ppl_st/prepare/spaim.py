@@ -78,7 +78,7 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
 def cluster_profiles(
     logs: sp.csr_matrix, codes: NDArray[np.int64], kind: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean (or median) of every gene in every cluster [G, K], and its standard error; a cluster of one cell gets the gene's overall sd."""
+    """Mean (or median) of every gene in every cluster [G, K], and its standard error; small clusters borrow the sd within all of them."""
     n, genes = logs.shape
     k = int(codes.max()) + 1
     member = sp.csr_matrix((np.ones(n, np.float32), (codes, np.arange(n))), shape=(k, n))
@@ -111,6 +111,9 @@ def _clusters(reference: Counts, config: Config, say: Callable[[str], None]) -> 
             say(f"reference clusters: {len(names)} labels of {key!r}")
         return codes.astype(np.int64), reference
     codes = leiden(reference.matrix, config.clusters, config.resolution, config.fit.seed)
+    if codes.max() == 0:
+        how = "clusters" if config.resolution is None else f"resolution {config.resolution:g}, which has to be larger, or clusters"
+        raise UserError(f"reference ({reference.source}): Leiden finds one cluster and at least two are needed; set {how}, or cluster_key to labels")
     say(f"reference clusters: {codes.max() + 1} by Leiden, {np.bincount(codes).min()} to {np.bincount(codes).max()} cells")
     return codes, replace(reference, obs=reference.obs.assign(**{CLUSTER: codes}))
 
