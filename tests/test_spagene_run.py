@@ -59,7 +59,7 @@ def test_the_other_direction_gives_reference_cells_on_the_targets_platform(run, 
     reference = np.log(np.asarray(world.reference.X.mean(0)).ravel()[:24])
     assert np.corrcoef(level, target)[0, 1] > 0.95
     assert np.std(level - target) < np.std(level - reference) / 2
-    assert (result.layers["count_sd"] > result.layers["rate_sd"]).all()
+    assert (result.layers["rate_sd"] > 0.2 * result.X).mean() > 0.9  # what nobody counted is in doubt, 5% while the reference's own maps were taken
     # A gene varies over translated cells as it does over the cells themselves.
     own = world.reference[:, :24].X.toarray()
     total = own.sum(1, keepdims=True)
@@ -67,6 +67,8 @@ def test_the_other_direction_gives_reference_cells_on_the_targets_platform(run, 
     assert np.mean(r) > 0.3
     with pytest.raises(UserError, match="leave out --target"):
         other.predict(target=world.target)
+    with pytest.raises(UserError, match="predicts counts that nobody observed"):
+        other.arviz_groups()
     with pytest.raises(UserError, match="translates in one direction only"):
         ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=4"]).turned()
 

@@ -27,6 +27,10 @@ GUIDE
     over W and its own deviation (every gene differs between platforms by more than a gain), both scaled so that they are as far as inner held-out
     genes were from their maps (e of `inner.py`), beta, the code's doubt, and level, slope, theta from hyper-priors learned on inner genes. ``z`` and
     ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
+    Measured genes keep their own loadings, slope and theta. Their codes have read their counts: theta is of the rest around maps that partly are
+    these counts (all of them where there are no more genes than directions), so residuals, predictive checks and log-likelihoods of measured genes flatter.
+    Backward, counts of the target's platform in reference cells: every gene is translated and in doubt as above; slope and theta by the forward
+    hyper-priors, level the tissue's (`direction.on_target`).
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
     Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has the doubt of a cell's code and the translator's noise,
     carried through translator and decoder by draws in cells of the fit (their mean covariance, the same for all cells whatever their depth), and that
@@ -63,7 +67,7 @@ from ppl_st.inference.objective import Drawn, drawn_by
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair, fit_part
 from ppl_st.models.common.cells import all_counts, median_depth, without
-from ppl_st.models.common.counts import Codes, CountLayer, Hyper
+from ppl_st.models.common.counts import Codes, Hyper
 from ppl_st.models.common.inner import MIN_PANEL, SHARES, default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spagene.alignment import alignment_of
@@ -93,7 +97,6 @@ __all__ = [
 SPREAD_CELLS = 4096  # cells on which the spread of the places is taken
 INNER_SHARE = 4  # one of so many shared genes is held out to choose the number of steps
 WATCHED_CELLS = 300  # of either side, for the alignment while training
-LEVEL_SD = 0.05  # of a gene's log level on the platform that measured it
 
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
@@ -251,15 +254,16 @@ def game(models: dict[str, Model], config: Config) -> Adversary | None:
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
-    """All chains are kept; here they learn the spread of their maps, and what measured genes and the target's platform show themselves."""
+    """All chains are kept; here they learn the spread of their maps, what measured genes show themselves, and over which cells levels are means."""
     problems = (data, data.turned())
     for chain in chains_of(pair):
         for k in range(2):
-            direction, share = direction_of(chain, k), smoothing_of(chain, k)
-            if not direction.linear:
-                _learn_spread(direction, problems[k], 0.0, seed)  # as the inner fits, whose slopes it gets
-            direction.counts.learn_own(problems[k], partial(smoothed_place, direction, problems[k], share), direction.known_codes)
-        _learn_platform(chain, data)
+            if not direction_of(chain, k).linear:
+                _learn_spread(direction_of(chain, k), problems[k], 0.0, seed)  # as the inner fits, whose slopes it gets
+        forward, backward = direction_of(chain, 0), direction_of(chain, 1)
+        forward.counts.learn_own(data, partial(smoothed_place, forward, data, smoothing_of(chain, 0)), forward.known_codes)
+        rows = np.random.default_rng(0).permutation(data.reference.shape[0])[: len(backward.counts.sample)]
+        backward.counts.sample.copy_(torch.from_numpy(backward.place(problems[1], rows)))
     return pair
 
 
@@ -275,33 +279,6 @@ def _learn_spread(direction: Direction, data: Data, share: float, seed: int) -> 
         direction.learn_blur(data, some)
 
 
-def _learn_platform(chain: Pair, data: Data) -> None:
-    """Level and dispersion of the target's genes on the target's own platform, for cells translated backward.
-
-    Level: share of the counts of all of its genes, at which maps of mean 1 are held. Dispersion: of its cells around their autoencoder's own maps.
-    """
-    own, genes = model_of(chain).side(0), np.arange(data.counts.shape[1])
-    everything = data._replace(columns=genes, panel=genes)
-    hyper = default_hyper(data.turned(), model_of(chain).config)
-    layer = CountLayer(data.turned(), hyper, own.loadings.shape[1])
-
-    def place(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        with torch.no_grad():
-            code = own.features(own.encode(own.read(data, rows))[0])
-            return (code - code.mean(0)).numpy()
-
-    def codes(some: NDArray[np.int64]) -> NDArray[np.float32]:
-        return own.loadings.detach()[torch.from_numpy(some)].T.contiguous().numpy()
-
-    layer.learn_own(everything, place, codes)
-    counts = direction_of(chain, 1).counts
-    total = np.asarray(data.counts.sum(0), dtype=np.float64).ravel()
-    counts.log_gain_loc.copy_(torch.from_numpy(np.log((total + 0.5) / (total.sum() + 1))))
-    counts.log_gain_scale.fill_(LEVEL_SD)
-    counts.log_theta_loc.copy_(layer.log_theta_loc)
-    counts.log_theta_scale.fill_(LEVEL_SD)
-
-
 class Predictor(MapPredictor):
     """Posterior predictive of the reference's genes in spatial cells."""
 
@@ -313,6 +290,8 @@ class Predictor(MapPredictor):
 
 class TurnedPredictor(MapPredictor):
     """Posterior predictive of the target's genes in reference cells, as the target's platform would count them in a cell of median depth."""
+
+    restrict = None  # type: ignore[assignment]  # nobody has these counts: there is nothing to export beside them
 
     def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
         chains = chains_of(pair)

@@ -16,7 +16,7 @@ from ppl_st.models.common.counts import Hyper
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape
 from ppl_st.models.spagene.closed import features
 from ppl_st.models.spagene.data import Batch, Data
-from ppl_st.models.spagene.direction import Direction
+from ppl_st.models.spagene.direction import Direction, on_target
 from ppl_st.networks import MLP
 
 UNITS_CELLS = 4096  # over which the units of a decoder are taken
@@ -147,6 +147,7 @@ class Model(PyroModule):
             Direction(
                 name, problems[k], sides[k], sides[1 - k], features(sides[1 - k], problems[k].panel) if linear else None, spec.hypers[k],
                 spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, config.fit.seed, spec.shares[k], config.noisy,
+                on_target(spec.hypers[0], data) if k else None,
             )
             for k, name in enumerate(NAMES)
         )  # fmt: skip
