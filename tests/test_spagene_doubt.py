@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from pyro import poutine
 
@@ -103,3 +104,16 @@ def test_counts_of_the_targets_platform_in_reference_cells_are_covered():
     predictor = spagene.TurnedPredictor(pair, data.turned(), config, None)
     summary, _ = posterior_predictive(predictor, predictor.chains, np.arange(40), draws=4, seed=0, memory_gb=1.0)
     assert correlation(summary.rate_mean) < -0.1
+
+
+def test_a_measured_gene_without_counts_has_slope_and_theta_of_the_hyper_priors():
+    """Before, those that fit the grid's middle, and sure of them."""
+    data, _ = two_platforms()
+    counts = data.counts.toarray()
+    counts[:, 0] = 0
+    data = spagene.make(sp.csr_matrix(counts), data.columns, data.panel, data.reference, None, data.relative)
+    config = settings("default", "latent=[10, 10]")
+    pair = untrained(config, data, slope=(1.2, 0.0, 0.2), log_theta=(-0.5, 0.0, 0.4))
+    spagene.select(ensemble([pair]), data, config, 0)
+    layer = direction_of(pair, 0).counts
+    np.testing.assert_allclose([layer.slope_loc[0], layer.log_theta_loc[0]], [1.2, -0.5], atol=0.05)

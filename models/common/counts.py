@@ -28,7 +28,8 @@ A log-normalised count is log1p(x_ig D / t_i), t_i the total over the shared gen
 is a good guess; if it is a noisy count beside depth_i, as where few genes are shared and many measured, P(x > 0) log1p(D / t_i E[x | x > 0]) is
 better, and is taken where inner genes say so beyond their standard error (`own_depth`).
 
-What is said to be chosen or learned on inner genes, and e: `ppl_st.models.common.inner`. Measured genes keep their own level, slope and theta.
+What is said to be chosen or learned on inner genes, and e: `ppl_st.models.common.inner`. Measured genes have a level, slope and theta of
+their own, the latter two by their counts and the hyper-priors.
 """
 
 from collections.abc import Callable
@@ -200,6 +201,7 @@ class CountLayer(PyroModule):
         for name, (loc, scale) in values.items():
             self.register_buffer(f"{name}_loc", loc)  # [G]
             self.register_buffer(f"{name}_scale", scale)  # [G]
+        self.prior = {name: tuple(part.double().numpy() for part in values[name]) for name in ("slope", "log_theta")}  # of measured genes, too
         cells = min(data.counts.shape[0], LEVEL_CELLS)
         self.register_buffer("sample", torch.zeros(cells, width))
         self.register_buffer("weight", torch.full((cells,), 1 / cells))
@@ -219,7 +221,8 @@ class CountLayer(PyroModule):
         return np.asarray(float(self.offset) + np.log(np.maximum(totals, 0.5) + float(self.added) * relative), dtype=np.float32)
 
     def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
-        """Level, slope and theta of the measured genes from their own counts; ``codes(genes)`` gives known loadings [q, g]."""
+        """Level, slope and theta of the measured genes from their own counts, slope and theta also from the hyper-priors: a gene without counts has
+        theirs. ``codes(genes)`` gives known loadings [q, g]."""
         n, p = data.counts.shape[0], len(data.panel)
         rows = np.random.default_rng(0).permutation(n)[:LEVEL_CELLS]
         where, totals, every = place(rows), data.totals[rows], all_counts(data.counts[rows])
@@ -236,6 +239,9 @@ class CountLayer(PyroModule):
             counts = data.counts[rows][:, data.columns[part]].toarray().astype(np.float64)
             known = codes(data.panel[part])
             score = refined(score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known))))
+            for grid, name in ((FINE_SLOPES[:, None, None], "slope"), (FINE_THETA[:, None], "log_theta")):
+                loc, scale = (part[data.panel[start : start + 256]] for part in self.prior[name])
+                score = score - 0.5 * ((grid - loc) / scale) ** 2
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
             slope = (weight.sum(1) * FINE_SLOPES[:, None]).sum(0)
             log_theta = (weight.sum(0) * FINE_THETA[:, None]).sum(0)
