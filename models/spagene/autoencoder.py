@@ -145,7 +145,9 @@ class Autoencoder(nn.Module):
         size = max(1, BLOCK_ENTRIES // genes)
         with torch.no_grad():
             parts = [self.encode(self.read(data, np.arange(i, min(i + size, n)))) for i in range(0, n, size)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1].contiguous() for p in parts])
+        constant = self.shape.kind == "linear" or self.shape.codes == "point"  # a view, not n copies of it
+        scale = self.scale.expand(n, self.latent) if constant else torch.cat([p[1] for p in parts])
+        return torch.cat([p[0] for p in parts]), scale
 
 
 def clip_limits(counts: sp.csr_matrix) -> NDArray[np.float64]:
