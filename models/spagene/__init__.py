@@ -23,12 +23,12 @@ GENERATIVE STORY
         x_ig ~ NB(depth_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
 
 GUIDE
-    default: W | t is Gaussian and exact at the start, for either direction; SVI then lets the factors move its mean. An unmeasured gene integrates
+    default: W | t is Gaussian and exact at the start, for either direction; factors, if any, then move its mean by SVI. An unmeasured gene integrates
     over W and its own deviation (every gene differs between platforms by more than a gain), both scaled so that they are as far as inner held-out
     genes were from their maps (e of `inner.py`), beta, the code's doubt, and level, slope, theta from hyper-priors learned on inner genes. ``z`` and
     ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
     Measured genes keep their own loadings, slope and theta. Their codes have read their counts: theta is of the rest around maps that partly are
-    these counts (all of them where there are no more genes than directions), so residuals, predictive checks and log-likelihoods of measured genes flatter.
+    these counts (all of them where there are no more genes than directions), so residuals, predictive checks and log-likelihoods of these flatter.
     Backward, counts of the target's platform in reference cells: every gene is translated and in doubt as above; slope and theta by the forward
     hyper-priors, level the tissue's (`direction.on_target`).
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
@@ -106,7 +106,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     sides = [train(problems[k], config.shape(k), config.stage1, config.batch_cells, seed, f"side {k}") for k in range(2)]
     both = (sides[0], sides[1])
     say(f"stage 1: codes of {sides[0].latent} and {sides[1].latent} dimensions")
-    hypers, candidates, steps = [], [], config.fit.steps
+    hypers, candidates, steps = [], [], config.fit.steps if config.noisy or not make_linear else 0  # 0: the start is exact
     ratios, deviations = [1.0, 1.0], [[], []]  # type: tuple[list[float], list[list[float]]]
     regressions: list[Regression | None] = [None, None]
     shares = [0.0, 0.0]
@@ -172,7 +172,7 @@ def _inner_pair(config: Config, reference: Autoencoder, data: Data, seed: int) -
 
 def _inner_network(config: Config, reference: Autoencoder, steps: int, seed: int, data: Data, genes: NDArray[np.int64]) -> _Inner:
     pair = _inner_pair(config, reference, data, seed)
-    _train(pair, data, config, seed, replace(config.fit, steps=steps))
+    _train(pair, data, config, seed, config.fit, until=steps)
     direction = direction_of(pair, 0)
     _learn_spread(direction, data, 0.0, seed)
     return _Inner(direction, genes)
@@ -194,7 +194,7 @@ def choose_steps(data: Data, config: Config, reference: Autoencoder, seed: int, 
     inner = np.sort(order[: len(order) // INNER_SHARE])
     split = without(data, inner)
     rows = np.sort(np.random.default_rng([seed, 7]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
-    truth = linear(data, config.shape(0)._replace(kind="linear")).read(data, rows)[:, data.columns[inner]].numpy()
+    truth = linear(data, config.shape(0)._replace(kind="linear", preprocess="lognorm")).read(data, rows)[:, data.columns[inner]].numpy()
     pair, state, tried = _inner_pair(config, reference, split, seed), None, []
     for until in sorted({-(-whole * (i + 1) // config.checkpoints) for i in range(config.checkpoints)}):
         state = _train(pair, split, config, seed, config.fit, state, until)
