@@ -44,6 +44,7 @@ DIFFERENCES from paper and released code
     * preprocessing of ``preset="paper"`` (square root, clipped at mean + 2 sd of positive counts) sees training genes only;
     * frozen means frozen: evaluation mode, codes cached. Released: dropout and batch statistics move on in stage 2, and every step re-encodes;
     * LayerNorm and ReLU, no activation on codes. Released: BatchNorm and LeakyReLU, on codes too;
+    * translators of the published presets are points, as published; "network" has the noise above, and learns it;
     * hinge with the right sign in "paper"; ``preset="released"`` has the fault (both terms push up) and the dominating gradient penalty;
     * MMD: multi-scale and unbiased; "released" kernel (fixed 0.3) in the published presets, where it is the constant 1/n + 1/m;
     * published epochs are steps here (2000); the learning rate of stage 2, halved every tenth of 50 epochs, falls along a cosine to a twentieth; and
@@ -242,15 +243,15 @@ def game(models: dict[str, Model], config: Config) -> Adversary | None:
         def codes(drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
             way, name = model.way(k), f"{prefix}{NAMES[k]}"
             with torch.no_grad():
-                translated = way.translate(drawn[f"{name}_z"]) + way.noise() * drawn[f"{name}_noise"]
+                translated = way.translate(drawn[f"{name}_z"], drawn.get(f"{name}_translator")) + way.noise() * drawn[f"{name}_noise"]
             return drawn[f"{prefix}{NAMES[1 - k]}_z"], translated
 
         return Player(model.opponents[k], codes)
 
     players = [player(prefix, model, k) for prefix, model in models.items() for k in range(2)]
     decay = 1e-3 if config.identity == "pearson" else 1e-6
-    penalty = {"penalty": config.gradient_penalty, "center": config.gradient_center}
-    return Adversary(players, config.adversary, lr=config.critic_lr, weight_decay=decay, **penalty)
+    options = {"eps": config.critic_eps, "penalty": config.gradient_penalty, "center": config.gradient_center}
+    return Adversary(players, config.adversary, lr=config.critic_lr, weight_decay=decay, **options)
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:

@@ -140,8 +140,8 @@ class Direction(PyroModule):
         return result
 
     def noise(self) -> Tensor:
-        """Standard deviation of a translated code [L]."""
-        return self.log_scale.clamp(*LOG_NOISE).exp()
+        """Standard deviation of a translated code [L]; 0 where no term of the objective learns it."""
+        return self.log_scale.clamp(*LOG_NOISE).exp() if self.noisy else torch.zeros_like(self.log_scale)
 
     def unmeasured(self, weights: Tensor, genes: Tensor) -> Tensor:
         """Loadings [q, g] of genes given a translator, without their own deviations."""
@@ -224,7 +224,7 @@ class Direction(PyroModule):
             for part in blocks(len(rows), data.counts.shape[1]):
                 loc, scale = self.own.encode(self.own.read(data, rows[part]))
                 codes = [self.translate(loc + scale * torch.randn_like(loc)) for _ in range(2)]
-                one, two = (self.other.features(code + self.noisy * self.noise() * torch.randn_like(code)).double() for code in codes)
+                one, two = (self.other.features(code + self.noise() * torch.randn_like(code)).double() for code in codes)
                 total += (one - two).T @ (one - two) / (2 * len(rows))
         values, vectors = torch.linalg.eigh(total)
         self.blur.copy_((values.clamp_min(0).sqrt() * vectors).T.flip(0)[: len(self.blur)])
