@@ -86,6 +86,20 @@ def test_critics_of_a_linear_translator_see_the_codes_that_its_draw_makes(some):
         torch.testing.assert_close(player.codes(drawn)[1], fake.detach())
 
 
+def test_critics_of_the_published_presets_learn_as_fast_as_adam_lets_them(some):
+    """Its floor of .01 holds a critic back whose gradients are small beside it."""
+    moved = {}
+    for preset in ("network", "paper"):
+        config = settings(preset, "adversary=hinge", "adversary_weight=0.001", "critic_lr=0.001")
+        game = spagene.game({"": model_of(untrained(config, some))}, config)
+        before = flat(game.module)
+        for parameter in game.parameters:
+            parameter.grad = torch.full_like(parameter, 1e-5)
+        game.optimizer.step()
+        moved[preset] = max(float((before[name] - value).abs().max()) for name, value in flat(game.module).items())
+    assert moved["network"] < 1e-5 and moved["paper"] > 5e-4, moved
+
+
 def test_the_game_is_watched_in_the_log_and_in_the_report_and_watching_changes_nothing(world, tmp_path, monkeypatch):
     overrides = [*SMALL, "fit.steps=20", "fit.log_every=7"]
     options = {"target": world.target, "reference": world.reference, "preset": "paper", "overrides": overrides, "seed": 1}
