@@ -80,18 +80,21 @@ class Adversary:
     kind
         The game.
     lr, weight_decay
-        Learning rate and weight decay of Adam (eps 0.01; as in gimVI by default).
+        Learning rate and weight decay of Adam; as in gimVI by default.
+    eps
+        Adam's floor of the denominator; gimVI's 0.01 slows a critic down whose gradients are small beside it.
     penalty, center
         Gradient penalty.
     """
 
     def __init__(
-        self, players: Sequence[Player], kind: Kind, *, lr: float = 1e-3, weight_decay: float = 1e-6, penalty: float = 0.0, center: float = 0.0
-    ) -> None:
+        self, players: Sequence[Player], kind: Kind, *, lr: float = 1e-3, weight_decay: float = 1e-6, eps: float = 0.01, penalty: float = 0.0,
+        center: float = 0.0,
+    ) -> None:  # fmt: skip
         self.players, self.kind, self.penalty, self.center = list(players), kind, penalty, center
         self.module = nn.ModuleList([player.critic for player in players])
         self.parameters = list(self.module.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=0.01, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
         self._learn(False)  # for the pair the critic is a constant: no gradients of it are computed in the pair's step
 
     def step(self, drawn: Drawn, seed: int, step: int) -> str:

@@ -7,8 +7,8 @@ Its module offers
 
     PRESETS                                     name -> Config; a Config has ``fit: FitConfig``, ``layer`` and ``gene_key``
     Model, Guide                                the pair; ``Model.DIMS`` names the dimensions of global sites, ``guide.globals()`` draws them
-    start(data, config, seed, say)              -> (pair, spec): settings chosen by the data, initialised ensemble; ``spec.steps``, if any, replaces
-                                                   the number of steps in the settings
+    start(data, config, seed, say)              -> (pair, spec): settings chosen by the data, initialised ensemble; training ends after ``spec.steps``
+                                                   of the steps in the settings, if there is such a number (their schedule stays)
     empty(config, spec, data, chains)           -> pair with every parameter in place, to read weights into
     spec_to(spec), spec_from(stored)            specification <-> plain JSON
     batches(data, config, seed)                 -> minibatches (`ppl_st.inference.svi.Batches`)

@@ -355,27 +355,27 @@ def train(
         state = load_state(folder / "state.pt")
         say(f"resuming at step {state.step} of {settings.fit.steps}")
     steps = getattr(spec, "steps", settings.fit.steps)  # some methods choose them on inner held-out genes
-    plan = replace(settings.fit, steps=steps)
     batches = module.batches(data, settings, seed)
     adversary = module.adversary(pair, settings) if hasattr(module, "adversary") else None
     edit = module.edit(pair, data, settings, seed) if hasattr(module, "edit") else None
     watch = module.watch(pair, settings, seed) if hasattr(module, "watch") else None
     scale = module.loss_scale(data, settings) if hasattr(module, "loss_scale") else 1.0 / (cells.matrix.shape[0] * cells.matrix.shape[1])
     options: dict[str, Any] = {"folder": folder, "scale": scale, "progress": progress, "adversary": adversary, "edit": edit, "watch": watch}
-    state, info = run_svi(pair, batches, plan, state, **options)
+    state, info = run_svi(pair, batches, settings.fit, state, until=steps, **options)
     if info.stop_reason == INTERRUPTED and state.step < steps:
         kept = "nothing is kept" if folder is None else f"continue with --resume --out {shlex.quote(str(folder))}"
         raise Interrupted(f"interrupted at step {state.step} of {steps}; {kept}")
+    reason = "steps" if info.stop_reason == INTERRUPTED else info.stop_reason  # fewer steps than the settings have are no interruption
     trained = len(chains_of(pair))
     pair = module.select(pair, data, settings, seed)
-    say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {info.stop_reason}")
+    say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {reason}")
     record = {
         "spec": record["spec"],
         "chains": len(chains_of(pair)),
         "trained": trained,
         "status": "done",
         "steps": state.step,
-        "stop_reason": info.stop_reason,
+        "stop_reason": reason,
         "start_seconds": record.get("start_seconds", 0.0),  # runs of older versions did not keep it
         "seconds": info.seconds,
         "peak_memory_bytes": info.peak_memory,

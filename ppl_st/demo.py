@@ -267,7 +267,7 @@ def _figures(
     rate = np.asarray(world.truth.layers["rate"])[:, chosen]
     mean, sd = (np.asarray(predicted.layers[name])[:, chosen] for name in ("rate_mean", "rate_sd"))
     per_gene = proper[[f"coverage_{round(100 * level)}" for level in LEVELS]].to_numpy().T
-    xy, unit = np.asarray(world.target.obsm["spatial"]), "expected counts per cell"
+    xy, unit, losses = np.asarray(world.target.obsm["spatial"]), "expected counts per cell", run.record["losses"]
     return {
         "genes": (
             "Genes that the cells never measured: true rate, posterior mean and sd of the rate",
@@ -277,7 +277,7 @@ def _figures(
             "Coverage of the intervals of held-out counts",
             calibration_plots.calibration_curve(LEVELS, per_gene.mean(1), per_gene),
         ),
-        "loss": ("Loss of the variational fit", plots.loss_curve(run.record["losses"], unit="loss per entry")),
+        **({"loss": ("Loss of the variational fit", plots.loss_curve(losses, unit="loss per entry"))} if losses else {}),
     }
 
 

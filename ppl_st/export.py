@@ -61,10 +61,10 @@ class _Plan:
     def __init__(self, run: "Run", draws: int, seed: int, max_cells: int | None, truth: Counts | None) -> None:
         self.run, self.seed, self.draws, self.truth = run, seed, draws, truth
         self.predictor = run.module.Predictor(run.pair, run.data, run.config, run.spec)
-        if not hasattr(self.predictor, "restrict"):
+        if getattr(self.predictor, "restrict", None) is None:
             raise UserError(
-                f"{run.method}: this view of a run (as_reference) predicts counts that nobody observed, and has none to set beside them; export the "
-                "run itself, and of the view use predict, write or write_samples"
+                f"{run.method}: this view of a run (as_reference, turned) predicts counts that nobody observed, and has none to set beside them; "
+                "export the run itself, and of the view use predict, write or write_samples"
             )
         chains = self.predictor.chains
         self.panel = np.flatnonzero(run.measured)

@@ -262,7 +262,8 @@ class Run:
         """The run in its other direction: its cells are those of the reference, its genes those that the target measured.
 
         `predict`, `write` and `write_samples` of it give the counts that the target's platform would show of each reference cell, at the target's
-        median depth; "measured" are the genes that the reference has, too. It is a view: nothing is fitted, and it has no folder.
+        median depth; "measured" are the genes that the reference has, too, on its own platform: all are forecast alike. Nobody observed these counts:
+        there is nothing to export beside them, and `score` wants a truth of this kind. It is a view: nothing is fitted, and it has no folder.
         """
         if not hasattr(self.module, "turned"):
             raise UserError(f"{self.method}: this run translates in one direction only; a spagene run of one seed has another (RUN/seed0, say)")

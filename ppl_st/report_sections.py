@@ -41,10 +41,10 @@ def in_short(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]
     training = ""
     if "losses" in record:
         why = "the loss no longer fell" if record["stop_reason"] == "converged" else "the steps were used up"
+        trained = f", the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}."
         training = (
-            f" The start (first values, settings chosen on the data) took {record.get('start_seconds', float('nan')):.0f} s, "
-            f"the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}. "
-            f"Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
+            f" The start (first values, settings chosen on the data) took {record.get('start_seconds', float('nan')):.0f} s"
+            f"{trained if record['steps'] else ' and is exact: there was nothing to train.'} Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
         )
     rows = {"spots": "spots", "cells": "reference cells"}.get(reference_kind(run))
     other = ""
@@ -271,13 +271,13 @@ def fit(run: Run) -> Section:
         if rows
     ]
     figures = {}
-    if record.get("losses"):
+    runs = record.get("losses", []) if "seeds" in record else [record.get("losses", [])]
+    longest = max(map(len, runs), default=0)
+    if longest:  # a closed form has none
         caption = (
             "Loss of the variational fit (nats per entry of the target), on the scale of all but its first tenth: it should have flattened; where it "
             "still falls, more steps would change the result."
         )
-        runs = record["losses"] if "seeds" in record else [record["losses"]]
-        longest = max(map(len, runs))
         losses = [[*run, *[np.nan] * (longest - len(run))] for run in runs]
         figures[caption] = plots.loss_curve(losses, unit="loss (nats per entry)", name="seed")
     if record.get("watched"):

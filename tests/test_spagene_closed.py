@@ -12,13 +12,14 @@ import ppl_st
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.metrics import pcc
 from ppl_st.models import spagene
-from ppl_st.models.spagene.autoencoder import CellBatches, autoencoder_pair, linear
-from ppl_st.models.spagene.closed import Closed, features
+from ppl_st.models.common.counts import smooth
+from ppl_st.models.spagene.autoencoder import Autoencoder, CellBatches, autoencoder_pair, linear
+from ppl_st.models.spagene.closed import Closed, choose, features, places_of
 from ppl_st.models.spagene.model import PRESETS, direction_of
 from ppl_st.models.spagene.regression import loadings_of_all, regress
 from ppl_st.simulate import spatial_field
 from ppl_st.testing import check_pair
-from spagene_problems import pose, settings, small_world, some_shared, untrained
+from spagene_problems import pose, quiet, settings, small_world, some_shared, untrained
 
 world = pytest.fixture(small_world, scope="module")
 some = pytest.fixture(some_shared, scope="module")
@@ -54,6 +55,21 @@ def test_the_linear_autoencoder_is_principal_components_and_the_elbo_knows_it(so
         model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(CellBatches(one, some, 0, 0).at(0))
         elbo = (model.log_prob_sum() - guide.log_prob_sum()).item()
         assert elbo == pytest.approx(marginal, rel=tolerance) if tolerance else elbo < marginal - 10
+
+
+def test_inner_genes_are_judged_where_only_the_cells_needed_are_encoded(data, monkeypatch):
+    shape = PRESETS["default"].shape(0)._replace(latent=5)
+    net, rows = linear(data, shape), np.array([3, 70, 200])
+    codes, scale = net.codes(data)
+    assert scale.shape == codes.shape and scale.untyped_storage().nbytes() == 4 * 5  # one row, seen n times
+    for mix, found in places_of(net, data, rows, (0.3, 0.5)).items():
+        np.testing.assert_allclose(found, smooth(codes.numpy(), data.neighbors, mix)[rows], atol=1e-5)
+    read, plain = [], Autoencoder.read
+    monkeypatch.setattr(Autoencoder, "read", lambda net, data, some, *more: read.append(len(some)) or plain(net, data, some, *more))
+    monkeypatch.setattr("ppl_st.models.spagene.closed.CELLS", 50)
+    other = linear(data.turned(), shape)
+    choose(data._replace(neighbors=None), shape, other, features(other, data.panel), "auto", 0.0, 0, quiet)
+    assert read == 8 * [50]  # their codes and the truth, in four folds
 
 
 def test_the_translator_is_the_bayesian_regression_of_the_textbook(some):

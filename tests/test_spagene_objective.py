@@ -10,7 +10,7 @@ from ppl_st.errors import UserError
 from ppl_st.models import spagene
 from ppl_st.models.common.cells import without
 from ppl_st.models.spagene.autoencoder import Autoencoder, CellBatches, autoencoder_pair, clip_limits, train
-from ppl_st.models.spagene.model import NAMES, PRESETS, model_of
+from ppl_st.models.spagene.model import NAMES, PRESETS, direction_of, model_of
 from ppl_st.prepare import hold_out_genes
 from ppl_st.prepare.spagene import problem
 from spagene_problems import quiet, settings, small_world, some_shared, untrained
@@ -79,7 +79,7 @@ def test_published_presets_equal_the_formulas_term_by_term(some, preset):
 
 @pytest.mark.parametrize("preset", ["paper", "network"])
 def test_dropout_of_the_translators_adds_nothing_to_the_objective_but_the_noise_of_its_factors(some, preset):
-    off = ["identity=off", "cycle_weight=0", "coral_weight=0", "mmd_weight=0", "adversary=off"]
+    off = ["identity=off", "cycle_weight=0", "coral_weight=0", "mmd_weight=0", "adversary=off", "adversary_weight=0"]
     config = settings(preset, "dropout=0.5", "translator_dropout=0.5", *off)
     pair = untrained(config, some)
     pair.model.train()
@@ -111,6 +111,49 @@ def test_the_gain_likelihood_compares_decoders_and_counts_in_the_same_units(some
     guide = poutine.trace(pair.guide).get_trace(whole)
     sites = poutine.trace(poutine.replay(pair.model, guide)).get_trace(whole).nodes
     assert (sites["forward_identity"]["fn"].base_dist.loc.mean(0).abs() < 3).all()
+
+
+def test_units_are_of_cells_from_all_over_a_reference_that_is_sorted(some, monkeypatch):
+    monkeypatch.setattr("ppl_st.models.spagene.model.UNITS_CELLS", 110)
+    model = model_of(untrained(settings("network"), some))
+    z = torch.linspace(-3, 3, 220)[:, None].expand(220, model.side(1).latent)
+    model.cache[1] = (z, torch.zeros_like(z))
+    decoded = model.decode(1, z)
+    every, first = decoded.mean(0), decoded[:110].mean(0)
+    assert (model.units(1)[0] - every).abs().mean() < 0.3 * (first - every).abs().mean()
+
+
+def test_an_identity_per_cell_and_gene_reads_and_decodes_the_shared_genes_alone(some, monkeypatch):
+    model = model_of(untrained(settings("network", "cycle_weight=0"), some))
+    for k, one in enumerate(model.problems):
+        model.units(k)
+        side, rows, columns = model.side(k), np.arange(9), one.columns
+        torch.testing.assert_close(side.read(one, rows, columns), side.read(one, rows)[:, columns])
+        z = torch.randn(9, side.latent)
+        torch.testing.assert_close(side.decode(z, torch.from_numpy(columns)), side.decode(z)[:, columns])
+    widths = []
+    for name in ("read", "decode"):
+        plain = getattr(Autoencoder, name)
+        monkeypatch.setattr(Autoencoder, name, lambda *given, plain=plain: widths.append((out := plain(*given)).shape[1]) or out)
+    poutine.trace(model).get_trace(spagene.Batches(some, 30, 40, 0).at(0))
+    assert widths == 4 * [len(some.panel)] and len(some.panel) < some.counts.shape[1]
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_translations_of_the_published_presets_are_points(some, preset):
+    pair = untrained(settings(preset, "dropout=0", "translator_dropout=0"), some)
+    direction = direction_of(pair, 0)
+    direction.learn_blur(some, np.arange(300))
+    assert not direction.log_scale.requires_grad and not direction.noise().any() and not direction.cell_noise(torch.arange(24, 36)).any()
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    for preset, setting in (("default", "identity_weight=2"), ("network", "identity_weight=2"), ("default", "preprocess=sqrt")):
+        with pytest.raises(UserError, match=setting.partition("=")[0]):
+            settings(preset, setting)
+    for preset, setting in (("default", "adversary=hinge"), ("default", "adversary_weight=1"), ("paper", "adversary_weight=0")):
+        with pytest.raises(UserError, match="does nothing: set both, or neither"):
+            settings(preset, setting)
 
 
 def test_every_factor_and_critic_can_be_switched(some):

@@ -204,6 +204,7 @@ class CountLayer(PyroModule):
         for name, (loc, scale) in values.items():
             self.register_buffer(f"{name}_loc", loc)  # [G]
             self.register_buffer(f"{name}_scale", scale)  # [G]
+        self.prior = {name: tuple(part.double().numpy() for part in values[name]) for name in ("slope", "log_theta")}  # of measured genes, too
         cells = min(data.counts.shape[0], LEVEL_CELLS)
         self.register_buffer("sample", torch.zeros(cells, width))
         self.register_buffer("weight", torch.full((cells,), 1 / cells))
@@ -223,7 +224,8 @@ class CountLayer(PyroModule):
         return np.asarray(float(self.offset) + np.log(np.maximum(totals, 0.5) + float(self.added) * relative), dtype=np.float32)
 
     def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
-        """Level, slope and theta of the measured genes from their own counts; ``codes(genes)`` gives known loadings [q, g]."""
+        """Level, slope and theta of the measured genes from their own counts, slope and theta also from the hyper-priors: a gene without counts has
+        theirs. ``codes(genes)`` gives known loadings [q, g]."""
         n, p = data.counts.shape[0], len(data.panel)
         rows = np.random.default_rng(0).permutation(n)[:LEVEL_CELLS]
         where, totals, every = place(rows), data.totals[rows], all_counts(data.counts[rows])
@@ -243,7 +245,7 @@ class CountLayer(PyroModule):
             index = torch.from_numpy(data.panel[part])
             score = refined(score_counts(counts, depth, self.bend, where, Codes(known, np.zeros_like(known))))
             for axis, (name, grid) in enumerate((("slope", FINE_SLOPES), ("log_theta", FINE_THETA))):
-                loc, scale = (getattr(self, f"{name}_{of}")[index].double().numpy() for of in ("loc", "scale"))
+                loc, scale = (values[data.panel[part]] for values in self.prior[name])
                 score -= np.expand_dims(np.square((grid[:, None] - loc) / scale) / 2, 1 - axis)
             weight = np.exp(score - logsumexp(score, axis=(0, 1)))  # [slopes, thetas, g]
             self._set("log_gain", index, own[part] - level_sd[part] ** 2 / 2, level_sd[part])

@@ -23,10 +23,14 @@ GENERATIVE STORY
         x_ig ~ NB(depth_i exp(log_gain_g + slope_g f_ig - ...), theta_g)
 
 GUIDE
-    default: W | t is Gaussian and exact at the start, for either direction; SVI then lets the factors move its mean. An unmeasured gene integrates
+    default: W | t is Gaussian and exact at the start, for either direction; factors, if any, then move its mean by SVI. An unmeasured gene integrates
     over W and its own deviation (every gene differs between platforms by more than a gain), both scaled so that they are as far as inner held-out
     genes were from their maps (e of `inner.py`), beta, the code's doubt, and level, slope, theta from hyper-priors learned on inner genes. ``z`` and
     ``noise`` have the same law in model and guide: what is known of them is what stage 1 and T say.
+    Measured genes keep their own loadings, slope and theta. Their codes have read their counts: theta is of the rest around maps that partly are
+    these counts (all of them where there are no more genes than directions), so residuals, predictive checks and log-likelihoods of these flatter.
+    Backward, counts of the target's platform in reference cells: every gene is translated and in doubt as above; slope and theta by the forward
+    hyper-priors, level the tissue's (`direction.on_target`).
     ``translator="network"``: networks for everything, trained; identity per cell and gene with hierarchical gain, offset and noise, or the published
     Pearson factor; the number of steps is chosen on inner held-out genes. Its predictive has the doubt of a cell's code and the translator's noise,
     carried through translator and decoder by draws in cells of the fit (their mean covariance, the same for all cells whatever their depth), and that
@@ -40,6 +44,7 @@ DIFFERENCES from paper and released code
     * preprocessing of ``preset="paper"`` (square root, clipped at mean + 2 sd of positive counts) sees training genes only;
     * frozen means frozen: evaluation mode, codes cached. Released: dropout and batch statistics move on in stage 2, and every step re-encodes;
     * LayerNorm and ReLU, no activation on codes. Released: BatchNorm and LeakyReLU, on codes too;
+    * translators of the published presets are points, as published; "network" has the noise above, and learns it;
     * hinge with the right sign in "paper"; ``preset="released"`` has the fault (both terms push up) and the dominating gradient penalty;
     * MMD: multi-scale and unbiased; "released" kernel (fixed 0.3) in the published presets, where it is the constant 1/n + 1/m;
     * published epochs are steps here (2000); the learning rate of stage 2, halved every tenth of 50 epochs, falls along a cosine to a twentieth; and
@@ -63,7 +68,7 @@ from ppl_st.inference.objective import Drawn, drawn_by
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.svi import Pair, fit_part
 from ppl_st.models.common.cells import all_counts, median_depth, without
-from ppl_st.models.common.counts import Codes, CountLayer, Hyper
+from ppl_st.models.common.counts import Codes, Hyper
 from ppl_st.models.common.inner import MIN_PANEL, SHARES, default_hyper, learn_hyper
 from ppl_st.models.common.predictor import MapPredictor, smoothed_place
 from ppl_st.models.spagene.alignment import alignment_of
@@ -93,7 +98,6 @@ __all__ = [
 SPREAD_CELLS = 4096  # cells on which the spread of the places is taken
 INNER_SHARE = 4  # one of so many shared genes is held out to choose the number of steps
 WATCHED_CELLS = 300  # of either side, for the alignment while training
-LEVEL_SD = 0.05  # of a gene's log level on the platform that measured it
 
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
@@ -103,7 +107,7 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     sides = [train(problems[k], config.shape(k), config.stage1, config.batch_cells, seed, f"side {k}") for k in range(2)]
     both = (sides[0], sides[1])
     say(f"stage 1: codes of {sides[0].latent} and {sides[1].latent} dimensions")
-    hypers, candidates, steps = [], [], config.fit.steps
+    hypers, candidates, steps = [], [], config.fit.steps if config.noisy or not make_linear else 0  # 0: the start is exact
     ratios, deviations = [1.0, 1.0], [[], []]  # type: tuple[list[float], list[list[float]]]
     regressions: list[Regression | None] = [None, None]
     shares = [0.0, 0.0]
@@ -169,7 +173,7 @@ def _inner_pair(config: Config, reference: Autoencoder, data: Data, seed: int) -
 
 def _inner_network(config: Config, reference: Autoencoder, steps: int, seed: int, data: Data, genes: NDArray[np.int64]) -> _Inner:
     pair = _inner_pair(config, reference, data, seed)
-    _train(pair, data, config, seed, replace(config.fit, steps=steps))
+    _train(pair, data, config, seed, config.fit, until=steps)
     direction = direction_of(pair, 0)
     _learn_spread(direction, data, 0.0, seed)
     return _Inner(direction, genes)
@@ -191,7 +195,7 @@ def choose_steps(data: Data, config: Config, reference: Autoencoder, seed: int, 
     inner = np.sort(order[: len(order) // INNER_SHARE])
     split = without(data, inner)
     rows = np.sort(np.random.default_rng([seed, 7]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
-    truth = linear(data, config.shape(0)._replace(kind="linear")).read(data, rows)[:, data.columns[inner]].numpy()
+    truth = linear(data, config.shape(0)._replace(kind="linear", preprocess="lognorm")).read(data, rows)[:, data.columns[inner]].numpy()
     pair, state, tried = _inner_pair(config, reference, split, seed), None, []
     for until in sorted({-(-whole * (i + 1) // config.checkpoints) for i in range(config.checkpoints)}):
         state = _train(pair, split, config, seed, config.fit, state, until)
@@ -239,27 +243,28 @@ def game(models: dict[str, Model], config: Config) -> Adversary | None:
         def codes(drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
             way, name = model.way(k), f"{prefix}{NAMES[k]}"
             with torch.no_grad():
-                translated = way.translate(drawn[f"{name}_z"]) + way.noise() * drawn[f"{name}_noise"]
+                translated = way.translate(drawn[f"{name}_z"], drawn.get(f"{name}_translator")) + way.noise() * drawn[f"{name}_noise"]
             return drawn[f"{prefix}{NAMES[1 - k]}_z"], translated
 
         return Player(model.opponents[k], codes)
 
     players = [player(prefix, model, k) for prefix, model in models.items() for k in range(2)]
     decay = 1e-3 if config.identity == "pearson" else 1e-6
-    penalty = {"penalty": config.gradient_penalty, "center": config.gradient_center}
-    return Adversary(players, config.adversary, lr=config.critic_lr, weight_decay=decay, **penalty)
+    options = {"eps": config.critic_eps, "penalty": config.gradient_penalty, "center": config.gradient_center}
+    return Adversary(players, config.adversary, lr=config.critic_lr, weight_decay=decay, **options)
 
 
 def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
-    """All chains are kept; here they learn the spread of their maps, and what measured genes and the target's platform show themselves."""
+    """All chains are kept; here they learn the spread of their maps, what measured genes show themselves, and over which cells levels are means."""
     problems = (data, data.turned())
     for chain in chains_of(pair):
         for k in range(2):
-            direction, share = direction_of(chain, k), smoothing_of(chain, k)
-            if not direction.linear:
-                _learn_spread(direction, problems[k], 0.0, seed)  # as the inner fits, whose slopes it gets
-            direction.counts.learn_own(problems[k], partial(smoothed_place, direction, problems[k], share), direction.known_codes)
-        _learn_platform(chain, data)
+            if not direction_of(chain, k).linear:
+                _learn_spread(direction_of(chain, k), problems[k], 0.0, seed)  # as the inner fits, whose slopes it gets
+        forward, backward = direction_of(chain, 0), direction_of(chain, 1)
+        forward.counts.learn_own(data, partial(smoothed_place, forward, data, smoothing_of(chain, 0)), forward.known_codes)
+        rows = np.random.default_rng(0).permutation(data.reference.shape[0])[: len(backward.counts.sample)]
+        backward.counts.sample.copy_(torch.from_numpy(backward.place(problems[1], rows)))
     return pair
 
 
@@ -275,33 +280,6 @@ def _learn_spread(direction: Direction, data: Data, share: float, seed: int) -> 
         direction.learn_blur(data, some)
 
 
-def _learn_platform(chain: Pair, data: Data) -> None:
-    """Level and dispersion of the target's genes on the target's own platform, for cells translated backward.
-
-    Level: share of the counts of all of its genes, at which maps of mean 1 are held. Dispersion: of its cells around their autoencoder's own maps.
-    """
-    own, genes = model_of(chain).side(0), np.arange(data.counts.shape[1])
-    everything = data._replace(columns=genes, panel=genes)
-    hyper = default_hyper(data.turned(), model_of(chain).config)
-    layer = CountLayer(data.turned(), hyper, own.loadings.shape[1])
-
-    def place(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        with torch.no_grad():
-            code = own.features(own.encode(own.read(data, rows))[0])
-            return (code - code.mean(0)).numpy()
-
-    def codes(some: NDArray[np.int64]) -> NDArray[np.float32]:
-        return own.loadings.detach()[torch.from_numpy(some)].T.contiguous().numpy()
-
-    layer.learn_own(everything, place, codes)
-    counts = direction_of(chain, 1).counts
-    total = np.asarray(data.counts.sum(0), dtype=np.float64).ravel()
-    counts.log_gain_loc.copy_(torch.from_numpy(np.log((total + 0.5) / (total.sum() + 1))))
-    counts.log_gain_scale.fill_(LEVEL_SD)
-    counts.log_theta_loc.copy_(layer.log_theta_loc)
-    counts.log_theta_scale.fill_(LEVEL_SD)
-
-
 class Predictor(MapPredictor):
     """Posterior predictive of the reference's genes in spatial cells."""
 
@@ -313,6 +291,8 @@ class Predictor(MapPredictor):
 
 class TurnedPredictor(MapPredictor):
     """Posterior predictive of the target's genes in reference cells, as the target's platform would count them in a cell of median depth."""
+
+    restrict = None  # type: ignore[assignment]  # nobody has these counts: there is nothing to export beside them
 
     def __init__(self, pair: Pair, data: Data, config: Config, spec: Spec) -> None:
         chains = chains_of(pair)

@@ -1,7 +1,8 @@
 """Diagnostics of the alignment: do translated codes look like the other side's own?
 
     mmd        unbiased squared MMD with the multi-scale kernel; 0 on average where the two agree
-    accuracy   of the critic, or (without one) of a linear classifier on cells that it has not seen; 0.5 where nobody can tell
+    accuracy   of the critic, or (without one) of a linear classifier of codes and their squares on cells that it has not seen (translated codes are
+               centered like the others, but may be shrunk); 0.5 where nobody can tell
     mixing     share of the other side among the nearest neighbors of a code, over the share expected at random; 1 where they mix
 """
 
@@ -35,7 +36,7 @@ def alignment_of(model: "Model", seed: int, cells: int = CELLS) -> dict[str, flo
             mean = direction.translate(codes[k])
             fake, real = mean + direction.noise() * torch.randn_like(mean), codes[1 - k]
             found[f"{name} mmd"] = float(mmd_loss(fake, real))
-            found[f"{name} accuracy"] = critic_accuracy(model.opponents[k], real, fake) if model.opponents else linear_accuracy(real, fake)
+            found[f"{name} accuracy"] = critic_accuracy(model.opponents[k], real, fake) if model.opponents else classifier_accuracy(real, fake)
             found[f"{name} mixing"] = mixing(real, fake)
     return found
 
@@ -45,17 +46,20 @@ def critic_accuracy(critic: torch.nn.Module, real: Tensor, fake: Tensor) -> floa
     return float(((critic(real) > 0).float().mean() + (critic(fake) <= 0).float().mean()) / 2)
 
 
-def linear_accuracy(real: Tensor, fake: Tensor) -> float:
-    """Balanced accuracy of a linear discriminant on the halves it was not fitted to; nan where a half is one cell, which has no spread."""
+def classifier_accuracy(real: Tensor, fake: Tensor) -> float:
+    """Balanced accuracy of a linear discriminant of codes and their squares on the halves it was not fitted to; nan where a half is one cell, which
+    has no spread."""
     if min(len(real), len(fake)) < 4:
         return float("nan")
-    right = []
+    right, both = [], torch.cat([real, fake]).double()
+    x = (both - both.mean(0)) / both.std(0).clamp_min(1e-12)
+    real, fake = torch.cat([x, x.square()], 1).split([len(real), len(fake)])
     for fold in (0, 1):
-        a, b = (side[fold::2].double() for side in (real, fake))
-        pooled = (torch.cov(a.T) + torch.cov(b.T)) / 2 if a.shape[1] > 1 else (a.var(0) + b.var(0)).reshape(1, 1) / 2
+        a, b = (side[fold::2] for side in (real, fake))
+        pooled = (torch.cov(a.T) + torch.cov(b.T)) / 2
         direction = torch.linalg.solve(pooled + RIDGE * torch.eye(len(pooled), dtype=pooled.dtype), a.mean(0) - b.mean(0))
         middle = (a.mean(0) + b.mean(0)) @ direction / 2
-        scores = [side[1 - fold :: 2].double() @ direction - middle for side in (real, fake)]
+        scores = [side[1 - fold :: 2] @ direction - middle for side in (real, fake)]
         right += [(scores[0] > 0).double().mean(), (scores[1] <= 0).double().mean()]
     return float(torch.stack(right).mean())
 

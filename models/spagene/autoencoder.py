@@ -105,13 +105,15 @@ class Autoencoder(nn.Module):
         self.sd.copy_(torch.from_numpy(sd))
         self.depth.fill_(depth)
 
-    def read(self, data: Data, rows: NDArray[np.int64]) -> Tensor:
-        """Preprocessed cells [B, A]."""
-        counts = data.counts[rows]
+    def read(self, data: Data, rows: NDArray[np.int64], genes: NDArray[np.int64] | None = None) -> Tensor:
+        """Preprocessed cells [B, A], or some ``genes`` of them."""
+        every = data.counts[rows]
+        some = slice(None) if genes is None else genes
+        counts, mean, sd = every[:, some], self.mean[some], self.sd[some]
         if self.shape.preprocess == "sqrt":
-            return torch.minimum(torch.from_numpy(counts.toarray()).float(), self.sd.cpu()).sqrt().to(self.sd.device)
-        x = torch.from_numpy(log_normalise(counts, self.shape.totals(counts, data.columns), float(self.depth)).toarray()).to(self.sd.device)
-        return (x - self.mean) / self.sd
+            return torch.minimum(torch.from_numpy(counts.toarray()).float(), sd.cpu()).sqrt().to(sd.device)
+        x = torch.from_numpy(log_normalise(counts, self.shape.totals(every, data.columns), float(self.depth)).toarray()).to(sd.device)
+        return (x - mean) / sd
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale of q(z) [B, L]; the scale of a point is 0."""
@@ -127,10 +129,14 @@ class Autoencoder(nn.Module):
             z = layer(z)
         return z
 
-    def decode(self, z: Tensor) -> Tensor:
-        """What the decoder says of every gene [B, A], on the scale of the observation."""
-        result: Tensor = self.decoder(z)
-        return result
+    def decode(self, z: Tensor, genes: Tensor | None = None) -> Tensor:
+        """What the decoder says of every gene [B, A], or of some ``genes``, on the scale of the observation."""
+        if genes is None:
+            result: Tensor = self.decoder(z)
+            return result
+        last = self.decoder[-1]
+        assert isinstance(last, nn.Linear)
+        return nn.functional.linear(self.features(z), last.weight[genes], last.bias[genes])
 
     @property
     def loadings(self) -> Tensor:
@@ -145,7 +151,9 @@ class Autoencoder(nn.Module):
         size = max(1, BLOCK_ENTRIES // genes)
         with torch.no_grad():
             parts = [self.encode(self.read(data, np.arange(i, min(i + size, n)))) for i in range(0, n, size)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1].contiguous() for p in parts])
+        constant = self.shape.kind == "linear" or self.shape.codes == "point"  # a view, not n copies of it
+        scale = self.scale.expand(n, self.latent) if constant else torch.cat([p[1] for p in parts])
+        return torch.cat([p[0] for p in parts]), scale
 
 
 def clip_limits(counts: sp.csr_matrix) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppl_st.models.common.cells import all_counts, log_normalise, median_depth, without
-from ppl_st.models.common.counts import Codes, smooth
+from ppl_st.models.common.counts import Codes
 from ppl_st.models.common.inner import MIN_PANEL
 from ppl_st.models.common.process import Process, beside, process
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape, blocks, linear
@@ -162,10 +162,9 @@ def choose(
     for inner in parts:
         split, genes = without(data, inner), data.panel[inner]
         own = linear(split, shape)
-        codes = own.codes(split)[0].numpy()
+        places = places_of(own, split, rows, mixes)
         truth = np.concatenate([whole.read(data, rows[part])[:, data.columns[inner]].numpy() for part in blocks(len(rows), data.counts.shape[1])])
-        measured = codes[rows].T @ truth / len(rows)
-        places = {mix: smooth(codes, data.neighbors, mix)[rows] for mix in mixes}
+        measured = places[0.0].T @ truth / len(rows)
         regressed: NDArray[np.float64] | float = 0.0
         for ratio in RATIOS:
             closed = Closed(split, own, found, ratio, genes)
@@ -189,6 +188,17 @@ def choose(
     deviations = np.maximum(np.mean([one[:ranks] for one in rest[ratio, c]], axis=0), 1e-6)
     tried = [{"ratio": key[0], "share": key[1], "smoothing": key[2], "inner genes": value} for key, value in means.items()]
     return Choice(ratio, c, mix, [float(v) for v in deviations], tried), regression
+
+
+def places_of(own: Autoencoder, data: Data, rows: NDArray[np.int64], mixes: Sequence[float]) -> dict[float, NDArray[np.float32]]:
+    """Codes of some cells [rows, q] by the share of the spatial neighbors in them, 0 among the shares; no other cell is encoded."""
+    near = None if data.neighbors is None else data.neighbors[rows]
+    needed = rows if near is None else np.unique(np.concatenate([rows, near.indices])).astype(np.int64)
+    parts = (needed[part] for part in blocks(len(needed), data.counts.shape[1]))
+    codes = np.concatenate([own.encode(own.read(data, part))[0].numpy() for part in parts])
+    alone = codes[np.searchsorted(needed, rows)]
+    around = alone if near is None else near[:, needed] @ codes
+    return {mix: np.asarray((1 - mix) * alone + mix * around, dtype=np.float32) for mix in {0.0, *mixes}}
 
 
 def correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:

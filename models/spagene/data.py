@@ -1,4 +1,8 @@
-"""SpaGene's data as matrices, and minibatches of row numbers: codes are cached, so a step of stage 2 reads few counts or none."""
+"""SpaGene's data as matrices, and minibatches of row numbers: codes are cached, so a step of stage 2 encodes no cell.
+
+It reads the counts of the shared genes of its cells for an identity per cell and gene ("network", "paper"), of all genes for the cycle of a Gaussian
+decoder ("paper"), otherwise none.
+"""
 
 from typing import NamedTuple
 

@@ -5,6 +5,10 @@ of gene g over cells is place times loadings.
 
     linear     place u [n, q], the cell's own code; loadings (1 - c) W d_g + c b_g + deviation [q]; of measured genes the known ones
     network    place h(T(z)) [n, F], last hidden layer of the other side's decoder, centered; loadings its output weights, maps scaled to variance 1
+
+Forward, genes are known that the target measured. Backward, counts of the target's platform in reference cells are forecast, which nobody has: every
+gene is translated, and in doubt as an unmeasured one, also those that the reference has. The process, whose features are the shared genes
+themselves, is left out of these.
 """
 
 from collections.abc import Sequence
@@ -19,6 +23,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_st.inference.randomness import gene_noise
+from ppl_st.models.common.cells import all_counts
 from ppl_st.models.common.counts import CountLayer, Hyper
 from ppl_st.models.common.process import Part, beside
 from ppl_st.models.spagene.autoencoder import Autoencoder, blocks
@@ -28,6 +33,20 @@ from ppl_st.networks import MLP
 
 BLUR = 64  # directions at most in which a network's places are in doubt
 LOG_NOISE = (-6.9, 1.0)  # of the translator's standard deviation: floor 1e-3
+LEVEL_SD = 0.05  # of a gene's log level on the platform that measured it, at least
+
+
+def on_target(hyper: Hyper, data: Data) -> Hyper:
+    """Hyper-priors of the counts of the target's genes that its platform would show of reference cells, from those of the forward direction.
+
+    Slope, theta and bend: what inner genes of the target taught; a gene's place on the lines is its level there, as if the platforms agreed (b = 1).
+    Level: its share of all counts of the tissue, with the spread of the forward levels. That is how far platforms differ; how much of it is probes,
+    and how much other shares of cell types in the reference, totals cannot tell. The mean rate is at the tissue's level.
+    """
+    a, _, s = hyper.gain
+    s = float(np.hypot(s, LEVEL_SD))
+    shared = float(np.log((data.totals.sum() + 1) / (all_counts(data.counts).sum() + 1)))
+    return hyper._replace(gain=(a + shared - s**2 / 2, 1.0, s), gain_covariance=(0.0, 0.0, 0.0), center=a, own_depth=False)
 
 
 class Direction(PyroModule):
@@ -36,7 +55,8 @@ class Direction(PyroModule):
     phi: Tensor  # [G, F] buffers; linear
     rotation: Tensor  # [F, L]
     scores: Tensor  # [q, P]
-    measured: Tensor  # [G] position among the P shared genes, -1
+    measured: Tensor  # [G] position among the P shared genes, -1 of those whose counts are forecast: backward all
+    shared: Tensor  # [G] bool
     panel: Tensor  # [P]
     columns: Tensor  # [P]
     center: Tensor  # [F] mean and covariance [F, F] of the places over the cells of the fit; network
@@ -48,14 +68,15 @@ class Direction(PyroModule):
     def __init__(
         self, name: str, data: Data, own: Autoencoder, other: Autoencoder, features: Features | None, hyper: Hyper, ratio: float,
         deviations: Sequence[float], hidden: tuple[int, ...], dropout: float, seed: int, share: float = 0.0,
-        noisy: bool = True,
+        noisy: bool = True, platform: Hyper | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name = name
         self.__dict__["own"], self.__dict__["other"] = own, other
         measured = torch.full((len(other.mean),), -1)
         measured[torch.from_numpy(data.panel)] = torch.arange(len(data.panel))
-        self.register_buffer("measured", measured, persistent=False)
+        self.register_buffer("shared", measured >= 0, persistent=False)
+        self.register_buffer("measured", measured if platform is None else torch.full_like(measured, -1), persistent=False)
         self.register_buffer("panel", torch.from_numpy(data.panel), persistent=False)
         self.register_buffer("columns", torch.from_numpy(data.columns), persistent=False)
         self.linear = features is not None
@@ -83,7 +104,7 @@ class Direction(PyroModule):
         found = process_of(data, np.arange(len(other.mean)), seed) if self.linear and hyper.share else None
         self.doubt = hyper.doubt
         self.process = Part(found, hyper.share, len(other.mean))
-        self.counts = CountLayer(data, hyper, width + len(self.process.beta))
+        self.counts = CountLayer(data, platform or hyper, width + len(self.process.beta))  # platform: backward, see `on_target`
 
     # ---- the translator ----
 
@@ -119,8 +140,8 @@ class Direction(PyroModule):
         return result
 
     def noise(self) -> Tensor:
-        """Standard deviation of a translated code [L]."""
-        return self.log_scale.clamp(*LOG_NOISE).exp()
+        """Standard deviation of a translated code [L]; 0 where no term of the objective learns it."""
+        return self.log_scale.clamp(*LOG_NOISE).exp() if self.noisy else torch.zeros_like(self.log_scale)
 
     def unmeasured(self, weights: Tensor, genes: Tensor) -> Tensor:
         """Loadings [q, g] of genes given a translator, without their own deviations."""
@@ -152,10 +173,10 @@ class Direction(PyroModule):
             mean = self._output(genes)
             return mean, torch.zeros_like(mean)
         phi, at = self.phi[genes], self.measured[genes]
-        mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], (1 - self.process.share) * self.unmeasured(self.loc, genes))
+        mean = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self._own_share(genes) * self.unmeasured(self.loc, genes))
         variance = (1 - self.share) ** 2 * self.posterior_scale().square() @ phi.square().T + self.deviation[:, None]
         variance = self.doubt**2 * variance.masked_fill(at >= 0, 0.0)
-        return self.process.loadings(mean, genes, at >= 0), self.process.variance(variance, genes, at >= 0)
+        return self.process.loadings(mean, genes, self.shared[genes]), self.process.variance(variance, genes, self.shared[genes])
 
     def codes(self, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
         """Loadings in one draw."""
@@ -165,8 +186,8 @@ class Direction(PyroModule):
         deviation = self.deviation.sqrt()[:, None] * gene_noise(drawn["gene_key"], genes, len(self.scores))
         mean = self.unmeasured(self.loc, genes)
         unsure = self.doubt * (self.unmeasured(drawn["translator"], genes) - mean + deviation)
-        found = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], (1 - self.process.share) * mean + unsure)
-        return self.process.loadings(found, genes, at >= 0, drawn["gene_key"])
+        found = torch.where(at >= 0, self.scores[:, at.clamp_min(0)], self._own_share(genes) * mean + unsure)
+        return self.process.loadings(found, genes, self.shared[genes], drawn["gene_key"])
 
     def cell_noise(self, genes: Tensor) -> Tensor:
         """The encoder's doubt of a cell's code, and the translator's noise if learned; measured genes have it in their dispersion."""
@@ -177,6 +198,10 @@ class Direction(PyroModule):
         else:
             noise = self.blur @ self._output(genes)
         return noise.masked_fill(self.measured[genes] >= 0, 0.0)
+
+    def _own_share(self, genes: Tensor) -> Tensor:
+        """What the process leaves of a map to the translator [g]."""
+        return 1 - self.process.share * (~self.shared[genes]).float()
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings of measured genes."""
@@ -199,7 +224,7 @@ class Direction(PyroModule):
             for part in blocks(len(rows), data.counts.shape[1]):
                 loc, scale = self.own.encode(self.own.read(data, rows[part]))
                 codes = [self.translate(loc + scale * torch.randn_like(loc)) for _ in range(2)]
-                one, two = (self.other.features(code + self.noisy * self.noise() * torch.randn_like(code)).double() for code in codes)
+                one, two = (self.other.features(code + self.noise() * torch.randn_like(code)).double() for code in codes)
                 total += (one - two).T @ (one - two) / (2 * len(rows))
         values, vectors = torch.linalg.eigh(total)
         self.blur.copy_((values.clamp_min(0).sqrt() * vectors).T.flip(0)[: len(self.blur)])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -16,7 +17,7 @@ from ppl_st.models.common.counts import Hyper
 from ppl_st.models.spagene.autoencoder import Autoencoder, Shape
 from ppl_st.models.spagene.closed import features
 from ppl_st.models.spagene.data import Batch, Data
-from ppl_st.models.spagene.direction import Direction
+from ppl_st.models.spagene.direction import Direction, on_target
 from ppl_st.networks import MLP
 
 UNITS_CELLS = 4096  # over which the units of a decoder are taken
@@ -30,10 +31,9 @@ class Config:
     # linear: closed form; network: neural autoencoders and translators, trained
     translator: Literal["linear", "network"] = "linear"
     latent: tuple[int, int] = (100, 50)  # at most, of target and reference
-    preprocess: Literal["lognorm", "sqrt"] = "lognorm"  # what encoders read; sqrt: clipped square roots, as published
     # loadings: closed likelihood of the shared genes' loadings (linear); gain_offset: per cell and gene, Normal(a_g + b_g decoded, sigma_g)
     identity: Literal["loadings", "gain_offset", "pearson", "off"] = "loadings"
-    identity_weight: float = field(default=1.0, metadata={"ge": 0})
+    identity_weight: float = field(default=1.0, metadata={"ge": 0})  # of pearson
     cycle_weight: float = field(default=0.0, metadata={"ge": 0})  # of the mean squared error, there and back
     coral_weight: float = field(default=0.0, metadata={"ge": 0})
     mmd_weight: float = field(default=0.0, metadata={"ge": 0})
@@ -41,6 +41,7 @@ class Config:
     adversary: Literal["off", "hinge", "density_ratio", "cross_entropy", "hinge_published"] = "off"
     adversary_weight: float = field(default=0.0, metadata={"ge": 0})
     critic_lr: float = field(default=5e-4, metadata={"gt": 0})
+    critic_eps: float = field(default=0.01, metadata={"gt": 0})  # of the critics' Adam
     critic_hidden: tuple[int, ...] = (64, 64)
     gradient_penalty: float = field(default=1.0, metadata={"ge": 0})  # of the critics
     gradient_center: float = field(default=0.0, metadata={"ge": 0})  # norm of the gradient that is not penalised; WGAN-GP: 1
@@ -61,6 +62,7 @@ class Config:
     layer: str | None = None
     gene_key: str | None = None
     # ---- translator="network" only
+    preprocess: Literal["lognorm", "sqrt"] = "lognorm"  # what encoders read; sqrt: clipped square roots, as published
     observation: Literal["nb", "gaussian"] = "nb"  # of stage 1
     codes: Literal["normal", "point"] = "normal"  # variational, or plain autoencoders
     hidden: tuple[int, ...] = (128,)  # of encoders, and backwards of decoders
@@ -80,12 +82,18 @@ class Config:
                 f"translator={self.translator!r} does not go with identity={self.identity!r}: the linear translator is the posterior given the "
                 "shared genes' loadings (identity='loadings'), networks take 'gain_offset', 'pearson' or 'off'"
             )
+        if self.identity_weight != 1 and self.identity not in ("pearson", "off"):
+            raise ValueError(f"identity_weight={self.identity_weight:g} weighs identity='pearson' only; {self.identity!r} is a likelihood")
+        if self.preprocess != "lognorm" and self.translator == "linear":
+            raise ValueError(f"preprocess={self.preprocess!r} is for translator='network'; the linear one reads log-normalised counts")
+        if (self.adversary == "off") != (self.adversary_weight == 0):
+            raise ValueError(f"adversary={self.adversary!r} with adversary_weight={self.adversary_weight:g} does nothing: set both, or neither")
 
     @property
     def noisy(self) -> bool:
-        """Some term of the objective reads translated codes: their noise is learned, and enters predictions."""
-        game = self.adversary != "off" and self.adversary_weight > 0
-        return self.identity in ("gain_offset", "pearson") or self.cycle_weight + self.coral_weight + self.mmd_weight > 0 or game
+        """Some term of the objective reads translated codes: their noise is learned, and enters predictions. Published translators have none."""
+        read = self.identity == "gain_offset" or self.cycle_weight + self.coral_weight + self.mmd_weight + self.adversary_weight > 0
+        return read and self.identity != "pearson"
 
     def shape(self, side: int) -> Shape:
         """Of the autoencoder of the target (0) or the reference (1)."""
@@ -98,8 +106,9 @@ class Config:
 _stage1 = FitConfig(steps=2000, lr=1e-3, clip_norm=float("inf"), checkpoint_every=0)
 _paper = Config(
     translator="network", latent=(512, 256), preprocess="sqrt", identity="pearson", identity_weight=10.0, cycle_weight=6.0, coral_weight=0.3,
-    mmd_weight=0.3, mmd_kernel="released", adversary="hinge", adversary_weight=1e-3, critic_lr=5e-4, critic_hidden=(256, 128, 128, 64),
-    gradient_penalty=0.0, smoothing=0.0, batch_cells=128, batch_reference=128, observation="gaussian", codes="point", hidden=(2048, 1024, 512),
+    mmd_weight=0.3, mmd_kernel="released", adversary="hinge", adversary_weight=1e-3, critic_lr=5e-4, critic_eps=1e-8,
+    critic_hidden=(256, 128, 128, 64), gradient_penalty=0.0, smoothing=0.0,
+    batch_cells=128, batch_reference=128, observation="gaussian", codes="point", hidden=(2048, 1024, 512),
     dropout=0.2, translator_hidden=(512, 512, 512, 1024, 1024), backward_hidden=(512, 256, 256, 128, 128), translator_dropout=0.1,
     checkpoints=0, stage1=_stage1, fit=replace(_stage1, weight_decay=1e-3, schedule="cosine", final_lr_factor=0.05),
 )  # fmt: skip
@@ -147,6 +156,7 @@ class Model(PyroModule):
             Direction(
                 name, problems[k], sides[k], sides[1 - k], features(sides[1 - k], problems[k].panel) if linear else None, spec.hypers[k],
                 spec.ratios[k], spec.deviations[k], hidden[k], config.translator_dropout, config.fit.seed, spec.shares[k], config.noisy,
+                on_target(spec.hypers[0], data) if k else None,
             )
             for k, name in enumerate(NAMES)
         )  # fmt: skip
@@ -189,20 +199,18 @@ class Model(PyroModule):
             z.append(codes)
             mean = direction.translate(codes, weights)
             translated.append(mean + direction.noise() * noise)  # [B, L]
-        needed = c.identity in ("gain_offset", "pearson") or c.cycle_weight > 0
-        x = [self.side(k).read(self.problems[k], rows[k].cpu().numpy()) for k in range(2)] if needed else []
         if c.identity == "gain_offset":
-            self._gain_offset(plates, x, translated, observe)
+            self._gain_offset(plates, rows, translated, observe)
         factors: dict[str, Tensor] = {}
         if c.identity == "pearson":
             for k, name in enumerate(NAMES):
-                decoded = self.decode(1 - k, translated[k])[:, self.problems[k].panel]
-                factors[f"{name}_identity"] = c.identity_weight * pearson_loss(decoded, x[k][:, self.problems[k].columns])
+                factors[f"{name}_identity"] = c.identity_weight * pearson_loss(self.decode_shared(k, translated[k]), self.read_shared(k, rows[k]))
         if c.cycle_weight:  # back in the side's own units; a decoder of log rates is held against what it says of the cell itself
             gaussian = c.translator == "linear" or c.observation == "gaussian"
             for k, name in enumerate(NAMES):
+                own = self.side(k).read(self.problems[k], rows[k].cpu().numpy()) if gaussian else self.decode(k, z[k])
                 back = self.way(1 - k).translate(translated[k])
-                factors[f"{name}_cycle"] = c.cycle_weight * (self.decode(k, back) - (x[k] if gaussian else self.decode(k, z[k]))).square().mean()
+                factors[f"{name}_cycle"] = c.cycle_weight * (self.decode(k, back) - own).square().mean()
         for k, name in enumerate(NAMES):
             if c.coral_weight:
                 factors[f"{name}_coral"] = c.coral_weight * coral_loss(translated[k], z[1 - k])
@@ -219,7 +227,8 @@ class Model(PyroModule):
         """Mean and sd over cells of one side of what its decoder says of every gene [genes]: log rates are held against standardised counts."""
         key = ("units", side)
         if key not in self.cache:
-            z = self.codes(side, torch.arange(min(UNITS_CELLS, self.problems[side].counts.shape[0])))[0]
+            rng = np.random.default_rng([self.config.fit.seed, 15])
+            z = self.codes(side, torch.from_numpy(np.sort(rng.permutation(self.problems[side].counts.shape[0])[:UNITS_CELLS])))[0]
             with torch.no_grad():
                 decoded = self.decode(side, z)
             self.cache[key] = decoded.mean(0), decoded.std(0, correction=0).clamp_min(1e-3)
@@ -230,20 +239,27 @@ class Model(PyroModule):
         """What the frozen decoder of one side makes of codes, [B, genes]."""
         return self.side(side).decode(z)
 
-    def _gain_offset(self, plates: list[Any], x: list[Tensor], translated: list[Tensor], observe: bool) -> None:
+    def decode_shared(self, k: int, translated: Tensor) -> Tensor:
+        """What the other side's decoder makes of translated codes, shared genes only, [B, P]."""
+        return self.side(1 - k).decode(translated, torch.from_numpy(self.problems[k].panel))
+
+    def read_shared(self, k: int, rows: Tensor) -> Tensor:
+        """Preprocessed shared genes of some cells [B, P]; no other counts are made dense."""
+        return self.side(k).read(self.problems[k], rows.cpu().numpy(), self.problems[k].columns)
+
+    def _gain_offset(self, plates: list[Any], rows: tuple[Tensor, Tensor], translated: list[Tensor], observe: bool) -> None:
         for k, name in enumerate(NAMES):
-            problem = self.problems[k]
-            panel, columns = torch.from_numpy(problem.panel), torch.from_numpy(problem.columns)
+            panel = torch.from_numpy(self.problems[k].panel)
             with pyro.plate(f"{name}_genes", len(panel)):
                 effect = pyro.sample(
                     f"{name}_effect", dist.Normal(self.effect_loc[k].expand(len(panel), 3), self.effect_log_scale[k].exp()).to_event(1)
                 )  # [P, 3] log gain, offset, log noise
             loc, scale = self.units(1 - k)
-            decoded = (self.decode(1 - k, translated[k])[:, panel] - loc[panel]) / scale[panel]
+            decoded = (self.decode_shared(k, translated[k]) - loc[panel]) / scale[panel]
             mean = effect[:, 1] + effect[:, 0].clamp(-5, 5).exp() * decoded
             law: Any = dist.Normal(mean, effect[:, 2].clamp(-4, 4).exp())
             with plates[k]:
-                pyro.sample(f"{name}_identity", law.to_event(1), obs=x[k][:, columns] if observe else None)  # [B, P]
+                pyro.sample(f"{name}_identity", law.to_event(1), obs=self.read_shared(k, rows[k]) if observe else None)  # [B, P]
 
 
 def cell_plates(batch: Batch) -> list[Any]:
