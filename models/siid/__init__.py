@@ -210,8 +210,7 @@ class Predictor:
     def _effect(self, batch: Batch, chain: int, genes: Tensor) -> tuple[Tensor, Tensor, Any, NDArray[np.int64]]:
         """Shape and rate of the regional effect [rows, genes], and how normals of the spots become normals of the rows."""
         guide = self.guides[chain]
-        log_mean = guide.xi_loc + 0.5 * (2 * guide.xi_log_scale).exp() if self.config.posterior == "normal" else guide.xi_loc
-        profiles = torch.softmax(log_mean.detach(), -1)[:, genes]
+        profiles = torch.softmax(guide.mean_logits().detach(), -1)[:, genes]
         expected = (self.mixed[chain] @ profiles).numpy()
         counts = self.data.spot_counts[:, genes.numpy()]
         where = self.data.cell_xy[self.rows(batch)]
@@ -276,7 +275,7 @@ def proportions(
                     )
             mixed = aggregate(batch, local.capture[:, None] * local.activity)[:, orders[c]]
             spots[d, batch.spots.numpy()] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
-    return spots, torch.softmax(guides[0].xi_loc.detach(), -1).numpy()
+    return spots, torch.softmax(guides[0].mean_logits().detach(), -1).numpy()
 
 
 def _same_factors(chains: list[Pair], data: Data, config: Config) -> tuple[list[Pair], list[Tensor]]:

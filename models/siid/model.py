@@ -346,6 +346,13 @@ class Guide(PyroModule):
             self.spec.hyper.sparsity, c.label_weight,
         )  # fmt: skip
 
+    def mean_logits(self) -> Tensor:
+        """Logits of the posterior mean profiles, up to a constant per factor, [h, G].
+
+        E exp(xi) = exp(loc + sd^2 / 2): genes with few counts are wide, and softmax(loc) would give their share of a factor to the others.
+        """
+        return self.xi_loc + 0.5 * (2 * self.xi_log_scale).exp() if self.config.posterior == "normal" else self.xi_loc
+
     def local_posterior(self, batch: Batch, steps: int) -> Local:
         """The local posterior at the posterior mean of the globals."""
         with torch.no_grad():
@@ -359,7 +366,7 @@ class Guide(PyroModule):
                     (self.log_m_loc - self.log_n_loc)[batch.cells].exp() * big,
                     ones * big,
                 )
-            return LocalPosterior(batch).solve(self.conditioning(self.xi_loc, self.log_phi_loc), self._steps(steps))
+            return LocalPosterior(batch).solve(self.conditioning(self.mean_logits(), self.log_phi_loc), self._steps(steps))
 
 
 def build(config: Config, spec: Spec, data: Data) -> Pair:
