@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ppl_st.models.siid.activity import Globals, Local, LocalPosterior, aggregate, sizes
@@ -164,15 +165,41 @@ def _clustered(data: Data, g: Globals, total: Tensor, factors: int, seed: int) -
             .fit(directions)
             .labels_
         )
-    cluster = cluster.astype(np.int64)
-    if data.labels is not None:  # labelled cells take their factor, clusters move behind the labels
+    cluster, known = cluster.astype(np.int64), 0
+    if data.profiles is not None:
+        cluster, known = _like_profiles(data, data.profiles, cluster, factors)[cluster], len(data.profiles)
+    if data.labels is not None:  # labelled cells take their factor, clusters that look like no profile move behind the names
         spare = factors - data.named
-        cluster = np.where(data.labels >= 0, data.labels, data.named + cluster % spare if spare else cluster)
+        others = np.where(cluster < known, cluster, data.named + cluster % spare if spare else cluster)
+        cluster = np.where(data.labels >= 0, data.labels, others)
     activity = torch.full((len(per_cell), factors), 0.1 / factors)
     activity[torch.arange(len(per_cell)), torch.from_numpy(cluster)] += 0.9
     activity = activity * sizes(total, g)[:, None]
     ones = torch.ones(len(per_cell))
     return Local(activity, torch.ones_like(activity), ones, ones)
+
+
+def _like_profiles(data: Data, profiles: NDArray[np.float64], cluster: NDArray[np.int64], factors: int) -> NDArray[np.int64]:
+    """Factor of each cluster: that of the prior profile [K, G] it looks most like (one to one); clusters that look like none take other factors.
+
+    Both are compared by log shares of the panel's genes, less their mean over clusters or profiles: the platforms' gene factors drop out.
+    """
+    size = int(cluster.max()) + 1
+    member = sp.csr_matrix((np.ones(len(cluster)), (cluster, np.arange(len(cluster)))), shape=(size, len(cluster)))
+    sums = np.asarray((member @ data.counts).todense(), dtype=np.float64)
+    sums += 10 * sums.sum(0) / sums.sum()  # a gene with few counts in a cluster says little
+    found, wanted = (np.log(table / table.sum(1, keepdims=True)) for table in (sums, profiles[:, data.panel]))
+    found, wanted = found - found.mean(0), wanted - wanted.mean(0)
+    norms = np.linalg.norm(wanted, axis=1)[:, None] * np.linalg.norm(found, axis=1)
+    likeness = wanted @ found.T / np.maximum(norms, 1e-12)  # [K, clusters]
+    rows, columns = linear_sum_assignment(likeness, maximize=True)
+    alike = likeness[rows, columns] > 0
+    rows, columns = rows[alike], columns[alike]
+    factor = np.full(size, -1)
+    factor[columns] = rows
+    free = [k for k in (*range(len(profiles), factors), *range(len(profiles))) if k not in rows]  # those without a profile first
+    factor[factor < 0] = free[: size - len(rows)]
+    return factor
 
 
 def _capture(batch: Batch, activity: Tensor) -> float:
