@@ -1,15 +1,19 @@
 """SIID's levels: predictions sum to the counts, whatever the share of genes with few counts and whatever the likelihood."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 
 from ppl_st.inference.ensemble import chains_of, ensemble
+from ppl_st.inference.svi import FitConfig
 from ppl_st.models import siid
 from ppl_st.models.siid.batches import Batches, Data
+from ppl_st.models.siid.hyper import subset
 from ppl_st.models.siid.model import Config, build
-from ppl_st.models.siid.warm_start import log_share
+from ppl_st.models.siid.warm_start import log_share, run_em, sweep_on
 from seeded import own_seed
 from siid_problems import default_pair, em_problem, spec_of
 
@@ -69,3 +73,22 @@ def test_rates_are_mean_counts_under_zero_inflation():
     drawn = {"xi": torch.randn(3, 20), "log_phi": torch.zeros(20), "log_theta": torch.ones(20), "gate_logits": torch.linspace(-4, 1, 20)}
     mean = model.count_dist(drawn, activity, genes, None).mean
     torch.testing.assert_close(mean, activity @ torch.softmax(drawn["xi"], -1), rtol=1e-4, atol=0)
+
+
+def test_a_start_on_some_spots_goes_on_to_all(monkeypatch):
+    """On a million cells profiles of unmeasured genes came from one spot in eight: the others were never looked at."""
+    data = many_rare_genes()
+    config = Config(factors=3, chains=1, sparsity=0.0, fit=FitConfig(steps=1))
+    part = run_em(subset(data, 60, np.random.default_rng(0)), config, 3, 0.0, 0, 5)[0]
+    streamed, at_once = (sweep_on(data, replace(config, batch_spots=size), part, 6) for size in (5, 0))
+    torch.testing.assert_close(streamed.g.profiles, at_once.g.profiles, rtol=1e-2, atol=1e-6)
+    assert streamed.g.capture == pytest.approx(at_once.g.capture, rel=1e-3)
+    prior = config.profile_concentration * part.evidence.numel()
+    assert float(streamed.evidence.sum()) - prior == pytest.approx(data.counts.sum() + data.spot_counts.sum(), rel=0.01)
+    seen, found = np.asarray(data.spot_counts.sum(0)).ravel(), [one.g.usage @ one.g.profiles for one in (part, streamed)]
+    assert np.corrcoef(seen[20:], found[0][20:])[0, 1] < 0.7 and np.corrcoef(seen[20:], found[1][20:])[0, 1] > 0.9
+    monkeypatch.setattr(siid, "EM_CELLS", 60)
+    monkeypatch.setattr(siid, "MIN_INNER_PANEL", 99)  # settings are not what is tested
+    lines = []
+    siid.start(data, replace(config, factors=3, sweeps=3, regional=False), 0, lines.append)
+    assert any("2 more sweeps over all 20" in line for line in lines)

@@ -61,10 +61,10 @@ from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
 from ppl_st.models.siid.activity import Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
-from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, start_parameters, subset
+from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, local_steps, start_parameters, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
 from ppl_st.models.siid.regional import gamma_at, interpolation, regional_posterior, shared_normals, squares
-from ppl_st.models.siid.warm_start import EM_CELLS, STRIDE, run_em
+from ppl_st.models.siid.warm_start import EM_CELLS, STREAMED, STRIDE, run_em, sweep_on
 from ppl_st.sampling import standard_gamma
 
 __all__ = [
@@ -107,6 +107,9 @@ def _start(data: Data, config: Config, seed: int, say: Callable[[str], None]) ->
             some = subset(data, EM_CELLS, np.random.default_rng([seed, 6, chain]))
             em, local, _ = run_em(some, config, hyper.factors, hyper.sparsity, own, hyper.sweeps)
             say(f"chain {chain}: EM log-likelihood {em.log_likelihood:.6g}")
+            if some.spot_counts.shape[0] < data.spot_counts.shape[0]:
+                em = sweep_on(data, config, em, local_steps(config.local_steps, hyper.sweeps))
+                say(f"chain {chain}: EM ran on {some.spot_counts.shape[0]} spots; {STREAMED} more sweeps over all {data.spot_counts.shape[0]}")
             if config.likelihood != "nb":
                 em = em._replace(parameters=start_parameters(data, some, config, hyper, em, local, own))
             initialise(pair, em)
