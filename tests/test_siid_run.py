@@ -284,14 +284,18 @@ def test_gene_block_cache_does_not_grow(run, sim):
     assert len(local[1]) <= 1
 
 
-def test_proportions_use_every_chain_that_found_the_same_factors(run):
+def test_proportions_use_every_chain_that_found_the_same_factors(run, monkeypatch):
     """Chains number their factors as they like: without matching, mixing their draws would smear all proportions."""
     one, two = (copy.deepcopy(chains_of(run.pair)[0]) for _ in range(2))
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
         for tensor in (two.guide.xi_loc, two.guide.xi_log_scale, *(module.usage for module in two)):
             tensor.copy_(tensor[order].clone())
+    compositions, sizes = siid._compositions, []
+    monkeypatch.setattr(siid, "MATCHED_CELLS", 150)
+    monkeypatch.setattr(siid, "_compositions", lambda chain, data, config: sizes.append(data.counts.shape[0]) or compositions(chain, data, config))
     kept, orders = siid._same_factors([one, two], run.data, run.config)
+    assert len(sizes) == 2 and max(sizes) < 200  # of 300: compositions of every cell in every chain were kept
     assert len(kept) == 2 and orders[1].tolist() == torch.argsort(order).tolist()
     (alone, _), (both, _) = (
         siid.proportions(ensemble(pairs), run.data, run.config, 12, 0) for pairs in ([one], [one, two])
