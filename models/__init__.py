@@ -16,7 +16,8 @@ Its module offers
     Predictor(pair, data, config, spec)         -> `ppl_st.inference.predict.Predictor`
     quantities(pair, data, config, spec)        -> (obsm, obs): what else it knows of the target's cells
     profiles(pair, config)                      -> (varm, units): tables [genes, programs] and their units; only of methods whose programs have them
-    proportions(pair, data, config, draws, seed)   only of methods that deconvolve spots
+    proportions(pair, data, config, draws, seed)   -> ({mean, sd, q05, q95: [spots, factors]}, profiles [factors, genes]), and
+    factor_names(data, factors)                    -> names of the factors; only of methods that deconvolve spots
     alignment(pair, data, config, seed)   -> {name: number}, diagnostics kept in the record; only of methods that align two sides
     as_reference(pair, data, inside, library)   -> method that decodes spatial cells in the style of these reference cells; only of methods that can
     turned(pair, data)        -> (method, data) of the other direction; only of methods that have one

@@ -232,7 +232,8 @@ def _deconvolution(
     composition, found = world.truth.obsm["composition"], predicted.obsm["proportions"]
     matched = compositions.match_factors(composition, found)
     true = _true_proportions(world, spots)
-    js = compositions.proportion_js(true, np.asarray(spots.X), matched)
+    covered = np.isfinite(np.asarray(spots.X)).all(1)  # spots without cells have no proportions
+    js = compositions.proportion_js(true[covered], np.asarray(spots.X)[covered], matched)
     rows = {
         "cells whose largest factor is right (share)": float(compositions.matched_accuracy(composition, found)),
         "cells: JS divergence of compositions (bits, mean)": float(compositions.proportion_js(composition, found, matched).mean()),

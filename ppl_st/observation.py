@@ -12,9 +12,9 @@ The contract. A likelihood is a function from a mean and parameters per gene to 
               prior, Normal(location, scale): a positive parameter is given by its logarithm, a probability by its
               log-odds, and transformed in the function.
     returns   a Pyro distribution over counts, batch shape [..., g], no event shape, with `log_prob`, `sample`, `mean`
-              and `variance`. Its mean is what is reported as `rate`, so it may differ from the argument (zero
-              inflation). `log_prob` must be differentiable by all arguments; `ppl_st.testing.check_likelihood` tests
-              that and much more.
+              and `variance`. Its mean may differ from the argument (zero inflation): SIID and VISTA divide by the factor
+              between them (`of_mean`), so that their rate is the mean of the counts. `log_prob` must be differentiable by
+              all arguments; `ppl_st.testing.check_likelihood` tests that and much more.
 
 What a method does with the parameters. Each is a global site of its own name with the prior Normal(a + b z_g, s), z_g a
 covariate of the gene (SIID: its centred log share of the reference's counts). a, b, s are learned on inner held-out genes,

@@ -295,16 +295,17 @@ class Run:
         return in_reference_style(self, condition, library)
 
     def proportions(self, *, draws: int = 50, seed: int = 0) -> ad.AnnData:
-        """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95."""
+        """Factor proportions of every spot: ``X`` posterior mean, layers sd, q05, q95; NaN of a spot that holds no cell of the target.
+
+        Factors have the names of the fit's labels and cell types. The paper's presets are points: there sd is 0 and q05 = q95 = ``X``.
+        """
         if not hasattr(self.module, "proportions"):
             raise UserError(f"{self.method}: this run deconvolves no spots; a siid run of one seed does (RUN/seed0, say)")
         spots, profiles = self.module.proportions(self.pair, self.data, self.config, draws, seed)
-        factors = pd.DataFrame(index=[f"factor{k}" for k in range(profiles.shape[0])])
-        result = ad.AnnData(spots.mean(0), obs=self.reference.obs.copy(), var=factors)
+        factors = pd.DataFrame(index=self.module.factor_names(self.data, len(profiles)))
+        result = ad.AnnData(spots.pop("mean"), obs=self.reference.obs.copy(), var=factors)
         result.obs_names = self.reference.names
-        result.layers["sd"] = spots.std(0)
-        for name, q in (("q05", 0.05), ("q95", 0.95)):
-            result.layers[name] = np.quantile(spots, q, axis=0).astype(np.float32)
+        result.layers.update(spots)
         result.varm["profile"] = pd.DataFrame(profiles, index=factors.index, columns=self.genes)
         result.obsm["spatial"] = self.reference.xy
         result.uns["ppl_st"] = json.dumps(self.manifest)

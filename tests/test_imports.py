@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "io": set(),
     "data": {"io"},
     "spatial": {"io", "data"},
+    "radius": {"spatial"},  # what counts say about places
     "layers": {"io", "data"},
     "pairs": {"io", "data"},  # the two files of a fit
     "images": {"io", "data"},
@@ -61,7 +62,7 @@ ROOMS: dict[str, set[str]] = {
     "image_plots": {"io"},
     "image_maps": {"models"},
     "image_run": {"io", "data", "config", "image_maps", "images", "slides", "models", "prepare", "posterior", "run_folder"},
-    "prepare": {"data", "pairs", "spatial", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
+    "prepare": {"data", "pairs", "spatial", "radius", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "pairs", "config", "conformal", "inference"},
     "style": {"data"},  # a run seen as its reference

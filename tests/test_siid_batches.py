@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO
 
 from ppl_st.inference.svi import rng_scope
 from ppl_st.models.siid import warm_start
+from ppl_st.models.siid.activity import Local, LocalPosterior
 from ppl_st.models.siid.batches import Batches
 from ppl_st.models.siid.model import PRESETS, build, random_start
 from seeded import own_seed
@@ -133,9 +134,11 @@ def test_spots_without_cells_teach_nothing():
         with rng_scope(0, "noise"):
             Trace_ELBO().differentiable_loss(pair.model, pair.guide, batch).backward()
         gradients.append({name: p.grad.clone() for name, p in pair.guide.named_parameters()})
-        assert warm_start._capture(batch, torch.ones(60, 3)) == pytest.approx(
-            warm_start._capture(Batches(without, 0, 0).at(0), torch.ones(60, 3)), rel=1e-5
-        )
+        ones = Local(torch.ones(60, 3), torch.ones(60, 3), torch.ones(60), torch.ones(60))
+        globals_ = pair.guide.conditioning(pair.guide.xi_loc.detach(), pair.guide.log_phi_loc.detach())
+        sums = (warm_start._sums(LocalPosterior(one), globals_, ones) for one in (batch, Batches(without, 0, 0).at(0)))
+        (counts, reach), wanted = ((float(one.observed), float(one.reach.sum())) for one in sums)
+        assert (counts, reach) == pytest.approx(wanted, rel=1e-5)  # their ratio is rho
     for name, value in gradients[0].items():
         torch.testing.assert_close(
             gradients[1][name], value, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"

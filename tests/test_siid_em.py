@@ -133,6 +133,16 @@ def test_local_posterior_is_a_stationary_point(kappa, sparsity, mapped):
         assert log_r.grad.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("steps", [1, 12, 18])
+def test_the_last_sweep_has_the_whole_sparsity(steps, monkeypatch):
+    """The ramp ended at (steps - 2) / steps: EM learned its profiles under another sparsity than training and prediction used."""
+    data, ramps = em_problem(), []
+    update = LocalPosterior.update
+    monkeypatch.setattr(LocalPosterior, "update", lambda self, local, g, ramp, stride: ramps.append(ramp) or update(self, local, g, ramp, stride))
+    LocalPosterior(Batches(data, 0, 0).at(0)).solve(globals_of(data, 8.0, 0.2), steps)
+    assert len(ramps) == steps and ramps[-1] == 1 and min(np.diff([0, *ramps])) >= 0
+
+
 def test_em_does_not_know_the_order_of_genes(monkeypatch):
     data = em_problem()
     rng = np.random.default_rng(0)

@@ -67,12 +67,45 @@ def test_a_draw_of_the_effect_does_not_depend_on_how_cells_are_cut(monkeypatch):
             found[n, predictor.rows(batch)] = law.mean.detach().numpy()
     np.testing.assert_allclose(found[0], found[1], rtol=0.01)
     guide, (batch, *_), genes = predictor.guides[0], list(predictor.blocks(1000)), torch.arange(30, 40)
-    rate = predictor._effect(batch, 0, genes)[1]
+    used = predictor._near(batch)[1]
+    rate = predictor._effect(batch, 0, genes, used)[1]
     with torch.no_grad():  # other doubt, the same mean profiles: spots expect the same (genes that few spots show had too low a mean)
         mean = guide.xi_loc + 0.5 * (2 * guide.xi_log_scale).exp()
         guide.xi_loc.copy_(mean - 0.5)
         guide.xi_log_scale.zero_()
-    torch.testing.assert_close(predictor._effect(batch, 0, genes)[1], rate, rtol=1e-4, atol=0)
+    torch.testing.assert_close(predictor._effect(batch, 0, genes, used)[1], rate, rtol=1e-4, atol=0)
+    some = batch._replace(owned=batch.owned & (batch.cells < 5))
+    few = predictor._near(some)[1]
+    assert 7 <= len(few) < 30  # of 36 spots: expected counts of the others are not needed
+    torch.testing.assert_close(predictor._effect(some, 0, genes, few)[1], rate[:5], rtol=1e-4, atol=0)
+
+
+def test_new_cells_draw_the_regional_effect_from_its_prior(monkeypatch):
+    """Without spots around them they had no effect at all, and intervals narrower than those of cells of the fit far from every spot."""
+    sim = checkerboard(seed=2, **KNOBS)
+    run = api.fit("siid", target=sim.target, reference=sim.reference, overrides=[*FAST, "chains=1", "radius=70", "fit.steps=1"], seed=3)
+    monkeypatch.setattr(siid, "_draw_activity", lambda posterior: posterior.shape / posterior.rate)
+    spec, genes = run.spec._replace(hyper=run.spec.hyper._replace(bandwidth=0.6, regional_shape=3.0)), torch.arange(25, 40)
+    bare = sim.target[:40].copy()
+    del bare.obsm["spatial"]
+    for target in (sim.target[:40].copy(), bare):
+        data, _ = run._other(target)
+        given, without = (siid.Predictor(run.pair, data, run.config, one) for one in (spec, run.spec))
+        batch = next(iter(given.blocks(100)))
+        local = [one.local(batch, 0) for one in (given, without)]
+        effect = []
+        for drawn in draw_globals(given.chains, 60, 0):
+            with_it, plain = (one.count_dist(batch, 0, drawn, known, genes).mean for one, known in zip((given, without), local, strict=True))
+            effect.append((with_it / plain).detach().numpy())
+        effect = np.stack(effect)  # [draws, cells, genes]
+        assert (effect[:, :, :5] == 1).all()  # measured genes
+        place = given.squares
+        assert len(np.unique(place)) == 40 if target is bare else 10 < len(np.unique(place)) < 37
+        first = np.unique(place, return_index=True)[1]
+        drawn = effect[:, first, 5:].reshape(-1)
+        law = scipy.stats.gamma(3.0, scale=1 / 3)
+        assert drawn.mean() == pytest.approx(1, abs=0.05) and drawn.std() == pytest.approx(law.std(), rel=0.05)
+        np.testing.assert_allclose(effect[:, :, 5:], effect[:, first[place], 5:], rtol=1e-4)  # cells of one square would be wrong together
 
 
 @pytest.mark.parametrize("uncovered", [0, 30])

@@ -179,7 +179,12 @@ def test_awkward_data(sim):
             assert np.isfinite(layer).all() and (layer >= 0).all(), name
         assert table[:, "gene0035"].X.mean() < 0.2 * table.X.mean()
         assert np.isfinite(table.obsm["proportions"]).all()
-        assert np.isfinite(run.proportions(draws=4).X).all()
+        spots, bare = run.proportions(draws=4), np.asarray(run.data.mapping.sum(0)).ravel() == 0
+        for values in (spots.X, *spots.layers.values()):  # a row of zeros looked like a result, of factor0
+            assert np.isnan(values[bare]).all() and np.isfinite(values[~bare]).all()
+        assert bare.any() == ("radius=30" in more)
+        alone = np.diff(run.data.mapping.indptr) == 0
+        assert alone.any() and (np.isnan(table.obs["captured"]) == alone).all()
 
 
 def test_a_minibatch_of_bare_spots_does_not_end_the_fit(sim):
@@ -250,7 +255,18 @@ def test_default_learns_its_settings_and_says_so(sim):
     text = "\n".join(lines)
     for word in ("radius", "factors", "sparsity", "gain sd"):
         assert word in text
-    assert run.spec.hyper.factors >= 4 and run.spec.hyper.candidates
+    hyper = run.spec.hyper
+    assert hyper.candidates and hyper.factors in {entry["factors"] for entry in hyper.candidates if "inner genes" in entry}
+    assert "only" not in text  # of a panel that teaches nothing
+
+
+def test_a_small_panel_learns_nothing_and_says_so(sim):
+    """Panels of 5 to 14 genes had assumed hyper-priors, which only a docstring said."""
+    lines = []
+    settings = [name for name in FAST if not name.startswith("factors")]
+    run = api.fit("siid", target=sim.target[:, :10].copy(), reference=sim.reference, overrides=[*settings, "fit.steps=1"], say=lines.append)
+    (said,) = (line for line in lines if line.startswith("only 10 panel genes"))
+    assert f"{run.spec.factors} factors" in said and "gain sd of 0.5" in said
 
 
 def test_gene_block_cache_does_not_grow(run, sim):
@@ -268,20 +284,24 @@ def test_gene_block_cache_does_not_grow(run, sim):
     assert len(local[1]) <= 1
 
 
-def test_proportions_use_every_chain_that_found_the_same_factors(run):
+def test_proportions_use_every_chain_that_found_the_same_factors(run, monkeypatch):
     """Chains number their factors as they like: without matching, mixing their draws would smear all proportions."""
     one, two = (copy.deepcopy(chains_of(run.pair)[0]) for _ in range(2))
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
         for tensor in (two.guide.xi_loc, two.guide.xi_log_scale, *(module.usage for module in two)):
             tensor.copy_(tensor[order].clone())
+    compositions, sizes = siid._compositions, []
+    monkeypatch.setattr(siid, "MATCHED_CELLS", 150)
+    monkeypatch.setattr(siid, "_compositions", lambda chain, data, config: sizes.append(data.counts.shape[0]) or compositions(chain, data, config))
     kept, orders = siid._same_factors([one, two], run.data, run.config)
+    assert len(sizes) == 2 and max(sizes) < 200  # of 300: compositions of every cell in every chain were kept
     assert len(kept) == 2 and orders[1].tolist() == torch.argsort(order).tolist()
     (alone, _), (both, _) = (
         siid.proportions(ensemble(pairs), run.data, run.config, 12, 0) for pairs in ([one], [one, two])
     )
-    assert np.abs(both.mean(0) - alone.mean(0)).mean() < 0.02
-    assert both.std(0).mean() < 1.2 * alone.std(0).mean()  # unmatched factors would spread over everything
+    assert np.abs(both["mean"] - alone["mean"]).mean() < 0.02
+    assert both["sd"].mean() < 1.2 * alone["sd"].mean()  # unmatched factors would spread over everything
     with torch.no_grad():
         two.guide.xi_loc.copy_(5 * torch.randn(two.guide.xi_loc.shape, generator=torch.Generator().manual_seed(0)))
     assert len(siid._same_factors([one, two], run.data, run.config)[0]) == 1
@@ -296,7 +316,7 @@ def test_chains_with_more_factors_than_types_do_not_smear_the_spots():
     matched = match_factors(world.truth.obsm["composition"], cells)
     spots = found.proportions(draws=12)
     true = world.proportions[world.reference.obs_names.get_indexer(spots.obs_names)]
-    alone = siid.proportions(ensemble(chains_of(found.pair)[:1]), found.data, found.config, 12, 0)[0].mean(0)
+    alone = siid.proportions(ensemble(chains_of(found.pair)[:1]), found.data, found.config, 12, 0)[0]["mean"]
     together, best = (np.abs(one[:, matched] - true).mean() for one in (spots.X, alone))
     assert together < 1.2 * best < 0.06, (together, best)
 

@@ -2,7 +2,9 @@
 "platform effects and shifts."""
 
 import time
+from typing import Any
 
+import anndata as ad
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,10 @@ from scipy.spatial import cKDTree
 from machine import slowness
 from ppl_st.data import read_counts, thin
 from ppl_st.errors import UserError
-from ppl_st.spatial import apply_transform, cell_to_spot, infer_radius, neighbors, spot_pitch
+from ppl_st.models.siid import Config
+from ppl_st.prepare import load_prepare
+from ppl_st.radius import axes_look_swapped, infer_radius
+from ppl_st.spatial import apply_transform, cell_to_spot, neighbors, spot_pitch
 from realdata import path
 
 Array = NDArray[np.float64]
@@ -191,6 +196,54 @@ def test_radius_falls_back_when_counts_say_nothing() -> None:
     assert not info.informative
     same = sparse.csr_matrix(np.ones(spot_counts.shape, dtype=np.float32))
     assert not infer_radius(cells, spots, cell_counts, same)[1].informative
+
+
+def test_a_shift_is_found_at_a_given_radius_and_exchanged_axes_are_seen() -> None:
+    spots = hexagonal(16, 100.0)
+    cells, cell_counts, spot_counts = simulate(spots, 27.5, seed=1)
+    radius, info = infer_radius(cells, spots + np.array([15.0, -10.0]), cell_counts, spot_counts, 27.5)
+    assert info.informative and radius == info.radius == 27.5
+    assert np.allclose(info.shift, [-15, 10], atol=4)
+    assert infer_radius(cells, spots, cell_counts, spot_counts, 27.5)[1].shift == (0.0, 0.0)
+    assert not axes_look_swapped(cells, spots, cell_counts, spot_counts)
+    assert axes_look_swapped(cells, spots[:, ::-1], cell_counts, spot_counts)
+    radius, info = infer_radius(cells, spots, cell_counts, spot_counts[np.random.default_rng(0).permutation(len(spots))], 20.0)
+    assert radius == 20 and not info.informative and "not in one frame" in info.reason and "--set radius=" not in info.reason
+
+
+def sections_of_two() -> tuple[ad.AnnData, ad.AnnData]:
+    """Two sections whose spots, of radius 27.5, were registered 15 units off to either side."""
+    spots, parts = hexagonal(16, 100.0), []
+    for seed, off in ((1, 15.0), (2, -15.0)):
+        cells, x, v = simulate(spots, 27.5, seed=seed)
+        parts.append((ad.AnnData(x, obsm={"spatial": cells}), ad.AnnData(v, obsm={"spatial": spots + np.array([off, 0.0])})))
+    target, reference = (ad.concat(side, label="slide", index_unique="-") for side in zip(*parts, strict=True))
+    return target, reference
+
+
+def test_siid_aligns_every_section_and_says_what_speaks_against_one_frame() -> None:
+    """With radius= no shift was looked for, and one shift for all sections was none where two are off to either side."""
+
+    def prepared(target: ad.AnnData, reference: ad.AnnData, **settings: Any) -> tuple[Any, list[str]]:
+        lines: list[str] = []
+        counts = read_counts(target, role="target"), read_counts(reference, role="reference")
+        data, _, used = load_prepare("siid").problem(*counts, Config(**settings), lines.append)
+        spots = [(int(name.split("-")[0]), j) for j, name in enumerate(used.names) if name.endswith("-0")]  # of the first section
+        return (data.mapping, *np.array(spots).T), [line for line in lines if line.startswith("warning")]
+
+    target, reference = sections_of_two()
+    true = cell_to_spot(target.obsm["spatial"][:6000], hexagonal(16, 100.0), radius=27.5)
+    for options in ({"radius": 27.5}, {}, {"radius": 27.5, "align": False}):
+        (mapping, number, column), warned = prepared(target, reference, library_key="slide", **options)
+        agree = mapping[:6000][:, column].multiply(true[:, number]).sum() / true[:, number].sum()
+        assert (agree > 0.85) == options.get("align", True) and not warned, (options, agree)
+    target, reference = (one[one.obs["slide"] == "0"].copy() for one in (target, reference))
+    reference.obsm["spatial"] = 4 * reference.obsm["spatial"]  # pixels
+    (warned,) = prepared(target, reference)[1]
+    assert "units differ" in warned and "the cells extend over 1599" in warned
+    reference.obsm["spatial"] = reference.obsm["spatial"][:, ::-1] / 4
+    (warned,) = prepared(target, reference)[1]
+    assert "x and y of the spots exchanged" in warned and "transform=[[0,1,0]" in warned
 
 
 @pytest.fixture(scope="module")

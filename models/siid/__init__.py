@@ -12,7 +12,7 @@ GENERATIVE STORY (preset "default")
     x_ig         ~ NB(sum_k W_ik Q_kg / phi_g, theta_g)     cells, panel genes
     v_jg         ~ NB(sum_k U_jk Q_kg, theta'_g)            spots, all genes;  U_jk = sum_i K_ij r_i W_ik, K the cell -> spot map
     "entropy"    factor -omega n_i H(P_i)                   sparse compositions, omega chosen by the data (0 where cells are mixed)
-    "labels"     factor  w n_i log P_i,label                optional semi-supervision
+    "labels"     factor  w n_i log P_i,label                optional semi-supervision; factors with a label or a prior profile have its name
 
 GUIDE
     normal q(xi), q(log phi), points for theta of measured genes, *hyper-priors* for phi and theta of genes that the cells never measured,
@@ -22,6 +22,7 @@ GUIDE
     worth more than any single one.
 
 LIKELIHOOD OF THE CELLS (``likelihood=``: "nb", "poisson", "zinb" or a function of your own, `ppl_st.observation`)
+    Taken as a function of the mean of the counts (`of_mean`), also with zero inflation: gain, phi and rho are ratios of counts.
     It scores x in the objective, so it decides profiles, platform factors and its own parameters in every SVI step; it is the count of the
     predictive; its hyper-priors are learned with it. What it does *not* reach: the EM start, the choices on inner genes of sweeps, sparsity and
     regional effect, and q(W_i, r_i), which are Poisson whatever the likelihood. An outlying count therefore still pulls the activities of its cell as
@@ -38,7 +39,8 @@ DIFFERENCES from paper and released code
       and thinned counts instead of by hand (`hyper.py`);
     * locals are integrated (gamma) instead of point estimates; ``preset="paper"`` has the point estimates, L2, entropy schedule and Adam settings
       of the paper (``entropy="mean"`` is the released reading of its regulariser);
-    * cells between spots are not assigned to spots: the radius is inferred from the counts (paper: nearest spot within 100 um).
+    * cells between spots are not assigned to spots: the radius is inferred from the counts (paper: nearest spot within 100 um), and a small shift
+      of each section's spots is mended (``align``).
 """
 
 from collections.abc import Callable
@@ -46,6 +48,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -58,21 +61,22 @@ from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
 from ppl_st.models.siid.activity import Local, LocalPosterior, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
-from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, start_parameters, subset
+from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, local_steps, start_parameters, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
-from ppl_st.models.siid.regional import gamma_at, interpolation, regional_posterior, shared_normals
-from ppl_st.models.siid.warm_start import EM_CELLS, STRIDE, run_em
+from ppl_st.models.siid.regional import gamma_at, interpolation, regional_posterior, shared_normals, squares
+from ppl_st.models.siid.warm_start import EM_CELLS, STREAMED, STRIDE, run_em, sweep_on
 from ppl_st.sampling import standard_gamma
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Hyper", "Model", "Predictor", "Spec",
-    "batches", "build", "empty", "proportions", "quantities", "select", "spec_from", "spec_to", "start",
+    "batches", "build", "empty", "factor_names", "proportions", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 BOOTSTRAP_STEPS = 30  # sweeps from the posterior mean in one draw of the spots' proportions
 CONVERGED = 3  # compositions are read off after so many times the sweeps of imputation, which stops early
 NEGLIGIBLE = 0.05  # counts: a factor with fewer in a cell adds less than this to the variance of the cell's counts
 SAME_FACTORS = 0.9  # share of the average cell from which two chains are said to have found the same factors
+MATCHED_CELLS = 20_000  # cells by which the factors of chains are matched
 MIN_INNER_PANEL = 15  # panel genes below which nothing is held out to learn settings from
 
 
@@ -89,6 +93,11 @@ def _start(data: Data, config: Config, seed: int, say: Callable[[str], None]) ->
         hyper = learn_hyper(data, config, seed, say)
     else:
         hyper = default_hyper(data, config)
+        if conjugate:
+            say(
+                f"only {len(data.panel)} panel genes (fewer than {MIN_INNER_PANEL}), so none are held out to learn from: {hyper.factors} factors, no "
+                f"regional effect, and for new genes an assumed gain sd of {hyper.gain_scale:g} and the declared prior of the likelihood's parameters"
+            )
     spec = Spec(n, hyper.factors, [int(g) for g in data.panel], genes, hyper)
     pairs = []
     for chain in range(config.chains):
@@ -98,6 +107,9 @@ def _start(data: Data, config: Config, seed: int, say: Callable[[str], None]) ->
             some = subset(data, EM_CELLS, np.random.default_rng([seed, 6, chain]))
             em, local, _ = run_em(some, config, hyper.factors, hyper.sparsity, own, hyper.sweeps)
             say(f"chain {chain}: EM log-likelihood {em.log_likelihood:.6g}")
+            if some.spot_counts.shape[0] < data.spot_counts.shape[0]:
+                em = sweep_on(data, config, em, local_steps(config.local_steps, hyper.sweeps))
+                say(f"chain {chain}: EM ran on {some.spot_counts.shape[0]} spots; {STREAMED} more sweeps over all {data.spot_counts.shape[0]}")
             if config.likelihood != "nb":
                 em = em._replace(parameters=start_parameters(data, some, config, hyper, em, local, own))
             initialise(pair, em)
@@ -159,9 +171,13 @@ class Predictor:
         self.n_cells = data.counts.shape[0]
         self.batches = Batches(data, config.batch_spots, 0)
         self.bandwidth, self.shape = spec.hyper.bandwidth, spec.hyper.regional_shape
-        self.mixed: list[Tensor] = []  # U of each chain [s, h], only where the regional effect needs it
+        # Only where there is a regional effect: U of each chain [s, h], or the squares of cells that have no spots around them [n].
+        self.mixed: list[Tensor] = []
+        self.squares: NDArray[np.int64] | None = None
         if config.regional and self.bandwidth > 0 and data.spot_counts.shape[0]:
             self.mixed = [self._mixed(c) for c in range(len(self.chains))]
+        elif config.regional and self.bandwidth > 0:
+            self.squares = squares(data.cell_xy)
 
     def _mixed(self, chain: int) -> Tensor:
         result = torch.zeros(self.data.spot_counts.shape[0], self.guides[chain].spec.factors)
@@ -186,37 +202,45 @@ class Predictor:
         """Rows of the result that the batch owns."""
         return batch.cells[batch.owned].numpy()
 
-    def local(self, batch: Batch, chain: int) -> tuple[Local, dict[tuple[int, int], Any]]:
-        """Local posterior of the owned cells, and a place for the regional effect of the genes asked for."""
+    def local(self, batch: Batch, chain: int) -> tuple[Local, dict[tuple[int, int], Any], Any]:
+        """Local posterior of the owned cells, a place for the regional effect of the genes asked for, and the spots that it needs."""
         local = self._posterior(batch, chain)
-        return Local(*(part[batch.owned] for part in local)), {}
+        return Local(*(part[batch.owned] for part in local)), {}, self._near(batch)
+
+    def _near(self, batch: Batch) -> tuple[Any, NDArray[np.int64]] | None:
+        """Kernel [rows, u] over the u spots (or squares) near the owned cells, and their numbers [u]; None without a regional effect."""
+        rows = self.rows(batch)
+        if self.squares is not None:
+            used, column = np.unique(self.squares[rows], return_inverse=True)
+            return sp.csr_matrix((np.ones(len(rows), np.float32), (np.arange(len(rows)), column)), shape=(len(rows), len(used))), used
+        return interpolation(self.data.cell_xy[rows], self.data.spot_xy, self.bandwidth) if self.mixed else None
 
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
         """p(count | draw): activities and regional effect are drawn here, the effect alike in every block that the draw of the globals is used in."""
-        posterior, effects = local
+        posterior, effects, near = local
         activity = _draw_activity(posterior)
         effect = None
-        if self.mixed:
+        if near is not None:
             key = (int(genes[0]), len(genes))
             if key not in effects:
                 effects.clear()  # one block of genes at a time: memory must not grow with the genes asked for
-                effects[key] = self._effect(batch, chain, genes)
-            shape, rate, weights, spots = effects[key]
+                effects[key] = self._effect(batch, chain, genes, near[1])
+            shape, rate = effects[key]
             # Points have no draw to know it by: then the effect is shared within the block only.
             draw: Any = [torch.initial_seed()] if self.config.posterior == "delta" else drawn["xi"].detach().flatten()[:4].numpy().view(np.uint32)
-            effect = gamma_at(torch.from_numpy(shared_normals(weights, spots, draw, genes.numpy())), shape, rate)
+            effect = gamma_at(torch.from_numpy(shared_normals(*near, draw, genes.numpy())), shape, rate)
         return self.models[chain].count_dist(drawn, activity, genes, effect)
 
-    def _effect(self, batch: Batch, chain: int, genes: Tensor) -> tuple[Tensor, Tensor, Any, NDArray[np.int64]]:
-        """Shape and rate of the regional effect [rows, genes], and how normals of the spots become normals of the rows."""
-        guide = self.guides[chain]
-        log_mean = guide.xi_loc + 0.5 * (2 * guide.xi_log_scale).exp() if self.config.posterior == "normal" else guide.xi_loc
-        profiles = torch.softmax(log_mean.detach(), -1)[:, genes]
-        expected = (self.mixed[chain] @ profiles).numpy()
-        counts = self.data.spot_counts[:, genes.numpy()]
+    def _effect(self, batch: Batch, chain: int, genes: Tensor, used: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Shape and rate of the regional effect [rows, genes] (both a, its prior, where there are no spots) by the spots ``used`` [u]."""
+        if self.squares is not None:
+            return torch.tensor(self.shape), torch.tensor(self.shape)
+        profiles = torch.softmax(self.guides[chain].mean_logits().detach(), -1)[:, genes]
+        expected = (self.mixed[chain][used] @ profiles).numpy()
+        counts = self.data.spot_counts[used][:, genes.numpy()]
         where = self.data.cell_xy[self.rows(batch)]
-        shape, rate = regional_posterior(where, self.data.spot_xy, counts, expected, self.bandwidth, self.shape)
-        return torch.from_numpy(shape), torch.from_numpy(rate), *interpolation(where, self.data.spot_xy, self.bandwidth)
+        shape, rate = regional_posterior(where, self.data.spot_xy[used], counts, expected, self.bandwidth, self.shape)
+        return torch.from_numpy(shape), torch.from_numpy(rate)
 
 
 def _draw_activity(posterior: Local) -> Tensor:
@@ -227,9 +251,13 @@ def _draw_activity(posterior: Local) -> Tensor:
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the best chain, for every cell: ``obsm`` proportions [n, h]; ``obs`` factor (the largest), size and captured (N and M of the paper)."""
+    """Of the best chain, for every cell: ``obsm`` proportions [n, h]; ``obs`` factor (the largest), size and captured (N and M of the paper).
+
+    Cells in no spot have no capture: NaN.
+    """
     shares, sizes = _compositions(chains_of(pair)[0], data, config)
-    names = np.array([f"factor{k}" for k in range(spec.factors)])
+    sizes[np.diff(data.mapping.indptr) == 0, 1] = np.nan
+    names = np.array(factor_names(data, spec.factors))
     factor = pd.Categorical(names[shares.argmax(1)], categories=names)
     return {"proportions": shares}, {"factor": factor, "size": sizes[:, 0], "captured": sizes[:, 1]}
 
@@ -247,10 +275,18 @@ def _compositions(chain: Pair, data: Data, config: Config) -> tuple[NDArray[np.f
     return shares, sizes
 
 
+def factor_names(data: Data, factors: int) -> list[str]:
+    """Names of the factors: cell types of the prior profiles and labels come first, the others are factor<k>."""
+    rest = (f"factor{k}" for k in range(data.named, factors))
+    return [*data.names, *(f"{name} (no label)" if name in data.names else name for name in rest)]
+
+
 def proportions(
     pair: Pair, data: Data, config: Config, draws: int, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Draws of the spots' factor proportions [draws, s, h] and mean profiles [h, G] of the best chain.
+) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32]]:
+    """Factor proportions of the spots, their mean, sd, q05 and q95 over draws, [s, h] each, and mean profiles [h, G] of the best chain.
+
+    A spot without cells has no proportions: NaN. With ``cells="softmax"`` (the paper's presets) all is a point: sd 0, q05 = q95 = mean.
 
     A draw weighs every count by Gamma(count, 1) / count (weighted likelihood bootstrap), draws the profiles from the guide of its chain and solves
     for the activities again: unlike independent gamma posteriors of the activities it keeps the trade-off between factors that explain the same
@@ -258,11 +294,13 @@ def proportions(
     """
     chains, orders = _same_factors(chains_of(pair), data, config)
     guides = [sides(chain)[1] for chain in chains]
-    spots = np.zeros((draws, data.spot_counts.shape[0], guides[0].spec.factors), np.float32)
+    nothing = np.full((data.spot_counts.shape[0], guides[0].spec.factors), np.nan, np.float32)
+    found = {name: nothing.copy() for name in ("mean", "sd", "q05", "q95")}
     drawn = draw_globals(chains, draws, seed)
     for b, batch in enumerate(Batches(data, config.batch_spots, 0).in_order(8192)):
         if not batch.spots.numel():
             continue
+        spots = np.zeros((draws, len(batch.spots), guides[0].spec.factors), np.float32)
         means = [guide.local_posterior(batch, CONVERGED * config.predict_steps) for guide in guides[:draws]]
         for d in range(draws):
             c = d % len(chains)
@@ -275,8 +313,11 @@ def proportions(
                         local, guides[c].conditioning(drawn[d]["xi"], log_phi), BOOTSTRAP_STEPS
                     )
             mixed = aggregate(batch, local.capture[:, None] * local.activity)[:, orders[c]]
-            spots[d, batch.spots.numpy()] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
-    return spots, torch.softmax(guides[0].xi_loc.detach(), -1).numpy()
+            spots[d] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
+        rows = batch.spots.numpy()  # each holds a cell
+        found["mean"][rows], found["sd"][rows] = spots.mean(0), spots.std(0)
+        found["q05"][rows], found["q95"][rows] = np.quantile(spots, [0.05, 0.95], axis=0)
+    return found, torch.softmax(guides[0].mean_logits().detach(), -1).numpy()
 
 
 def _same_factors(chains: list[Pair], data: Data, config: Config) -> tuple[list[Pair], list[Tensor]]:
@@ -288,6 +329,8 @@ def _same_factors(chains: list[Pair], data: Data, config: Config) -> tuple[list[
     """
     if len(chains) == 1:
         return chains, [torch.arange(sides(chains[0])[1].spec.factors)]
+    if config.cells == "conjugate":  # else cells have parameters of their own, by their row
+        data = subset(data, MATCHED_CELLS, np.random.default_rng(0))
     shares = [_compositions(chain, data, config)[0] for chain in chains]
     kept, orders = [], []
     for chain, one in zip(chains, shares, strict=True):

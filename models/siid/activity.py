@@ -220,6 +220,6 @@ class LocalPosterior:
         """``steps`` sweeps from the common start."""
         local = self.start(g)
         for t in range(steps):
-            ramp = max(0.0, (2 * t - steps) / steps) if g.sparsity else 0.0
+            ramp = max(0.0, (2 * (t + 1) - steps) / steps) if g.sparsity else 0.0  # 1 in the last sweep
             local = self.update(local, g, ramp, STRIDE if t < steps - 3 and not ramp else 1.0)
         return local

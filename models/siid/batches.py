@@ -29,7 +29,13 @@ class Data(NamedTuple):
     spot_xy: NDArray[np.float64]  # [s, 2]
     labels: NDArray[np.int64] | None = None  # [n] factor a cell is labelled with, -1 unknown
     profiles: NDArray[np.float64] | None = None  # [K, G] prior expression profiles, rows sum to 1
-    named: int = 0  # factors that have a label or a profile: there are at least so many
+    pitch: float = 1.0  # of the spots, in the unit of the files
+    names: tuple[str, ...] = ()  # of the first factors: cell types of the profiles, then labels that are none of them
+
+    @property
+    def named(self) -> int:
+        """Factors that have a label or a profile: there are at least so many."""
+        return len(self.names)
 
     def take_rows(self, cells: NDArray[np.int64], spots: NDArray[np.int64]) -> "Data":
         """The sub-problem of these cells and spots."""

@@ -22,7 +22,7 @@ from ppl_st.models.siid.activity import FLOOR, Local, aggregate
 from ppl_st.models.siid.batches import Data
 from ppl_st.models.siid.regional import BANDWIDTHS, SHAPES, regional_posterior
 from ppl_st.models.siid.warm_start import STRIDE, Start, log_share, run_em
-from ppl_st.observation import find
+from ppl_st.observation import find, of_mean
 
 if TYPE_CHECKING:
     from ppl_st.models.siid.model import Config
@@ -53,10 +53,12 @@ class Hyper(NamedTuple):
     bandwidth: float  # regional effect: kernel width in spot pitches, 0 = none
     regional_shape: float
     candidates: list[dict[str, float]]  # every setting tried, with its score per inner count
+    # of the centered covariate among the inner genes: the parameters' lines stay as they are at its ends
+    span: tuple[float, float] = (-99.0, 99.0)
 
 
 def default_hyper(data: Data, config: "Config") -> Hyper:
-    """Hyper-priors where nothing can be learned (a tiny panel, or the published settings): wide, said to be so in the report."""
+    """Hyper-priors where nothing can be learned (a tiny panel, or the published settings): wide, and said so in the log."""
     factors = config.factors or max(data.named, min(20, max(2, data.counts.shape[0] // 20)))
     sparsity = 0.0 if config.sparsity == "auto" else float(config.sparsity)
     return Hyper(
@@ -232,12 +234,13 @@ def _learn_priors(
         )  # Poisson variance of the log ratio of two totals
         covariate.append(share[genes])
     gain, z = np.concatenate(gains), np.concatenate(covariate)
-    parameters = learn_parameters(find(config.likelihood), inner_genes, z - share.mean())
+    parameters = learn_parameters(of_mean(find(config.likelihood)), inner_genes, z - share.mean())
     gain_loc, gain_scale = random_effects(gain, np.concatenate(noises))
     said = [f"{name} {a:.2f} + {b:.2f} log share, sd {s:.2f}" for name, (a, b, s) in parameters.items()]
     say(", ".join([f"gain sd {gain_scale:.3f}", *said]) + f" ({len(gain)} inner genes)")
     return Hyper(
         factors, sweeps, sparsity, gain_loc, gain_scale, parameters, float(share.mean()), bandwidth, regional_shape, candidates,
+        (float(z.min() - share.mean()), float(z.max() - share.mean())),
     )  # fmt: skip
 
 
@@ -307,11 +310,11 @@ def start_parameters(
     data: Data, some: Data, config: "Config", hyper: Hyper, em: Start, local: Local, seed: int
 ) -> dict[str, Tensor]:
     """Posterior mean of each parameter of each measured gene, [P], given EM's rates in the cells of ``some``; two rounds where there are several."""
-    likelihood = find(config.likelihood)
+    likelihood = of_mean(find(config.likelihood))
     rows = np.random.default_rng([seed, 7]).permutation(some.counts.shape[0])[:START_CELLS]
     x = torch.from_numpy(some.counts[rows].toarray()).double()
     rates = (local.activity[rows].double() @ em.g.panel_profiles.double()).clamp_min(FLOOR)[None]
-    z = torch.from_numpy(log_share(data))[data.panel] - hyper.covariate_mean
+    z = (torch.from_numpy(log_share(data))[data.panel] - hyper.covariate_mean).clamp(*hyper.span)
     prior = {name: a + b * z for name, (a, b, _) in hyper.parameters.items()}
     found = dict(prior)
     for _ in range(min(2, len(found))):

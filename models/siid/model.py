@@ -17,7 +17,7 @@ from ppl_st.models.siid.activity import FLOOR, Globals, Local, LocalPosterior, a
 from ppl_st.models.siid.batches import Batch, Data
 from ppl_st.models.siid.hyper import Hyper, local_steps
 from ppl_st.models.siid.warm_start import Start, log_share, prior_profiles
-from ppl_st.observation import check_name, find
+from ppl_st.observation import check_name, find, of_mean
 from ppl_st.product import ProductNegativeBinomial, ProductPoisson
 
 PRODUCT_FORMS = ("nb", "poisson")  # likelihoods of the cells that have a sparse form
@@ -44,6 +44,7 @@ class Config:
     platform: Literal["hierarchical", "paper", "none"] = "hierarchical"
     # of a spot, coordinate units; none = inferred from the counts
     radius: float | None = field(default=None, metadata={"gt": 0})
+    align: bool = True  # move the spots of each section, by at most .3 of their pitch, where the counts clearly ask for it
     map_neighbors: int = field(default=1, metadata={"ge": 1})  # spots a cell may contribute to
     map_sigma: float | None = field(default=None, metadata={"gt": 0})  # width of the soft map, coordinate units
     # 3x3 homogeneous matrix applied to the spots' coordinates
@@ -81,7 +82,7 @@ class Config:
 
 _paper_fit = FitConfig(steps=5000, lr=0.05, clip_norm=float("inf"), checkpoint_every=500)
 PAPER = Config(
-    factors=20, chains=3, keep="best", cells="softmax", likelihood="poisson", spot_likelihood="poisson", platform="paper", radius=100.0,
+    factors=20, chains=3, keep="best", cells="softmax", likelihood="poisson", spot_likelihood="poisson", platform="paper", radius=100.0, align=False,
     sparsity=0.0, entropy="sum", regional=False, loading_scale=LARGE, posterior="delta", batch_spots=0, fit=_paper_fit,
 )  # fmt: skip
 PRESETS = {
@@ -116,20 +117,21 @@ class Model(PyroModule):
     def __init__(self, config: Config, spec: Spec, log_share: Tensor, prior: Tensor) -> None:
         super().__init__()
         self.config, self.spec = config, spec
-        self.likelihood = find(config.likelihood, RESERVED)
+        self.likelihood = of_mean(find(config.likelihood, RESERVED))  # rates are means: gain, phi and rho are ratios of counts
         hyper = spec.hyper
         self.register_buffer("panel", torch.tensor(spec.panel))
         measured = torch.zeros(spec.n_genes)
         measured[spec.panel] = 1.0
         self.register_buffer("measured", measured)  # [G]
         self.register_buffer(
-            "xi_loc", prior.log() if config.posterior == "normal" else torch.zeros_like(prior)
+            "xi_loc", prior.log() if config.cells == "conjugate" else torch.zeros_like(prior)  # the paper's L2 pulls to 0
         )  # [h, G]
         # Unmeasured genes need the hyper-prior of the gain; measured genes keep their own level.
         self.register_buffer("phi_loc", torch.where(measured > 0, 0.0, -hyper.gain_loc))  # [G]
         _refuse_other_parameters(config.likelihood, set(self.likelihood.priors), set(hyper.parameters))
+        covariate = (log_share - hyper.covariate_mean).clamp(*hyper.span)  # [G]
         for name, (loc, slope, _) in hyper.parameters.items():  # of the cells' likelihood, usually log_theta
-            self.register_buffer(f"{name}_prior", loc + slope * (log_share - hyper.covariate_mean))  # [G]
+            self.register_buffer(f"{name}_prior", loc + slope * covariate)  # [G]
         self.register_buffer("usage", torch.full((spec.factors,), 1.0 / spec.factors))
         self.register_buffer("capture", torch.ones(()))
 
@@ -346,6 +348,13 @@ class Guide(PyroModule):
             self.spec.hyper.sparsity, c.label_weight,
         )  # fmt: skip
 
+    def mean_logits(self) -> Tensor:
+        """Logits of the posterior mean profiles, up to a constant per factor, [h, G].
+
+        E exp(xi) = exp(loc + sd^2 / 2): genes with few counts are wide, and softmax(loc) would give their share of a factor to the others.
+        """
+        return self.xi_loc + 0.5 * (2 * self.xi_log_scale).exp() if self.config.posterior == "normal" else self.xi_loc
+
     def local_posterior(self, batch: Batch, steps: int) -> Local:
         """The local posterior at the posterior mean of the globals."""
         with torch.no_grad():
@@ -359,7 +368,7 @@ class Guide(PyroModule):
                     (self.log_m_loc - self.log_n_loc)[batch.cells].exp() * big,
                     ones * big,
                 )
-            return LocalPosterior(batch).solve(self.conditioning(self.xi_loc, self.log_phi_loc), self._steps(steps))
+            return LocalPosterior(batch).solve(self.conditioning(self.mean_logits(), self.log_phi_loc), self._steps(steps))
 
 
 def build(config: Config, spec: Spec, data: Data) -> Pair:

@@ -15,6 +15,7 @@ Hilferty's approximation
     delta = A / B (1 - 1 / (9 A) + z / (3 sqrt(A)))^3,     A >= a >= 1
 
 Cell by cell it has the law above (mean and sd within .2 %); sums over a region keep the doubt that its cells have in common.
+Cells of a new target have no spots around them: their effect is drawn from its prior Gamma(a, a), one for each square of one pitch.
 """
 
 from collections.abc import Iterable
@@ -65,6 +66,11 @@ def interpolation(positions: NDArray[np.float64], spots: NDArray[np.float64], ba
     used, column = np.unique(index, return_inverse=True)
     rows = np.repeat(np.arange(len(positions)), k)
     return sp.csr_matrix((weight.ravel(), (rows, column.ravel())), shape=(len(positions), len(used))), used
+
+
+def squares(positions: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Number, from 0, of the square of one pitch in which each of ``positions`` [n, 2] (in pitches) lies, [n]."""
+    return np.unique(np.floor(positions), axis=0, return_inverse=True)[1].ravel()
 
 
 def shared_normals(weights: sp.csr_matrix, spots: NDArray[np.int64], key: Iterable[int], genes: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -13,10 +13,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ppl_st.models.siid.activity import Globals, Local, LocalPosterior, aggregate, sizes
-from ppl_st.models.siid.batches import Batch, Batches, Data
+from ppl_st.models.siid.batches import Batches, Data
 
 if TYPE_CHECKING:
     from ppl_st.models.siid.model import Config
@@ -25,6 +26,7 @@ STRIDE = 1_000_003  # between the seeds of a fit's starts: no other seed that a 
 COMPONENTS = 50  # directions of the cells' counts that are clustered
 LLOYD_LIMIT = 1_000_000  # cells x factors up to which full k-means is affordable
 EM_CELLS = 60_000  # cells on which a chain's profiles are started
+STREAMED = 2  # sweeps over all spots where that left some out
 
 
 class Start(NamedTuple):
@@ -53,9 +55,7 @@ def run_em(
     problem = LocalPosterior(batch)
     panel = torch.from_numpy(data.panel)
     q0 = torch.from_numpy(prior_profiles(data, factors)).float()  # [h, G]
-    strength = torch.full((factors, 1), config.profile_concentration)
-    if data.profiles is not None:
-        strength[: len(data.profiles)] = config.given_profile_concentration
+    prior = _prior_counts(data, config, factors)
     g = Globals(
         profiles=q0,
         panel_profiles=q0[:, panel],
@@ -69,7 +69,8 @@ def run_em(
     local = _clustered(data, g, batch.total, factors, seed)
     log_phi, evidence = torch.zeros(len(panel)), torch.zeros_like(q0)
     for sweep in range(sweeps):
-        g, evidence, log_phi, activity = _profile_step(problem, data, config, g, local, log_phi, q0, strength)
+        g, evidence, log_phi, scale = _profile_step(data, config, g, _sums(problem, g, local), log_phi, prior)
+        activity = local.activity * scale
         capture = (
             local.capture
             if np.isfinite(config.capture_concentration) and sweep
@@ -89,43 +90,84 @@ def run_em(
     return Start(g, evidence, log_phi, {"log_theta": log_theta}, log_theta_spots, score), local, problem
 
 
+class Sums(NamedTuple):
+    """What the update of the global profiles needs of the cells and spots: sums over them, so that parts can be added."""
+
+    spot_counts: Tensor  # [h, G] counts of the spots attributed to each entry of Q
+    cell_counts: Tensor  # [h, P] and of the cells
+    activity: Tensor  # [h] of all cells
+    captured: Tensor  # [h] activity times capture that reaches spots
+    reach: Tensor  # [h] the same at capture 1
+    observed: Tensor  # [] counts of the spots that have cells
+
+
+def _sums(problem: LocalPosterior, g: Globals, local: Local) -> Sums:
+    """The sums over the cells that the batch owns and over its spots."""
+    batch = problem.batch
+    owned = local.activity * batch.owned[:, None]
+    spot_counts, captured = torch.zeros_like(g.profiles), torch.zeros_like(g.usage)
+    reach, observed = captured, torch.zeros(())
+    if problem.spots is not None:
+        mixed = aggregate(batch, local.capture[:, None] * local.activity)
+        spot_counts, captured = g.profiles * problem.spots.columns(mixed, g.profiles), mixed.sum(0)
+        plain = aggregate(batch, local.activity)
+        reach = plain.sum(0)
+        observed = (batch.spot_counts @ torch.ones(batch.spot_counts.shape[1], 1))[plain.sum(1) > 0].sum()
+    return Sums(spot_counts, g.panel_profiles * problem.cells.columns(owned, g.panel_profiles), owned.sum(0), captured, reach, observed)
+
+
+def _prior_counts(data: Data, config: "Config", factors: int) -> tuple[Tensor, Tensor]:
+    """Prior evidence [h, 1] and exposure [h, G] of Q."""
+    strength = torch.full((factors, 1), config.profile_concentration)
+    if data.profiles is not None:
+        strength[: len(data.profiles)] = config.given_profile_concentration
+    return strength, strength / torch.from_numpy(prior_profiles(data, factors)).float()
+
+
 def _profile_step(
-    problem: LocalPosterior,
-    data: Data,
-    config: "Config",
-    g: Globals,
-    local: Local,
-    log_phi: Tensor,
-    q0: Tensor,
-    strength: Tensor,
+    data: Data, config: "Config", g: Globals, sums: Sums, log_phi: Tensor, prior: tuple[Tensor, Tensor]
 ) -> tuple[Globals, Tensor, Tensor, Tensor]:
-    """Closed-form update of Q, phi and rho given the activities: new globals, evidence for Q [h, G], log phi [P], rescaled activities."""
-    batch, panel = problem.batch, torch.from_numpy(data.panel)
-    activity, rho = local.activity, 1.0
-    evidence = strength.expand_as(q0).clone()
-    exposure = (strength / q0).clone()
-    if problem.spots is not None:
-        mixed = aggregate(batch, local.capture[:, None] * activity)
-        evidence += g.profiles * problem.spots.columns(mixed, g.profiles)
-        exposure += mixed.sum(0)[:, None]
-    evidence[:, panel] += g.panel_profiles * problem.cells.columns(activity, g.panel_profiles)
-    exposure[:, panel] += activity.sum(0)[:, None] * torch.exp(-log_phi)
+    """Closed-form update of Q, phi and rho given the sums: new globals, evidence for Q [h, G], log phi [P], factors of the activities [h]."""
+    panel = torch.from_numpy(data.panel)
+    evidence, exposure = prior[0] + sums.spot_counts, prior[1] + sums.captured[:, None]
+    evidence[:, panel] += sums.cell_counts
+    exposure[:, panel] += sums.activity[:, None] * torch.exp(-log_phi)
     profiles = (evidence / exposure).clamp_min(1e-12)
-    scale = profiles.sum(1)
-    profiles, activity = profiles / scale[:, None], activity * scale
-    if problem.spots is not None:
+    scale, rho = profiles.sum(1), 1.0
+    profiles = profiles / scale[:, None]
+    if data.spot_counts.shape[0]:
         if config.platform != "none":
             seen = torch.from_numpy(np.asarray(data.counts.sum(0), dtype=np.float32).ravel())
-            log_phi = torch.log((activity.sum(0) @ profiles[:, panel] + 1.0) / (seen + 1.0))
+            log_phi = torch.log(((sums.activity * scale) @ profiles[:, panel] + 1.0) / (seen + 1.0))
             weight = 1 / (0.25 + 1 / (seen + 1.0))  # each gene about alike, so that no strong gene sets the level of all others
             shift = float((log_phi * weight).sum() / weight.sum())
-            log_phi, activity = log_phi - shift, activity * np.exp(-shift)
-        rho = _capture(batch, activity)
-    mass = activity.sum(0)
+            log_phi, scale = log_phi - shift, scale * np.exp(-shift)
+        rho = float(sums.observed) / max(float((sums.reach * scale).sum()), 1.0)
+    mass = sums.activity * scale
     g = g._replace(
         profiles=profiles, panel_profiles=profiles[:, panel] * torch.exp(-log_phi), usage=mass / mass.sum(), capture=rho
     )
-    return g, evidence, log_phi, activity
+    return g, evidence, log_phi, scale
+
+
+def sweep_on(data: Data, config: "Config", start: Start, steps: int) -> Start:
+    """``start``, which EM found on a part of ``data``, after `STREAMED` sweeps over all spots with their cells, one batch after the other.
+
+    Memory does not grow with the spots. In every sweep a batch solves its cells anew, in ``steps`` sweeps of its own.
+    """
+    mapped = np.flatnonzero(np.diff(data.mapping.indptr) > 0)
+    data = data.take_rows(mapped, np.arange(data.spot_counts.shape[0]))
+    batches, prior = Batches(data, config.batch_spots, 0), _prior_counts(data, config, len(start.g.usage))
+    for _ in range(STREAMED):
+        total: Sums | None = None
+        for step in range(len(batches)):
+            problem = LocalPosterior(batches.at(step))
+            sums = _sums(problem, start.g, problem.solve(start.g, steps))
+            total = sums if total is None else Sums(*(one + more for one, more in zip(total, sums, strict=True)))
+        assert total is not None
+        g, evidence, log_phi, _ = _profile_step(data, config, start.g, total, start.log_phi, prior)
+        start = start._replace(g=g, evidence=evidence, log_phi=log_phi)
+    return start
 
 
 def _dispersion(counts: sp.csr_matrix, activity: Tensor, loadings: Tensor) -> Tensor:
@@ -164,10 +206,13 @@ def _clustered(data: Data, g: Globals, total: Tensor, factors: int, seed: int) -
             .fit(directions)
             .labels_
         )
-    cluster = cluster.astype(np.int64)
-    if data.labels is not None:  # labelled cells take their factor, clusters move behind the labels
+    cluster, known = cluster.astype(np.int64), 0
+    if data.profiles is not None:
+        cluster, known = _like_profiles(data, data.profiles, cluster, factors)[cluster], len(data.profiles)
+    if data.labels is not None:  # labelled cells take their factor, clusters that look like no profile move behind the names
         spare = factors - data.named
-        cluster = np.where(data.labels >= 0, data.labels, data.named + cluster % spare if spare else cluster)
+        others = np.where(cluster < known, cluster, data.named + cluster % spare if spare else cluster)
+        cluster = np.where(data.labels >= 0, data.labels, others)
     activity = torch.full((len(per_cell), factors), 0.1 / factors)
     activity[torch.arange(len(per_cell)), torch.from_numpy(cluster)] += 0.9
     activity = activity * sizes(total, g)[:, None]
@@ -175,8 +220,24 @@ def _clustered(data: Data, g: Globals, total: Tensor, factors: int, seed: int) -
     return Local(activity, torch.ones_like(activity), ones, ones)
 
 
-def _capture(batch: Batch, activity: Tensor) -> float:
-    """rho: counts of the spots that have cells per expected count at capture 1."""
-    expected = aggregate(batch, activity).sum(1)  # [s]
-    observed = batch.spot_counts @ torch.ones(batch.spot_counts.shape[1], 1)  # [s, 1]
-    return float(observed[expected > 0].sum()) / max(float(expected.sum()), 1.0)
+def _like_profiles(data: Data, profiles: NDArray[np.float64], cluster: NDArray[np.int64], factors: int) -> NDArray[np.int64]:
+    """Factor of each cluster: that of the prior profile [K, G] it looks most like (one to one); clusters that look like none take other factors.
+
+    Both are compared by log shares of the panel's genes, less their mean over clusters or profiles: the platforms' gene factors drop out.
+    """
+    size = int(cluster.max()) + 1
+    member = sp.csr_matrix((np.ones(len(cluster)), (cluster, np.arange(len(cluster)))), shape=(size, len(cluster)))
+    sums = np.asarray((member @ data.counts).todense(), dtype=np.float64)
+    sums += 10 * sums.sum(0) / sums.sum()  # a gene with few counts in a cluster says little
+    found, wanted = (np.log(table / table.sum(1, keepdims=True)) for table in (sums, profiles[:, data.panel]))
+    found, wanted = found - found.mean(0), wanted - wanted.mean(0)
+    norms = np.linalg.norm(wanted, axis=1)[:, None] * np.linalg.norm(found, axis=1)
+    likeness = wanted @ found.T / np.maximum(norms, 1e-12)  # [K, clusters]
+    rows, columns = linear_sum_assignment(likeness, maximize=True)
+    alike = likeness[rows, columns] > 0
+    rows, columns = rows[alike], columns[alike]
+    factor = np.full(size, -1)
+    factor[columns] = rows
+    free = [k for k in (*range(len(profiles), factors), *range(len(profiles))) if k not in rows]  # those without a profile first
+    factor[factor < 0] = free[: size - len(rows)]
+    return factor
