@@ -216,12 +216,14 @@ class Run:
         Returns
         -------
         DataFrame
-            One row per gene of ``genes`` (None: those of the truth that the fit did not see): mean_count, log_score (mean log predictive probability,
-            nats), crps (counts), coverage_50/80/90/95 (expected randomised coverage of the central interval); of a recalibrated run also
-            recalibrated_crps (of the corrected predictive) and recalibrated_coverage (of the interval lower, upper).
+            One row per gene of ``genes`` (None: those of the truth that the run can predict and the fit did not see): mean_count, log_score (mean log
+            predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected randomised coverage of the central interval); of a
+            recalibrated run also recalibrated_crps (of the corrected predictive) and recalibrated_coverage (of the interval lower, upper).
         """
         known = self.counts_of(truth)
-        unseen = known.genes if self.measured.all() else known.genes[~np.isin(known.genes, self.target.genes)]
+        shared = np.isin(known.genes, self.genes)  # a target's blanks, say, are unknown to the reference
+        ours = known.genes[shared | ~shared.any()]  # if all are, `_index` names some
+        unseen = ours if self.measured.all() else ours[~np.isin(ours, self.target.genes)]
         index = self._index(unseen if genes is None else genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed, names = matched(known, self.target, self.genes[index]), pd.Index(self.genes[index], name="gene")
