@@ -138,7 +138,8 @@ def posterior_predictive(
     ``ends`` [2, g] are two probabilities per gene: quantiles "lower" and "upper", 0 and inf where the draws do not reach so far. ``mass`` [draws, g]
     is what a corrected predictive gives to the draws in rising order (1 / draws each without it): scores then have ``corrected_crps``.
 
-    The stream of random numbers depends on ``seed``, ``draws`` and the block sizes, hence on ``memory_gb``; on nothing else.
+    The stream of random numbers depends on ``seed``, ``draws``, the first of ``genes`` and the block sizes, hence on ``memory_gb`` and the number of
+    genes; on nothing else.
     """
     n, g = predictor.n_cells, len(genes)
     empty = lambda: np.zeros((n, g), dtype=np.float32)  # noqa: E731

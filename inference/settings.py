@@ -49,6 +49,7 @@ class FitConfig:
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("steps particles window max_bad_steps log_every", "at least 1", lambda x: x >= 1),
             (not_negative, "at least 0", lambda x: x >= 0),
+            ("seed", "at most 2^32 - 1", lambda x: x < 2**32),  # as libraries take it
             ("lr eps clip_norm", "positive", lambda x: x > 0),
             ("final_lr_factor", "between 0 and 1", lambda x: 0 <= x <= 1),
             ("betas", "two numbers in [0, 1)", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)),

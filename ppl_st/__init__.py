@@ -39,8 +39,13 @@ _HOME = {
     "recalibrate": "ppl_st.refit",
 }
 
+# Modules that users call by name: there without an import of their own.
+_MODULES = ("layers", "neighbor_score", "observation", "pooling", "stack")
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"ppl_st.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'ppl_st' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -25,7 +25,7 @@ from ppl_st.inference.svi import load_state, pick_device
 from ppl_st.layers import with_layers
 from ppl_st.models import METHODS, load_method
 from ppl_st.observation import name_of
-from ppl_st.pairs import read_pair
+from ppl_st.pairs import as_given, read_pair
 from ppl_st.posterior import Run
 from ppl_st.prepare import hold_out_genes, load_prepare
 from ppl_st.slides import read_slides
@@ -139,7 +139,7 @@ def fit(
     assert reference is not None and targets[0] is not None
     spots = METHODS[method].reference == "spots"
     pair = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
-    cells, other = (one.in_name_order() for one in pair)
+    cells, other = map(as_given, pair)
     if cells.xy is None:
         talk(f"target ({cells.source}): no coordinates (obsm['spatial']): neighbors in space cannot inform its cells")
     if hold_out is not None:
@@ -194,7 +194,11 @@ def _fit_seeds(
     for number in numbers:
         own = None if folder is None else folder / f"seed{number}"
         how = again if number in begun else partial(one, seed=number)
-        runs.append(how(out=own, say=lambda line, n=number: say(f"seed {n}: {line}")))
+        try:
+            runs.append(how(out=own, say=lambda line, n=number: say(f"seed {n}: {line}")))
+        except Interrupted as error:
+            kept = "nothing is kept" if folder is None else "continue with the same command and --resume"
+            raise Interrupted(f"seed {number}: {str(error).partition(';')[0]}; {kept}") from error
     if folder is not None:
         run_folder.write_json(folder / "manifest.json", seeds_of(runs).manifest)
     return seeds_of(runs, folder)

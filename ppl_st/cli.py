@@ -7,6 +7,7 @@ Output paths are tried before any computation. No statistics here; what commands
 
 import shlex
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -44,7 +45,7 @@ Images = Annotated[list[Path] | None, typer.Option("--image", help="Histology, o
 Reference = Annotated[
     Path | None, typer.Option("--reference", help="What knows more genes; for SIID: spots (.h5ad, .zarr).")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="One seed for everything.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="One seed for everything.")]
 Device = Annotated[str, typer.Option("--device", help="auto or cpu; no GPU has been tried.")]
 Preset = Annotated[str, typer.Option("--preset", help="Named settings: default, paper, ...")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings over the preset.")]
@@ -69,9 +70,9 @@ def demo(
     method: Annotated[str, typer.Argument(help="Name of the method.")] = "siid",
     seed: Seed = 0,
     cells: Annotated[int | None, typer.Option("--cells", min=100, help="Cells to simulate.")] = None,
-    types: Annotated[int, typer.Option("--types", help="h: cell types.")] = 8,
+    types: Annotated[int | None, typer.Option("--types", help="h: cell types; default: 8.")] = None,
     squares: Annotated[int | None, typer.Option("--squares", min=1, help="l: squares per side (siid).")] = None,
-    rho: Annotated[float, typer.Option("--rho", min=0.001, help="Depth of the cells, 1 = 150 counts.")] = 1.0,
+    rho: Annotated[float | None, typer.Option("--rho", min=0.001, help="Depth of the cells, 1 = 150 counts (default).")] = None,
     mixing: Annotated[float | None, typer.Option("--mixing", min=0, help="Dirichlet of mixed cells (siid).")] = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -209,11 +210,15 @@ def predict(
         raise UserError("--proportions goes with one run, without --genes, --target, --samples, --turned and --as-reference; run predict twice")
     from ppl_st.api import load
     from ppl_st.data import read_genes
+    from ppl_st.io import refuse_inputs
     from ppl_st.models import METHODS
     from ppl_st.stream import write_whole
 
     names = None if genes is None else read_genes(genes)
-    fitted, say = load(runs[0]), speaker(quiet)
+    loaded, say = [load(run) for run in runs], speaker(quiet)
+    for path, one in product((out, store), loaded):
+        refuse_inputs(path, one.manifest)
+    fitted = loaded[0]
     several = "seeds" in fitted.manifest
     if METHODS[fitted.method].reference == "image" and len(runs) == 1 and not proportions and not several:
         from ppl_st.image_cli import predict_places
@@ -240,7 +245,7 @@ def predict(
     if len(runs) > 1:
         from ppl_st.stack import stack
 
-        fitted = stack([fitted, *map(load, runs[1:])])
+        fitted = stack(loaded)
         for name, score in fitted.record["inner_log_score"].items():
             share = f"{fitted.record['weights'].get(name, 1):.3f}"
             say(f"weight {share}, log score {score:.4f} on {fitted.record['inner_genes']} held-out genes: {name}")
@@ -258,7 +263,7 @@ def predict(
     typer.echo(f"{out}: {shape[0]} x {shape[1]}")
     if samples:
         say(f"{samples} joint draws")
-        fitted.write_samples(store, None if names is None else list(names), samples, seed, target=target)
+        fitted.write_samples(store, None if names is None else list(names), samples, seed, target=target, memory_gb=memory_gb)
         typer.echo(f"{store}: count[{samples}, {shape[0]}, {shape[1]}]")
 
 
@@ -289,10 +294,12 @@ def evaluate(
     target: Targets = None,
     reference: Reference = None,
     image: Images = None,
-    holdout_spots: Annotated[float, typer.Option("--holdout-spots", help="xfuse: share of every section's spots to hide.")] = 0.5,
+    holdout_spots: Annotated[
+        float | None, typer.Option("--holdout-spots", help="xfuse: share of every section's spots to hide; default: 0.5.")
+    ] = None,
     holdout_section: Annotated[list[str] | None, typer.Option("--holdout-section", help="xfuse: hide all spots of it.")] = None,
-    top_genes: Annotated[int, typer.Option("--top-genes", min=1, help="xfuse: how many genes are judged.")] = 100,
-    folds: Annotated[str, typer.Option("--folds", help="A number, or a file of lines gene<TAB>fold.")] = "5",
+    top_genes: Annotated[int | None, typer.Option("--top-genes", min=1, help="xfuse: how many genes are judged; default: 100.")] = None,
+    folds: Annotated[str | None, typer.Option("--folds", help="A number (default: 5), or a file of lines gene<TAB>fold.")] = None,
     truth: Annotated[
         Path | None, typer.Option("--truth", help="No folds: counts of other genes in the same cells.")
     ] = None,
@@ -312,12 +319,18 @@ def evaluate(
     from ppl_st.models import METHODS
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    if any(name in METHODS and METHODS[name].reference == "image" for name in names):
+    images = any(name in METHODS and METHODS[name].reference == "image" for name in names)
+    genes = {"reference": reference, "folds": folds, "truth": truth, "max-folds": max_folds}
+    spots = {"holdout-spots": holdout_spots, "holdout-section": holdout_section or None, "top-genes": top_genes}
+    if foreign := [f"--{name}" for name, value in (genes if images else spots).items() if value is not None]:
+        raise UserError(f"evaluate: {methods} is judged on hidden {'spots' if images else 'genes'}; leave out {', '.join(foreign)}")
+    if images:
         from ppl_st.evaluate_images import evaluate_spots
 
+        share, most = 0.5 if holdout_spots is None else holdout_spots, 100 if top_genes is None else top_genes
         judged = evaluate_spots(
-            names, target or [], image or [], share=holdout_spots, sections=holdout_section or (), genes=top_genes, baselines=baselines,
-            seed=seed, preset=preset, config=config, overrides=overrides or (), device=device, draws=draws, memory_gb=memory_gb, out=out,
+            names, target or [], image or [], share=share, sections=holdout_section or (), genes=most, baselines=baselines, seed=seed,
+            preset=preset, config=config, overrides=overrides or (), device=device, draws=draws, memory_gb=memory_gb, out=out,
             progress=progress(quiet), say=speaker(quiet), command=command_line(),
         )  # fmt: skip
         print_evaluation(judged.summary, out)
@@ -328,7 +341,7 @@ def evaluate(
 
     done = run_evaluation(
         names, target[0], reference,
-        folds=int(folds) if folds.lstrip("-").isdigit() else folds, truth=truth, max_folds=max_folds,
+        folds=5 if folds is None else int(folds) if folds.lstrip("-").isdigit() else folds, truth=truth, max_folds=max_folds,
         baselines=baselines, seed=seed, preset=preset, config=config, overrides=overrides or (),
         device=device, draws=draws, memory_gb=memory_gb, out=out, progress=progress(quiet), say=speaker(quiet),
         command=command_line(),

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from ppl_st.api import Source, load
-from ppl_st.data import gene_folds
+from ppl_st.data import gene_folds, matched
 from ppl_st.errors import UserError
-from ppl_st.evaluate import UPPER, read_entries
+from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER, read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
 from ppl_st.posterior import INNER_CELLS
 from ppl_st.report import read_json, read_scores
@@ -84,8 +84,8 @@ def compare(
     for source in map(Path, sources):
         scored, log_probs = _tables(source, truth, draws, seed, talk)
         for name, table in scored.items():
-            if metric not in table or table[metric].isna().any():
-                talk(f"{source}: {name} has no {metric} and is left out")
+            if metric not in table or not np.isfinite(table[metric].astype(float)).all():
+                talk(f"{source}: {name} has no {metric} that is finite for every gene, and is left out")
                 continue
             label = name if name not in tables else f"{name} ({source})"
             tables[label] = table
@@ -161,15 +161,18 @@ def _tables(
                 f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run"
             )
         say(f"{folder}: {run.method}, {len(held_out)} held-out genes")
-        predicted = run.predict(held_out, draws=draws, seed=seed, truth=truth, lognorm=True)
-        order = pd.Index(truth.names).get_indexer(pd.Index(predicted.obs_names))
-        counts = truth.take_genes(np.array(held_out)).matrix[order]
-        mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
-        table = score_prediction(counts, mean, lognorm, run.shared_total, held_out)
-        table = table.join(predicted.var[["log_score", "crps", "coverage_90"]])
-        table.index = pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"])
-        kept = np.sort(np.random.default_rng([seed, 9]).permutation(predicted.n_obs)[:INNER_CELLS])
-        entries = {run.method: pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], held_out)}
+        cells = len(run.target.names)
+        kept = np.sort(np.random.default_rng([seed, 9]).permutation(cells)[:INNER_CELLS])
+        width = max(1, int(1e9 / (BYTES_PER_PREDICTION * cells)))
+        tables, logs = [], []
+        for genes in (held_out[start : start + width] for start in range(0, len(held_out), width)):
+            predicted = run.predict(genes, draws=draws, seed=seed, truth=truth, lognorm=True)
+            mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
+            table = score_prediction(matched(truth, run.target, np.array(genes)), mean, lognorm, run.shared_total, genes)
+            tables.append(table.join(predicted.var[["log_score", "crps", "coverage_90"]]))
+            logs.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], genes))
+        table = pd.concat(tables).set_axis(pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"]))
+        entries = {run.method: pd.concat(logs, axis=1)}
         found = {run.method: table.assign(seconds=run.record["seconds"], peak_gb=run.record["peak_memory_bytes"] / 1e9)}
     return {
         name: table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table

@@ -396,7 +396,7 @@ def _hash_matrix(matrix: Any, total: Any) -> None:
 
 def _describe(source: "str | Path | AnnData") -> dict[str, Any]:
     if isinstance(source, str | Path):
-        return {"path": str(source), "sha256": hash_path(source)}
+        return {"path": str(Path(source).absolute()), "sha256": hash_path(source)}
     return {"path": None, "sha256": hash_adata(source)}
 
 

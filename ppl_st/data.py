@@ -23,6 +23,7 @@ from ppl_st.errors import UserError
 from ppl_st.io import read_adata
 
 MAX_COUNT = 2**24
+CLUSTER = "spaim_cluster"  # obs column of the stored reference of SpaIM: the cluster of each cell
 SHARED_TOTAL = "vista_shared_total"  # obs column of a run that uses some of the genes that it shares with its reference: total over all of them
 # Values looked at together when a matrix is checked or made sparse: bounds the temporaries.
 _BLOCK_VALUES = 2**24
@@ -183,13 +184,13 @@ def _gene_names(adata: Any, gene_key: str | None, where: str) -> NDArray[np.str_
             f"{where}: {label}: {nameless.sum()} of {len(genes)} are empty (var_names {_some(rows)}); fill or drop these genes"
         )
     names = np.asarray(genes.astype(str), dtype=str)
-    remedy = "sum or drop the repeated genes, or rename them with var_names_make_unique()"
+    remedy = "sum or drop the repeated genes" + (", or rename them with var_names_make_unique()" if gene_key is None else ", or rename them")
     _refuse_duplicates(names, f"{where}: {label}", remedy)
     return names
 
 
 def _to_csr(raw: Any, where: str) -> sparse.csr_matrix:
-    """Canonical CSR [n, G] in the dtype of `raw`, which is shared where it is already so, never changed."""
+    """Canonical CSR [n, G]; the arrays of `raw` are shared where it is already so, never changed."""
     if hasattr(raw, "to_memory"):  # sparse on disk (backed AnnData)
         raw = raw.to_memory()
     if not hasattr(raw, "dtype") or not hasattr(raw, "shape"):
@@ -205,7 +206,7 @@ def _to_csr(raw: Any, where: str) -> sparse.csr_matrix:
         blocks = [sparse.csr_matrix(np.asarray(raw[rows], dtype=safe)) for rows in row_blocks(raw.shape[0], size)]
         shared = blocks[0] if len(blocks) == 1 else sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
     if not shared.has_canonical_format or len(shared.data) != shared.nnz or (shared.data == 0).any():
-        shared = shared.copy()  # the arrays may be the caller's
+        shared = shared.astype(np.float64)  # a copy, as the arrays may be the caller's; small integers could not hold the sums
         shared.sum_duplicates()
         shared.eliminate_zeros()
     return shared
@@ -331,10 +332,7 @@ def shared_genes(
         hints.append("strip the Ensembl versions")
     if _mostly_ensembl(left) != _mostly_ensembl(right):
         hints.append("one side has Ensembl ids: name its var column of gene symbols with gene_key")
-    remedy = (
-        "; ".join(hints)
-        or "check that both name genes in the same way; another var column can be named with gene_key"
-    )
+    remedy = "; ".join(hints) or "check that both name genes in the same way; another var column can be named with gene_key"
     raise UserError(
         f"target and reference share {shared.size} genes, at least {minimum} are needed; "
         f"{folded} would match without regard to case, {stripped} without Ensembl versions; "
@@ -400,7 +398,7 @@ def read_genes(path: str | Path) -> NDArray[np.str_]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
-        raise UserError(f"gene list: no such file: {path}; give a text file with one gene per line") from error
+        raise UserError(f"gene list: no such file: {path}; give a text file with one gene per line (in Python a list of genes, too)") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"gene list: cannot read {path}: {error}; give a plain text file with one gene per line") from error
     stripped = [line.strip() for line in lines]

@@ -53,6 +53,7 @@ COLUMNS = {
 }
 ORACLE = "oracle: the true rate"
 ORACLE_DRAWS = 100
+TYPES = 8
 MAPPED_GENES = 3
 
 
@@ -73,9 +74,9 @@ def demo(
     out: str | Path,
     seed: int = 0,
     cells: int | None = None,
-    types: int = 8,
+    types: int | None = None,
     squares: int | None = None,
-    rho: float = 1.0,
+    rho: float | None = None,
     mixing: float | None = None,
     draws: int = 100,
     device: str = "auto",
@@ -95,7 +96,8 @@ def demo(
     seed
         Seeds the simulation, the fit and the draws.
     cells, types, squares, rho, mixing
-        Knobs of the protocol; None is its own default. ``squares`` and ``mixing`` belong to the checkerboard, whose fit gets ``factors=types``.
+        Knobs of the protocol; None is its own default (8 types). ``squares`` and ``mixing`` belong to the checkerboard, whose fit gets
+        ``factors=types``; methods of images have none of them.
     draws, device, overrides, progress
         Of the fit and the prediction, as in `ppl_st.fit`.
     say
@@ -104,9 +106,13 @@ def demo(
     began = time.perf_counter()
     talk = say or (lambda line: None)
     load_method(method)  # an unknown name is refused before any folder is made
+    knobs = {"n_cells": cells, "n_types": types, "squares": squares, "rho": rho, "mixing": mixing}
+    knobs = {name: value for name, value in knobs.items() if value is not None}
     if METHODS[method].reference == "image":
         from ppl_st.demo_images import demo_images
 
+        if knobs:
+            raise UserError(f"demo {method}: simulates sections of its own size; leave out {', '.join(knobs).replace('n_', '')}")
         return Demo(
             *demo_images(
                 method, out=out, seed=seed, draws=draws, device=device, overrides=overrides, progress=progress, say=say, command=command
@@ -116,7 +122,8 @@ def demo(
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; choose another --out or remove it")
-    world = _world(method, spots, seed, cells, types, squares, rho, mixing)
+    world = _world(method, spots, seed, {"n_types": TYPES, **knobs})
+    types = types or TYPES
     talk(f"simulated {world.target.n_obs} cells of {types} types, {world.reference.n_obs} {'spots' if spots else 'reference cells'}")
     paths = {name: folder / "data" / f"{name}.h5ad" for name in ("target", "reference", "truth")}
     for name, path in paths.items():
@@ -164,16 +171,13 @@ def demo(
     return Demo(scores, facts, run, seconds)
 
 
-def _world(
-    method: str, spots: bool, seed: int, cells: int | None, types: int, squares: int | None, rho: float, mixing: float | None
-) -> Simulation:
-    given = {name: value for name, value in (("n_cells", cells), ("squares", squares), ("mixing", mixing)) if value is not None}
+def _world(method: str, spots: bool, seed: int, knobs: dict[str, Any]) -> Simulation:
     if spots:
-        return checkerboard(seed=seed, n_types=types, rho=rho, **given)  # type: ignore[arg-type]
-    foreign = sorted({"squares", "mixing"} & set(given))
+        return checkerboard(seed=seed, **knobs)
+    foreign = sorted({"squares", "mixing"} & set(knobs))
     if foreign:
         raise UserError(f"demo {method}: {' and '.join(foreign)} shape the checkerboard of siid only; leave them out")
-    return spatial_field(seed=seed, n_types=types, rho=rho, **given)  # type: ignore[arg-type]
+    return spatial_field(seed=seed, **knobs)
 
 
 def score_oracle(

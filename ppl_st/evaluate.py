@@ -18,7 +18,9 @@ reward a constant. Intervals are bootstraps over genes. Memory: predictions are 
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,9 +36,9 @@ from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
 from ppl_st.layers import read_layers
-from ppl_st.metrics import bootstrap_mean, score_prediction, score_table
+from ppl_st.metrics import bootstrap_mean, log1p_normalise, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
-from ppl_st.pairs import read_like, read_pair
+from ppl_st.pairs import as_given, read_like, read_pair
 from ppl_st.peers import PEERS, check, draw_scores
 from ppl_st.posterior import INNER_CELLS
 from ppl_st.prepare import MIN_SHARED, load_prepare, refuse_few_genes
@@ -44,11 +46,9 @@ from ppl_st.run_folder import begun, refuse_evaluated
 
 __all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
 
-RANKED = (
-    "raw_pcc", "raw_scc", "raw_partial_pcc", "log_pcc", "log_scc", "log_partial_pcc", "log_score",
-)  # fmt: skip
+RANKED = ("raw_pcc", "raw_scc", "raw_partial_pcc", "log_pcc", "log_scc", "log_partial_pcc", "log_score")
 UPPER = "upper reference: sees truth"
-_BYTES_PER_PREDICTION = 44  # ten float32 layers and X
+BYTES_PER_PREDICTION = 44  # ten float32 layers and X
 
 
 class Evaluation(NamedTuple):
@@ -56,6 +56,15 @@ class Evaluation(NamedTuple):
 
     scores: pd.DataFrame
     summary: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What can be set in an evaluation of peers alone: how the files are read."""
+
+    layer: str | None = None
+    gene_key: str | None = None
+    library_key: str | None = None
 
 
 class _Task(NamedTuple):
@@ -99,8 +108,7 @@ def evaluate(
     folds
         Number of folds, or a file of lines ``gene<TAB>fold``.
     truth
-        Counts of the same cells; its genes that the target lacks and the reference has are scored instead of
-        folds.
+        Counts of the same cells; its genes that the target lacks and the reference has are scored instead of folds.
     max_folds
         Run only the first so many folds; cells are still dropped as if all were run.
     baselines
@@ -136,20 +144,25 @@ def evaluate(
     if folder is not None:
         refuse_evaluated(folder)
         inputs = {"target": target, "reference": reference} | ({} if truth is None else {"truth": truth})
+        inputs |= {} if truth is not None or isinstance(folds, int) else {"folds": folds}
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
         record |= {"folds": str(folds) if truth is None else None, "max_folds": max_folds, "draws": draws}
-    pair = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots or baselines, spots))
-    cells, other = (one.in_name_order() for one in pair)
+    pair = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots, spots))
+    cells, other = map(as_given, pair)
+    if baselines and cells.xy is None:
+        where = f"evaluate: target ({cells.source}) has no obsm['spatial'], which the baselines need"
+        raise UserError(f"{where}; store x and y there, or leave the baselines out (--no-baselines; in Python baselines=False)")
     names = getattr(settings, "reference_layers", ())
     further = read_layers(reference, names, gene_key=gene_key) if names else []
     layers = {name: one.take_genes(other.genes).matrix for name, one in zip(names, further, strict=True)}
     known = None if truth is None else read_like(truth, role="truth", layer=layer, gene_key=gene_key)
-    tasks = _tasks(cells, other, folds, known, seed, talk)[:max_folds]
+    tasks = islice(_tasks(cells, other, folds, known, seed, talk), max_folds)
+    first = next(tasks)  # what is wrong with the split is said before anything is written
 
     parts, entries = [], []
     with begun(folder, record):
-        for task in tasks:
+        for task in chain([first], tasks):
             talk(f"fold {task.fold}: {len(task.held_out)} held-out genes, {len(task.target.names)} cells")
             split = Split(task.target, other, task.held_out, seed, library_key)
             if spots and baselines:  # they copy spots by place
@@ -175,14 +188,16 @@ def evaluate(
                 if own:
                     write_entries(folder, own, entries)
     scores = pd.concat(parts, ignore_index=True)
-    summary = summarise(scores, seed)
+    summary = summarise(scores, seed, talk)
     if folder is not None:
         write_csv(summary, folder / "summary.csv")
     return Evaluation(scores, summary)
 
 
-def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def summarise(scores: pd.DataFrame, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> pd.DataFrame:
     """Mean, median and 95 % bootstrap interval over genes of every metric of every method, and ranks.
+
+    What is not finite for every gene (a likelihood may give an observed count no chance) has none of them; ``say`` gets a line about it.
 
     Returns
     -------
@@ -197,6 +212,9 @@ def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for metric in [column for column in scores.columns if column not in labels]:
             values = table[metric].to_numpy(dtype=np.float64)
             if np.isnan(values).all():  # a baseline has no predictive distribution
+                continue
+            if (odd := ~np.isfinite(values)).any():
+                say(f"{method}: {metric} is not finite for {odd.sum()} of {len(odd)} genes, e.g. {table['gene'][odd].iloc[0]}, and left out")
                 continue
             # The same resamples of genes for every method.
             interval = bootstrap_mean(values, np.random.default_rng(seed))
@@ -215,9 +233,7 @@ def read_folds(path: str | Path) -> dict[str, NDArray[np.str_]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--folds {path}: cannot be read ({error}); give a number, or a text file of lines gene<TAB>fold"
-        ) from error
+        raise UserError(f"--folds {path}: cannot be read ({error}); give a number, or a text file of lines gene<TAB>fold") from error
     found: dict[str, list[str]] = {}
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -245,38 +261,32 @@ def _reference_is_spots(methods: Sequence[str]) -> bool:
     spots = [method for method in methods if METHODS[method].reference == "spots"]
     if spots and len(spots) < len(methods):
         rest = ", ".join(method for method in methods if method not in spots)
-        raise UserError(
-            f"evaluate: {', '.join(spots)} takes spots as reference, {rest} dissociated cells; evaluate apart"
-        )
+        raise UserError(f"evaluate: {', '.join(spots)} takes spots as reference, {rest} dissociated cells; evaluate apart")
     return bool(spots)
 
 
 def _shared_settings(methods: Sequence[str], preset: str, config: Any, overrides: Sequence[str]) -> Any:
-    """Settings of the first method, None without any: how the files are read; checks preset, file and overrides of all before any work."""
+    """Settings of the first method: how the files are read; checks preset, file and overrides of all before any work."""
     found = []
-    for method in methods:
-        settings = configs.pick_preset(load_method(method).PRESETS, preset)
+    for presets in [load_method(method).PRESETS for method in methods] or [{"default": _Reading()}]:
+        settings: Any = configs.pick_preset(presets, preset)
         settings = settings if config is None else configs.read(config, settings)
         found.append(configs.with_overrides(settings, overrides))
-    return found[0] if found else None
+    return found[0]
 
 
 def _tasks(
-    cells: Counts,
-    other: Counts,
-    folds: int | str | Path,
-    truth: Counts | None,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[_Task]:
+    cells: Counts, other: Counts, folds: int | str | Path, truth: Counts | None, seed: int, say: Callable[[str], None]
+) -> Iterator[_Task]:
+    """One split after the other, so that the counts of one at a time are in memory."""
     shared = np.sort(shared_genes(cells, other, minimum=MIN_SHARED))
     if truth is not None:
         counted = _same_cells(truth, cells)
         wanted = np.setdiff1d(np.intersect1d(counted.genes, other.genes), cells.genes)
         if not wanted.size:
             raise UserError(
-                f"truth ({counted.source}): none of its {len(counted.genes)} genes is new to the target and "
-                "in the reference; without --truth the target's own genes are held out in folds"
+                f"truth ({counted.source}): none of its {len(counted.genes)} genes is new to the target and in the reference; without --truth the "
+                "target's own genes are held out in folds"
             )
         parts = {"0": wanted}
     elif isinstance(folds, int):
@@ -286,10 +296,8 @@ def _tasks(
         counted, parts = cells, read_folds(folds)
         unknown = np.setdiff1d(np.concatenate(list(parts.values())), shared)
         if unknown.size:
-            raise UserError(
-                f"--folds {folds}: {unknown.size} genes are not shared by target and reference, e.g. "
-                f"{', '.join(unknown[:3])}; list shared genes only"
-            )
+            shown = f"{unknown.size} genes are not shared by target and reference, e.g. {', '.join(unknown[:3])}"
+            raise UserError(f"--folds {folds}: {shown}; list shared genes only")
     keep = np.ones(len(cells.names), dtype=bool)
     for genes in parts.values():
         training = shared[~np.isin(shared, genes)]
@@ -299,21 +307,17 @@ def _tasks(
     if not keep.all():
         say(f"{int((~keep).sum())} cells have no count in the training genes of some fold and are dropped")
     cells, counted = cells.take_rows(keep), counted.take_rows(keep)
-    tasks = []
     for fold, genes in parts.items():
         seen = cells.take_genes(cells.genes[~np.isin(cells.genes, genes)])
-        tasks.append(_Task(fold, genes, counted.take_genes(genes), seen))
-    return tasks
+        yield _Task(fold, genes, counted.take_genes(genes), seen)
 
 
 def _same_cells(truth: Counts, cells: Counts) -> Counts:
     index = pd.Index(truth.names).get_indexer(pd.Index(cells.names))
     if (index < 0).any():
         missing = cells.names[index < 0]
-        raise UserError(
-            f"truth ({truth.source}): {len(missing)} of the target's {len(index)} cells are not in it, e.g. "
-            f"{', '.join(missing[:3])}; the truth must count the same cells (obs_names)"
-        )
+        shown = f"{len(missing)} of the target's {len(index)} cells are not in it, e.g. {', '.join(missing[:3])}"
+        raise UserError(f"truth ({truth.source}): {shown}; the truth must count the same cells (obs_names)")
     return truth.take_rows(index)
 
 
@@ -327,7 +331,7 @@ def _score_method(
     reset_peak()
     began = time.perf_counter()
     run = fit(method, target=handed[0], reference=handed[1], **options)
-    width = max(1, int(memory_gb * 1e9 / (_BYTES_PER_PREDICTION * len(task.target.names))))
+    width = max(1, int(memory_gb * 1e9 / (BYTES_PER_PREDICTION * len(task.target.names))))
     parts, entries = [], []
     kept = np.sort(np.random.default_rng([options["seed"], 9]).permutation(len(task.target.names))[:INNER_CELLS])
     seconds = time.perf_counter() - began
@@ -335,9 +339,7 @@ def _score_method(
         genes = task.held_out[start : start + width]
         began = time.perf_counter()
         truth = task.truth.take_genes(genes)
-        predicted = run.predict(
-            genes, draws=draws, seed=options["seed"], memory_gb=memory_gb, truth=truth, lognorm=True
-        )
+        predicted = run.predict(genes, draws=draws, seed=options["seed"], memory_gb=memory_gb, truth=truth, lognorm=True)
         seconds += time.perf_counter() - began  # proper scores included
         assert (np.asarray(predicted.obs_names) == task.truth.names).all()
         mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
@@ -357,7 +359,9 @@ def _score_peer(name: str, task: _Task, split: Split, draws: int) -> pd.DataFram
     answer = PEERS[name].run(split, draws)
     seconds = time.perf_counter() - began
     table = score_table(task.truth.matrix, answer.mean, split.training_total, task.held_out)
-    if answer.draws is not None:
+    if answer.draws is not None:  # as methods: each scale is judged on the mean of its own quantity
+        lognorm = sum(log1p_normalise(drawn, split.training_total) for drawn in answer.draws) / len(answer.draws)
+        table = score_prediction(task.truth.matrix, answer.mean, lognorm, split.training_total, task.held_out)
         table = table.join(draw_scores(answer.draws, task.truth.matrix).set_axis(table.index))
     return labelled(table, name, "peer", task.fold, seconds)
 

@@ -114,7 +114,7 @@ def evaluate_spots(
         if baselines:
             parts += score_baselines(data, kept, hidden, judged, talk)
     scores = pd.concat(parts, ignore_index=True)
-    summary = summarise(scores, seed)
+    summary = summarise(scores, seed, talk)
     if folder is not None:
         write_csv(scores, folder / "scores.csv")
         write_csv(summary, folder / "summary.csv")

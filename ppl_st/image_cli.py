@@ -123,7 +123,7 @@ def predict_places(
     yield f"{out}: {rows} x {columns}"
     if samples:
         store = out.with_name(f"{out.stem}.samples.zarr")
-        seen.write_samples(store, names, samples, seed)
+        seen.write_samples(store, names, samples, seed, memory_gb=memory_gb)
         yield f"{store}: count[{samples}, {rows}, {columns}]"
 
 

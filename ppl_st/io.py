@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -30,6 +30,7 @@ _CONVERT = {
     ".csv": "convert it with anndata.read_csv(...) and write_h5ad(...)",
     ".rds": "export it from R to .h5ad first",
 }
+_NO_CATEGORIES = ("interval", "datetime64", "datetime", "date", "timedelta64", "timedelta", "time", "period")  # that a file can hold
 _WRITE_REMEDY = {
     errno.ENOSPC: "no space left: free some, or choose another output path",
     errno.EDQUOT: "disk quota exceeded: free some space, or choose another output path",
@@ -136,7 +137,10 @@ def write_adata(adata: anndata.AnnData, path: str | Path) -> None:
 
 
 def storable(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy of ``obs`` that every AnnData file can hold: text with gaps becomes categories, objects that are all numbers become numbers.
+    """A copy of ``obs`` that every AnnData file can hold.
+
+    Text with gaps becomes categories, objects that are all numbers become numbers; names of columns, and what is neither number nor text (dates,
+    intervals), become text.
 
     Raises
     ------
@@ -144,8 +148,15 @@ def storable(table: pd.DataFrame) -> pd.DataFrame:
         A column holds neither numbers nor text.
     """
     made = table.infer_objects()
+    made.columns = made.columns.map(str)
     for column in made.columns:
         values = made[column]
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            if pd.api.types.infer_dtype(values.cat.categories) in _NO_CATEGORIES:
+                made[column] = values.cat.rename_categories(values.cat.categories.map(str))
+            continue
+        if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_object_dtype(values) or isinstance(values.dtype, pd.StringDtype)):
+            values = values.astype(object).map(str, na_action="ignore")
         if not (pd.api.types.is_object_dtype(values) or isinstance(values.dtype, pd.StringDtype)):
             continue
         known = values.dropna()
@@ -247,6 +258,14 @@ def atomic(path: str | Path) -> Iterator[Path]:
         if code in _WRITE_REMEDY and not isinstance(error, UserError):
             raise UserError(f"cannot write {path}: {_WRITE_REMEDY[code]}") from error
         raise
+
+
+def refuse_inputs(path: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse to write onto a file that a fit with this manifest, or a fit of this mixture, was given."""
+    fits = [manifest, *manifest.get("runs", [])]
+    for role, given in ((role, given) for fit in fits for role, given in fit.get("inputs", {}).items()):
+        if given["path"] is not None and Path(given["path"]).resolve() == Path(path).resolve():
+            raise UserError(f"{path}: is the {role} that the run was fitted on, which is never changed; choose another name (--out)")
 
 
 def free_bytes(path: str | Path) -> int:

@@ -1,15 +1,16 @@
 """Files that are read by one ``layer`` and one ``gene_key`` although they need not look alike: target and reference, and what judges a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 from anndata import AnnData
 
-from ppl_st.data import Counts, in_raw, read_counts
+from ppl_st.data import CLUSTER, SHARED_TOTAL, Counts, in_raw, read_counts
 from ppl_st.errors import UserError
 from ppl_st.io import read_adata
 
-__all__ = ["read_like", "read_pair"]
+__all__ = ["as_given", "read_like", "read_pair"]
 
 Source: TypeAlias = str | Path | AnnData
 
@@ -44,6 +45,11 @@ def read_pair(
             "that at least one of them has, or leave gene_key out"
         )
     return found[0], found[1]
+
+
+def as_given(counts: Counts) -> Counts:
+    """A user's counts: genes sorted by name; obs without the columns that a run writes for itself, which another run may have left in the file."""
+    return replace(counts.in_name_order(), obs=counts.obs.drop(columns=[SHARED_TOTAL, CLUSTER], errors="ignore"))
 
 
 def read_like(source: Source, *, role: str, layer: str | None, gene_key: str | None) -> Counts:

@@ -13,7 +13,8 @@ tangram        the reference normalised to equal totals, the target as it is, de
 tangram_cells  the same with single cells: cells x cells memory, a thousand epochs.
 
 Tangram answers on a scale of its own; its table is multiplied by the one number that makes the training genes add up to
-what was counted. It is a point estimate.
+what was counted. It is a point estimate: on log-normalised counts the logarithm of its mean is judged, of gimVI the mean
+over draws of the logarithm, as of our methods.
 
 Both packages draw from the global generators of torch, numpy and Python; their state is put back.
 """

@@ -19,6 +19,7 @@ from ppl_st.data import Counts, matched, shared_total
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive, predictive_blocks
 from ppl_st.inference.svi import Pair
+from ppl_st.io import refuse_inputs
 from ppl_st.pairs import read_like
 from ppl_st.stream import layers_of, var_of, varm_of, write_prediction, write_samples
 
@@ -108,7 +109,8 @@ class Run:
         genes
             Names; None = every gene that the target did not measure.
         target
-            Other cells with the same panel (path or AnnData), predicted without refitting; None = the cells of the fit.
+            Other cells with the same panel (path or AnnData), predicted without refitting, and without neighbors in space where they have no
+            coordinates; None = the cells of the fit.
         draws
             Posterior draws behind the summaries.
         samples
@@ -182,9 +184,7 @@ class Run:
         own, talk = target is None, say or (lambda line: None)
         if counts.xy is None and self.target.xy is not None:
             talk(f"target ({counts.source}): no usable coordinates (obsm['spatial']), which those of the fit have; neighbors in space are not used")
-        return write_prediction(
-            self, path, predictor, index, counts, ends, own=own, draws=draws, seed=seed, memory_gb=memory_gb, say=talk
-        )
+        return write_prediction(self, path, predictor, index, counts, ends, own=own, draws=draws, seed=seed, memory_gb=memory_gb, say=talk)
 
     def write_samples(
         self,
@@ -194,13 +194,14 @@ class Run:
         seed: int = 0,
         *,
         target: str | Path | ad.AnnData | None = None,
+        memory_gb: float = 1.0,
     ) -> None:
         """Write ``count[sample, cell, gene]``, joint posterior predictive draws, as a zarr store, block by block."""
         data, counts = (self.data, self.target) if target is None else self._other(target)
         index = self._index(genes)
         predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
-        blocks = count_draws(predictor, predictor.chains, index, draws=draws, seed=seed)
-        write_samples(path, counts.names, self.genes[index], draws, blocks, self.manifest)
+        blocks = count_draws(predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb)
+        write_samples(path, counts.names, self.genes[index], draws, blocks, self.manifest, memory_gb)
 
     def score(
         self,
@@ -216,12 +217,14 @@ class Run:
         Returns
         -------
         DataFrame
-            One row per gene of ``genes`` (None: those of the truth that the fit did not see): mean_count, log_score (mean log predictive probability,
-            nats), crps (counts), coverage_50/80/90/95 (expected randomised coverage of the central interval); of a recalibrated run also
-            recalibrated_crps (of the corrected predictive) and recalibrated_coverage (of the interval lower, upper).
+            One row per gene of ``genes`` (None: those of the truth that the run can predict and the fit did not see): mean_count, log_score (mean log
+            predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected randomised coverage of the central interval); of a
+            recalibrated run also recalibrated_crps (of the corrected predictive) and recalibrated_coverage (of the interval lower, upper).
         """
         known = self.counts_of(truth)
-        unseen = known.genes if self.measured.all() else known.genes[~np.isin(known.genes, self.target.genes)]
+        shared = np.isin(known.genes, self.genes)  # a target's blanks, say, are unknown to the reference
+        ours = known.genes[shared | ~shared.any()]  # if all are, `_index` names some
+        unseen = ours if self.measured.all() else ours[~np.isin(ours, self.target.genes)]
         index = self._index(unseen if genes is None else genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed, names = matched(known, self.target, self.genes[index]), pd.Index(self.genes[index], name="gene")
@@ -348,6 +351,7 @@ class Run:
         from ppl_st.export import write_groups
 
         path = Path(path)
+        refuse_inputs(path, self.manifest)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
         known = None if truth is None else self.counts_of(truth)
@@ -398,9 +402,7 @@ class Run:
     def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
         return self.new_cells(self.counts_of(target, role="target"))
 
-    def _table(
-        self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None
-    ) -> ad.AnnData:
+    def _table(self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None) -> ad.AnnData:
         moments = (summary.rate_mean.mean(0, dtype=np.float64), summary.rate_mean.var(0, dtype=np.float64))
         parts = summary.rate_sd, summary.between_sd
         doubt = None if parts[1] is None else (np.square(parts[0], dtype=np.float64).mean(0), np.square(parts[1], dtype=np.float64).mean(0))

@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ppl_st.inference.predict import QUANTILES, Summary, fits_of_draws, predictive_blocks
-from ppl_st.io import atomic, free_bytes, hdf5_target, storable
+from ppl_st.io import atomic, free_bytes, hdf5_target, refuse_inputs, storable
 
 if TYPE_CHECKING:
     from ppl_st.posterior import Run
@@ -117,6 +117,7 @@ def write_prediction(
     say: Callable[[str], None],
 ) -> tuple[int, int]:
     """Write the summaries of the genes ``index`` in the cells of ``counts`` (``own``: those of the fit); see `ppl_st.posterior.Run.write`."""
+    refuse_inputs(path, run.manifest)
     n, several = predictor.n_cells, fits_of_draws(predictor, predictor.chains, draws) is not None
     moments = np.zeros((4, len(index)))  # per gene: sums of the rate, its square, its variance, the part of that between fits
 
@@ -270,13 +271,20 @@ def write_samples(
     samples: int,
     blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]],
     manifest: Mapping[str, Any],
+    memory_gb: float = 1.0,
 ) -> None:
-    """Write ``count[sample, cell, gene]`` as a zarr store from blocks (rows, counts [samples, rows, genes]): the whole of it or nothing."""
+    """Write ``count[sample, cell, gene]`` as a zarr store from blocks (rows, counts [samples, rows, genes]): the whole of it or nothing.
+
+    ``memory_gb`` bounds the rows that wait for their turn.
+    """
     import zarr
 
+    refuse_inputs(path, manifest)
     path = Path(path)
-    rows, columns = _chunk(len(cells), len(genes))
-    slab = max(min(MIN_SLAB, rows), rows // samples)
+    rows = _chunk(len(cells), len(genes))[0]
+    fitting = int(memory_gb * 1e9 / (4 * samples * len(genes)))
+    slab = max(1, min(fitting, max(min(MIN_SLAB, rows), rows // samples)))
+    columns = int(min(len(genes), max(GENE_CHUNK, 2**20 // slab)))
     with atomic(path) as temporary:
         group = zarr.open_group(str(temporary), mode="w")
         array = group.create_array(
@@ -309,7 +317,7 @@ def _chunk(n: int, g: int) -> tuple[int, int]:
 @contextmanager
 def _store(path: Path) -> Iterator[Any]:
     """An empty zarr (format 2, as anndata writes) or HDF5 store, by suffix."""
-    if path.suffix == ".zarr":
+    if path.suffix.lower() == ".zarr":
         import zarr
 
         yield zarr.open_group(str(path), mode="w", zarr_format=2)

@@ -70,8 +70,8 @@ def read_spec(path: str | Path) -> dict[str, Any]:
     seeds = spec["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise UserError(f"{path}: seeds = {seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
-    for key in ("target", "reference", "truth"):
-        if spec[key] is not None:
+    for key in ("target", "reference", "truth", "folds"):
+        if isinstance(spec[key], str):
             spec[key] = path.parent / spec[key]
     variants = dict(spec.get("variants", {})) or {FIRST: {}}
     first = next(iter(variants.values()))
@@ -85,6 +85,8 @@ def read_spec(path: str | Path) -> dict[str, Any]:
     for name, settings in variants.items():
         if not isinstance(settings, dict) or not name or name.startswith(".") or set(name) & set("/\\\0"):
             raise UserError(f"{path}: variants.{name}: give a table of settings under a name that can be a folder")
+        if isinstance(settings.get("profiles"), str) and settings["profiles"] != "none":
+            variants[name] = settings | {"profiles": str(path.parent / settings["profiles"])}
     if len(variants) < 2:
         raise UserError(f"{path}: {len(variants)} variant; name at least two under [variants], or a [grid]")
     return spec | {"variants": variants}
@@ -116,7 +118,9 @@ def sweep(
         if (place / "summary.csv").is_file():
             _refuse_other(place, plan, preset, overrides)
         else:
-            if place.exists():
+            if place.exists() and any(place.iterdir()):
+                if (place / "config.toml").exists() or not (place / "evaluation.json").is_file():
+                    raise UserError(f"{place}: is no part of a sweep, and stays as it is; choose another --out, or give the variant another name")
                 talk(f"{place}: unfinished, done again")
                 shutil.rmtree(place)
             talk(f"{name}, seed {seed}")
@@ -137,6 +141,8 @@ def sweep(
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     """One row per variant and metric: mean, difference to the first variant with its interval over genes, standard error over seeds.
 
+    A metric that is not finite for every gene has no row.
+
     Parameters
     ----------
     scores
@@ -152,6 +158,8 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
         difference = own - first  # rows pair by seed and gene
         genes, seeds = difference.groupby("gene").mean(), difference.groupby("seed").mean()
         for metric in metrics:
+            if not np.isfinite(genes[metric]).all():
+                continue
             interval = bootstrap_mean(genes[metric].to_numpy(), np.random.default_rng(0))
             error = float(seeds[metric].std() / np.sqrt(len(seeds)))  # nan with one seed
             rows.append({
@@ -187,7 +195,7 @@ def _refuse_other(place: Path, plan: Mapping[str, Any], preset: str, overrides: 
         )
     wanted = {"folds": None if plan["truth"] else str(plan["folds"]), "max_folds": plan["max_folds"], "draws": plan["draws"]}
     before = {key: stored.get(key) for key in wanted}  # evaluations of older versions lack some
-    for role in ("target", "reference", "truth"):
+    for role in ("target", "reference", "truth", *(["folds"] if isinstance(plan["folds"], Path) and not plan["truth"] else [])):
         wanted[role] = configs.hash_path(plan[role]) if plan[role] else None
         before[role] = stored["inputs"].get(role, {}).get("sha256")
     if other := [key for key in wanted if wanted[key] != before[key]]:

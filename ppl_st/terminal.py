@@ -43,8 +43,8 @@ class Commands(TyperGroup):
         except UserError as error:
             raise _failed(str(error)) from None
         except KeyboardInterrupt:
-            more = "; if there is a run folder already, --resume and --out alone continue it" if ctx.invoked_subcommand == "fit" else ""
-            typer.echo(f"interrupted{more}", err=True)
+            more = "; if there is a run folder already, --resume and --out alone continue it (of --seeds: the same command and --resume)"
+            typer.echo(f"interrupted{more if ctx.invoked_subcommand == 'fit' else ''}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except MemoryError:
             raise _failed(_OUT_OF_MEMORY) from None

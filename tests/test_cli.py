@@ -1,5 +1,6 @@
 """The command line: every command once, exit codes, one message and no traceback, nothing half-written."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import ppl_st.api
 from machine import slowness
 from ppl_st.cli import app
 from ppl_st.errors import UserError
+from ppl_st.posterior import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = [f"--set={item}" for item in ("factors=3", "chains=1", "sparsity=0", "sweeps=3", "fit.steps=3")]
@@ -142,7 +144,8 @@ def test_recalibrate_changes_what_predict_writes(folder, tmp_path):
     assert "first: ppl-st recalibrate" in refused("predict", tmp_path / "run", folder / "run", "--out", tmp_path / "both.h5ad")
     shutil.copytree(tmp_path / "run", tmp_path / "twin")
     said = ok("predict", tmp_path / "run", tmp_path / "twin", "--out", tmp_path / "both.h5ad", "--draws", 10)
-    assert "weight 0.500" in said.stderr and json.loads(ad.read_h5ad(tmp_path / "both.h5ad").uns["ppl_st"])["method"] == "stack"
+    assert "weight 0.500" in said.stderr and "forecasts are mixed uncorrected: no layers lower and upper" in said.stderr
+    assert json.loads(ad.read_h5ad(tmp_path / "both.h5ad").uns["ppl_st"])["method"] == "stack"
 
 
 def test_compare_ranks_runs_and_evaluations(folder, tmp_path):
@@ -271,7 +274,30 @@ def test_predict_refuses_what_it_cannot_do(folder, tmp_path):
     target = folder / "data" / "target.h5ad"
     before = target.read_bytes()
     assert "is also an input" in refused("predict", folder / "run", "--target", target, "--out", target)
+    assert "is the target that the run was fitted on" in refused("predict", folder / "run", "--out", target)
     assert target.read_bytes() == before and not out.exists()
+    assert run("predict", folder / "run", "--out", out, "--seed", 2**32).exit_code == 2 and not out.exists()
+    assert "give --truth COUNTS.h5ad, or leave out --groups" in refused("report", folder / "run", "--out", tmp_path / "r.html", "--groups", "half")
+
+
+def test_memory_of_the_draws_bounds_the_samples(folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(Run, "write", lambda self, *arguments, **options: (1, 1))
+    monkeypatch.setattr(Run, "write_samples", lambda self, *arguments, **options: given.append(options["memory_gb"]))
+    ok("predict", folder / "run", "--out", tmp_path / "x.h5ad", "--samples", 2, "--memory-gb", 0.25)
+    assert given == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["xfuse", "--reference", "r.h5ad", "--folds", 5, "--max-folds", 1], "hidden spots; leave out --reference, --folds, --max-folds"),
+        (["siid", "--top-genes", 9, "--holdout-spots", 0], "hidden genes; leave out --holdout-spots, --top-genes"),
+        (["vista", "--holdout-section", "A"], "hidden genes; leave out --holdout-section"),
+    ],
+)
+def test_evaluate_refuses_options_of_the_other_kind(tmp_path, arguments, message):
+    assert message in refused("evaluate", "--target", "t.h5ad", "--out", tmp_path / "new", "--methods", *arguments)
 
 
 def test_an_unwritable_output_is_refused_before_any_work(folder, tmp_path, monkeypatch):
@@ -285,9 +311,12 @@ def test_an_unwritable_output_is_refused_before_any_work(folder, tmp_path, monke
     assert "Not a directory" in refused("fit", "siid", *pair(folder), "--out", inside)
     assert "Not a directory" in refused("predict", folder / "run", "--out", inside / "x.h5ad")
     assert "Not a directory" in refused("export", folder / "run", "--out", inside / "x.nc")
-    full = Path("/dev/full").parent / "nothing-may-be-made-here"
-    if not os.access(full.parent, os.W_OK):
-        assert "cannot write" in refused("fit", "siid", *pair(folder), "--out", full)
+
+    def refuse(**options):  # as the system does, but to root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("ppl_st.terminal.tempfile.TemporaryFile", refuse)
+    assert f"cannot write in {tmp_path} (Permission denied)" in refused("fit", "siid", *pair(folder), "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ppl_st import api
 from ppl_st.compare import compare
 from ppl_st.errors import UserError
 from ppl_st.evaluate import UPPER, write_entries
+from ppl_st.posterior import Run
 from ppl_st.simulate import checkerboard
 
 
@@ -150,7 +151,15 @@ def test_evaluations_of_other_counts_are_refused_and_other_splits_said(tmp_path)
         compare([a, b])
 
 
-def test_runs_are_scored_on_their_held_out_genes(tmp_path):
+def test_a_score_that_is_not_finite_is_left_out_and_said(tmp_path):
+    a, said = write(tmp_path / "a", {"one": 0.0, "two": 0.2, "three": 0.1}), []
+    scores = pd.read_csv(a / "scores.csv")
+    scores.loc[0, "log_score"] = -np.inf
+    scores.to_csv(a / "scores.csv", index=False)
+    assert set(compare([a], say=said.append).index) == {"two", "three"} and "one has no log_score that is finite for every gene" in said[0]
+
+
+def test_runs_are_scored_on_their_held_out_genes(tmp_path, monkeypatch):
     sim = checkerboard(seed=1, n_cells=250, side=6, squares=6, n_types=3, n_genes=40, n_panel=30, contrast=1.0)
     fast = ["factors=3", "chains=1", "sparsity=0.0", "fit.steps=2"]
     for name, sweeps in (("long", 20), ("short", 1)):
@@ -172,6 +181,12 @@ def test_runs_are_scored_on_their_held_out_genes(tmp_path):
     assert table.loc[f"siid ({tmp_path / 'long'})", "log_score"] == pytest.approx(long["log_score"].mean())
     alone = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth[:, :1].copy(), draws=5)  # no other gene to learn weights from
     assert len(alone) == 2 and "weight" not in alone
+    widths, predict = [], Run.predict
+    monkeypatch.setattr(Run, "predict", lambda self, genes, **options: widths.append(len(genes)) or predict(self, genes, **options))
+    monkeypatch.setattr("ppl_st.compare.BYTES_PER_PREDICTION", 1e9 / 250 / 4)  # room for four genes
+    blocks = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth, draws=20)
+    assert widths == 2 * [4, 4, 2] and (blocks["genes"] == 10).all()
+    np.testing.assert_allclose(blocks["log_score"], table["log_score"], rtol=0.02)
     measured = sim.target[:, :5].copy()
     with pytest.raises(UserError, match="none of the 5 genes"):
         compare([tmp_path / "long", tmp_path / "short"], truth=measured)

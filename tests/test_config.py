@@ -223,6 +223,13 @@ def test_adata_hash_sees_values_and_nothing_else():
     assert cfg.hash_adata(labelled) == first
 
 
+def test_manifest_names_inputs_by_their_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.h5ad").write_bytes(b"abc")
+    got = cfg.manifest(seed=0, device="cpu", inputs={"target": "t.h5ad"})
+    assert got["inputs"]["target"]["path"] == str(tmp_path / "t.h5ad")
+
+
 def test_manifest_is_plain_json_and_hashes_what_it_was_given(tmp_path):
     file = tmp_path / "target.h5ad"
     file.write_bytes(b"abc")

@@ -68,6 +68,12 @@ def test_untidy_csr_is_tidied_in_a_copy() -> None:
     assert np.array_equal(adata.X.data, before[0]) and np.array_equal(adata.X.indices, before[1])
 
 
+def test_small_integers_stored_twice_add_up() -> None:
+    adata = make()[:2, :3].copy()
+    adata.X = sparse.csr_matrix((np.array([200, 100, 7], np.uint8), np.array([1, 1, 0]), np.array([0, 2, 3])), shape=(2, 3))
+    assert np.array_equal(read_counts(adata, role="target").matrix.toarray(), [[0, 300, 0], [7, 0, 0]])
+
+
 def test_layer_choice() -> None:
     adata = make()
     adata.layers["counts"] = np.full(adata.shape, 2.0)
@@ -162,6 +168,9 @@ def test_names() -> None:
     assert list(read_counts(adata, role="t", gene_key="symbol").genes[:2]) == ["S0", "S1"]
     adata.var["symbol"] = pd.Series(["x", None] * 4, index=adata.var_names)
     with pytest.raises(UserError, match=r"var\['symbol'\]\): 4 of 8 are empty"):
+        read_counts(adata, role="t", gene_key="symbol")
+    adata.var["symbol"] = ["S0"] * 8
+    with pytest.raises(UserError, match=r"var\['symbol'\]\): 1 names occur more than once: S0; sum or drop the repeated genes, or rename them$"):
         read_counts(adata, role="t", gene_key="symbol")
     with pytest.raises(UserError, match="no column 'name' in var; it has symbol"):
         read_counts(adata, role="t", gene_key="name")
@@ -304,7 +313,7 @@ def test_read_genes(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="plain text file"):
         read_genes(file)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"no such file.*in Python a list of genes"):
         read_genes(tmp_path / "none.txt")
 
 

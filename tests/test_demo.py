@@ -78,6 +78,12 @@ def test_a_used_folder_and_an_unknown_method_are_refused(done, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_methods_of_images_have_no_knobs(tmp_path):
+    with pytest.raises(UserError, match=r"demo xfuse: simulates .*; leave out cells, types, squares, rho, mixing$"):
+        demo("xfuse", out=tmp_path / "new", cells=500, types=8, squares=4, rho=1.0, mixing=0.1)
+    assert not (tmp_path / "new").exists()
+
+
 def test_spatial_field_is_a_pair_over_one_state_with_its_truth():
     from ppl_st.simulate import spatial_field
 

@@ -1,5 +1,7 @@
 """evaluate: the protocol's splits, baselines equal to direct calls, truth files, ranks, files, refusals."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,7 @@ import scipy.sparse as sp
 
 import ppl_st.evaluate as ev
 from ppl_st.baselines import SPOT_BASELINES, Baseline, Split, spot_copy, supervised_ridge
+from ppl_st.config import hash_path
 from ppl_st.data import gene_folds, read_counts
 from ppl_st.errors import UserError
 from ppl_st.evaluate_images import evaluate_spots
@@ -151,7 +154,9 @@ def test_a_folds_file_is_followed(world, perfect, tmp_path):
     genes = list(world.target.var_names)
     file = tmp_path / "folds.tsv"
     file.write_text(f"# mine\n{genes[3]}\t10\n{genes[1]}\t2\n\n{genes[0]}\t10\n")
-    done = ev.evaluate(["siid"], world.target, world.reference, folds=file, baselines=False)
+    done = ev.evaluate(["siid"], world.target, world.reference, folds=file, baselines=False, out=tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["inputs"]["folds"]["sha256"] == hash_path(file)
     assert [tuple(row) for row in done.scores[["fold", "gene"]].to_numpy()] == [
         ("2", genes[1]), ("10", genes[0]), ("10", genes[3]),
     ]  # fmt: skip
@@ -237,6 +242,30 @@ def test_wrong_requests_are_refused_before_any_fit(world):
         ev.evaluate(["siid"], world.target, world.reference, truth=world.target)
     with pytest.raises(UserError, match="10 of the target's 250 cells are not in it"):
         ev.evaluate(["siid"], world.target, world.reference, truth=world.truth[10:].copy())
+
+
+def test_targets_without_coordinates_are_told_of_the_option():
+    pair = spatial_field(seed=1, n_cells=60, n_reference=60, n_genes=24, n_panel=16)
+    del pair.target.obsm["spatial"]
+    with pytest.raises(UserError, match=r"no obsm\['spatial'\], which the baselines need; .*--no-baselines"):
+        ev.evaluate(["spaim"], pair.target, pair.reference, folds=3)
+
+
+def test_splits_are_made_one_at_a_time_and_columns_of_another_run_dropped(world, perfect, monkeypatch):
+    made, target = [], world.target.copy()
+    target.obs["vista_shared_total"] = 1.0
+    monkeypatch.setattr(ev, "_Task", lambda *parts, task=ev._Task: made.append(parts[0]) or task(*parts))
+    ev.evaluate(["siid"], target, world.reference, folds=3, max_folds=1, baselines=False)
+    assert made == ["0"] and list(Stub.seen[0].obs) == list(world.target.obs)
+
+
+def test_a_score_that_is_not_finite_does_not_cost_the_summary():
+    rows = [{"method": m, "kind": "method", "fold": "0", "gene": g, "raw_pcc": 0.5, "seconds": 2.0, "peak_gb": 1.0} for m in "ab" for g in "xy"]
+    said = []
+    summary = ev.summarise(pd.DataFrame(rows).assign(log_score=[-1.0, -np.inf, -1.0, -2.0]), say=said.append)
+    kept = set(zip(summary["method"], summary["metric"], strict=True))
+    assert ("a", "log_score") not in kept and {("b", "log_score"), ("a", "raw_pcc")} <= kept
+    assert said == ["a: log_score is not finite for 1 of 2 genes, e.g. y, and left out"]
 
 
 def test_gene_names_of_either_file_may_lie_in_a_column(world, tmp_path):

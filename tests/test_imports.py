@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,16 @@ def test_every_listed_method_has_a_file():
             ROOT / "models" / name / "__init__.py"
         ).exists(), name
         assert (ROOT / "ppl_st" / "prepare" / f"{name}.py").exists()
+
+
+def test_the_modules_that_the_readme_calls_need_no_import_of_their_own():
+    import ppl_st
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`[^`]*\bppl_st\.([a-z_]+)\.", text) if (ROOT / "ppl_st" / f"{name}.py").is_file()}
+    assert named and {"pooling", "neighbor_score", "stack"} <= named
+    for name in named:  # as on first use; the attribute itself may be there because another test imported the module
+        assert ppl_st.__getattr__(name) is sys.modules[f"ppl_st.{name}"]
 
 
 needs_cli = pytest.mark.skipif(

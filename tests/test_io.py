@@ -15,7 +15,7 @@ import pytest
 from scipy import sparse
 
 from ppl_st.errors import UserError
-from ppl_st.io import atomic, hdf5_target, read_adata, write_adata
+from ppl_st.io import atomic, hdf5_target, read_adata, refuse_inputs, storable, write_adata
 
 
 @pytest.fixture
@@ -143,14 +143,40 @@ def test_atomic_names_path_and_remedy(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_folder(tmp_path: Path, adata: anndata.AnnData) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(UserError, match="permission denied: choose a path"):
-            write_adata(adata, tmp_path / "a.h5ad")
-    finally:
-        tmp_path.chmod(0o700)
+def test_unwritable_folder(tmp_path: Path, adata: anndata.AnnData, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:  # as the system does, but to root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("ppl_st.io._PatientFile", refuse)
+    with pytest.raises(UserError, match="permission denied: choose a path"):
+        write_adata(adata, tmp_path / "a.h5ad")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_was_fitted_on_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = {"inputs": {"target": {"path": str(tmp_path / "cells.h5ad")}, "reference": {"path": None}}}
+    monkeypatch.chdir(tmp_path)
+    for fitted in (manifest, {"method": "stack", "runs": [{"inputs": {}}, manifest]}):
+        refuse_inputs(tmp_path / "other.h5ad", fitted)
+        for path in ("cells.h5ad", tmp_path / "new" / ".." / "cells.h5ad"):
+            with pytest.raises(UserError, match=r"cells\.h5ad: is the target that the run was fitted on"):
+                refuse_inputs(path, fitted)
+
+
+def test_dates_intervals_and_numbered_columns_are_stored_as_text(tmp_path: Path, adata: anndata.AnnData) -> None:
+    obs = adata.obs.copy()
+    obs["size"] = pd.cut(np.arange(30.0), 3)
+    obs["day"] = pd.to_datetime(["2026-01-02", None, "2026-01-03"] * 10)
+    obs["month"] = pd.Categorical(pd.PeriodIndex(["2026-01", "2026-02"] * 15, freq="M"))
+    obs[7] = pd.Categorical([1, 2] * 15)
+    before = obs.copy()
+    adata.obs = storable(obs)
+    pd.testing.assert_frame_equal(obs, before)
+    write_adata(adata, tmp_path / "a.h5ad")
+    found = read_adata(tmp_path / "a.h5ad", role="target").obs
+    assert list(found.columns) == ["label", "size", "day", "month", "7"]
+    assert found["size"].iloc[0] == str(before["size"].iloc[0]) and found["month"].iloc[1] == "2026-02" and found["7"].iloc[1] == 2
+    assert str(found["day"].iloc[0]).startswith("2026-01-02") and found["day"].isna().sum() == 10
 
 
 def test_write_refuses_an_unknown_suffix(tmp_path: Path, adata: anndata.AnnData) -> None:

@@ -10,7 +10,7 @@ from ppl_st import api
 from ppl_st.compare import compare
 from ppl_st.errors import UserError
 from ppl_st.evaluate import evaluate
-from ppl_st.pairs import read_pair
+from ppl_st.pairs import as_given, read_pair
 from ppl_st.report_run import report_folder
 from ppl_st.simulate import checkerboard, spatial_field
 
@@ -35,6 +35,14 @@ def test_a_column_names_the_genes_of_each_file_that_has_it(tmp_path):
     symbols.write_h5ad(tmp_path / "t.h5ad")
     with pytest.raises(UserError, match=r"'symbol': neither target \(.*t\.h5ad\) nor reference \(AnnData\) has such a column"):
         read_pair(tmp_path / "t.h5ad", symbols, gene_key="symbol")
+
+
+def test_columns_that_a_run_wrote_for_itself_are_not_believed_of_a_user_s_file():
+    left = table(["b", "a"])
+    left.obs = pd.DataFrame({"vista_shared_total": 9.0, "spaim_cluster": 1, "type": "x"}, index=left.obs_names)
+    for counts in map(as_given, read_pair(left, left)):
+        assert list(counts.obs) == ["type"] and counts.genes.tolist() == ["a", "b"]
+    assert "spaim_cluster" in left.obs
 
 
 def test_errors_name_the_file(tmp_path):

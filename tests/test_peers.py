@@ -16,6 +16,7 @@ from ppl_st.compare import compare
 from ppl_st.data import gene_folds, read_counts
 from ppl_st.errors import UserError
 from ppl_st.evaluate import evaluate
+from ppl_st.metrics import score_table
 from ppl_st.peers import PEERS, Answer, Peer
 from ppl_st.simulate import checkerboard, spatial_field
 
@@ -80,10 +81,55 @@ def test_draws_of_the_training_genes_are_not_kept_and_few_genes_are_judged_at_on
     assert seen == [8, 4] and list(table)[1:] == ["coverage_50", "coverage_80", "coverage_90", "coverage_95"]
 
 
-def test_peers_take_dissociated_cells():
+def test_settings_of_peers_alone_say_how_the_files_are_read_and_others_are_refused(world, monkeypatch):
+    seen = []
+
+    def constant(split, draws):
+        seen.append(split)
+        return Answer(np.ones((len(split.target.names), len(split.held_out)), np.float32))
+
+    monkeypatch.setitem(PEERS, "constant", Peer(constant, "numpy", "numpy"))
+    target, reference = world.target.copy(), world.reference.copy()
+    for table in (target, reference):
+        table.layers["doubled"] = 2 * table.X
+    target.obs["slide"] = "a"
+    target.var["symbol"] = target.var_names
+    target.var_names = [f"ENSG{g:05d}" for g in range(target.n_vars)]
+    options = {"folds": 4, "max_folds": 1, "baselines": False}
+    ev = lambda **more: evaluate(["constant"], target, reference, **options, **more)  # noqa: E731
+    ev(overrides=["gene_key=symbol"])
+    ev(overrides=["gene_key=symbol", "layer=doubled", "library_key=slide"])
+    assert seen[1].library_key == "slide" and (seen[1].target.matrix != 2 * seen[0].target.matrix).nnz == 0
+    with pytest.raises(UserError, match="unknown key 'no_such'"):
+        ev(overrides=["no_such=1"])
+    with pytest.raises(UserError, match="unknown preset 'nonsense'"):
+        ev(preset="nonsense")
+
+
+def test_log_columns_of_a_peer_with_draws_are_those_of_the_mean_of_the_logarithm(world, monkeypatch):
+    drawn = []
+
+    def noisy(split, draws):
+        shape = (draws, len(split.target.names), len(split.held_out))
+        drawn.append((split, np.random.default_rng(0).poisson(np.linspace(0.2, 5, shape[1])[:, None], shape).astype(np.float32)))
+        return Answer(drawn[-1][1].mean(0), drawn[-1][1])
+
+    monkeypatch.setitem(PEERS, "noisy", Peer(noisy, "numpy", "numpy"))
+    scores = evaluate(["noisy"], world.target, world.reference, folds=4, max_folds=1, baselines=False, draws=6).scores
+    split, every = drawn[0]
+    total = split.training_total
+    lognorm = np.log1p(every * (np.median(total) / total)[:, None]).mean(0)
+    truth = read_counts(world.target, role="target").take_genes(split.held_out).matrix
+    want = score_table(truth, lognorm, total, split.held_out, scale="log")
+    np.testing.assert_allclose(scores["log_rmse"], want["log_rmse"], rtol=1e-5)
+    np.testing.assert_allclose(scores["raw_rmse"], score_table(truth, every.mean(0), total, split.held_out)["raw_rmse"], rtol=1e-5)
+
+
+def test_peers_take_dissociated_cells(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: "installed")
     pair = checkerboard(seed=1, n_cells=60, side=4, squares=4, n_types=3, n_genes=12, n_panel=9, contrast=1)
     for name in ("gimvi", "tangram"):
-        with pytest.raises(UserError, match=f"siid takes spots as reference, {name} dissociated cells|needs the package"):
+        with pytest.raises(UserError, match=f"siid takes spots as reference, {name} dissociated cells"):
             evaluate(["siid", name], pair.target, pair.reference)
 
 

@@ -18,6 +18,9 @@ from ppl_st import refit
 from ppl_st.calibration import LEVELS
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
+from ppl_st.pairs import read_pair
+from ppl_st.prepare import load_prepare
+from ppl_st.run_folder import write_inputs
 
 torch.set_num_threads(1)
 LAYERS = {"rate_mean", "rate_sd", "count_sd", "between_sd", "q05", "q50", "q95"}
@@ -163,6 +166,12 @@ def test_score_table(run, sim):
     both = ad.concat([sim.target[:, :3], sim.truth[sim.target.obs_names]], axis=1, merge="first")  # the panel's genes were shown to the fit
     pd.testing.assert_frame_equal(run.score(both, draws=20), table)
     assert run.score(both, genes=both.var_names[:4].tolist(), draws=5).index.tolist() == both.var_names[:4].tolist()
+    blank = sim.truth[:, :1].copy()
+    blank.var_names = ["BLANK_1"]  # counted beside the target's genes, unknown to the reference
+    more = ad.concat([blank, sim.truth], axis=1, merge="first")
+    pd.testing.assert_frame_equal(run.score(more, draws=20), table)
+    with pytest.raises(UserError, match=r"1 of 1 genes cannot be predicted by this run, e\.g\. BLANK_1"):
+        run.score(blank)
     with pytest.raises(UserError, match="no gene is left to predict"):
         run.score(sim.target, draws=5)
     wrong = sim.truth.copy()
@@ -240,6 +249,18 @@ def test_write_samples(run, tmp_path):
     mean = run.predict(["gene0035", "gene0001", "gene0036"], draws=40).X
     assert np.corrcoef(counts.mean(0).ravel(), mean.ravel())[0, 1] > 0.8  # rows and columns are where they belong
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.zarr"]
+
+
+def test_a_run_keeps_the_order_of_its_genes(run, sim, tmp_path):
+    """Runs of older versions hold genes in the order of the user's file."""
+    order = np.random.default_rng(0).permutation
+    pair = read_pair(sim.target[:, order(30)].copy(), sim.reference[:, order(40)].copy())
+    data, cells, other = load_prepare("siid").problem(*pair, run.config, lambda line: None)
+    write_inputs(tmp_path / "run", run.config, run.manifest, cells, other)
+    made = api.train("siid", run.module, run.config, data, cells, other, run.manifest, tmp_path / "run", None, "quiet", lambda line: None)
+    again = api.load(tmp_path / "run")
+    assert again.genes.tolist() == made.genes.tolist() != sorted(made.genes)
+    np.testing.assert_array_equal(again.predict(draws=4).X, made.predict(draws=4).X)
 
 
 def test_run_in_memory_has_no_folder(sim):

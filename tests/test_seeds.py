@@ -151,3 +151,13 @@ def test_more_draws_than_memory_are_refused(mixture, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"write them to a \.zarr.*lower --cells or --draws"):
         mixture[1].export(tmp_path / "s.nc", draws=40)
     assert not (tmp_path / "s.nc").exists()
+
+
+def test_interrupted_seeds_are_continued_with_the_same_command(tmp_path):
+    def one(seed, out, say):
+        if seed == 1:
+            raise api.Interrupted(f"interrupted at step 3 of 9; continue with --resume --out {out}")
+
+    for folder, kept in ((tmp_path / "run", "continue with the same command and --resume"), (None, "nothing is kept")):
+        with pytest.raises(api.Interrupted, match=f"^seed 1: interrupted at step 3 of 9; {kept}$"):
+            api._fit_seeds(one, one, lambda seed: None, range(3), folder, False, lambda line: None)

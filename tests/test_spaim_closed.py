@@ -54,6 +54,20 @@ def test_the_elbo_is_the_log_marginal_likelihood_for_every_draw(data):
         assert (model.log_prob_sum() - guided.log_prob_sum()).item() == pytest.approx(exact, rel=2e-3)
 
 
+def test_a_smoothing_without_neighbors_is_said(data):
+    class Fitted(Exception):
+        pass
+
+    def fit(problem, genes):
+        raise Fitted
+
+    for smoothing, number in ((0.5, 1), (0.0, 0), ("auto", 0)):
+        said = []
+        with pytest.raises(Fitted):
+            spaim.learn_hyper(data._replace(neighbors=None), replace(SMALL, smoothing=smoothing), 0, said.append, fit)
+        assert sum("without coordinates the target has no neighbors; 0 is used" in line for line in said) == number
+
+
 def test_signal_and_noise_start_at_their_maximum(data):
     layer = Layer(data, SMALL, 0)
     gram = layer.phi.astype(np.float64) @ layer.phi.T

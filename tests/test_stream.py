@@ -128,6 +128,28 @@ def test_recalibrated_run_and_new_cells(run, sim, tmp_path):
         assert samples["count"].dims == ("sample", "cell", "gene") and samples["count"].shape == (3, 30, 10)
 
 
+def test_rows_of_samples_that_wait_are_bounded_in_bytes(tmp_path, monkeypatch):
+    sizes, real = [], stream.Slabs
+    monkeypatch.setattr(stream, "Slabs", lambda write, rows, shape, slab, folder: sizes.append(slab) or real(write, rows, shape, slab, folder))
+    counts = np.random.default_rng(0).poisson(2.0, (8, 100, 50)).astype(np.float32)
+    cells, genes = np.array([f"c{i}" for i in range(100)]), np.array([f"g{i}" for i in range(50)])
+    blocks = lambda: [(rows, counts[:, rows]) for rows in np.array_split(np.arange(100), 3)]  # noqa: E731
+    for memory_gb, slab in ((1.0, 64), (3.5 * 4 * 8 * 50 / 1e9, 3), (1e-9, 1)):
+        stream.write_samples(tmp_path / "s.zarr", cells, genes, 8, blocks(), {}, memory_gb)
+        assert sizes[-1] == slab
+        with xr.open_zarr(tmp_path / "s.zarr", consolidated=False) as samples:
+            np.testing.assert_array_equal(samples["count"], counts)
+
+
+def test_what_the_run_was_fitted_on_is_never_replaced(run, tmp_path):
+    (tmp_path / "cells.zarr").mkdir()
+    own = replace(run, manifest={**run.manifest, "inputs": {"target": {"path": str(tmp_path / "cells.zarr")}}})
+    for write in (lambda path: own.write(path, draws=2), lambda path: own.write_samples(path, None, 2), own.export):
+        with pytest.raises(UserError, match="is the target that the run was fitted on, which is never changed"):
+            write(tmp_path / "cells.zarr")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "cells.zarr"]
+
+
 def test_samples_are_those_that_predict_draws(run, tmp_path):
     run.write_samples(tmp_path / "s.zarr", None, 4, seed=2)
     table = run.predict(draws=2, samples=4, seed=2)
@@ -260,6 +282,8 @@ def test_a_table_in_memory_is_written_so_that_xarray_opens_it_lazily(tmp_path):
     with xr.open_zarr(tmp_path / "t.zarr", group="layers", consolidated=False) as lazy:
         np.testing.assert_array_equal(lazy["mean"].values, share)
         np.testing.assert_array_equal(lazy["sd"].values, 0.1 * share)
+    stream.write_whole(table, tmp_path / "t.ZARR")  # the suffix in any case
+    assert (tmp_path / "t.ZARR").is_dir()
     back = ad.read_zarr(tmp_path / "t.zarr")
     np.testing.assert_array_equal(back.X, share)
     assert list(back.varm["profile"].columns) == ["a", "b", "c"] and back.uns["ppl_st"] == "{}"

@@ -26,6 +26,7 @@ _empty_store = pytest.fixture(empty_store, autouse=True)
         {"optimizer": "sgd"},
         {"elbo": "graph"},
         {"seed": -1},
+        {"seed": 2**32},
         {"final_lr_factor": 2.0},
         {"log_every": 0},
     ],

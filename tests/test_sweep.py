@@ -1,5 +1,7 @@
 """sweep: variants on the same splits, continued where it stopped, paired differences as defined, refusals."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,3 +118,42 @@ def test_refusals_name_the_key(folder, old, new, message):
     with pytest.raises(UserError, match=message):
         sw.sweep(folder / "bad.toml", out=folder / "bad")
     assert not (folder / "bad").exists()
+
+
+def test_paths_are_taken_from_the_folder_of_the_specification(folder):
+    text = SPEC.replace("folds = 3", 'folds = "folds.tsv"').replace('gain = "none"', 'profiles = "types.h5ad"')
+    (folder / "paths.toml").write_text(text + '[variants.given]\nprofiles = "none"\n')
+    plan = sw.read_spec(folder / "paths.toml")
+    assert plan["folds"] == folder / "folds.tsv" and plan["variants"]["level"]["profiles"] == str(folder / "types.h5ad")
+    assert plan["variants"]["given"] == {"profiles": "none"} and plan["variants"]["default"] == {"fit": {"steps": 2}}
+
+
+@pytest.mark.parametrize("left", [["config.toml", "evaluation.json"], ["notes.txt"]])
+def test_what_is_no_part_of_a_sweep_stays(folder, monkeypatch, tmp_path, left):
+    monkeypatch.setattr(sw, "evaluate", None)
+    place = tmp_path / "default" / "seed0"
+    place.mkdir(parents=True)
+    for name in left:
+        (place / name).write_text("mine")
+    with pytest.raises(UserError, match="seed0: is no part of a sweep"):
+        sw.sweep(folder / "spec.toml", out=tmp_path)
+    assert sorted(path.name for path in place.iterdir()) == left
+
+
+def test_a_changed_folds_file_is_noticed(folder, tmp_path):
+    (folder / "folds.tsv").write_text("gene0001\t0\n")
+    (folder / "folds.toml").write_text(SPEC.replace("folds = 3", 'folds = "folds.tsv"'))
+    plan = sw.read_spec(folder / "folds.toml")
+    inputs = {role: {"sha256": sw.configs.hash_path(plan[role])} for role in ("target", "reference", "folds")}
+    record = {"preset": "default", "overrides": [], "inputs": inputs, "folds": "elsewhere", "max_folds": 1, "draws": 8}
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    sw._refuse_other(tmp_path, plan, "default", [])
+    (folder / "folds.tsv").write_text("gene0002\t0\n")
+    with pytest.raises(UserError, match="made with another folds;"):
+        sw._refuse_other(tmp_path, plan, "default", [])
+
+
+def test_a_metric_that_is_not_finite_has_no_row():
+    rows = [{"variant": v, "seed": 0, "gene": g, "log_score": s, "crps": 1.0} for v, g, s in (("a", "x", -1.0), ("a", "y", -np.inf), ("b", "x", 0.0))]
+    table = sw.summarise(pd.DataFrame([*rows, {"variant": "b", "seed": 0, "gene": "y", "log_score": -2.0, "crps": 2.0}]))
+    assert set(table["metric"]) == {"crps"} and len(table) == 2

@@ -109,6 +109,8 @@ def learn_hyper(
     data, rows = _subset(data, rng)
     options = SMOOTHING if config.smoothing == "auto" else (float(config.smoothing),)
     if data.neighbors is None:
+        if config.smoothing not in ("auto", 0):
+            say(f"smoothing = {config.smoothing}: without coordinates the target has no neighbors; 0 is used")
         options = (0.0,)
     priors = DEPTH_PRIORS if config.depth_prior == "auto" else (float(config.depth_prior),)
     order = rng.permutation(len(data.panel))

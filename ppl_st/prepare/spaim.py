@@ -8,7 +8,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.data import Counts, shared_genes
+from ppl_st.data import CLUSTER, Counts, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.common.cells import log_normalise, log_shares, median_depth
 from ppl_st.models.spaim import Config, Data
@@ -16,7 +16,6 @@ from ppl_st.prepare import MIN_SHARED, refuse_single, relative_depths, same_gene
 from ppl_st.spatial import neighbor_mean
 
 CELLS_PER_CLUSTER = 5  # fewer on average give no standard error worth the name
-CLUSTER = "spaim_cluster"  # obs column of the stored reference with the clusters that the fit used
 MEDIAN_INEFFICIENCY = 1.2533  # standard error of a median over that of a mean, normal data
 BLOCK = 512
 
