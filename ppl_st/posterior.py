@@ -222,8 +222,8 @@ class Run:
             recalibrated run also recalibrated_crps (of the corrected predictive) and recalibrated_coverage (of the interval lower, upper).
         """
         known = self.counts_of(truth)
-        shared = np.isin(known.genes, self.genes)  # a target's blanks, say, are unknown to the reference
-        ours = known.genes[shared | ~shared.any()]  # if all are, `_index` names some
+        ours = known.genes[np.isin(known.genes, self.genes)]  # a target's blanks, say, are unknown to the reference
+        ours = ours if len(ours) else known.genes  # `_index` names some
         unseen = ours if self.measured.all() else ours[~np.isin(ours, self.target.genes)]
         index = self._index(unseen if genes is None else genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
@@ -306,9 +306,8 @@ class Run:
             raise UserError(f"{self.method}: this run deconvolves no spots; a siid run of one seed does (RUN/seed0, say)")
         spots, profiles = self.module.proportions(self.pair, self.data, self.config, draws, seed)
         factors = pd.DataFrame(index=self.module.factor_names(self.data, len(profiles)))
-        result = ad.AnnData(spots.pop("mean"), obs=self.reference.obs.copy(), var=factors)
+        result = ad.AnnData(spots.pop("mean"), obs=self.reference.obs.copy(), var=factors, layers=spots)
         result.obs_names = self.reference.names
-        result.layers.update(spots)
         result.varm["profile"] = pd.DataFrame(profiles, index=factors.index, columns=self.genes)
         result.obsm["spatial"] = self.reference.xy
         result.uns["ppl_st"] = json.dumps(self.manifest)
@@ -350,8 +349,7 @@ class Run:
         """
         from ppl_st.export import write_groups
 
-        path = Path(path)
-        refuse_inputs(path, self.manifest)
+        refuse_inputs(path := Path(path), self.manifest)
         if path.suffix not in (".nc", ".zarr"):
             raise UserError(f"{path}: cannot tell the format; name it posterior.nc (netCDF) or posterior.zarr")
         known = None if truth is None else self.counts_of(truth)
