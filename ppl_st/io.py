@@ -153,7 +153,7 @@ def storable(table: pd.DataFrame) -> pd.DataFrame:
         values = made[column]
         if isinstance(values.dtype, pd.CategoricalDtype):
             if pd.api.types.infer_dtype(values.cat.categories) in _NO_CATEGORIES:
-                made[column] = values.cat.rename_categories(values.cat.categories.map(str))
+                made[column] = values.cat.rename_categories(list(values.cat.categories.map(str)))
             continue
         if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_object_dtype(values) or isinstance(values.dtype, pd.StringDtype)):
             values = values.astype(object).map(str, na_action="ignore")

@@ -225,10 +225,10 @@ class Predictor:
             if key not in effects:
                 effects.clear()  # one block of genes at a time: memory must not grow with the genes asked for
                 effects[key] = self._effect(batch, chain, genes, near[1])
-            shape, rate = effects[key]
+            (shape, rate), (weights, spots) = effects[key], near
             # Points have no draw to know it by: then the effect is shared within the block only.
             draw: Any = [torch.initial_seed()] if self.config.posterior == "delta" else drawn["xi"].detach().flatten()[:4].numpy().view(np.uint32)
-            effect = gamma_at(torch.from_numpy(shared_normals(*near, draw, genes.numpy())), shape, rate)
+            effect = gamma_at(torch.from_numpy(shared_normals(weights, spots, draw, genes.numpy())), shape, rate)
         return self.models[chain].count_dist(drawn, activity, genes, effect)
 
     def _effect(self, batch: Batch, chain: int, genes: Tensor, used: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

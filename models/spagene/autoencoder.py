@@ -108,7 +108,7 @@ class Autoencoder(nn.Module):
     def read(self, data: Data, rows: NDArray[np.int64], genes: NDArray[np.int64] | None = None) -> Tensor:
         """Preprocessed cells [B, A], or some ``genes`` of them."""
         every = data.counts[rows]
-        some = slice(None) if genes is None else genes
+        some: Any = slice(None) if genes is None else genes
         counts, mean, sd = every[:, some], self.mean[some], self.sd[some]
         if self.shape.preprocess == "sqrt":
             return torch.minimum(torch.from_numpy(counts.toarray()).float(), sd.cpu()).sqrt().to(sd.device)
