@@ -71,7 +71,7 @@ def test_a_section_of_another_depth_has_its_own_level(method, world, plain):
         assert total(found[part]) / total(both[part]) == pytest.approx(1, abs=0.12)  # it was 1.17 to 1.22 of the faint one
 
 
-@pytest.mark.parametrize("method", ["spaim", pytest.param("spagene", marks=pytest.mark.slow), "vista"])  # all read their files in one place
+@pytest.mark.parametrize("method", ["spaim", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spagene", "vista"))])  # one place reads
 def test_genes_in_another_order_in_the_files_change_nothing(method, world, plain):
     """Inner folds, starts and draws went by position: predictions moved by 6 to 11%."""
     rng = np.random.default_rng(1)
