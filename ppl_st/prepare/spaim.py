@@ -104,15 +104,15 @@ def _clusters(reference: Counts, config: Config, say: Callable[[str], None]) -> 
     key = config.cluster_key or CLUSTER
     if key in reference.obs:
         codes, names = pd.factorize(reference.obs[key].astype("object"), sort=True)
-        if len(names) < 2:
+        if len(names) < 2 and config.cluster_key is not None:
             raise UserError(f"reference ({reference.source}): obs column {key!r} (cluster_key) has {len(names)} label; at least two are needed")
         if config.cluster_key is not None:
             say(f"reference clusters: {len(names)} labels of {key!r}")
         return codes.astype(np.int64), reference
     codes = leiden(reference.matrix, config.clusters, config.resolution, config.fit.seed)
-    if codes.max() == 0:
-        how = "clusters" if config.resolution is None else f"resolution {config.resolution:g}, which has to be larger, or clusters"
-        raise UserError(f"reference ({reference.source}): Leiden finds one cluster and at least two are needed; set {how}, or cluster_key to labels")
+    if codes.max() == 0 and config.resolution is not None:  # a few cells may well be one cluster where nobody asks for more
+        asked = f"set resolution {config.resolution:g}, which has to be larger, or clusters, or cluster_key to labels"
+        raise UserError(f"reference ({reference.source}): Leiden finds one cluster and at least two are needed; {asked}")
     say(f"reference clusters: {codes.max() + 1} by Leiden, {np.bincount(codes).min()} to {np.bincount(codes).max()} cells")
     return codes, replace(reference, obs=reference.obs.assign(**{CLUSTER: codes}))
 
