@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,7 @@ from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.io import storable
 from ppl_st.models import siid
-from ppl_st.models.siid.warm_start import log_share
+from ppl_st.models.siid.warm_start import _like_profiles, log_share
 from ppl_st.prepare import load_prepare
 from ppl_st.simulate import checkerboard
 from seeded import own_seed
@@ -78,6 +79,14 @@ def test_labels_and_profiles_of_one_type_are_one_named_factor(sim, tmp_path):
     counts = read_counts(target, role="target"), read_counts(sim.reference, role="reference")
     assert load_prepare("siid").problem(*counts, config, lines.append)[0].names == ("A", "B", "C", "D", "T cell", "other")
     assert any("spelled alike" in line for line in lines) and any("label_weight=0" in line for line in lines)
+
+
+def test_a_gene_without_counts_says_nothing_of_which_profile_a_cluster_looks_like():
+    """Its logarithm was minus infinity, and the fit ended in a traceback."""
+    counts = np.repeat(np.array([[9, 1, 4, 0], [1, 9, 4, 0]]), 3, axis=0)
+    data = tiny()._replace(counts=sp.csr_matrix(counts, dtype=np.float32), panel=np.arange(4))
+    profiles = np.array([[0.1, 0.4, 0.3, 0.2], [0.4, 0.1, 0.3, 0.2]])
+    np.testing.assert_array_equal(_like_profiles(data, profiles, np.arange(6) // 3, 3), [1, 0])
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def _like_profiles(data: Data, profiles: NDArray[np.float64], cluster: NDArray[n
     size = int(cluster.max()) + 1
     member = sp.csr_matrix((np.ones(len(cluster)), (cluster, np.arange(len(cluster)))), shape=(size, len(cluster)))
     sums = np.asarray((member @ data.counts).todense(), dtype=np.float64)
-    sums += 10 * sums.sum(0) / sums.sum()  # a gene with few counts in a cluster says little
+    sums += 10 * (sums.sum(0) + 0.5) / (sums.sum() + 0.5 * sums.shape[1])  # a gene with few counts in a cluster says little, one without nothing
     found, wanted = (np.log(table / table.sum(1, keepdims=True)) for table in (sums, profiles[:, data.panel]))
     found, wanted = found - found.mean(0), wanted - wanted.mean(0)
     norms = np.linalg.norm(wanted, axis=1)[:, None] * np.linalg.norm(found, axis=1)

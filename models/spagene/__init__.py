@@ -195,7 +195,7 @@ def choose_steps(data: Data, config: Config, reference: Autoencoder, seed: int, 
     inner = np.sort(order[: len(order) // INNER_SHARE])
     split = without(data, inner)
     rows = np.sort(np.random.default_rng([seed, 7]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
-    truth = linear(data, config.shape(0)._replace(kind="linear", preprocess="lognorm")).read(data, rows)[:, data.columns[inner]].numpy()
+    truth = linear(data, config.shape(0)._replace(kind="linear", preprocess="lognorm")).read(data, rows, data.columns[inner]).numpy()
     pair, state, tried = _inner_pair(config, reference, split, seed), None, []
     for until in sorted({-(-whole * (i + 1) // config.checkpoints) for i in range(config.checkpoints)}):
         state = _train(pair, split, config, seed, config.fit, state, until)

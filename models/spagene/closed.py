@@ -163,7 +163,7 @@ def choose(
         split, genes = without(data, inner), data.panel[inner]
         own = linear(split, shape)
         places = places_of(own, split, rows, mixes)
-        truth = np.concatenate([whole.read(data, rows[part])[:, data.columns[inner]].numpy() for part in blocks(len(rows), data.counts.shape[1])])
+        truth = np.concatenate([whole.read(data, rows[part], data.columns[inner]).numpy() for part in blocks(len(rows), data.counts.shape[1])])
         measured = places[0.0].T @ truth / len(rows)
         regressed: NDArray[np.float64] | float = 0.0
         for ratio in RATIOS:
