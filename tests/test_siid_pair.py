@@ -22,7 +22,7 @@ _own_seed = pytest.fixture(own_seed, autouse=True)
 VARIANTS = {
     "default": ("default", {}),
     "labels and sparsity": ("default", {"label_weight": 1.0, "sparsity": 0.1}),
-    "poisson": ("default", {"likelihood": "poisson", "spot_likelihood": "poisson"}),
+    "poisson": ("default", {"likelihood": "poisson"}),
     "zinb": ("default", {"likelihood": "zinb"}),
     "platform none": ("default", {"platform": "none", "capture_concentration": float("inf")}),
     "platform paper": ("default", {"platform": "paper"}),

@@ -5,21 +5,19 @@ Zheng, Sarkar, Raphael, Genome Res 2025, doi:10.1101/gr.280555.125 (eq. 2 with p
 GENERATIVE STORY (preset "default")
     xi_kg        ~ Normal(log q0_g, 3)                      Q_k = softmax_g(xi_k), profiles on the spots' scale
     log phi_g    ~ Normal(m_phi, s_phi)                     platform factor, spots per cells; hyper-prior learned on held-out panel genes
-    log theta_g  ~ Normal(a + b log share_g, s_theta)       inverse dispersion of the cells' counts (or the parameters of another likelihood); same
-    log theta'_g ~ Normal(2.3, 1.5)                         of the spots' counts
+    log theta_g  ~ Normal(a + b log share_g, s_theta)       inverse dispersion of the cells' counts (or the parameters of another likelihood)
     W_i          ~ Gamma(alpha, alpha h / size_i)           activities = N_i P_i of the paper, [h] per cell
     r_i          ~ Gamma(kappa, kappa / rho)                capture ratio = M_i / N_i of the paper
     x_ig         ~ NB(sum_k W_ik Q_kg / phi_g, theta_g)     cells, panel genes
-    v_jg         ~ NB(sum_k U_jk Q_kg, theta'_g)            spots, all genes;  U_jk = sum_i K_ij r_i W_ik, K the cell -> spot map
+    v_jg         ~ Poisson(sum_k U_jk Q_kg)                 spots, all genes;  U_jk = sum_i K_ij r_i W_ik, K the cell -> spot map
     "entropy"    factor -omega n_i H(P_i)                   sparse compositions, omega chosen by the data (0 where cells are mixed)
     "labels"     factor  w n_i log P_i,label                optional semi-supervision; factors with a label or a prior profile have its name
 
 GUIDE
     normal q(xi), q(log phi), points for theta of measured genes, *hyper-priors* for phi and theta of genes that the cells never measured,
     q(W_i, r_i | x, v, Q): the closed-form gamma posterior after a fixed number of EM sweeps (`activity.py`), no per-cell parameters. Training
-    uses its mean (``local_guide="gamma"`` draws from it: independent noise in the activities then distorts the profiles, BENCHMARKS.md);
-    prediction draws from it. Several starts (``chains``) are fitted side by side and kept as the modes of the posterior: averaging over modes is
-    worth more than any single one.
+    uses its mean (with draws, independent noise in the activities distorts the profiles, BENCHMARKS.md); prediction draws from it. Several starts
+    (``chains``) are fitted side by side and kept as the modes of the posterior: averaging over modes is worth more than any single one.
 
 LIKELIHOOD OF THE CELLS (``likelihood=``: "nb", "poisson", "zinb" or a function of your own, `ppl_st.observation`)
     Taken as a function of the mean of the counts (`of_mean`), also with zero inflation: gain, phi and rho are ratios of counts.

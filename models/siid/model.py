@@ -20,9 +20,8 @@ from ppl_st.models.siid.warm_start import Start, log_share, prior_profiles
 from ppl_st.observation import check_name, find, of_mean
 from ppl_st.product import ProductNegativeBinomial, ProductPoisson
 
-PRODUCT_FORMS = ("nb", "poisson")  # likelihoods of the cells that have a sparse form
 RESERVED = (
-    "xi", "phi", "log_phi", "log_theta_spots", "activity", "capture", "entropy", "labels", "eta", "log_n", "log_m", "x", "v", "cells", "spots",
+    "xi", "phi", "log_phi", "activity", "capture", "entropy", "labels", "eta", "log_n", "log_m", "x", "v", "cells", "spots",
 )  # fmt: skip
 LARGE = 223.607  # sd of the normal prior that equals the paper's L2 weight 1e-5
 
@@ -35,11 +34,8 @@ class Config:
     chains: int = field(default=4, metadata={"ge": 1})  # independent starts, all kept as modes of the posterior
     keep: Literal["all", "best"] = "all"  # best: only the chain with the lowest loss (the paper's restarts)
     cells: Literal["conjugate", "softmax"] = "conjugate"  # softmax: the paper's N, P, M, from the released random start
-    # in training; the predictive always draws from the gamma posterior
-    local_guide: Literal["point", "gamma"] = "point"
     # of the cells: "nb", "poisson", "zinb" or "module:function" (`ppl_st.observation`)
     likelihood: str = "nb"
-    spot_likelihood: Literal["nb", "poisson"] = "poisson"  # nb down-weights strong spots; measured worse for imputation
     # phi of unmeasured genes: from a hyper-prior, or fixed to 1
     platform: Literal["hierarchical", "paper", "none"] = "hierarchical"
     # of a spot, coordinate units; none = inferred from the counts
@@ -82,7 +78,7 @@ class Config:
 
 _paper_fit = FitConfig(steps=5000, lr=0.05, clip_norm=float("inf"), checkpoint_every=500)
 PAPER = Config(
-    factors=20, chains=3, keep="best", cells="softmax", likelihood="poisson", spot_likelihood="poisson", platform="paper", radius=100.0, align=False,
+    factors=20, chains=3, keep="best", cells="softmax", likelihood="poisson", platform="paper", radius=100.0, align=False,
     sparsity=0.0, entropy="sum", regional=False, loading_scale=LARGE, posterior="delta", batch_spots=0, fit=_paper_fit,
 )  # fmt: skip
 PRESETS = {
@@ -110,9 +106,7 @@ class Model(PyroModule):
     phi_loc: Tensor  # [G]
     usage: Tensor  # [h]
     capture: Tensor  # []
-    DIMS = {  # noqa: RUF012
-        "xi": ("factors", "genes"), "log_phi": ("genes",), "log_theta": ("genes",), "log_theta_spots": ("genes",),
-    }  # fmt: skip
+    DIMS = {"xi": ("factors", "genes"), "log_phi": ("genes",), "log_theta": ("genes",)}  # noqa: RUF012
 
     def __init__(self, config: Config, spec: Spec, log_share: Tensor, prior: Tensor) -> None:
         super().__init__()
@@ -137,8 +131,8 @@ class Model(PyroModule):
 
     # ---- global sites ----
 
-    def globals(self) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-        """Sample Q [h, G], log phi [G], parameters of the cells' likelihood [G] each, log theta [G] of the spots."""
+    def globals(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sample Q [h, G], log phi [G], parameters of the cells' likelihood [G] each."""
         c, hyper = self.config, self.spec.hyper
         xi = pyro.sample("xi", dist.Normal(self.xi_loc, c.loading_scale).to_event(2))  # [h, G]
         log_phi = torch.zeros_like(self.measured)
@@ -150,12 +144,7 @@ class Model(PyroModule):
             name: pyro.sample(name, dist.Normal(getattr(self, f"{name}_prior"), scale).to_event(1))  # [G]
             for name, (_, _, scale) in hyper.parameters.items()
         }
-        log_theta_spots = log_phi
-        if c.spot_likelihood == "nb":
-            log_theta_spots = pyro.sample(
-                "log_theta_spots", dist.Normal(torch.full_like(log_phi, 2.3), 1.5).to_event(1)
-            )  # [G]
-        return torch.softmax(xi, -1), log_phi, parameters, log_theta_spots
+        return torch.softmax(xi, -1), log_phi, parameters
 
     def loadings(self, profiles: Tensor, log_phi: Tensor) -> tuple[Tensor, Tensor]:
         """Profiles as the cells see them [h, G] and as the spots see them [h, G].
@@ -171,18 +160,20 @@ class Model(PyroModule):
 
     def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
         """Run the generative story on one minibatch; ``observe=False`` draws the counts."""
-        profiles, log_phi, parameters, log_theta_spots = self.globals()
+        profiles, log_phi, parameters = self.globals()
         cell_loadings, spot_loadings = self.loadings(profiles, log_phi)
         panel_loadings = cell_loadings[:, self.panel]  # [h, P]
         with pyro.plate("cells", batch.n_cells, subsample=batch.cells), poutine.mask(mask=batch.owned):  # type: ignore[call-overload]
             activity, capture = self.cell_latents(batch, panel_loadings)  # [n, h], [n]
             counts = batch.counts
-            if self.config.likelihood in PRODUCT_FORMS:
-                own = parameters.get("log_theta", log_phi)[self.panel]
-                x_dist = self._observation(self.config.likelihood, activity, panel_loadings, own)
+            own = {name: value[self.panel] for name, value in parameters.items()}
+            x_dist: Any
+            if self.config.likelihood == "poisson":  # these two have a sparse form
+                x_dist = ProductPoisson(activity, panel_loadings)
+            elif self.config.likelihood == "nb":
+                x_dist = ProductNegativeBinomial(activity, panel_loadings, own["log_theta"])
             else:
-                rate = (activity @ panel_loadings).clamp_min(FLOOR)
-                x_dist = self.likelihood(rate, {k: v[self.panel] for k, v in parameters.items()}).to_event(1)
+                x_dist = self.likelihood((activity @ panel_loadings).clamp_min(FLOOR), own).to_event(1)
                 counts = counts.to_dense()
             x = pyro.sample("x", x_dist, obs=counts if observe else None)  # [n, P]
         v = None
@@ -192,8 +183,7 @@ class Model(PyroModule):
             )  # no cell: no mean, no likelihood
             with pyro.plate("spots", batch.n_spots, subsample=batch.spots), poutine.mask(mask=covered):  # type: ignore[call-overload]
                 mixed = aggregate(batch, capture[:, None] * activity)  # [s, h]
-                v_dist = self._observation(self.config.spot_likelihood, mixed, spot_loadings, log_theta_spots)
-                v = pyro.sample("v", v_dist, obs=batch.spot_counts if observe else None)  # [s, G]
+                v = pyro.sample("v", ProductPoisson(mixed, spot_loadings), obs=batch.spot_counts if observe else None)  # [s, G]
         return {"x": x} if v is None else {"x": x, "v": v}
 
     def cell_latents(self, batch: Batch, panel_loadings: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,15 +220,6 @@ class Model(PyroModule):
         if c.entropy != "none":
             weight = float(np.exp(batch.step / c.entropy_lambda)) / (batch.n_cells if c.entropy == "mean" else 1)
             pyro.factor("entropy", weight * (composition * torch.log_softmax(eta, -1)).sum(-1))  # [n] = -omega_t H(P_i)
-
-    @staticmethod
-    def _observation(kind: str, activity: Tensor, loadings: Tensor, log_theta: Tensor) -> Any:
-        """rate = activity @ loadings -> distribution of the counts."""
-        return (
-            ProductPoisson(activity, loadings)
-            if kind == "poisson"
-            else ProductNegativeBinomial(activity, loadings, log_theta)
-        )
 
     # ---- prediction ----
 
@@ -278,8 +259,6 @@ class Guide(PyroModule):
             self.log_phi_log_scale = nn.Parameter(torch.full((genes,), -3.0))
         for name in spec.hyper.parameters:
             self.register_parameter(f"{name}_loc", nn.Parameter(getattr(model, f"{name}_prior").clone()))
-        if config.spot_likelihood == "nb":
-            self.log_theta_spots_loc = nn.Parameter(torch.full((genes,), 2.3))
         if config.cells == "softmax":
             self.eta_loc = nn.Parameter(torch.zeros(spec.n_cells, h))
             self.log_n_loc = nn.Parameter(torch.ones(spec.n_cells))
@@ -298,14 +277,9 @@ class Guide(PyroModule):
                 local = LocalPosterior(batch).solve(
                     self.conditioning(xi, log_phi), self._steps(self.config.local_steps)
                 )
-            if self.config.local_guide == "point":
-                activity, capture = dist.Delta(local.activity, event_dim=1), dist.Delta(local.capture)
-            else:
-                activity = dist.Gamma(local.shape, local.rate).to_event(1)
-                capture = dist.Gamma(local.capture_shape, local.capture_rate)
-            pyro.sample("activity", activity)  # [n, h]
+            pyro.sample("activity", dist.Delta(local.activity, event_dim=1))  # [n, h]
             if np.isfinite(self.config.capture_concentration):
-                pyro.sample("capture", capture)  # [n]
+                pyro.sample("capture", dist.Delta(local.capture))  # [n]
 
     def globals(self) -> tuple[Tensor, Tensor]:
         """Sample the global sites; unmeasured genes draw log phi and log theta from their hyper-priors."""
@@ -330,8 +304,6 @@ class Guide(PyroModule):
         for name, (_, _, prior_scale) in hyper.parameters.items():  # measured genes: a point; others: the hyper-prior
             loc = torch.where(measured, getattr(self, f"{name}_loc"), getattr(self, f"{name}_prior"))
             pyro.sample(name, dist.Normal(loc, torch.where(measured, 1e-2, prior_scale)).to_event(1))  # [G]
-        if c.spot_likelihood == "nb":
-            pyro.sample("log_theta_spots", dist.Normal(self.log_theta_spots_loc, 1e-2).to_event(1))  # [G]
         return xi, log_phi
 
     def _steps(self, steps: int) -> int:
@@ -412,8 +384,6 @@ def initialise(pair: Pair, start: Start) -> None:
         guide.log_phi_loc[model.panel] = start.log_phi
         for name in guide.spec.hyper.parameters:
             getattr(guide, f"{name}_loc")[model.panel] = start.parameters[name]
-        if model.config.spot_likelihood == "nb":
-            guide.log_theta_spots_loc.copy_(start.log_theta_spots)
 
 
 def random_start(pair: Pair, seed: int) -> None:

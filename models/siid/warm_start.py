@@ -37,7 +37,6 @@ class Start(NamedTuple):
     log_phi: Tensor  # [P]
     # Parameters [P] of the cells' likelihood: log_theta by moments around the fitted rates; `hyper.start_parameters` has those of others.
     parameters: dict[str, Tensor]
-    log_theta_spots: Tensor  # [G] the same of the spots
     log_likelihood: float  # Poisson, without constants, of the last sweep
 
 
@@ -81,13 +80,10 @@ def run_em(
         local = problem.update(local, g, ramp, 1.0)
     score = problem.cells.log_likelihood(local.activity, g.panel_profiles)
     log_theta = _dispersion(data.counts, local.activity, g.panel_profiles)
-    log_theta_spots = torch.zeros(q0.shape[1])
     if problem.spots is not None:
         mixed = aggregate(batch, local.capture[:, None] * local.activity)
         score += problem.spots.log_likelihood(mixed, g.profiles)
-        covered = np.flatnonzero(mixed.sum(1).numpy() > 0)
-        log_theta_spots = _dispersion(data.spot_counts[covered], mixed[covered], g.profiles)
-    return Start(g, evidence, log_phi, {"log_theta": log_theta}, log_theta_spots, score), local, problem
+    return Start(g, evidence, log_phi, {"log_theta": log_theta}, score), local, problem
 
 
 class Sums(NamedTuple):

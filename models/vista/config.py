@@ -49,8 +49,7 @@ class Config:
     common: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
     # share of the process over the reference's cells in the score of an unmeasured gene (closed map)
     process: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
-    target_weight: float = field(default=1.0, metadata={"gt": 0})  # of the spatial log-likelihood
-    reference_weight: float = field(default=1.0, metadata={"gt": 0})
+    reference_weight: float = field(default=1.0, metadata={"gt": 0})  # of the reference's log-likelihood
     batch_cells: int = field(default=256, metadata={"ge": 0})  # spatial cells per minibatch; 0 = all
     # reference cells per minibatch; the closed map leaves little to learn from them by gradient
     batch_reference: int = field(default=32, metadata={"ge": 0})

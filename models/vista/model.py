@@ -192,7 +192,7 @@ class Model(PyroModule):
             rate = self.log_rate(drawn, z, batch.total[: len(own)].log(), batch.usual.log(), self.panel).exp()
             law = self.likelihood(rate, {name: value[self.panel] for name, value in drawn.items()})
             scored = batch.visible if bool(batch.visible.all()) else ~batch.visible  # [P]
-            with cells, poutine.scale(scale=c.target_weight * len(scored) / int(scored.sum())):
+            with cells, poutine.scale(scale=len(scored) / int(scored.sum())):
                 out["x"] = pyro.sample("x", law.mask(scored).to_event(1), obs=own if observe else None)  # [B, P]
             codes["cells"] = z
         if self.opponent[0] is not None and len(codes) == 2:
