@@ -1,4 +1,4 @@
-"""Checked counts: AnnData -> `Counts`, gene matching, gene folds, thinning, blocks.
+"""Checked counts: AnnData -> `Counts`, gene matching, gene folds, blocks.
 
 Shapes: `matrix` [n, G] canonical CSR (sorted indices, no duplicates, no explicit zeros) float32 with integer
 values in [0, 2^24] (beyond that float32 skips integers); `xy` [n, 2] float64 in the unit of the file. Rows
@@ -63,11 +63,6 @@ class Counts:
     def empty_rows(self) -> NDArray[np.bool_]:
         """[n] rows without a single count."""
         return np.diff(self.matrix.indptr) == 0
-
-    @property
-    def empty_genes(self) -> NDArray[np.bool_]:
-        """[G] genes without a single count."""
-        return np.bincount(self.matrix.indices, minlength=len(self.genes)) == 0
 
     def take_genes(self, genes: Sequence[str] | NDArray[np.str_]) -> "Counts":
         """The same rows with `genes`, in the order asked for; unknown or repeated genes are a `UserError`."""
@@ -308,7 +303,7 @@ def _coordinates(
 def shared_genes(
     target: Counts | Sequence[str] | NDArray[np.str_],
     reference: Counts | Sequence[str] | NDArray[np.str_],
-    minimum: int = 10,
+    minimum: int,
 ) -> NDArray[np.str_]:
     """Genes that both sides have, matched exactly, in the target's order.
 
@@ -407,24 +402,6 @@ def read_genes(path: str | Path) -> NDArray[np.str_]:
         raise UserError(f"gene list: {path} names no gene; write one gene per line")
     _refuse_duplicates(genes, f"gene list: {path}", "name each gene once")
     return genes
-
-
-def thin(
-    matrix: sparse.csr_matrix, p: float, rng: np.random.Generator
-) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split counts: each molecule stays in the first part with probability `p`, else goes to the second.
-
-    Both parts are CSR float32 [n, G] and sum to `matrix` exactly; those of Poisson counts are independent.
-    """
-    if not 0 <= p <= 1:
-        raise UserError(f"thinning keeps a share p of the counts: {p} is not between 0 and 1")
-    kept = matrix.astype(np.float32)  # astype copies
-    kept.data = rng.binomial(matrix.data.astype(np.int64), p).astype(np.float32)
-    rest = matrix.astype(np.float32)
-    rest.data = rest.data - kept.data
-    kept.eliminate_zeros()
-    rest.eliminate_zeros()
-    return kept, rest
 
 
 def row_blocks(n: int, size: int) -> Iterator[slice]:

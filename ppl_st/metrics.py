@@ -3,11 +3,10 @@
 Shapes: ``truth`` and ``estimate`` are dense [cells, genes] blocks (any real dtype, float64 inside); the
 answer is [genes]. Rules held everywhere:
 
-- A constant truth or estimate has correlation 0, never NaN, and is never skipped from a mean
-  (`count_constants` says how many).
+- A constant truth or estimate has correlation 0, never NaN, and is never skipped from a mean.
 - ``raw`` means counts. ``log`` means log1p(counts / cell total over the training genes x median of that
   total) (`log1p_normalise`): the scale on which depth alone explains little.
-- Nothing is averaged over genes except in `bootstrap_mean` and `summary_table`.
+- Nothing is averaged over genes except in `bootstrap_mean`.
 
 Not here: coverage (`ppl_st.calibration`), running methods, splitting genes, plots.
 """
@@ -60,11 +59,6 @@ def is_constant(values: Any) -> np.ndarray:
     v = np.asarray(values, dtype=np.float64)
     low, high = v.min(0), v.max(0)
     return high - low <= _CONSTANT_RANGE * np.maximum(np.abs(low), np.abs(high))
-
-
-def count_constants(truth: Any, estimate: Any) -> int:
-    """How many genes have a constant truth or a constant estimate, hence a correlation that counts as 0."""
-    return int((is_constant(truth) | is_constant(estimate)).sum())
 
 
 def _cosine_of_centered(t: np.ndarray, e: np.ndarray, usable: np.ndarray) -> np.ndarray:
@@ -199,12 +193,6 @@ def js(truth: Any, estimate: Any) -> np.ndarray:
     return np.where(empty, np.log(2.0), np.clip(divergence, 0.0, np.log(2.0)))
 
 
-def js_spaim(log_truth: Any, log_estimate: Any) -> np.ndarray:
-    """`js` of expm1 of both sides, [genes]: SpaIM's use on log1p values (it says Jaccard similarity)."""
-    t, e = _pair(log_truth, log_estimate)
-    return js(np.expm1(np.minimum(t, _LARGEST_LOG)), np.expm1(np.minimum(e, _LARGEST_LOG)))
-
-
 # --- ceilings and proper scores
 def poisson_ceiling(counts: Any) -> np.ndarray:
     """Best raw PCC that any rate could reach if ``counts`` [cells, genes] are Poisson around it, [genes].
@@ -242,19 +230,6 @@ def crps_from_draws(draws: Any, truth: Any) -> np.ndarray:
     weights = 2.0 * np.arange(1, s + 1) - s - 1.0
     spread = np.tensordot(weights, x, axes=1) / (s * (s - 1))
     return np.abs(x - y).mean(0) - spread
-
-
-def log_score(log_prob: Any) -> np.ndarray:
-    """Held-out log predictive density in nats per entry, averaged over cells, [genes]; higher is better.
-
-    ``log_prob`` [S, cells, genes] is log p(count | draw s) of the truth under each posterior draw; the draws
-    are averaged as probabilities (log-mean-exp), so the score is that of the mixture, not the mean of single
-    scores.
-    """
-    lp = np.asarray(log_prob, dtype=np.float64)
-    if lp.ndim != 3:
-        raise UserError(f"log_score: log_prob has shape {lp.shape}; expected [draws, cells, genes]")
-    return (np.logaddexp.reduce(lp, axis=0) - np.log(lp.shape[0])).mean(0)
 
 
 # --- scales and tables
@@ -414,10 +389,3 @@ def bootstrap_mean(values: Any, rng: np.random.Generator, n: int = 1000) -> Mean
     means = np.array([v[rng.integers(0, v.size, v.size)].mean() for _ in range(n)])
     lo, hi = np.quantile(means, [0.025, 0.975])
     return MeanInterval(float(v.mean()), float(np.median(v)), float(lo), float(hi))
-
-
-def summary_table(table: pd.DataFrame, rng: np.random.Generator, n: int = 1000) -> pd.DataFrame:
-    """`bootstrap_mean` of each column of a `score_table`: DataFrame [metrics] x mean, median, lo, hi."""
-    columns = [c for c in table.columns if pd.api.types.is_numeric_dtype(table[c])]
-    rows = [bootstrap_mean(table[c].to_numpy(dtype=np.float64), rng, n) for c in columns]
-    return pd.DataFrame(rows, index=pd.Index(columns, name="metric"))

@@ -45,8 +45,6 @@ class RadiusInfo:
     shift : (dx, dy) to ADD to the spots' positions so that they fit the cells; (0, 0) unless the counts
         clearly ask for it.
     radius_unshifted : the best radius when that shift is not applied.
-    fractions, scores : candidates as shares of the pitch, and their log-likelihood (at `shift`) minus that of
-        the best; empty if not informative.
     """
 
     radius: float
@@ -57,8 +55,6 @@ class RadiusInfo:
     high: float
     shift: tuple[float, float]
     radius_unshifted: float
-    fractions: tuple[float, ...]
-    scores: tuple[float, ...]
 
 
 def infer_radius(
@@ -117,8 +113,6 @@ def infer_radius(
         high=high,
         shift=(float(shift[0]), float(shift[1])),
         radius_unshifted=plain_radius if shift.any() else radius,
-        fractions=tuple(FRACTIONS.tolist()),
-        scores=tuple((total - total.max()).tolist()),
     )
 
 
@@ -143,7 +137,7 @@ def _fallback(pitch: float, why: str, known: float | None) -> tuple[float, Radiu
     choice = f"radius set to {DEFAULT_FRACTION} of the pitch, {radius:.4g}; give --set radius= if you know it"
     reason = f"{why}: {choice if known is None else f'radius {radius:.4g} as given'}"
     low, high = float(FRACTIONS[0] * pitch), float(FRACTIONS[-1] * pitch)
-    return radius, RadiusInfo(radius, pitch, False, reason, low, high, (0.0, 0.0), radius, (), ())
+    return radius, RadiusInfo(radius, pitch, False, reason, low, high, (0.0, 0.0), radius)
 
 
 def _refined(radii: Floats, total: Floats) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from ppl_st import data
-from ppl_st.data import gene_folds, labels_of, read_counts, read_genes, row_blocks, shared_genes, thin
+from ppl_st.data import gene_folds, labels_of, read_counts, read_genes, row_blocks, shared_genes
 from ppl_st.errors import UserError
 from realdata import path
 
@@ -210,11 +210,11 @@ def test_a_label_that_is_missing_is_refused() -> None:
             labels_of(read_counts(adata, role="target"), "slide", "target", "library_key")
 
 
-def test_empty_rows_genes_and_matrices() -> None:
+def test_empty_rows_and_matrices() -> None:
     values = np.ones((20, 8))
     values[4], values[:, 6] = 0, 0
     counts = read_counts(make(values), role="target")
-    assert list(np.flatnonzero(counts.empty_rows)) == [4] and list(np.flatnonzero(counts.empty_genes)) == [6]
+    assert list(np.flatnonzero(counts.empty_rows)) == [4]
     assert counts.totals[0] == 7 and counts.totals[4] == 0
     dropped = read_counts(make(values), role="target", drop_empty=True)
     assert len(dropped.names) == len(dropped.obs) == len(dropped.xy) == 19 and "c4" not in dropped.names
@@ -259,21 +259,21 @@ def test_take_genes_and_rows() -> None:
 
 def test_shared_genes_counts_near_matches() -> None:
     target = [f"Gene{i}" for i in range(20)]
-    assert list(shared_genes(target, target[::-1])) == target  # target order
+    assert list(shared_genes(target, target[::-1], 10)) == target  # target order
     with pytest.raises(UserError) as caught:
-        shared_genes(target, [g.upper() for g in target])
+        shared_genes(target, [g.upper() for g in target], 10)
     message = str(caught.value)
     assert "share 0 genes, at least 10" in message and "20 would match without regard to case" in message
     assert "Gene0, Gene1, Gene2 and 17 more" in message and "GENE0, GENE1, GENE2" in message
     ids = [f"ENSG0000{i}" for i in range(12)]
     with pytest.raises(UserError, match=r"12 without Ensembl versions.*strip the Ensembl versions"):
-        shared_genes([f"{g}.{i + 1}" for i, g in enumerate(ids)], ids)
+        shared_genes([f"{g}.{i + 1}" for i, g in enumerate(ids)], ids, 10)
     with pytest.raises(UserError, match=r"one side has Ensembl ids: .*gene_key"):
-        shared_genes(target, ids)
+        shared_genes(target, ids, 10)
     # dots in symbols are no versions
     with pytest.raises(UserError, match="0 without Ensembl versions"):
-        shared_genes([f"RP11.{i}" for i in range(12)], ["RP11"])
-    assert len(shared_genes(target, target[:3], minimum=3)) == 3
+        shared_genes([f"RP11.{i}" for i in range(12)], ["RP11"], 10)
+    assert len(shared_genes(target, target[:3], 3)) == 3
 
 
 @given(
@@ -317,31 +317,6 @@ def test_read_genes(tmp_path: Path) -> None:
         read_genes(tmp_path / "none.txt")
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
-def test_thinning_splits_exactly(seed: int, p: float) -> None:
-    rng = np.random.default_rng(seed)
-    matrix = sparse.csr_matrix(rng.poisson(2.0, (9, 7)).astype(np.float32))
-    before = matrix.data.copy()
-    kept, rest = thin(matrix, p, np.random.default_rng(seed))
-    assert np.array_equal(matrix.data, before)
-    assert np.array_equal((kept + rest).toarray(), matrix.toarray())
-    for part in (kept, rest):
-        assert part.dtype == np.float32 and part.has_canonical_format and (part.data > 0).all()
-    again, _ = thin(matrix, p, np.random.default_rng(seed))
-    assert np.array_equal(kept.toarray(), again.toarray())
-
-
-def test_thinning_has_binomial_mean_and_variance() -> None:
-    matrix = sparse.csr_matrix(np.full((200, 100), 20, dtype=np.float32))
-    kept = thin(matrix, 0.3, np.random.default_rng(0))[0].toarray()
-    assert (
-        abs(kept.mean() - 6.0) < 0.06 and abs(kept.var() - 4.2) < 0.2
-    )  # n p and n p (1 - p), about 4 standard errors
-    with pytest.raises(UserError, match="not between 0 and 1"):
-        thin(matrix, 1.5, np.random.default_rng(0))
-
-
 def test_row_blocks_cover_in_order() -> None:
     assert [list(range(10))[b] for b in row_blocks(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(row_blocks(0, 4)) == []
@@ -351,4 +326,4 @@ def test_real_pair_passes() -> None:
     spots = read_counts(path("derived_pair_xenium_brain/visium_like_spots.h5ad"), role="reference")
     cells = read_counts(path("derived_pair_xenium_brain/xenium_like_panel.h5ad"), role="target")
     assert spots.matrix.shape == (1377, 248) and cells.matrix.shape == (36602, 124)
-    assert np.array_equal(shared_genes(cells, spots), cells.genes)
+    assert np.array_equal(shared_genes(cells, spots, 10), cells.genes)

@@ -32,6 +32,7 @@ from ppl_st.inference.predict import count_draws
 from ppl_st.metrics import bootstrap_mean, crps_from_draws, pcc, poisson_ceiling_of_rate
 from ppl_st.neighbor_score import neighbor_intervals
 from ppl_st.pooling import draws_of, joined, log_fold_change, morans_i, pooled, widened
+from ppl_st.prepare import MIN_SHARED
 from ppl_st.refit import held_out_fits
 from ppl_st.spatial import neighbors
 from ppl_st.stack import stacked, stacking_weights
@@ -58,7 +59,7 @@ def problem(name):
     if other is not None:
         truth = read_counts(other, role="truth", need_spatial=False)
         return cells, known, [truth.genes[np.isin(truth.genes, known.genes)]], truth
-    shared = np.sort(shared_genes(cells, known))
+    shared = np.sort(shared_genes(cells, known, MIN_SHARED))
     folds, keep = gene_folds(shared, FOLDS, 0), np.ones(len(cells.names), bool)
     for hidden in folds:
         keep &= cells.take_genes(shared[~np.isin(shared, hidden)]).totals > 0
