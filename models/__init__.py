@@ -23,6 +23,9 @@ Its module offers
     turned(pair, data)        -> (method, data) of the other direction; only of methods that have one
     adversary(pair, config)                     -> `ppl_st.inference.adversary.Adversary` or None; only of methods with a second player
     edit(pair, data, config, seed)              -> what changes the pair between steps (`fit`), or None; only of methods that grow or prune
+    watch(pair, config, seed)                   -> function of a minibatch that says what the log shows of the factors, or None; only of methods
+                                                   that bring two sides together
+    loss_scale(data, config)                    -> what the loss is multiplied by; without it one over the entries of the target
     maps(predictor, genes, draws, seed, sections)  -> joint draws of whole sections; only of methods of images
 
 where ``data`` comes from the method's file in ``ppl_st/prepare`` and chains are those of `ppl_st.inference.ensemble`.

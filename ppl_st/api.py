@@ -87,6 +87,8 @@ def fit(
         ``seeds`` it continues those that had begun, and fits the others as is asked.
     progress, say
         Progress bar of the training loop; a function that receives one line per event.
+    command
+        The command line that asked for it, to be kept in the manifest.
 
     Raises
     ------
@@ -380,7 +382,7 @@ def train(
         "status": "done",
         "steps": state.step,
         "stop_reason": reason,
-        "start_seconds": record.get("start_seconds", 0.0),  # runs of older versions did not keep it
+        "start_seconds": record["start_seconds"],
         "seconds": info.seconds,
         "peak_memory_bytes": info.peak_memory,
         "skipped": [list(entry) for entry in info.skipped],

@@ -1,7 +1,7 @@
 """The demonstration: simulate, fit, predict unmeasured genes, judge, report.
 
 Methods whose reference are spots get `ppl_st.simulate.checkerboard`, those with dissociated cells `ppl_st.simulate.spatial_field`, those of
-images `ppl_st.shapes` (then all is in `ppl_st.demo_images`; knobs of the others are ignored).
+images `ppl_st.shapes` (then all is in `ppl_st.demo_images`; knobs of the others are refused).
 
 Everything is shown beside the oracle, the true rate that generated the counts: its R2 is the ceiling that
 noise leaves, its log score and coverage are those of a perfect forecaster.
@@ -102,6 +102,8 @@ def demo(
         Of the fit and the prediction, as in `ppl_st.fit`.
     say
         Receives one line per event.
+    command
+        As in `ppl_st.fit`.
     """
     began = time.perf_counter()
     talk = say or (lambda line: None)

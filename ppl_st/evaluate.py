@@ -11,7 +11,7 @@ depth). Every competitor sees the target's training genes and the whole referenc
 exception and says so: an upper reference that sees the truth in other cells.
 
 Scores are per gene over cells (`ppl_st.metrics.score_table`, ``raw`` and ``log`` scale); methods add the log
-score, CRPS and randomised coverage of their predictive distribution. Ranks use `RANKED` only: rmse_z and js
+score, CRPS and randomised coverage of their predictive distribution. Ranks use `RANKED` only: rmse and js
 reward a constant. Intervals are bootstraps over genes. Memory: predictions are made in blocks of genes within
 ``memory_gb``; a baseline builds cells x held-out genes once.
 """
@@ -115,7 +115,7 @@ def evaluate(
         Whether to run the baselines and the upper reference as well.
     seed
         Seeds folds, fits, draws and bootstraps.
-    preset, config, overrides, device, progress
+    preset, config, overrides, device, progress, command
         Of every fit, as in `ppl_st.fit`.
     draws, memory_gb
         Posterior draws of a prediction, and the bound on their memory.

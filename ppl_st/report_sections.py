@@ -43,7 +43,7 @@ def in_short(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]
         why = "the loss no longer fell" if record["stop_reason"] == "converged" else "the steps were used up"
         trained = f", the {record['steps']:,} steps of training {record['seconds']:.0f} s; they ended because {why}."
         training = (
-            f" The start (first values, settings chosen on the data) took {record.get('start_seconds', float('nan')):.0f} s"
+            f" The start (first values, settings chosen on the data) took {record['start_seconds']:.0f} s"
             f"{trained if record['steps'] else ' and is exact: there was nothing to train.'} Memory: {record['peak_memory_bytes'] / 1e9:.1f} GB."
         )
     rows = {"spots": "spots", "cells": "reference cells"}.get(reference_kind(run))

@@ -129,7 +129,7 @@ def seeds(runs: Sequence[Run], folder: Path | None = None) -> Run:
         given = ", ".join(f"{run.method} (seed {seed})" for run, seed in zip(runs, own, strict=True))
         raise UserError(f"seeds: {given}; need one method, other seeds")
     record = {**first.record, "chains": sum(run.record["chains"] for run in runs), "seeds": own}
-    record["start_seconds"] = sum(run.record.get("start_seconds", 0.0) for run in runs)
+    record["start_seconds"] = sum(run.record["start_seconds"] for run in runs)
     record["losses"] = [run.record["losses"] for run in runs]
     return replace(_mixture(runs, np.full(len(runs), 1 / len(runs)), first.method, {**first.manifest, "seeds": own}, record), folder=folder)
 

@@ -58,7 +58,8 @@ class Commands(TyperGroup):
 
 
 _OUT_OF_MEMORY = (
-    "out of memory: lower --memory-gb or --draws, take fewer cells or genes, or --set batch_spots=16 in a fit"
+    "out of memory: lower --memory-gb or --draws, take fewer cells or genes, or fit in smaller minibatches: --set batch_spots=16 (siid), "
+    "batch_cells=64 (vista, spagene), batch_genes=100 (spaim with features=network), batch_patches=1 (xfuse)"
 )
 
 

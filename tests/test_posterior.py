@@ -146,7 +146,7 @@ def test_predict_new_cells(run, sim, tmp_path):
     share = lambda x: x / x.sum(1, keepdims=True)  # noqa: E731
     r = [np.corrcoef(share(table.X)[:, g], share(truth)[:, g])[0, 1] for g in range(10)]
     assert np.mean(r) > 0.5  # it uses the counts of the new cells in the right gene order
-    with pytest.raises(UserError, match=r"lacks 5 of the 30 panel genes"):
+    with pytest.raises(UserError, match=r"lacks 5 of the 30 genes"):
         run.predict(target=sim.target[:, :25].copy())
 
 

@@ -142,10 +142,10 @@ def _build(config: Config, spec: Spec, data: Data, sides: tuple[Autoencoder, Aut
 
 
 def _closed(config: Config, k: int, other: Any, chosen: Choice, regression: Regression | None, data: Data, genes: NDArray[np.int64]) -> Closed:
-    shares = SHARES if config.process == "auto" else (float(config.process),)
-    found = process_of(data, genes, config.fit.seed) if max(shares) > 0 else None
+    process_shares = SHARES if config.process == "auto" else (float(config.process),)
+    found = process_of(data, genes, config.fit.seed) if max(process_shares) > 0 else None
     own = linear(data, config.shape(k))
-    return Closed(data, own, other, chosen.ratio, genes, chosen.deviations, regression, chosen.share, found, shares, config.noisy)
+    return Closed(data, own, other, chosen.ratio, genes, chosen.deviations, regression, chosen.share, found, process_shares, config.noisy)
 
 
 class _Inner(NamedTuple):
@@ -175,7 +175,7 @@ def _inner_network(config: Config, reference: Autoencoder, steps: int, seed: int
     pair = _inner_pair(config, reference, data, seed)
     _train(pair, data, config, seed, config.fit, until=steps)
     direction = direction_of(pair, 0)
-    _learn_spread(direction, data, 0.0, seed)
+    _learn_spread(direction, data, seed)
     return _Inner(direction, genes)
 
 
@@ -260,7 +260,7 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     for chain in chains_of(pair):
         for k in range(2):
             if not direction_of(chain, k).linear:
-                _learn_spread(direction_of(chain, k), problems[k], 0.0, seed)  # as the inner fits, whose slopes it gets
+                _learn_spread(direction_of(chain, k), problems[k], seed)  # as the inner fits, whose slopes it gets
         forward, backward = direction_of(chain, 0), direction_of(chain, 1)
         forward.counts.learn_own(data, partial(smoothed_place, forward, data, smoothing_of(chain, 0)), forward.known_codes)
         rows = np.random.default_rng(0).permutation(data.reference.shape[0])[: len(backward.counts.sample)]
@@ -273,9 +273,9 @@ def smoothing_of(pair: Pair, k: int) -> float:
     return float(model_of(pair).smoothing[k])
 
 
-def _learn_spread(direction: Direction, data: Data, share: float, seed: int) -> None:
+def _learn_spread(direction: Direction, data: Data, seed: int) -> None:
     some = np.sort(np.random.default_rng([seed, 3]).permutation(data.counts.shape[0])[:SPREAD_CELLS])
-    direction.learn_spread(smoothed_place(direction, data, share, some))
+    direction.learn_spread(smoothed_place(direction, data, 0.0, some))
     with rng_scope(seed, "blur"):
         direction.learn_blur(data, some)
 

@@ -71,11 +71,11 @@ class Closed:
 
     def __init__(
         self, data: Data, own: Autoencoder, other: Features, ratio: float, genes: NDArray[np.int64] | None = None,
-        deviations: Sequence[float] = (), regression: Regression | None = None, share: float = 0.0, process: Process | None = None,
-        shares: tuple[float, ...] = (0.0,), noisy: bool = False,
+        deviations: Sequence[float] = (), regression: Regression | None = None, reference_share: float = 0.0,
+        process: Process | None = None, process_shares: tuple[float, ...] = (0.0,), noisy: bool = False,
     ) -> None:  # fmt: skip
-        self.share, self.noisy = share, noisy  # c, and whether the translator's noise will be learned
-        self.process, self.shares = process, shares  # over the reference's cells, and what it may have of a map
+        self.reference_share, self.noisy = reference_share, noisy  # c, and whether the translator's noise will be learned
+        self.process, self.process_shares = process, process_shares  # over the reference's cells, and what it may have of a map
         self.own, self.rotation = own, other.rotation
         self.scores = own.loadings.detach().numpy().astype(np.float64)[data.columns].T  # t [q, P]
         self.shared = other.phi[data.panel]  # [P, F]
@@ -95,19 +95,19 @@ class Closed:
         self.weights = (projected / self.precision) @ vectors.T  # [q, F]
         self.deviation = of_rank(deviations, self.noise)  # v [q]
         self.regressed: NDArray[np.float64] | float = 0.0  # b [q, genes]
-        if regression is not None and genes is not None and share:
+        if regression is not None and genes is not None and reference_share:
             self.regressed = regression.inner(self.scores, data.panel, genes)
 
     def codes(self) -> Codes:
         """Loadings of the genes asked for, [q, genes]; the encoder's doubt as noise of the cells."""
-        g = (1 - self.share) * self.genes
-        mean = self.weights @ g.T + self.share * self.regressed
+        g = (1 - self.reference_share) * self.genes
+        mean = self.weights @ g.T + self.reference_share * self.regressed
         rest = np.broadcast_to(self.deviation[:, None], mean.shape)
         sd = np.sqrt(self.noise[:, None] / self.precision)  # [q, F] in the eigenbasis
         variance = np.square(sd) @ np.square(g @ self.vectors).T + rest
         noise = np.concatenate([self.own.scale.numpy()[:, None] * mean, *([START_NOISE * (g @ self.rotation).T] if self.noisy else [])])
         mean, variance, noise = (one.astype(np.float32) for one in (mean, variance, noise))
-        return Codes(mean, variance, None, noise, self.process, self.shares)
+        return Codes(mean, variance, None, noise, self.process, self.process_shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """Codes of the problem's cells, and their features in the process, [n, q + F]."""

@@ -66,7 +66,7 @@ from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
 from ppl_st.models.common.cells import log_shares
-from ppl_st.models.common.counts import bend, log_mean
+from ppl_st.models.common.counts import bend, log_mean, quadrature
 from ppl_st.models.common.predictor import QUADRATURE
 from ppl_st.models.common.process import Field
 from ppl_st.models.vista.batches import Batch, Batches, Data, panel_share
@@ -101,7 +101,7 @@ __all__ = [
     "batches", "build", "empty", "initialise", "loss_scale", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
-NODES = ((-np.sqrt(3.0), 1 / 6), (0.0, 2 / 3), (np.sqrt(3.0), 1 / 6))  # as `QUADRATURE`, with three nodes
+NODES = tuple(zip(*(part.tolist() for part in quadrature(3)), strict=True))  # and their weights
 LEVEL_CELLS, LEVEL_DRAWS = 2000, 30  # over which the mean rate of a gene is taken
 MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn settings from
 

@@ -12,7 +12,7 @@ from ppl_st.data import Counts, labels_of, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.models.siid import Config, Data
 from ppl_st.pairs import read_like
-from ppl_st.prepare import MIN_SHARED, refuse_single
+from ppl_st.prepare import MIN_SHARED, refuse_single, same_genes
 from ppl_st.radius import axes_look_swapped, infer_radius
 from ppl_st.spatial import apply_transform, cell_to_spot, spot_pitch
 
@@ -79,14 +79,7 @@ def new_cells(target: Counts, fitted: Counts, data: Data, config: Config) -> tup
 
     ``fitted`` are the counts of the target that the run was fitted on, ``data`` its problem.
     """
-    panel_genes = fitted.genes
-    missing = panel_genes[~np.isin(panel_genes, target.genes)]
-    if len(missing):
-        raise UserError(
-            f"target ({target.source}) lacks {len(missing)} of the {len(panel_genes)} panel genes that the run was fitted on, e.g. "
-            f"{', '.join(missing[:3])}; a run predicts cells measured with the same panel"
-        )
-    target = target.take_genes(panel_genes)
+    target = same_genes(target, fitted)
     n = target.matrix.shape[0]
     nowhere: Any = (n, 0)  # the stubs do not know csr_matrix(shape)
     empty = data._replace(
