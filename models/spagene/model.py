@@ -35,14 +35,15 @@ class Config:
     identity: Literal["loadings", "gain_offset", "pearson", "off"] = "loadings"
     identity_weight: float = field(default=1.0, metadata={"ge": 0})  # of pearson
     cycle_weight: float = field(default=0.0, metadata={"ge": 0})  # of the mean squared error, there and back
-    coral_weight: float = field(default=0.0, metadata={"ge": 0})
-    mmd_weight: float = field(default=0.0, metadata={"ge": 0})
-    mmd_kernel: Literal["median", "released"] = "median"
+    coral_weight: float = field(default=0.0, metadata={"ge": 0})  # of unlike covariances of translated and own codes
+    mmd_weight: float = field(default=0.0, metadata={"ge": 0})  # of the maximum mean discrepancy between the same two
+    mmd_kernel: Literal["median", "released"] = "median"  # widths from the median distance, or one fixed width as released
+    # loss of the critics that tell translated codes from own ones; hinge_published: with the released sign
     adversary: Literal["off", "hinge", "density_ratio", "cross_entropy", "hinge_published"] = "off"
-    adversary_weight: float = field(default=0.0, metadata={"ge": 0})
-    critic_lr: float = field(default=5e-4, metadata={"gt": 0})
+    adversary_weight: float = field(default=0.0, metadata={"ge": 0})  # of what the translators lose to the critics
+    critic_lr: float = field(default=5e-4, metadata={"gt": 0})  # learning rate of the critics
     critic_eps: float = field(default=0.01, metadata={"gt": 0})  # of the critics' Adam
-    critic_hidden: tuple[int, ...] = (64, 64)
+    critic_hidden: tuple[int, ...] = (64, 64)  # widths of their layers
     gradient_penalty: float = field(default=1.0, metadata={"ge": 0})  # of the critics
     gradient_center: float = field(default=0.0, metadata={"ge": 0})  # norm of the gradient that is not penalised; WGAN-GP: 1
     # share of the spatial neighbors in a cell's code; auto: chosen on inner held-out genes
@@ -51,25 +52,25 @@ class Config:
     reference_share: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
     # of a process over the reference's cells in an unmeasured gene's map (linear); auto: likewise
     process: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
-    neighbors: int = field(default=20, metadata={"ge": 1})
+    neighbors: int = field(default=20, metadata={"ge": 1})  # spatial neighbors that smoothing averages over
     # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
     depth_prior: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
     library_key: str | None = None  # obs column of the section; neighbors stay within it
     likelihood: Literal["nb", "poisson"] = "nb"  # of the predicted counts
     gain: Literal["hierarchical", "none"] = "hierarchical"  # level of unmeasured genes: from a hyper-prior, or the reference's as it is
-    batch_cells: int = field(default=256, metadata={"ge": 0})  # 0 = all
-    batch_reference: int = field(default=256, metadata={"ge": 0})
-    layer: str | None = None
-    gene_key: str | None = None
+    batch_cells: int = field(default=256, metadata={"ge": 0})  # spatial cells per minibatch; 0 = all
+    batch_reference: int = field(default=256, metadata={"ge": 0})  # reference cells per minibatch; 0 = all
+    layer: str | None = None  # layer with the counts
+    gene_key: str | None = None  # var column with the gene names, of each file that has it; none = var_names
     # ---- translator="network" only
     preprocess: Literal["lognorm", "sqrt"] = "lognorm"  # what encoders read; sqrt: clipped square roots, as published
     observation: Literal["nb", "gaussian"] = "nb"  # of stage 1
     codes: Literal["normal", "point"] = "normal"  # variational, or plain autoencoders
     hidden: tuple[int, ...] = (128,)  # of encoders, and backwards of decoders
-    dropout: float = field(default=0.0, metadata={"ge": 0, "lt": 1})
-    translator_hidden: tuple[int, ...] = (128,)
-    backward_hidden: tuple[int, ...] = (128,)
-    translator_dropout: float = field(default=0.0, metadata={"ge": 0, "lt": 1})
+    dropout: float = field(default=0.0, metadata={"ge": 0, "lt": 1})  # in both
+    translator_hidden: tuple[int, ...] = (128,)  # of the translator from target to reference
+    backward_hidden: tuple[int, ...] = (128,)  # and back
+    translator_dropout: float = field(default=0.0, metadata={"ge": 0, "lt": 1})  # in both translators
     checkpoints: int = field(default=5, metadata={"ge": 0})  # numbers of steps tried on inner genes; 0: all steps
     stage1: FitConfig = FitConfig(
         steps=1000, lr=3e-3, schedule="cosine", final_lr_factor=0.1, kl_warmup_steps=200, elbo="meanfield", checkpoint_every=0

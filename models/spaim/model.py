@@ -46,7 +46,7 @@ class Config:
     reference_errors: bool = True  # propagate the sampling errors of the cluster profiles
     # share of the spatial neighbors in a cell's place; auto: chosen on inner held-out genes
     smoothing: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
-    neighbors: int = field(default=10, metadata={"ge": 1})
+    neighbors: int = field(default=10, metadata={"ge": 1})  # spatial neighbors that smoothing averages over
     # mean totals that are added to a cell's own for its depth; auto: chosen on inner held-out genes
     depth_prior: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
     library_key: str | None = None  # obs column of the section; neighbors stay within it
@@ -58,19 +58,19 @@ class Config:
     profile: Literal["mean", "median"] = "mean"  # of a cluster
     # divide by the total over the shared genes before log1p (published: no); features="kernel": of the reference, the target always is
     normalise: bool = True
-    layer: str | None = None
-    gene_key: str | None = None
+    layer: str | None = None  # layer with the counts
+    gene_key: str | None = None  # var column with the gene names, of each file that has it; none = var_names
     # ---- features="network" only
     head: Literal["cosine", "power_spherical", "gaussian", "nb"] = "gaussian"  # p(x | decoded gene)
     codes: Literal["normal", "point"] = "normal"  # content and style: Gaussian latents, or the published deterministic codes
     wiring: Literal["code", "paper"] = "code"  # of encoders and decoder, where the released code and the text differ
-    hidden: tuple[int, int] = (512, 256)
+    hidden: tuple[int, int] = (512, 256)  # widths of the two layers of encoder and decoder
     content_weight: float = field(default=1.0, metadata={"ge": 0})  # of the published losses, codes="point"
-    style_weight: float = field(default=1.0, metadata={"ge": 0})
+    style_weight: float = field(default=1.0, metadata={"ge": 0})  # likewise
     gram: Literal["released", "features"] = "released"  # Gram matrices of the style loss; the released ones are inert
     # copies of a minibatch whose profiles lose entries at random; codes="normal": one copy, whole with probability 1 / (1 + augment)
     augment: int = field(default=0, metadata={"ge": 0})
-    augment_zero: float = field(default=0.5, metadata={"ge": 0})
+    augment_zero: float = field(default=0.5, metadata={"ge": 0})  # share of the entries that such a profile loses
     batch_genes: int = field(default=0, metadata={"ge": 0})  # genes per minibatch; 0 = all
     inner_steps: int = field(default=150, metadata={"ge": 1})  # training steps of the fit to inner genes that calibrates counts
     fit: FitConfig = FitConfig(steps=20, lr=0.02, clip_norm=1e3, window=10, checkpoint_every=0)
