@@ -372,7 +372,8 @@ def train(
     reason = "steps" if info.stop_reason == INTERRUPTED else info.stop_reason  # fewer steps than the settings have are no interruption
     trained = len(chains_of(pair))
     pair = module.select(pair, data, settings, seed)
-    say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {reason}")
+    done = state.tally  # of the whole fit, what came before an interruption included
+    say(f"SVI: {state.step} steps, {done.seconds:.1f} s, stopped: {reason}")
     record = {
         "spec": record["spec"],
         "chains": len(chains_of(pair)),
@@ -381,11 +382,11 @@ def train(
         "steps": state.step,
         "stop_reason": reason,
         "start_seconds": record.get("start_seconds", 0.0),  # runs of older versions did not keep it
-        "seconds": info.seconds,
+        "seconds": done.seconds,
         "peak_memory_bytes": info.peak_memory,
-        "skipped": [list(entry) for entry in info.skipped],
-        "losses": [float(loss) for loss in info.losses],
-        "watched": list(info.watched),
+        "skipped": done.faults,
+        "losses": done.losses,
+        "watched": done.watched,
     }
     if hasattr(module, "alignment"):
         record["alignment"] = module.alignment(pair, data, settings, seed)
