@@ -8,6 +8,7 @@ the best run the mixture hedges: where two runs disagree it is as wide as their 
 
 Draw d of the mixture is a draw of run t(d), with turns so arranged that any number of first draws has the runs in proportion to their weights;
 so summaries, scores, samples and files of a stack are made by the code that makes those of a run: it *is* a `Run`, of the method "stack".
+Where all runs know their means in closed form, those of the mixture are their mean, in the proportion of the draws.
 Runs cut cells into blocks in their own ways: one leads, the others offer ``at(rows)``, which gives them any cells.
 
 Fits of one method with different seeds are a mixture as well (`seeds`): each counts the same, and their draws take turns. Where they disagree no
@@ -204,6 +205,8 @@ class Predictor:
         self.fixed = fixed[1:]  # they must cut the cells as the leading run does
         if not fixed:
             self.at = lambda rows: Block([part.at(rows) for part in self.parts], {})
+        if all(hasattr(part, "closed_form") for part in self.parts):
+            self.closed_form = self._closed_form
 
     def blocks(self, max_cells: int) -> Iterator[Block]:
         """Batches of all runs that own the same cells."""
@@ -234,6 +237,11 @@ class Predictor:
         """p(count | draw) of the run whose turn it is."""
         k, c = self.turns[chain]
         return self.parts[k].count_dist(batch.parts[k], c, drawn, local, genes.new_tensor(self.columns[k])[genes])
+
+    def _closed_form(self, batch: Block, chain: int, local: Any, genes: Tensor, factor: Tensor | None) -> Any:
+        """Posterior means of the run whose turn it is; only where all runs know them."""
+        k, c = self.turns[chain]
+        return self.parts[k].closed_form(batch.parts[k], c, local, genes.new_tensor(self.columns[k])[genes], factor)
 
 
 def turns(weights: Sequence[float], chains: Sequence[int], length: int = TURNS) -> list[tuple[int, int]]:
