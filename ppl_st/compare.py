@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 
 from ppl_st.api import Source, load
-from ppl_st.data import gene_folds, matched
+from ppl_st.data import matched
 from ppl_st.errors import UserError
 from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER, read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
 from ppl_st.posterior import INNER_CELLS
 from ppl_st.report import read_json, read_scores
-from ppl_st.stack import stacked, stacking_weights
+from ppl_st.stack import cross_stacked, stacking_weights
 
 __all__ = ["METRICS", "compare"]
 
@@ -35,7 +35,7 @@ METRICS = {
     "seconds": -1, "peak_gb": -1,
 }  # fmt: skip
 
-STACK, STACK_FOLDS = "stack", 5
+STACK = "stack"
 
 
 def compare(
@@ -207,11 +207,7 @@ def _with_stack(ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: l
     if not cells or len(genes) < 2:
         return ranked
     log_prob = np.stack([table.loc[cells, genes].to_numpy(dtype=np.float64) for table in entries.values()])
-    score = np.zeros(len(genes))
-    for held in gene_folds(np.array(genes), min(STACK_FOLDS, len(genes)), seed):
-        at = np.isin(genes, held)
-        score[at] = stacked(log_prob[:, :, at], stacking_weights(log_prob[:, :, ~at])).mean(0)
-    difference = score - log_prob[0].mean(0)
+    difference = cross_stacked(log_prob, genes, seed).mean(0) - log_prob[0].mean(0)
     interval = bootstrap_mean(difference, np.random.default_rng(seed))
     row = {"genes": len(genes), "log_score": ranked["log_score"].iloc[0] + interval.mean, "difference": interval.mean}
     row |= {"lo": interval.lo, "hi": interval.hi, "dse": _standard_error(difference), "wins": float((difference > 0).mean())}

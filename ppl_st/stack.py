@@ -29,16 +29,20 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppl_st.data import Counts
+from ppl_st.data import Counts, gene_folds
 from ppl_st.errors import UserError
 from ppl_st.models import METHODS
 from ppl_st.posterior import Run
 
-__all__ = ["Predictor", "Spec", "quantities", "seeds", "stack", "stacked", "stacking_weights"]
+__all__ = [
+    "Predictor", "Spec", "cross_stacked", "quantities", "seeds", "stack", "stacked", "stacking_weights", "unlike_inputs",
+    "weights_without",
+]  # fmt: skip
 
 TURNS = 1000  # draws until the order of the runs repeats itself
 PRIOR_GENES = 0.1
 EM_STEPS = 2000
+FOLDS = 5  # of the genes, to score a mixture on genes that its weights did not see
 
 Floats = NDArray[np.float64]
 
@@ -67,6 +71,21 @@ def stacked(log_prob: Any, weights: Any) -> Floats:
     return np.asarray(np.logaddexp.reduce(table + np.log(np.asarray(weights))[:, None, None], axis=0))
 
 
+def cross_stacked(log_prob: Any, genes: Sequence[str] | NDArray[np.str_], seed: int = 0) -> Floats:
+    """Log predictive probabilities of mixtures [cells, genes], each gene's under weights learned on other parts of ``genes`` (two or more)."""
+    made = np.empty(np.shape(log_prob)[1:])
+    for held in gene_folds(genes, min(FOLDS, len(genes)), seed):
+        at = np.isin(genes, held)
+        made[:, at] = stacked(log_prob[:, :, at], stacking_weights(log_prob[:, :, ~at]))
+    return made
+
+
+def weights_without(runs: Sequence[Run], genes: NDArray[np.str_]) -> list[float]:
+    """Stacking weights of the runs learned on their inner held-out genes other than ``genes``."""
+    log_prob, inner = _inner_scores(runs)
+    return list(map(float, stacking_weights(log_prob[:, :, ~np.isin(inner, genes)])))
+
+
 def stack(runs: Sequence[Run]) -> Run:
     """The runs as one, weighted by their scores on inner held-out genes.
 
@@ -79,8 +98,9 @@ def stack(runs: Sequence[Run]) -> Run:
     -------
     Run
         Predicts the genes that all of them can predict; ``record["weights"]`` are the weights, ``record["inner_log_score"]`` the mean log
-        score of each run and of the mixture on the inner genes. *Uncorrected* forecasts are mixed: what recalibration says of each run is not true of
-        the mixture, so there are no ``lower`` and ``upper`` until `ppl_st.recalibrate` has fitted all runs of the stack again.
+        score of each run and of the mixture on the inner genes, the mixture's under weights learned on other inner genes. *Uncorrected* forecasts
+        are mixed: what recalibration says of each run is not true of the mixture, so there are no ``lower`` and ``upper`` until
+        `ppl_st.recalibrate` has fitted all runs of the stack again and weighed them without the genes that it hides.
 
     Raises
     ------
@@ -108,7 +128,7 @@ def stack(runs: Sequence[Run]) -> Run:
             )
     log_prob, inner = _inner_scores(runs)
     weights = stacking_weights(log_prob)
-    scores = [float(one.mean()) for one in (*log_prob, stacked(log_prob, weights))]
+    scores = [float(one.mean()) for one in (*log_prob, cross_stacked(log_prob, inner))]
     record = {
         "weights": dict(zip(names, weights.tolist(), strict=True)),
         "inner_log_score": dict(zip([*names, "stack"], scores, strict=True)),
@@ -152,7 +172,7 @@ def _inner_scores(runs: Sequence[Run]) -> tuple[NDArray[np.float32], NDArray[np.
     """Log scores [runs, cells, genes] of the inner genes that all runs were judged on."""
     inner = [run.inner for run in runs if run.inner is not None]
     genes = _common([one.genes for one in inner])
-    if not genes.size or any(not np.array_equal(one.cells, inner[0].cells) for one in inner):
+    if genes.size < 2 or any(not np.array_equal(one.cells, inner[0].cells) for one in inner):
         raise UserError("stack: the runs were not judged on the same held-out genes and cells; recalibrate them with the same --seed")
     columns = [pd.Index(one.genes).get_indexer(pd.Index(genes)) for one in inner]
     return np.stack([one.log_prob[:, at] for one, at in zip(inner, columns, strict=True)]), genes
