@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,16 +143,42 @@ def seeds(runs: Sequence[Run], folder: Path | None = None) -> Run:
 
     Every fit counts the same. In ArviZ each of their chains is a chain; predictions have ``between_sd`` (see `Run.predict`). Of a method of images it
     predicts the spots of the fit; places, maps and other images are asked of the single fits.
+
+    Raises
+    ------
+    UserError
+        Fits of several methods, twice the same seed, other settings or other data, as far as they tell.
     """
     first = runs[0]
     own = [int(run.manifest["seed"]) for run in runs]
     if len({run.method for run in runs}) > 1 or len(set(own)) < len(runs):
         given = ", ".join(f"{run.method} (seed {seed})" for run, seed in zip(runs, own, strict=True))
         raise UserError(f"seeds: {given}; need one method, other seeds")
+    for run, seed in zip(runs[1:], own[1:], strict=True):
+        same = {
+            "settings": _settings(run) == _settings(first), "cells": np.array_equal(run.target.names, first.target.names),
+            "genes of the target": np.array_equal(run.target.genes, first.target.genes), "genes": np.array_equal(run.genes, first.genes),
+        }  # fmt: skip
+        other = [what for what, equal in same.items() if not equal] or unlike_inputs(*(one.manifest.get("inputs", {}) for one in (first, run)))
+        if other:
+            who = run.folder or f"the fit of seed {seed}"
+            raise UserError(f"seeds: {who} has other {' and '.join(other)} than that of seed {own[0]}; remove it, and fit it anew")
     record = {**first.record, "chains": sum(run.record["chains"] for run in runs), "seeds": own}
     record["start_seconds"] = sum(run.record.get("start_seconds", 0.0) for run in runs)
     record["losses"] = [run.record["losses"] for run in runs]
     return replace(_mixture(runs, np.full(len(runs), 1 / len(runs)), first.method, {**first.manifest, "seeds": own}, record), folder=folder)
+
+
+def unlike_inputs(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Roles in which the inputs of two manifests differ, of those that both were given as files, or both in memory."""
+    both = [role for role in one if role in other and (one[role]["path"] is None) == (other[role]["path"] is None)]
+    return [role for role in both if one[role]["sha256"] != other[role]["sha256"]]
+
+
+def _settings(run: Run) -> Any:
+    """Settings without the seed, the device, and the place of SIID's profiles, of which each folder has a copy."""
+    made = replace(run.config, fit=replace(run.config.fit, seed=0, device="auto"))
+    return replace(made, profiles=None) if hasattr(made, "profiles") else made
 
 
 def _mixture(runs: Sequence[Run], weights: Floats, method: str, manifest: dict[str, Any], record: dict[str, Any]) -> Run:
