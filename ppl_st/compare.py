@@ -68,7 +68,8 @@ def compare(
         One row per method, the best first: rank, genes, the metric's mean and its standard error over genes ``se``, ``difference`` to the best with
         ``lo``, ``hi`` and standard error ``dse``, ``wins`` (share of genes on which it beats the best), ``gene_rank`` (mean over genes of its
         place among the methods), stacking ``weight``, then the means of all other metrics. ``coverage_error`` is the mean over genes of
-        |coverage_90 - 0.9|. The row "stack" is not among the ranks.
+        |coverage_90 - 0.9|, ``seconds`` of an evaluation those of start, fit and prediction, of a run without the prediction. The row "stack" is not
+        among the ranks.
 
     Raises
     ------
@@ -160,7 +161,7 @@ def _tables(
             raise UserError(
                 f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run"
             )
-        say(f"{folder}: {run.method}, {len(held_out)} held-out genes")
+        say(f"{folder}: {run.method}, {len(held_out)} held-out genes; its seconds are those of the fit, an evaluation's those of prediction, too")
         cells = len(run.target.names)
         kept = np.sort(np.random.default_rng([seed, 9]).permutation(cells)[:INNER_CELLS])
         width = max(1, int(1e9 / (BYTES_PER_PREDICTION * cells)))
@@ -173,7 +174,8 @@ def _tables(
             logs.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], genes))
         table = pd.concat(tables).set_axis(pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"]))
         entries = {run.method: pd.concat(logs, axis=1)}
-        found = {run.method: table.assign(seconds=run.record["seconds"], peak_gb=run.record["peak_memory_bytes"] / 1e9)}
+        seconds = run.record.get("start_seconds", 0.0) + run.record["seconds"]
+        found = {run.method: table.assign(seconds=seconds, peak_gb=run.record["peak_memory_bytes"] / 1e9)}
     return {
         name: table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
         for name, table in found.items()
