@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check",
+    "describe",
     "dumps",
     "hash_adata",
     "hash_path",
