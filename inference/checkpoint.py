@@ -26,7 +26,7 @@ FORMAT = 1  # raised when the content of state.pt changes meaning
 
 @dataclass
 class Tally:
-    """The scalars that the training loop carries from step to step."""
+    """What the training loop carries from step to step beside tensors."""
 
     step: int = 0  # completed steps, skipped ones included
     best: float = math.inf  # lowest window mean of the loss so far
@@ -36,6 +36,11 @@ class Tally:
     good_steps: int = 0  # finite steps since `lr_scale` last changed
     skipped: int = 0  # non-finite steps in all
     recent: list[float] = field(default_factory=list)  # the last finite losses, at most one window
+    # For the record of the whole fit, however often it was resumed; nothing depends on them.
+    losses: list[float] = field(default_factory=list, compare=False)  # of every step, undone ones included
+    faults: list[list[Any]] = field(default_factory=list, compare=False)  # [step, reason] of those that were undone
+    watched: list[dict[str, float]] = field(default_factory=list, compare=False)  # what `watch` said
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def smoothed(self) -> float:

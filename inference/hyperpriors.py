@@ -11,6 +11,8 @@ from scipy.optimize import minimize
 from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
+from ppl_st.errors import UserError
+
 if TYPE_CHECKING:
     from ppl_st.observation import Likelihood
 
@@ -111,21 +113,28 @@ def score_grid(
 ) -> NDArray[np.float64]:
     """sum_i log mean_d p(x_i | rate_d, parameters) with one parameter on its grid [grid, genes].
 
-    counts [n, genes] and rates [draws, n, genes] are float64.
+    counts [n, genes] and rates [draws, n, genes] are float64. Other likelihoods than the negative binomial are scored on up to `OWN_CELLS` of the
+    rows, evenly spread: rows may be in the order of sections.
     """
     grid = likelihood.grid(name)
     if likelihood.name == "nb":
         return score_nb(counts.numpy(), rates.numpy(), grid.numpy())
     score = torch.zeros(len(grid), counts.shape[1], dtype=torch.float64)
     with torch.no_grad(), pyro.validation_enabled(False):
-        for rows in range(0, min(len(counts), OWN_CELLS), ROWS):
-            x, mu = counts[rows : rows + ROWS], rates[:, rows : rows + ROWS]
+        kept = np.linspace(0, len(counts) - 1, min(len(counts), OWN_CELLS)).astype(np.int64)
+        for first in range(0, len(kept), ROWS):
+            rows = torch.from_numpy(kept[first : first + ROWS])
+            x, mu = counts[rows], rates[:, rows]
             for t, value in enumerate(grid):
                 log_p = likelihood(mu, {**others, name: value.expand(counts.shape[1])}).log_prob(x.expand_as(mu))
                 score[t] += (torch.logsumexp(log_p, 0) - np.log(len(rates))).sum(0)
+    if not score.amax(0).isfinite().all():
+        bad = grid[(score.isnan() | (score == torch.inf) | (score == -torch.inf)).any(1)]
+        raise UserError(
+            f"likelihood {likelihood.name!r}: log_prob of the counts is not finite at {name} = {bad[0]:.3g}, which is tried with all values from "
+            f"{grid[0]:.3g} to {grid[-1]:.3g}; make it finite there, or give {name} a prior with a smaller scale"
+        )
     return score.numpy()
-
-
 
 def learn_parameters(
     likelihood: "Likelihood", inner_genes: list[tuple[Tensor, Tensor]], z: NDArray[np.float64]

@@ -128,7 +128,7 @@ def capture(
         if parameter in optimizer.state
     }
     second = adversary.state() if adversary else {}
-    return FitState(model, guide, moments, dataclasses.replace(tally, recent=list(tally.recent)), second)
+    return FitState(model, guide, moments, copy.deepcopy(tally), second)
 
 
 def restore(
@@ -160,7 +160,7 @@ def restore(
     # torch's own loading knows which entries follow the parameter to its device. The groups, with the
     # learning rates and decays in them, stay those of the present configuration.
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return dataclasses.replace(state.tally, recent=list(state.tally.recent))
+    return copy.deepcopy(state.tally)
 
 
 def pick_device(name: str) -> torch.device:

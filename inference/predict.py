@@ -69,6 +69,7 @@ class Predictor(Protocol):
     # Optional: fits, the number of the fit that each chain belongs to; without it every chain is one.
     # Optional: closed_form(batch, chain, local, genes, factor) -> posterior means of the rate and of log1p(count x factor) [rows, genes], without
     # the Monte Carlo error of means over draws; factor [rows, 1], or None where the second is not wanted.
+    # Optional: turns, what stands behind each chain; chains of the same have the same closed form.
 
 
 class Summary(NamedTuple):
@@ -292,9 +293,13 @@ def _block(
             distance += (count[d] - truth).abs()
     exact = None
     if hasattr(predictor, "closed_form"):
-        with torch.no_grad():
-            means = [predictor.closed_form(batch, c, one, torch.from_numpy(genes), factor) for c, one in enumerate(local)]
-        exact = [torch.stack(values).mean(0).numpy() for values in zip(*means, strict=True)]
+        turns = list(getattr(predictor, "turns", range(len(local))))[: len(local)]
+        exact = [np.zeros(shape), np.zeros(shape)]
+        for turn in dict.fromkeys(turns):
+            c, share = turns.index(turn), turns.count(turn) / len(turns)
+            with torch.no_grad():
+                means = predictor.closed_form(batch, c, local[c], torch.from_numpy(genes), factor)
+            exact = [total + share * value.numpy() for total, value in zip(exact, means, strict=True)]
 
     def summarise() -> tuple[Summary, Scores | None]:
         between = square / max(1, draws - 1)
@@ -302,11 +307,11 @@ def _block(
         ordered.sort(axis=0)
         quantiles = {name: _quantile(ordered, name, q) for name, q in wanted.items()}
         summary = Summary(
-            mean.float().numpy() if exact is None else exact[0],
+            mean.float().numpy() if exact is None else exact[0].astype(np.float32),
             between.sqrt().float().numpy(),
             (variance / draws + between).sqrt().float().numpy(),
             quantiles,
-            None if factor is None else (lognorm / draws).float().numpy() if exact is None else exact[1],
+            None if factor is None else (lognorm / draws).float().numpy() if exact is None else exact[1].astype(np.float32),
             None if fits is None else _between(sums, mean, square, fits),
         )
         if x is None:

@@ -195,10 +195,15 @@ def fit(
     first, last = tally.step, config.steps if until is None else min(until, config.steps)
     undo, store = Undo(pair), set(pyro.get_param_store())
     history: list[_Done] = []
-    watched: list[dict[str, float]] = []
+    before, watches = tally.seconds, len(tally.watched)
     folder = None if folder is None else Path(folder)
+
+    def reached() -> FitState:
+        tally.seconds = before + time.perf_counter() - began
+        return capture(pair, parameters, optimizer, tally, adversary)
+
     if folder is not None:  # a folder that refuses the state says so now, not after an hour
-        save_state(capture(pair, parameters, optimizer, tally, adversary), folder / "state.pt")
+        save_state(reached(), folder / "state.pt")
 
     with ExitStack() as stack:
         stack.enter_context(torch_threads(config.threads))
@@ -231,22 +236,22 @@ def fit(
                 seconds = round(time.perf_counter() - began, 3)
                 log({"step": tally.step, "smoothed": tally.smoothed, "seconds": seconds} | done._asdict())
             if watch and tally.step % max(1, config.steps // WATCHES) == 0:
-                watched.append({"step": tally.step} | watch(batch))
-                log(watched[-1])
+                tally.watched.append({"step": tally.step} | {name: float(value) for name, value in watch(batch).items()})
+                log(tally.watched[-1])
             report(tally.step, tally.smoothed)
             if tally.bad_steps >= config.max_bad_steps:
                 raise FitError(despair(tally, [one.loss for one in history], lr, done.fault))
             if folder and config.checkpoint_every and tally.step % config.checkpoint_every == 0:
-                save_state(capture(pair, parameters, optimizer, tally, adversary), folder / "state.pt")
+                save_state(reached(), folder / "state.pt")
 
-        final = capture(pair, parameters, optimizer, tally, adversary)
+        final = reached()
         if folder:
             save_state(final, folder / "state.pt")
 
     for module in pair:
         module.eval()
     untrained = tuple(name for name, parameter in parameters.items() if parameter not in optimizer.state)
-    return final, replace(_info(first, history, untrained, began, tally, config), watched=tuple(watched))
+    return final, replace(_info(first, history, untrained, began, tally, config), watched=tuple(tally.watched[watches:]))
 
 
 def fit_part(
@@ -321,6 +326,8 @@ def _step(
 
 def _count(tally: Tally, config: FitConfig, done: _Done) -> None:
     """Book one step: learning-rate scale after faults, smoothed loss, windows without improvement."""
+    tally.losses.append(done.loss)
+    tally.faults += [[tally.step, done.fault]] if done.fault else []
     tally.step += 1
     if not done.fault:
         tally.recent = [*tally.recent, done.loss][-config.window :]

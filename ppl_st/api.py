@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from ppl_st.posterior import Run
 from ppl_st.prepare import hold_out_genes, load_prepare
 from ppl_st.slides import read_slides
 from ppl_st.stack import seeds as seeds_of
+from ppl_st.stack import unlike_inputs
 
 Source: TypeAlias = str | Path | AnnData
 INTERRUPTED = "interrupted"
@@ -84,7 +85,8 @@ def fit(
         Run folder; None keeps the run in memory.
     resume
         Continue the interrupted run in ``out`` with its own data and settings; anything else than ``device`` beside it is refused. With
-        ``seeds`` it continues those that had begun, and fits the others as is asked.
+        ``seeds`` it continues those that had begun, and fits the others as is asked: with the same data, genes held out and settings, which is
+        checked first. Other seeds than before undo a correction by `ppl_st.recalibrate`, which was that of the earlier ones.
     progress, say
         Progress bar of the training loop; a function that receives one line per event.
     command
@@ -102,17 +104,22 @@ def fit(
     talk = say or (lambda line: None)
     law = [] if likelihood is None else [f"likelihood={likelihood if isinstance(likelihood, str) else name_of(likelihood)}"]
     asked = partial(_settings, module, preset, config, [*overrides, *law], device)
+    targets, pictures = _listed(target), _listed(image)
+    inputs: dict[str, Any] = {f"target{n or ''}": one for n, one in enumerate(targets)} | ({} if reference is None else {"reference": reference})
+    inputs |= {f"image{n or ''}": one for n, one in enumerate(pictures) if not isinstance(one, np.ndarray)}
+    inputs |= {} if hold_out is None else {"hold-out": hold_out}
+    options: dict[str, Any] = {"target": target, "reference": reference, "image": image, "hold-out": hold_out}
+    options |= {"preset": preset != "default" or None, "likelihood": likelihood, "config": config, "set": overrides or None}
     if seeds > 1:
         one = partial(
             fit, method, target=target, reference=reference, image=image, hold_out=hold_out, preset=preset, likelihood=likelihood, config=config,
             overrides=overrides, device=device, progress=progress, command=command,
         )  # fmt: skip
         again = partial(fit, method, device=device, resume=True, progress=progress)
-        return _fit_seeds(one, again, asked, range(seed, seed + seeds), folder, resume, talk)
+        given = inputs if inputs or any(value is not None for value in options.values()) else None
+        return _fit_seeds(one, again, asked, range(seed, seed + seeds), folder, resume, talk, given)
     if resume:
-        options = {"target": target, "reference": reference, "image": image, "hold-out": hold_out, "preset": preset != "default" or None}
-        options |= {"likelihood": likelihood, "config": config, "set": overrides or None, "seed": seed or None}
-        beside = ", ".join(f"--{name}" for name, value in options.items() if value is not None)
+        beside = ", ".join(f"--{name}" for name, value in (options | {"seed": seed or None}).items() if value is not None)
         if beside:
             raise UserError(f"--resume: {folder} is continued with its own data and settings; leave out {beside}, or fit anew with another --out")
         return _resume(method, module, folder, device, progress, talk)
@@ -121,7 +128,6 @@ def fit(
         raise UserError(f"{method} needs target{'' if images else ' and reference'} (see `ppl-st methods`); give {'it' if images else 'both'}")
     if images and (reference is not None or hold_out is not None):
         raise UserError(f"{method} takes images, no reference, and predicts the genes that it was shown: leave out reference and hold_out")
-    targets = list(target) if isinstance(target, list | tuple) else [target]
     if not images and (image is not None or len(targets) > 1):
         raise UserError(f"{method} takes one target and no image (see `ppl-st methods`)")
     if folder is not None:
@@ -129,16 +135,12 @@ def fit(
     settings, overrides = asked(seed), [*overrides, *law]
     _on_cpu(settings.fit.device)  # refused before anything is written
     if images:
-        given: list[Any] = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        inputs = {f"target{n or ''}": one for n, one in enumerate(targets)}
-        inputs |= {f"image{n or ''}": one for n, one in enumerate(given) if not isinstance(one, np.ndarray)}
         manifest = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
-        slides = read_slides(targets, given, layer=settings.layer, gene_key=settings.gene_key)
-        pictures = Path() if folder is None else folder.parent
-        data, kept = load_prepare(method).problem(slides, settings.input, talk, pictures)
+        slides = read_slides(targets, pictures, layer=settings.layer, gene_key=settings.gene_key)
+        data, kept = load_prepare(method).problem(slides, settings.input, talk, Path() if folder is None else folder.parent)
         return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
-    assert reference is not None and targets[0] is not None
+    assert reference is not None
     spots = METHODS[method].reference == "spots"
     pair = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
     cells, other = map(as_given, pair)
@@ -149,13 +151,15 @@ def fit(
     if getattr(settings, "reference_layers", ()):
         other = with_layers(other, reference, settings.reference_layers, gene_key=settings.gene_key)
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
-    manifest = configs.manifest(
-        seed=seed, device=device, inputs={"target": targets[0], "reference": reference}, command=command
-    )
+    manifest = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
     manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
     if folder is not None:
         run_folder.write_inputs(folder, settings, manifest, cells, other)
     return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
+
+
+def _listed(given: Any) -> list[Any]:
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _on_cpu(device: str) -> None:
@@ -178,21 +182,28 @@ def _fit_seeds(
     folder: Path | None,
     resume: bool,
     say: Callable[[str], None],
+    given: Mapping[str, Any] | None = None,
 ) -> Run:
     """The fits of several seeds as one run; in a folder each has its own, and ``manifest.json`` beside them is written last.
 
-    ``one`` fits a seed, ``again`` continues it, ``asked`` gives the settings of a new one: those of a seed that had begun must be the same.
+    ``one`` fits a seed, ``again`` continues it, ``asked`` gives the settings of a new one and ``given`` its inputs by role (None: no option was
+    given at all): those of a seed that had begun must be the same.
     """
     if folder is not None and not resume:
         _refuse_used(folder)
     runs = []
     begun = [n for n in numbers if resume and folder is not None and (folder / f"seed{n}" / "config.toml").is_file()]
-    for number in begun if len(begun) < len(numbers) else []:
+    described = {role: configs.describe(source) for role, source in (given or {}).items()} if begun else {}
+    for number in begun if given is not None or len(begun) < len(numbers) else []:
         assert folder is not None
-        wanted = asked(number)
-        stored = configs.read(folder / f"seed{number}" / "config.toml", wanted)
+        wanted, place = asked(number), folder / f"seed{number}"
+        stored = configs.read(place / "config.toml", wanted)
         if replace(stored, fit=replace(stored.fit, device=wanted.fit.device)) != wanted:
-            raise UserError(f"--resume: {folder / f'seed{number}'} was begun with other settings (config.toml); the other seeds need the same")
+            raise UserError(f"--resume: {place} was begun with other settings (config.toml); all seeds need the same, as in the first command")
+        before = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["inputs"]
+        other = sorted({*unlike_inputs(before, described), *(set(before) ^ set(described))}) if described else []
+        if other:
+            raise UserError(f"--resume: {place} was begun with another --{' and --'.join(other)}; all seeds need the same, as in the first command")
     for number in numbers:
         own = None if folder is None else folder / f"seed{number}"
         how = again if number in begun else partial(one, seed=number)
@@ -201,9 +212,18 @@ def _fit_seeds(
         except Interrupted as error:
             kept = "nothing is kept" if folder is None else "continue with the same command and --resume"
             raise Interrupted(f"seed {number}: {str(error).partition(';')[0]}; {kept}") from error
-    if folder is not None:
-        run_folder.write_json(folder / "manifest.json", seeds_of(runs).manifest)
-    return seeds_of(runs, folder)
+    joint = seeds_of(runs, folder)
+    if folder is None:
+        return joint
+    if (folder / "manifest.json").is_file() and _seeds(folder) != list(numbers) and run_folder.drop_correction(folder):
+        say(f"the correction in {folder} was that of other seeds and is removed; next: ppl-st recalibrate {shlex.quote(str(folder))}")
+    run_folder.write_json(folder / "manifest.json", joint.manifest)
+    return _corrected(joint, folder)
+
+
+def _corrected(run: Run, folder: Path) -> Run:
+    inner, layer = run_folder.read_inner(folder)
+    return replace(run, inner=inner, recalibration=layer)
 
 
 def fit_sections(
@@ -230,8 +250,7 @@ def load(path: str | Path) -> Run:
     folder = Path(path)
     numbers = _seeds(folder)
     if numbers:
-        inner, layer = run_folder.read_inner(folder)
-        return replace(seeds_of([load(folder / f"seed{number}") for number in numbers], folder), inner=inner, recalibration=layer)
+        return _corrected(seeds_of([load(folder / f"seed{number}") for number in numbers], folder), folder)
     if not (folder / "weights.safetensors").is_file():
         what = (
             "was interrupted: continue it with --resume"
@@ -374,7 +393,8 @@ def train(
     reason = "steps" if info.stop_reason == INTERRUPTED else info.stop_reason  # fewer steps than the settings have are no interruption
     trained = len(chains_of(pair))
     pair = module.select(pair, data, settings, seed)
-    say(f"SVI: {state.step} steps, {info.seconds:.1f} s, stopped: {reason}")
+    done = state.tally  # of the whole fit, what came before an interruption included
+    say(f"SVI: {state.step} steps, {done.seconds:.1f} s, stopped: {reason}")
     record = {
         "spec": record["spec"],
         "chains": len(chains_of(pair)),
@@ -383,11 +403,11 @@ def train(
         "steps": state.step,
         "stop_reason": reason,
         "start_seconds": record["start_seconds"],
-        "seconds": info.seconds,
+        "seconds": done.seconds,
         "peak_memory_bytes": info.peak_memory,
-        "skipped": [list(entry) for entry in info.skipped],
-        "losses": [float(loss) for loss in info.losses],
-        "watched": list(info.watched),
+        "skipped": done.faults,
+        "losses": done.losses,
+        "watched": done.watched,
     }
     if hasattr(module, "alignment"):
         record["alignment"] = module.alignment(pair, data, settings, seed)

@@ -324,6 +324,8 @@ def evaluate(
     spots = {"holdout-spots": holdout_spots, "holdout-section": holdout_section or None, "top-genes": top_genes}
     if foreign := [f"--{name}" for name, value in (genes if images else spots).items() if value is not None]:
         raise UserError(f"evaluate: {methods} is judged on hidden {'spots' if images else 'genes'}; leave out {', '.join(foreign)}")
+    if truth is not None and (beside := [f"--{name}" for name in ("folds", "max-folds") if genes[name] is not None]):
+        raise UserError(f"evaluate: --truth names the genes that are judged, so there are no folds; leave out {' and '.join(beside)}, or --truth")
     if images:
         from ppl_st.evaluate_images import evaluate_spots
 

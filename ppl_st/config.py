@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check",
+    "describe",
     "dumps",
     "hash_adata",
     "hash_path",
@@ -314,7 +315,7 @@ def manifest(
     *,
     seed: int,
     device: str,
-    inputs: Mapping[str, "str | Path | AnnData"],
+    inputs: Mapping[str, "str | Path | AnnData | Iterable[str]"],
     command: str | None = None,
 ) -> dict[str, Any]:
     """Everything needed to repeat a run: versions, seed, device, platform, UTC time, command, input hashes.
@@ -322,8 +323,8 @@ def manifest(
     Parameters
     ----------
     inputs
-        Role (``"target"``, ``"reference"``, ...) to a file, a zarr folder, or an AnnData in memory (hashed by
-        content).
+        Role (``"target"``, ``"reference"``, ...) to a file, a zarr folder, an AnnData in memory or a list of names
+        (both hashed by content).
     command
         The command line, if there was one.
 
@@ -344,7 +345,7 @@ def manifest(
         "platform": platform.platform(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "inputs": {role: _describe(source) for role, source in inputs.items()},
+        "inputs": {role: describe(source) for role, source in inputs.items()},
     }
 
 
@@ -394,9 +395,12 @@ def _hash_matrix(matrix: Any, total: Any) -> None:
             total.update(part.astype(dtype).tobytes())
 
 
-def _describe(source: "str | Path | AnnData") -> dict[str, Any]:
+def describe(source: "str | Path | AnnData | Iterable[str]") -> dict[str, Any]:
+    """Path and hash of an input, as in a manifest; the order of a list of names does not matter."""
     if isinstance(source, str | Path):
         return {"path": str(Path(source).absolute()), "sha256": hash_path(source)}
+    if not hasattr(source, "obs_names"):
+        return {"path": None, "sha256": hashlib.sha256("\n".join(sorted(map(str, source))).encode()).hexdigest()}
     return {"path": None, "sha256": hash_adata(source)}
 
 

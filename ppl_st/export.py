@@ -55,7 +55,7 @@ class _Plan:
     turns, drawn
         Fit behind every draw, and global sites: [chains][draws].
     size, block
-        Bytes of the draws; cells whose draws are made at once.
+        Bytes of the draws, global sites included; cells whose draws are made at once.
     """
 
     def __init__(self, run: "Run", draws: int, seed: int, max_cells: int | None, truth: Counts | None) -> None:
@@ -81,7 +81,9 @@ class _Plan:
             self.turns = [np.full(draws, c) for c in range(len(chains))]
             self.drawn = [draw_globals([chain], draws, seed + c) for c, chain in enumerate(chains)]
         cell = 4 * len(self.turns) * draws * (len(self.panel) + 2 * len(self.unmeasured) + 3)
-        self.size, self.block = cell * len(self.cells), int(np.clip(BLOCK_BYTES // cell, 1, BLOCK_CELLS))
+        sites = [] if run.method == "stack" else [value for chain in self.drawn for one in chain for value in one.values()]
+        self.size = cell * len(self.cells) + sum(value.numel() * value.element_size() for value in sites)
+        self.block = int(np.clip(BLOCK_BYTES // cell, 1, BLOCK_CELLS))
         self.observed = run.target.take_genes(run.genes[self.panel]).matrix
         self.held_out = None if truth is None else matched(truth, run.target, run.genes[self.hidden])
 
@@ -131,17 +133,16 @@ class _Plan:
                     made["held_lik"][c, d] = one.log_prob(truth).sum(1).numpy()
         return made
 
-    def groups(self, rows: NDArray[np.int64], made: dict[str, NDArray[np.float32]]) -> "dict[str, xr.Dataset]":
-        """The datasets of these cells."""
+    def groups(self, rows: NDArray[np.int64], made: dict[str, NDArray[np.float32]], *, first: bool = True) -> "dict[str, xr.Dataset]":
+        """The datasets of these cells; the posterior, which has no cells, only where they are the ``first``."""
         import xarray as xr
 
         run, sample = self.run, ("chain", "draw", "cell")
         seen = self.observed[rows].toarray()
         names = {"cell": run.target.names[rows], "panel_gene": run.genes[self.panel], "gene": run.genes[self.unmeasured]}
-        frames: dict[str, Any] = {
-            "posterior": _posterior(run, self.drawn) if run.method != "stack" else _runs_of(run, self.predictor.fits, self.turns),
-            "constant_data": _constant(run, rows),
-        }
+        frames: dict[str, Any] = {"constant_data": _constant(run, rows)}
+        if first:
+            frames["posterior"] = _posterior(run, self.drawn) if run.method != "stack" else _runs_of(run, self.predictor.fits, self.turns)
         if len(self.panel):
             frames["posterior_predictive"] = xr.Dataset({"x": ((*sample, "panel_gene"), made["x"]), "library": (sample, made["x"].sum(-1))})
             frames["observed_data"] = xr.Dataset({"x": (("cell", "panel_gene"), seen), "library": (("cell",), seen.sum(-1))})
@@ -222,7 +223,7 @@ def _append(plan: _Plan, path: Path) -> None:
 
     zarr.open_group(str(path), mode="w", zarr_format=2)
     for k, (rows, made) in enumerate(_gathered(plan.blocks(), plan.block)):
-        for name, frame in plan.groups(rows, made).items():
+        for name, frame in plan.groups(rows, made, first=k == 0).items():
             if k == 0:
                 along = [v for v in frame.variables if "cell" in frame[v].dims]
                 chunks: Any = {v: {"chunks": tuple(plan.block if d == "cell" else n for d, n in frame[v].sizes.items())} for v in along}

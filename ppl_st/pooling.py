@@ -164,7 +164,7 @@ def draws_of(samples: Any, genes: Any = None) -> Iterable[Floats]:
             raise UserError(f"{samples}: is no store of count draws ({error}); write one with `ppl-st predict --samples K`") from error
         columns = _columns(names, genes)
         for k in range(array.shape[0]):
-            yield np.asarray(array[k], dtype=np.float64)[:, columns]
+            yield np.asarray(array.oindex[k, :, columns], dtype=np.float64)  # no other column is held in memory
         return
     layers = [name for name in samples.layers if name.startswith("sample_")]
     if not layers:

@@ -88,7 +88,7 @@ class Run:
     @property
     def reference_mean(self) -> NDArray[np.float64]:
         """Mean count of each of `genes` in the reference."""
-        return np.asarray(self.reference.matrix.mean(0), dtype=np.float64).ravel()
+        return np.asarray(np.ones(len(self.reference.names)) @ self.reference.matrix, dtype=np.float64) / len(self.reference.names)
 
     def predict(
         self,
@@ -152,7 +152,7 @@ class Run:
                 result.layers[name] = getattr(scores, name)
         if samples:
             kept = np.zeros((samples, *result.shape), dtype=np.float32)
-            for rows, drawn in count_draws(predictor, chains, index, draws=samples, seed=seed):
+            for rows, drawn in count_draws(predictor, chains, index, draws=samples, seed=seed, memory_gb=memory_gb):
                 kept[:, rows] = drawn
             for k in range(samples):
                 result.layers[f"sample_{k}"] = kept[k]

@@ -18,6 +18,7 @@ from ppl_st.posterior import Run
 from ppl_st.prepare import load_prepare, refuse_few_genes
 from ppl_st.prepare.xfuse import section_at, without
 from ppl_st.stack import Spec as Mixture
+from ppl_st.stack import weights_without
 
 
 def recalibrate(
@@ -146,10 +147,11 @@ def held_out_fits(
 
 
 def _refit(run: Run, held: NDArray[np.str_]) -> Run:
-    """The run fitted again without these genes; of a mixture every run of it."""
+    """The run fitted again without these genes; of a mixture every run of it, and of a stack the weights, too."""
     if isinstance(run.spec, Mixture):
         runs = tuple(_refit(one, held) for one in run.spec.runs)
-        return replace(run, spec=run.spec._replace(runs=runs), data=tuple(one.data for one in runs))
+        weights = weights_without(run.spec.runs, held) if run.method == "stack" else run.spec.weights
+        return replace(run, spec=run.spec._replace(runs=runs, weights=weights), data=tuple(one.data for one in runs))
     if not hasattr(run.module, "start"):
         raise UserError(f"recalibrate: a view of a {run.method} run (as_reference, turned) cannot be fitted again; recalibrate the run itself")
     cells = run.target.take_genes(run.target.genes[~np.isin(run.target.genes, held)])

@@ -31,7 +31,7 @@ __all__ = ["BROWSED", "browser_of", "report_folder", "report_run"]
 
 BROWSED = 50  # genes of the browser unless they are named
 SCREENED = 150  # unmeasured genes whose trust is looked at when there is no truth
-MAX_ENTRIES = 2e7  # cells x judged genes that are predicted at once
+MAX_ENTRIES = 2e7  # cells x judged genes, and cells x browsed genes, that are predicted at once
 
 
 def report_folder(
@@ -84,8 +84,8 @@ def report_run(
     path
         The file to write.
     genes
-        Genes to browse; None = with a truth `BROWSED` genes of it from the best to the worst predicted, else the `BROWSED` that the model trusts
-        most among the `SCREENED` unmeasured genes highest in the reference.
+        Genes to browse, `MAX_ENTRIES` over the number of cells at most; None = with a truth `BROWSED` genes of it from the best to the worst
+        predicted, else the `BROWSED` that the model trusts most among the `SCREENED` unmeasured genes highest in the reference.
     truth
         Counts of the run's cells for genes that the fit did not see.
     groups
@@ -99,9 +99,15 @@ def report_run(
     if groups is not None and truth is None:
         raise UserError(f"groups {groups!r}: coverage in groups of cells is that of a truth; give --truth COUNTS.h5ad, or leave out --groups")
     labels = _labels(run, groups)
+    most = max(1, int(MAX_ENTRIES // max(1, len(run.target.names))))
+    if genes is not None and len(set(genes)) > most:
+        raise UserError(
+            f"genes: {len(set(genes))} genes in {len(run.target.names)} rows are more than a page can hold; name {most} or fewer (--genes), and use "
+            "ppl-st predict for all of them"
+        )
     noun = "spot" if reference_kind(run) == "image" else "cell"
     counted = None if truth is None else run.counts_of(truth)
-    judged, note = _judged(run, counted, seed)
+    judged, note = _judged(run, counted, seed, most)
     talk(f"predicting {len(judged)} genes in {len(run.target.names)} {noun}s, {draws} draws")
     predicted = run.predict(judged, truth=counted, lognorm=counted is not None, draws=draws, seed=seed)
     scores, methods = predicted.var, {}
@@ -115,7 +121,8 @@ def report_run(
     talk("predictive checks")
     checks = predictive_checks(run, counted, None if counted is None else judged, seed=seed)
     browsed, why = _browsed(run, judged, scores, genes, counted is not None)
-    others = [gene for gene in browsed if gene not in set(judged)]
+    already = set(judged)
+    others = [gene for gene in browsed if gene not in already]
     if others:
         predicted = ad.concat(
             [predicted, run.predict(others, draws=draws, seed=seed)], axis=1, merge="first", uns_merge="first", join="outer"
@@ -152,10 +159,9 @@ def _labels(run: Run, groups: str | None) -> NDArray[np.str_] | None:
 # ---- which genes ----
 
 
-def _judged(run: Run, truth: Counts | None, seed: int) -> tuple[list[str], str]:
+def _judged(run: Run, truth: Counts | None, seed: int, most: int) -> tuple[list[str], str]:
     """Genes that are predicted and judged, and what to say about the choice."""
     unmeasured = run.genes[~run.measured]
-    most = max(1, int(MAX_ENTRIES // max(1, len(run.target.names))))
     if truth is None:
         order = np.argsort(-run.reference_mean[~run.measured], kind="stable")[: min(SCREENED, most)]
         if not len(unmeasured):  # a method of images, or a reference without more genes: look at what was fitted
@@ -230,7 +236,8 @@ def browser_of(
     kind = "90 % interval (raw)" if layer is None else f"{layer.level:.0%} interval (recalibrated)".replace("%", " %")
     low, high = (np.asarray(table.layers[end], dtype=np.float64) for end in ends)
     observed = _observed(run, truth, names, genes)
-    facts = [_facts(scores, gene, bool(run.measured[run.genes == gene][0])) for gene in genes]
+    measured = dict(zip(run.genes.tolist(), run.measured.tolist(), strict=True))
+    facts = [_facts(scores, gene, measured[gene]) for gene in genes]
     maps = GeneMaps(
         _apart(table, getattr(run.config, "library_key", None)), names.tolist(), genes, np.asarray(table.layers["rate_mean"]),
         np.asarray(table.layers["rate_sd"]), high - low, observed, facts, kind, noun, xy_unit,
@@ -262,7 +269,8 @@ def _observed(run: Run, truth: Counts | None, cells: NDArray[np.str_], genes: li
     for source in (run.target, truth):  # the truth goes over the target
         if source is None:
             continue
-        at = [g for g, gene in enumerate(genes) if gene in set(source.genes)]
+        known = set(source.genes)
+        at = [g for g, gene in enumerate(genes) if gene in known]
         if at:
             rows = pd.Index(source.names).get_indexer(pd.Index(cells))
             values[:, at] = source.take_genes([genes[g] for g in at]).matrix[rows].toarray()

@@ -112,6 +112,14 @@ def read_inner(folder: Path) -> tuple[Inner | None, Recalibration | None]:
         ) from error
 
 
+def drop_correction(folder: Path) -> bool:
+    """Remove what `ppl_st.recalibrate` left, and say whether there was anything."""
+    found = (folder / "recalibration.json").is_file()
+    for name in ("recalibration.json", "inner.npz"):
+        (folder / name).unlink(missing_ok=True)
+    return found
+
+
 def refuse_evaluated(folder: Path) -> None:
     """A folder with anything of an older evaluation is no place for a new one, which would be mixed with it."""
     old = [name for name in ("scores.csv", "summary.csv", "log_prob.npz") if (folder / name).exists()]

@@ -8,6 +8,7 @@ the best run the mixture hedges: where two runs disagree it is as wide as their 
 
 Draw d of the mixture is a draw of run t(d), with turns so arranged that any number of first draws has the runs in proportion to their weights;
 so summaries, scores, samples and files of a stack are made by the code that makes those of a run: it *is* a `Run`, of the method "stack".
+Where all runs know their means in closed form, those of the mixture are their mean, in the proportion of the draws.
 Runs cut cells into blocks in their own ways: one leads, the others offer ``at(rows)``, which gives them any cells.
 
 Fits of one method with different seeds are a mixture as well (`seeds`): each counts the same, and their draws take turns. Where they disagree no
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,16 +29,20 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppl_st.data import Counts
+from ppl_st.data import Counts, gene_folds
 from ppl_st.errors import UserError
 from ppl_st.models import METHODS
 from ppl_st.posterior import Run
 
-__all__ = ["Predictor", "Spec", "quantities", "seeds", "stack", "stacked", "stacking_weights"]
+__all__ = [
+    "Predictor", "Spec", "cross_stacked", "quantities", "seeds", "stack", "stacked", "stacking_weights", "unlike_inputs",
+    "weights_without",
+]  # fmt: skip
 
 TURNS = 1000  # draws until the order of the runs repeats itself
 PRIOR_GENES = 0.1
 EM_STEPS = 2000
+FOLDS = 5  # of the genes, to score a mixture on genes that its weights did not see
 
 Floats = NDArray[np.float64]
 
@@ -66,6 +71,21 @@ def stacked(log_prob: Any, weights: Any) -> Floats:
     return np.asarray(np.logaddexp.reduce(table + np.log(np.asarray(weights))[:, None, None], axis=0))
 
 
+def cross_stacked(log_prob: Any, genes: Sequence[str] | NDArray[np.str_], seed: int = 0) -> Floats:
+    """Log predictive probabilities of mixtures [cells, genes], each gene's under weights learned on other parts of ``genes`` (two or more)."""
+    made = np.empty(np.shape(log_prob)[1:])
+    for held in gene_folds(genes, min(FOLDS, len(genes)), seed):
+        at = np.isin(genes, held)
+        made[:, at] = stacked(log_prob[:, :, at], stacking_weights(log_prob[:, :, ~at]))
+    return made
+
+
+def weights_without(runs: Sequence[Run], genes: NDArray[np.str_]) -> list[float]:
+    """Stacking weights of the runs learned on their inner held-out genes other than ``genes``."""
+    log_prob, inner = _inner_scores(runs)
+    return list(map(float, stacking_weights(log_prob[:, :, ~np.isin(inner, genes)])))
+
+
 def stack(runs: Sequence[Run]) -> Run:
     """The runs as one, weighted by their scores on inner held-out genes.
 
@@ -78,8 +98,9 @@ def stack(runs: Sequence[Run]) -> Run:
     -------
     Run
         Predicts the genes that all of them can predict; ``record["weights"]`` are the weights, ``record["inner_log_score"]`` the mean log
-        score of each run and of the mixture on the inner genes. *Uncorrected* forecasts are mixed: what recalibration says of each run is not true of
-        the mixture, so there are no ``lower`` and ``upper`` until `ppl_st.recalibrate` has fitted all runs of the stack again.
+        score of each run and of the mixture on the inner genes, the mixture's under weights learned on other inner genes. *Uncorrected* forecasts
+        are mixed: what recalibration says of each run is not true of the mixture, so there are no ``lower`` and ``upper`` until
+        `ppl_st.recalibrate` has fitted all runs of the stack again and weighed them without the genes that it hides.
 
     Raises
     ------
@@ -107,7 +128,7 @@ def stack(runs: Sequence[Run]) -> Run:
             )
     log_prob, inner = _inner_scores(runs)
     weights = stacking_weights(log_prob)
-    scores = [float(one.mean()) for one in (*log_prob, stacked(log_prob, weights))]
+    scores = [float(one.mean()) for one in (*log_prob, cross_stacked(log_prob, inner))]
     record = {
         "weights": dict(zip(names, weights.tolist(), strict=True)),
         "inner_log_score": dict(zip([*names, "stack"], scores, strict=True)),
@@ -122,16 +143,42 @@ def seeds(runs: Sequence[Run], folder: Path | None = None) -> Run:
 
     Every fit counts the same. In ArviZ each of their chains is a chain; predictions have ``between_sd`` (see `Run.predict`). Of a method of images it
     predicts the spots of the fit; places, maps and other images are asked of the single fits.
+
+    Raises
+    ------
+    UserError
+        Fits of several methods, twice the same seed, other settings or other data, as far as they tell.
     """
     first = runs[0]
     own = [int(run.manifest["seed"]) for run in runs]
     if len({run.method for run in runs}) > 1 or len(set(own)) < len(runs):
         given = ", ".join(f"{run.method} (seed {seed})" for run, seed in zip(runs, own, strict=True))
         raise UserError(f"seeds: {given}; need one method, other seeds")
+    for run, seed in zip(runs[1:], own[1:], strict=True):
+        same = {
+            "settings": _settings(run) == _settings(first), "cells": np.array_equal(run.target.names, first.target.names),
+            "genes of the target": np.array_equal(run.target.genes, first.target.genes), "genes": np.array_equal(run.genes, first.genes),
+        }  # fmt: skip
+        other = [what for what, equal in same.items() if not equal] or unlike_inputs(*(one.manifest.get("inputs", {}) for one in (first, run)))
+        if other:
+            who = run.folder or f"the fit of seed {seed}"
+            raise UserError(f"seeds: {who} has other {' and '.join(other)} than that of seed {own[0]}; remove it, and fit it anew")
     record = {**first.record, "chains": sum(run.record["chains"] for run in runs), "seeds": own}
     record["start_seconds"] = sum(run.record["start_seconds"] for run in runs)
     record["losses"] = [run.record["losses"] for run in runs]
     return replace(_mixture(runs, np.full(len(runs), 1 / len(runs)), first.method, {**first.manifest, "seeds": own}, record), folder=folder)
+
+
+def unlike_inputs(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Roles in which the inputs of two manifests differ, of those that both were given as files, or both in memory."""
+    both = [role for role in one if role in other and (one[role]["path"] is None) == (other[role]["path"] is None)]
+    return [role for role in both if one[role]["sha256"] != other[role]["sha256"]]
+
+
+def _settings(run: Run) -> Any:
+    """Settings without the seed, the device, and the place of SIID's profiles, of which each folder has a copy."""
+    made = replace(run.config, fit=replace(run.config.fit, seed=0, device="auto"))
+    return replace(made, profiles=None) if hasattr(made, "profiles") else made
 
 
 def _mixture(runs: Sequence[Run], weights: Floats, method: str, manifest: dict[str, Any], record: dict[str, Any]) -> Run:
@@ -151,7 +198,7 @@ def _inner_scores(runs: Sequence[Run]) -> tuple[NDArray[np.float32], NDArray[np.
     """Log scores [runs, cells, genes] of the inner genes that all runs were judged on."""
     inner = [run.inner for run in runs if run.inner is not None]
     genes = _common([one.genes for one in inner])
-    if not genes.size or any(not np.array_equal(one.cells, inner[0].cells) for one in inner):
+    if genes.size < 2 or any(not np.array_equal(one.cells, inner[0].cells) for one in inner):
         raise UserError("stack: the runs were not judged on the same held-out genes and cells; recalibrate them with the same --seed")
     columns = [pd.Index(one.genes).get_indexer(pd.Index(genes)) for one in inner]
     return np.stack([one.log_prob[:, at] for one, at in zip(inner, columns, strict=True)]), genes
@@ -204,6 +251,8 @@ class Predictor:
         self.fixed = fixed[1:]  # they must cut the cells as the leading run does
         if not fixed:
             self.at = lambda rows: Block([part.at(rows) for part in self.parts], {})
+        if all(hasattr(part, "closed_form") for part in self.parts):
+            self.closed_form = self._closed_form
 
     def blocks(self, max_cells: int) -> Iterator[Block]:
         """Batches of all runs that own the same cells."""
@@ -234,6 +283,11 @@ class Predictor:
         """p(count | draw) of the run whose turn it is."""
         k, c = self.turns[chain]
         return self.parts[k].count_dist(batch.parts[k], c, drawn, local, genes.new_tensor(self.columns[k])[genes])
+
+    def _closed_form(self, batch: Block, chain: int, local: Any, genes: Tensor, factor: Tensor | None) -> Any:
+        """Posterior means of the run whose turn it is; only where all runs know them."""
+        k, c = self.turns[chain]
+        return self.parts[k].closed_form(batch.parts[k], c, local, genes.new_tensor(self.columns[k])[genes], factor)
 
 
 def turns(weights: Sequence[float], chains: Sequence[int], length: int = TURNS) -> list[tuple[int, int]]:

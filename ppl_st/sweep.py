@@ -28,6 +28,7 @@ split and start would tell the same.
 """
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,6 +67,8 @@ def read_spec(path: str | Path) -> dict[str, Any]:
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]!r} is missing"
         raise UserError(f"{path}: {what}; a sweep has {', '.join(sorted(KNOWN))}")
+    if "truth" in spec and (beside := [key for key in ("folds", "max_folds") if key in spec]):
+        raise UserError(f"{path}: truth names the genes that are judged, so there are no folds; leave out {' and '.join(beside)}, or truth")
     spec = {"folds": 5, "max_folds": None, "draws": 50, "preset": "default", "seeds": [0], "truth": None, "grid": {}} | spec
     seeds = spec["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
@@ -163,8 +166,8 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
             interval = bootstrap_mean(genes[metric].to_numpy(), np.random.default_rng(0))
             error = float(seeds[metric].std() / np.sqrt(len(seeds)))  # nan with one seed
             rows.append({
-                "variant": name, "metric": metric, "mean": own[metric].mean(), "difference": difference[metric].mean(), "lo": interval.lo,
-                "hi": interval.hi, "seed_se": error, "genes": len(genes), "seeds": len(seeds),
+                "variant": name, "metric": metric, "mean": own[metric].mean(), "difference": interval.mean, "lo": interval.lo, "hi": interval.hi,
+                "seed_se": error, "genes": len(genes), "seeds": len(seeds),
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -180,9 +183,15 @@ def _overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     for key, value in settings.items():
         if isinstance(value, dict) and key == "fit":
             texts += _overrides(value, f"{prefix}{key}.")
+        elif isinstance(value, dict):  # as `fit.lr_groups`: a table in one line
+            texts.append(f"{prefix}{key}={{{', '.join(f'{json.dumps(name, ensure_ascii=False)} = {_toml(one)}' for name, one in value.items())}}}")
         else:
-            texts.append(f"{prefix}{key}={tomli_w.dumps({'v': value}).removeprefix('v = ').strip()}")
+            texts.append(f"{prefix}{key}={_toml(value)}")
     return texts
+
+
+def _toml(value: Any) -> str:
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
 
 
 def _refuse_other(place: Path, plan: Mapping[str, Any], preset: str, overrides: list[str]) -> None:

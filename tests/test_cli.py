@@ -294,6 +294,7 @@ def test_memory_of_the_draws_bounds_the_samples(folder, tmp_path, monkeypatch):
         (["xfuse", "--reference", "r.h5ad", "--folds", 5, "--max-folds", 1], "hidden spots; leave out --reference, --folds, --max-folds"),
         (["siid", "--top-genes", 9, "--holdout-spots", 0], "hidden genes; leave out --holdout-spots, --top-genes"),
         (["vista", "--holdout-section", "A"], "hidden genes; leave out --holdout-section"),
+        (["vista", "--reference", "r.h5ad", "--truth", "t.h5ad", "--folds", "f.tsv"], "no folds; leave out --folds, or --truth"),
     ],
 )
 def test_evaluate_refuses_options_of_the_other_kind(tmp_path, arguments, message):

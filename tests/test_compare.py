@@ -174,7 +174,9 @@ def test_runs_are_scored_on_their_held_out_genes(tmp_path, monkeypatch):
         compare([tmp_path / "long", tmp_path / "short"])
     table = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth, draws=20)
     assert set(table.index) == {f"siid ({tmp_path / 'long'})", "siid", "stack"} and (table["genes"] == 10).all()
-    assert table["difference"].iloc[0] == 0 > table["difference"].iloc[1] and table["seconds"].iloc[:2].notna().all()
+    assert table["difference"].iloc[0] == 0 > table["difference"].iloc[1]
+    record = api.load(tmp_path / "short").record
+    assert table.loc["siid", "seconds"] == pytest.approx(record["start_seconds"] + record["seconds"]) and record["start_seconds"] > 0
     assert table["weight"].iloc[:2].sum() == pytest.approx(1) and table["weight"].iloc[0] > table["weight"].iloc[1]
     assert table.loc["stack", "difference"] > -0.01 and table["rank"].tolist()[:2] == [1, 2]
     long = api.load(tmp_path / "long").score(sim.truth, draws=20)

@@ -175,11 +175,15 @@ def test_streamed_export_holds_the_same_draws(run, sim, tmp_path, monkeypatch, q
     whole = run.arviz_groups(draws=5, max_cells=None, truth=sim.truth)
     held, empty = [], export._Plan.empty
     monkeypatch.setattr(export._Plan, "empty", lambda self, cells: held.append(cells) or empty(self, cells))
+    posteriors, posterior = [], export._posterior
+    monkeypatch.setattr(export, "_posterior", lambda *given: posteriors.append(posterior(*given)) or posteriors[-1])
     monkeypatch.setattr(export, "STREAMED_BYTES", 0)
     monkeypatch.setattr(export, "MAX_BYTES", 0)
     said = []
     run.export(tmp_path / "p.zarr", draws=5, max_cells=None, truth=sim.truth, say=said.append)
     assert max(held) < 60 and sum(held) == 250 and said[0].startswith("250 cells, 2 x 5 draws")
+    assert len(posteriors) == 1  # not once for every block
+    assert export._Plan(run, 5, 0, 1, None).size > sum(one.nbytes for one in posteriors[0].data_vars.values())
     tree = xr.open_datatree(tmp_path / "p.zarr", engine="zarr", consolidated=False)
     assert set(tree.children) == set(whole)
     for name, frame in whole.items():

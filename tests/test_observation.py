@@ -287,6 +287,24 @@ def test_two_parameters_are_learned_one_after_the_other():
     assert abs(learned["gate_logits"][0] + 1.5) < 0.4 and 0.3 < learned["gate_logits"][1] < 1.5
 
 
+def test_parameters_are_learned_on_cells_of_all_sections():
+    """Cells in the order of the file, of two sections that differ: the general route looked at the first 2048 alone."""
+    rng, rate = np.random.default_rng(0), np.full((4500, 8), 4.0)
+    theta = np.where(np.arange(4500) < 2250, 50.0, 0.3)[:, None]
+    counts = torch.from_numpy(rng.poisson(rng.gamma(theta, 1 / theta, rate.shape) * rate).astype(float))
+    inner = [(counts, torch.from_numpy(rate)[None])]
+    own, built_in = (hyperpriors.learn_parameters(find(name), inner, np.zeros(8))["log_theta"][0] for name in (name_of(own_nb), "nb"))
+    assert built_in < 0.5 and own == pytest.approx(built_in, abs=0.1)
+
+
+def test_a_likelihood_that_is_not_finite_where_it_is_tried_is_refused(monkeypatch):
+    """NaN made the search for the hyper-prior end where it began, and nothing was said."""
+    monkeypatch.setitem(BUILT_IN, "odd", lambda mean, log_a=(1.0, 1.0): NegativeBinomial(mean, theta=(3.0 - log_a).sqrt()))
+    counts = torch.ones(20, 3).double()
+    with pytest.raises(UserError, match=r"'odd': log_prob of the counts is not finite at log_a = 3[.\d]*, .* from -4 to 6; .*smaller scale"):
+        hyperpriors.learn_parameters(find("odd"), [(counts, counts[None])], np.zeros(3))
+
+
 def test_parameters_of_the_likelihood_are_sites_of_model_and_guide():
     config = siid.Config(factors=3, chains=1, sweeps=3, sparsity=0.0, likelihood="zinb")
     world = data_of()

@@ -222,3 +222,20 @@ def test_draws_come_from_layers_and_from_the_store(tmp_path):
         list(draws_of(table))
     with pytest.raises(UserError, match="no store of count draws"):
         list(draws_of(tmp_path / "nothing.zarr"))
+
+
+def test_one_gene_of_a_store_is_read_alone(tmp_path):
+    import tracemalloc
+
+    import zarr
+
+    group = zarr.open_group(str(tmp_path / "x.samples.zarr"), mode="w")
+    array = group.create_array("count", shape=(2, 1000, 1000), chunks=(1, 1000, 50), dtype="f4")
+    array[1, :, 700] = np.arange(1000)
+    group.attrs["genes"] = [f"g{n}" for n in range(1000)]
+    tracemalloc.start()
+    draws = list(draws_of(tmp_path / "x.samples.zarr", ["g700"]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(draws[1], np.arange(1000.0)[:, None])
+    assert peak < 2e6  # a whole draw is 4e6 bytes, and 8e6 in float64

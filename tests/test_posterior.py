@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -19,6 +20,7 @@ from ppl_st.calibration import LEVELS
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.pairs import read_pair
+from ppl_st.posterior import Run
 from ppl_st.prepare import load_prepare
 from ppl_st.run_folder import write_inputs
 
@@ -287,3 +289,19 @@ def test_log_normalised_means_use_the_genes_shared_with_the_reference():
     table.obs_names, table.var_names = ["a", "b", "c"], ["g0", "g1", "g2"]
     table.obsm["spatial"] = np.random.default_rng(0).random((3, 2))
     np.testing.assert_allclose(_factor(read_counts(table, role="target"), np.array(["g0", "g1", "other"])), [2, 1, 0.5])
+
+
+def test_memory_bounds_the_samples_of_predict_too(run, tmp_path):
+    """As `write_samples` has them in so little memory: block by block, each with random numbers of its own."""
+    genes = run.genes[~run.measured][:4].tolist()
+    run.write_samples(tmp_path / "s.zarr", genes, 3, memory_gb=1e-5)
+    found = run.predict(genes, draws=2, samples=3, memory_gb=1e-5)
+    stored = zarr.open_group(str(tmp_path / "s.zarr"), mode="r")["count"][:]
+    np.testing.assert_array_equal(np.stack([found.layers[f"sample_{k}"] for k in range(3)]), stored)
+
+
+def test_means_of_the_reference_are_summed_in_double_precision():
+    counts = np.ones((3001, 2), np.float32)
+    counts[0, 0] = 2**24  # in float32 one more is no more
+    run = SimpleNamespace(reference=SimpleNamespace(matrix=sp.csr_matrix(counts), names=range(3001)))
+    np.testing.assert_allclose(Run.reference_mean.fget(run), counts.mean(0, dtype=float), rtol=1e-12)

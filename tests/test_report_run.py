@@ -159,6 +159,17 @@ def test_the_interval_with_the_guarantee_is_drawn_where_it_is_promised(run, monk
     assert list(curves) == ["raw"] and promised == (0.8, pytest.approx(0.96)) and len(levels) == len(GRID)  # .98^2 - .02^2 = .96, too
     report_sections.calibration(replace(run, recalibration=layer._replace(nominal=[])), table, scores)
     assert list(drawn[-1][1]) == ["raw", "recalibrated"] and drawn[-1][3] is None
+    assert "80 and 97" not in shown.text  # what is about right for 90 %
+    shown = report_sections.calibration(replace(run, recalibration=layer._replace(level=0.9)), table, scores)
+    assert "hold 96.0% of the held-out counts (raw: " in shown.text and ", and between 80 and 97 % for 2 of the 4 genes. CRPS" in shown.text
+
+
+def test_more_genes_than_a_page_can_hold_are_refused_first(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_run, "MAX_ENTRIES", 3.5 * 250)
+    monkeypatch.setattr(type(run), "predict", None)
+    with pytest.raises(UserError, match=r"4 genes in 250 rows .* name 3 or fewer \(--genes\), and use ppl-st predict"):
+        report_run.report_run(run, tmp_path / "r.html", genes=run.genes[:4].tolist())
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_a_map_that_runs_against_the_counts_is_the_greatest_risk():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from ppl_st import api, refit, report_run
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard, spatial_field
-from ppl_st.stack import seeds, stack
+from ppl_st.stack import _inner_scores, seeds, stack, stacking_weights, turns
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bokeh")
@@ -84,7 +85,20 @@ def test_an_unfinished_set_of_seeds_is_continued(run, sim, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     (folder / "manifest.json").unlink()
+    same = {"target": sim.target, "reference": sim.reference, "overrides": FAST}
+    other = {"hold-out": {"hold_out": sim.target.var_names[:1].tolist()}, "target": {"target": sim.target[::-1].copy()}}
+
+    def refuses_others():
+        for role, options in other.items():
+            with pytest.raises(UserError, match=f"seed4 was begun with another --{role}; "):
+                api.fit("siid", **(same | options), seed=4, seeds=3, out=folder, resume=True)
+
+    refuses_others()  # all have begun: nothing would be fitted with these
+    with pytest.raises(UserError, match=r"seed4 was begun with other settings"):
+        api.fit("siid", **(same | {"overrides": FAST[:-1]}), seed=4, seeds=3, out=folder, resume=True)
     shutil.rmtree(folder / "seed6")
+    refuses_others()
+    assert not (folder / "seed6").exists()
     with pytest.raises(UserError, match=r"seed4, seed5.*--resume"):
         api.load(folder)
     with pytest.raises(UserError, match="empty or new folder"):
@@ -94,11 +108,27 @@ def test_an_unfinished_set_of_seeds_is_continued(run, sim, tmp_path):
     again = api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST, seed=4, seeds=3, out=folder, resume=True)
     np.testing.assert_array_equal(again.predict(draws=6).X, run.predict(draws=6).X)
     assert json.loads((folder / "manifest.json").read_text())["seeds"] == [4, 5, 6]
+    for name in ("recalibration.json", "inner.npz"):  # learned on three seeds
+        (folder / name).write_text("{}")
+    said = []
+    fewer = api.fit("siid", seed=4, seeds=2, out=folder, resume=True, say=said.append)
+    assert fewer.recalibration is None and "of other seeds and is removed" in said[-1]
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "seed4", "seed5", "seed6"]
 
 
 def test_only_fits_of_one_method_with_other_seeds_are_joined(singles):
     with pytest.raises(UserError, match=r"siid \(seed 4\), siid \(seed 4\)"):
         seeds([singles[0], singles[0]])
+    first, second = singles[:2]
+    inputs = {role: one | {"sha256": "0"} for role, one in second.manifest["inputs"].items()}
+    for other, what in (
+        (replace(second, target=second.target.take_genes(second.target.genes[1:])), "genes of the target"),
+        (replace(second, target=second.target.take_rows(np.arange(50))), "cells"),
+        (replace(second, config=replace(second.config, chains=1)), "settings"),
+        (replace(second, manifest=second.manifest | {"inputs": inputs}), "target and reference"),
+    ):
+        with pytest.raises(UserError, match=f"seed5 has other {what} than that of seed 4; remove it"):
+            seeds([first, other])
 
 
 def test_what_one_seed_alone_can_do_is_said(run):
@@ -136,14 +166,33 @@ def test_a_stack_is_exported_as_one_chain_of_the_mixture(mixture, tmp_path):
         one.close()
 
 
-def test_a_stack_is_uncorrected_until_it_is_recalibrated_itself(mixture):
+def test_means_in_closed_form_stay_so(mixture):
     world, both = mixture
+    genes = world.truth.var_names[:4].tolist()
+    options = {"target": world.target, "reference": world.reference, "overrides": ["process=0", "clusters=8"]}
+    order = [k for k, _ in turns(both.spec.weights, [1, 1], 10)]
+    for run, share in ((api.fit("spaim", seeds=2, **options), [0.5, 0.5]), (both, np.bincount(order) / 10)):
+        joint, *parts = (one.predict(genes, draws=10, lognorm=True) for one in (run, *run.spec.runs))
+        for name in ("rate_mean", "lognorm_mean"):
+            mean = np.average([part.layers[name] for part in parts], axis=0, weights=share)
+            np.testing.assert_allclose(joint.layers[name], mean, rtol=1e-4)
+
+
+def test_a_stack_is_uncorrected_until_it_is_recalibrated_itself(mixture, monkeypatch):
+    world, both = mixture
+    made, refit_one = [], refit._refit
+    monkeypatch.setattr(refit, "_refit", lambda run, held: made.append((held, refit_one(run, held))) or made[-1][1])
     genes = world.truth.var_names[:3].tolist()
     assert both.recalibration is None and all(run.recalibration is not None for run in both.spec.runs)
     assert "lower" not in both.predict(genes, draws=4).layers
     again = refit.recalibrate(both, folds=2, draws=8)
     table = again.predict(genes, draws=40)
-    assert len(again.inner.genes) == 20 and (table.layers["lower"] <= table.layers["upper"]).all()
+    log_prob, inner = _inner_scores(both.spec.runs)
+    stacks = [(held, one) for held, one in made if one.method == "stack"]
+    for held, one in stacks:  # the genes that are hidden had no say in the weights either
+        weights = stacking_weights(log_prob[:, :, ~np.isin(inner, held)])
+        assert one.spec.weights == pytest.approx(weights, abs=1e-9) and one.spec.weights != pytest.approx(both.spec.weights, abs=1e-4)
+    assert len(stacks) == 2 and len(again.inner.genes) == 20 and (table.layers["lower"] <= table.layers["upper"]).all()
 
 
 def test_more_draws_than_memory_are_refused(mixture, tmp_path, monkeypatch):

@@ -120,7 +120,8 @@ def test_sigterm_saves_and_resume_goes_on(run, sim, tmp_path, monkeypatch):
     with pytest.raises(api.Interrupted, match="step 6 of 10"):
         fitted(sim, out=tmp_path / "run")
     monkeypatch.undo()
-    assert same(run, api.fit("siid", out=tmp_path / "run", resume=True))
+    resumed = api.fit("siid", out=tmp_path / "run", resume=True)
+    assert same(run, resumed) and resumed.record["losses"] == run.record["losses"]
 
 
 def test_inputs_are_not_modified(sim):

@@ -46,7 +46,8 @@ def test_bad_steps_do_not_disturb_bitwise_resume():
     rows = net_rows(spoil={4: nan, 5: nan})
     whole, _ = fit(net_pair(), rows, NET)
     half, _ = fit(net_pair(), rows, NET, until=5)
-    assert same(whole, fit(net_pair(), rows, NET, half)[0])
+    rest, _ = fit(net_pair(), rows, NET, half)
+    assert same(whole, rest) and [step for step, _ in rest.tally.faults] == [4, 5] and rest.tally.faults == whole.tally.faults
 
 
 def test_persistent_nan_ends_in_an_error_that_names_the_site():

@@ -93,6 +93,22 @@ def test_differences_pair_by_seed_and_gene():
     assert table.loc["b", "coverage_error"]["mean"] == pytest.approx(0.1)
 
 
+def test_the_difference_is_that_of_its_interval():
+    """Folds that were left out judge other genes with each seed: every gene counts once, not every row."""
+    scores = {"a": {0: [("x", 0.0), ("y", 0.0)], 1: [("x", 0.0)]}, "b": {0: [("x", 1.0), ("y", 0.0)], 1: [("x", 1.0)]}}
+    rows = [{"variant": v, "seed": k, "gene": g, "log_score": s} for v, of in scores.items() for k, pairs in of.items() for g, s in pairs]
+    table = sw.summarise(pd.DataFrame(rows)).set_index("variant")
+    assert table.loc["b", "difference"] == pytest.approx(0.5) and table.loc["b", "lo"] == 0 and table.loc["b", "hi"] == 1
+
+
+def test_tables_of_settings_are_varied_too():
+    presets = sw.load_method("spaim").PRESETS
+    groups = {r"log_theta\.loc$": 0.5, 'a "b"': 2.0}
+    _, overrides = sw._settings({"fit": {"steps": 3, "lr_groups": groups}}, "default")
+    made = sw.configs.with_overrides(presets["default"], overrides)
+    assert made.fit.lr_groups == groups and made.fit.steps == 3
+
+
 def test_a_grid_varies_the_first_variant(folder):
     (folder / "grid.toml").write_text(SPEC.split("[variants.level]")[0] + '[grid]\ngain = ["hierarchical", "none"]\nneighbors = [5, 10]\n')
     variants = sw.read_spec(folder / "grid.toml")["variants"]
@@ -109,6 +125,7 @@ def test_a_grid_varies_the_first_variant(folder):
         ('[variants.level]\nfit.steps = 2\ngain = "none"', "", "at least two"),
         ("[variants.level]", '[variants."../level"]', "can be a folder"),
         ("folds = 3", "folds = ", "not valid TOML"),
+        ("folds = 3", 'folds = 3\ntruth = "t.h5ad"', "no folds; leave out folds and max_folds"),
         ('gain = "none"', 'gain = "nonee"', "variant 'level'.*gain"),
         ('"target.h5ad"', '"nowhere.h5ad"', "no such file.*nowhere"),
     ],
