@@ -23,9 +23,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def run():
-    world = spatial_field(seed=4, n_cells=200, n_genes=110, n_panel=50)
-    settings = ["clusters=8", "process=0", "smoothing=0.25"]
-    return api.fit("spaim", target=world.target, reference=world.reference, overrides=settings, seed=0)
+    world = spatial_field(seed=4, n_cells=200)
+    return api.fit("spaim", target=world.target, reference=world.reference, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,7 @@ def test_level_prior_finds_agreement_gain_and_its_own_doubt():
 def test_inner_genes_teach_levels_without_a_bias():
     """Levels are per count of *all* shared genes, although a fold of them is hidden from every inner fit."""
     world = spatial_field(seed=2, n_cells=400, n_reference=800, n_genes=50, n_panel=40, platform_sd=0.0, spatial=0.0)
-    settings = ["clusters=8", "process=0", "smoothing=0"]
-    run = ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=settings, seed=0)
+    run = ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=8"], seed=0)
     a, b, _ = run.spec.hyper.gain
     center = run.spec.hyper.center
     typical = run.data.log_share[run.data.panel].mean()
@@ -72,7 +71,7 @@ def test_levels_are_covered_unless_gains_or_reference_errors_are_ignored(shallow
     """90% intervals of the total of a gene over the tissue, and of its counts in cells."""
     inside, covered = [], []
     for target, reference, truth in shallow:
-        run = ppl_st.fit("spaim", target=target, reference=reference, overrides=["clusters=6", "process=0", "smoothing=0", *overrides], seed=0)
+        run = ppl_st.fit("spaim", target=target, reference=reference, overrides=["clusters=6", *overrides], seed=0)
         counts = chains_of(run.pair)[0].guide.counts
         index = [list(run.genes).index(g) for g in truth.var_names]
         level = np.log((np.asarray(truth.X.sum(0)).ravel() + 0.5) / run.data.totals.sum())

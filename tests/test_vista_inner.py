@@ -101,7 +101,7 @@ def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
     draw = partial(posterior_predictive, predictor, predictor.chains, genes, seed=0, factor=factor)
     exact = draw(draws=2)[0]
     del predictor.closed_form
-    many, few = (draw(draws=draws)[0] for draws in (400, 60))
+    many, few = (draw(draws=draws)[0] for draws in (1500, 60))
     for name, bias in (("rate_mean", 0.02), ("lognorm_mean", 0.03)):
         ours, theirs, rough = (getattr(one, name) for one in (exact, many, few))
         off = ours / theirs - 1
@@ -128,5 +128,5 @@ def test_genes_of_one_mean_with_more_zeros_in_the_reference_are_more_dispersed_i
     plain, found = run.spec._replace(hyper=run.spec.hyper._replace(parameters={"log_theta": wide})), []
     for spec in (run.spec, plain):
         model.spec = spec
-        found.append(run.predict(world.truth.var_names, draws=20, truth=world.truth).var["log_score"].mean())
+        found.append(run.predict(world.truth.var_names, draws=40, truth=world.truth).var["log_score"].mean())
     assert found[0] > found[1] + 0.005, found

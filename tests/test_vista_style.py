@@ -31,7 +31,7 @@ def world(tmp_path_factory):
     dense[:, reference.var_names.get_indexer(genes)] = counts
     reference.X, reference.obs["state"] = dense, np.where(ill, "ill", "well")
     made.target.obs["state"] = "well"
-    settings = ["penalty=3", "reweight=false", "process=0", "fit.steps=20", "neighbors=6", "batch_key=state"]
+    settings = ["penalty=3", "reweight=false", "process=0", "fit.steps=60", "neighbors=6", "batch_key=state"]
     run = ppl_st.fit("vista", target=made.target, reference=reference, overrides=settings, out=tmp_path_factory.mktemp("style") / "run")
     return SimpleNamespace(target=made.target, run=run, genes=genes, of_kind=(made.target.obs["type"] == kind).to_numpy())
 

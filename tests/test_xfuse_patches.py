@@ -56,13 +56,13 @@ def test_inclusion_probabilities_by_enumeration():
 def test_sums_over_patches_are_unbiased(data, augment, monkeypatch):
     """Over all windows: spots wholly inside with their weights, and the virtual measurement's pixels with theirs, give the sums over the data."""
     monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)  # every one of them, so that no chance is left
-    batches = Batches([tissue(one) for one in data.sections], 56, 1, augment, 0)
+    batches = Batches([tissue(one) for one in data.sections], 44, 1, augment, 0)
     rng = np.random.default_rng(0)
     total = torch.zeros(3)
     for n, one in enumerate(data.sections):
         share = batches.section.count(n) / len(batches.section)
-        for y, py in enumerate(starts(one.label.shape[0], 56)):
-            for x, px in enumerate(starts(one.label.shape[1], 56)):
+        for y, py in enumerate(starts(one.label.shape[0], 44)):
+            for x, px in enumerate(starts(one.label.shape[1], 44)):
                 batch = batches.of([n], [(y, x)], rng)
                 counts = torch.cat([g.counts.to_dense() for g in batch.groups]) if batch.groups else torch.zeros(0, 12)
                 spots = batch.rows >= 0
