@@ -23,6 +23,7 @@ import types
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -404,6 +405,7 @@ def describe(source: "str | Path | AnnData | Iterable[str]") -> dict[str, Any]:
     return {"path": None, "sha256": hash_adata(source)}
 
 
+@cache  # metadata of a large package are slow to read, and stay the same while a process lives
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)

@@ -385,7 +385,7 @@ def bootstrap_mean(values: Any, rng: np.random.Generator, n: int = 1000) -> Mean
     v = np.asarray(values, dtype=np.float64).ravel()
     if v.size == 0 or not np.isfinite(v).all():
         raise UserError(f"bootstrap_mean: {v.size} values, {int((~np.isfinite(v)).sum())} of them not finite")
-    # One resampling at a time keeps memory at the number of genes.
-    means = np.array([v[rng.integers(0, v.size, v.size)].mean() for _ in range(n)])
+    block = max(1, _BLOCK_ENTRIES // v.size)  # resamplings at a time
+    means = np.concatenate([v[rng.integers(0, v.size, (min(block, n - start), v.size))].mean(1) for start in range(0, n, block)])
     lo, hi = np.quantile(means, [0.025, 0.975])
     return MeanInterval(float(v.mean()), float(np.median(v)), float(lo), float(hi))

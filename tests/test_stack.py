@@ -70,9 +70,10 @@ def runs(world, tmp_path_factory):
     """Two methods on one pair, recalibrated: scores of 24 inner genes each."""
     base = tmp_path_factory.mktemp("stack")
     made = []
-    for method, overrides in (("vista", ["penalty=3", "reweight=false", "fit.steps=20"]), ("spaim", [])):
+    settings = {"vista": ["penalty=3", "reweight=false", "process=0", "fit.steps=4"], "spaim": ["process=0", "smoothing=0.25", "clusters=8"]}
+    for method, overrides in settings.items():
         run = api.fit(method, target=world.target, reference=world.reference, overrides=overrides, seed=0, out=base / method)
-        made.append(refit.recalibrate(run, folds=2, draws=30))
+        made.append(refit.recalibrate(run, folds=2, draws=20))
     return made
 
 
@@ -84,7 +85,7 @@ def test_a_stack_is_the_mixture_of_its_runs(world, runs):
     seen = stacked(_inner_scores(runs)[0], weights).mean()  # by weights that were learned on the very genes
     assert seen - 0.01 < scores[2] < seen - 1e-6
     genes = world.truth.var_names[[3, 12]].tolist()
-    many = 1600  # a gene's level is one number per draw, shared by all cells: its mean is off by 1 / sqrt(draws)
+    many = 400  # a gene's level is one number per draw, shared by all cells: its mean is off by 1 / sqrt(draws)
     options = {"target": world.target[:60].copy(), "draws": many, "truth": world.truth}
     found, parts = both.predict(genes, **options), [run.predict(genes, **options) for run in runs]
     mean = sum(w * part.X for w, part in zip(weights, parts, strict=True))
