@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 from ppl_st.models import spaim
 from ppl_st.models.common.cells import Directions, find_directions, place_cells, without
 from ppl_st.models.spaim import kernel
-from ppl_st.models.spaim.model import Layer, choose
+from ppl_st.models.spaim.model import RATIOS, Layer, choose, misfit
 from spaim_problems import SMALL, data_of, small_world
 
 world = pytest.fixture(small_world, scope="module")
@@ -35,6 +35,19 @@ def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
         np.testing.assert_allclose(mean[direction], layer.regressed[direction] + gain @ layer.scores[direction], atol=2e-3)
         expected = signal * np.diag(k)[p:] + noise - signal * np.einsum("gp,gp->g", gain, k[p:, :p])
         np.testing.assert_allclose(variance[direction], expected, rtol=0.02)
+
+
+def test_loadings_err_as_they_are_said_to_with_fewer_landmarks_than_genes(data):
+    """What the landmarks leave was in the noise that is fitted to all genes, and was added to it once more."""
+    held, rng = np.setdiff1d(np.arange(60), data.panel), np.random.default_rng(0)
+    layer = Layer(data, replace(SMALL, landmarks=6), 0, genes=held)
+    k, p = dense_kernel(data, np.concatenate([data.panel, held])), len(data.panel)
+    true = rng.standard_normal((400, p + len(held))) @ np.linalg.cholesky(k + 0.05 * np.eye(len(k))).T
+    loss, noise = misfit(true[:, :p], layer.phi, layer.eigenvalues)
+    best = loss.argmin(1)
+    layer.ratio, layer.noise, layer.scores, layer.regressed = RATIOS[best], noise[np.arange(400), best], true[:, :p], np.zeros((400, len(held)))
+    mean, variance = layer.codes()[:2]
+    assert np.square(true[:, p:] - mean).mean() / variance.mean() == pytest.approx(1, abs=0.12)
 
 
 def test_the_elbo_is_the_log_marginal_likelihood_for_every_draw(data):

@@ -127,6 +127,7 @@ class Layer:
         both, at = np.unique(np.concatenate([data.panel, everything]), return_inverse=True)
         found, self.eigenvalues = features(kernel, self.marks, data.panel, both)
         self.phi, self.features = found[at[: len(data.panel)]], found[at[len(data.panel) :]]  # [P, F], [genes asked for, F]
+        self.left = left_of(torch.from_numpy(self.phi))
         self.known = self.directions.scores[:, data.columns]  # loadings of measured genes [q, P]
         self.scores = comparable(self.directions, data)
         weight = 0.0 if config.regression == "auto" else config.regression
@@ -154,13 +155,19 @@ class Layer:
         signal = (self.ratio * self.noise)[:, None]
         weights = self.ratio[:, None] * (self.scores @ self.phi) / precision
         square = np.square(self.features, dtype=np.float64)
-        rest = signal * np.clip(SELF - square.sum(1), 0, None) + self.noise[:, None]  # [q, genes]
+        rest = signal * np.clip(SELF - square.sum(1) - self.left, 0, None) + self.noise[:, None]  # [q, genes]
         mean, variance = self.regressed + weights @ self.features.T, (signal / precision) @ square.T + rest
         return Codes(mean.astype(np.float32), variance.astype(np.float32), process=self.process, shares=self.shares)
 
     def place(self, data: Data) -> NDArray[np.float32]:
         """(u, phi) [n, q + F] of the problem's cells."""
         return beside(place_cells(self.directions, data.counts), self.process, data.counts)
+
+
+def left_of(phi: Tensor) -> float:
+    """What the features [P, F] leave of the training genes' own k_gg, on average: 0 but where these are more than the landmarks. s_k, fitted to all
+    of them, has it already."""
+    return float((SELF - phi.square().sum(1)).clamp_min(0).mean())
 
 
 def misfit(
@@ -308,9 +315,9 @@ class Guide(PyroModule):
         return self.process.loadings(known, genes, at >= 0, key)
 
     def _rest(self, phi: Tensor) -> Tensor:
-        """Variance [q, g] of loadings given the weights: what the training genes leave to a gene, and its noise."""
+        """Variance [q, g] of loadings given the weights: what the features leave to a gene beyond `left_of`, and its noise."""
         noise = self.log_noise.exp()[:, None]
-        return noise * self.log_ratio.exp()[:, None] * (SELF - phi.square().sum(1)).clamp_min(0) + noise
+        return noise * self.log_ratio.exp()[:, None] * (SELF - phi.square().sum(1) - left_of(self.phi)).clamp_min(0) + noise
 
     def known_codes(self, genes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Loadings [q + F, g] of measured genes."""
