@@ -37,17 +37,21 @@ def test_loadings_are_the_gaussian_process_regression_of_the_textbook(data):
         np.testing.assert_allclose(variance[direction], expected, rtol=0.02)
 
 
-def test_loadings_err_as_they_are_said_to_with_fewer_landmarks_than_genes(data):
-    """What the landmarks leave was in the noise that is fitted to all genes, and was added to it once more."""
+def test_what_landmarks_leave_of_the_panel_is_doubted_once(data):
+    """It is in the noise that is fitted to all genes, and was added to it once more: loadings were nearer than they were said to be."""
     held, rng = np.setdiff1d(np.arange(60), data.panel), np.random.default_rng(0)
-    layer = Layer(data, replace(SMALL, landmarks=6), 0, genes=held)
+    layer = Layer(data, replace(SMALL, landmarks=18), 0, genes=held)
     k, p = dense_kernel(data, np.concatenate([data.panel, held])), len(data.panel)
     true = rng.standard_normal((400, p + len(held))) @ np.linalg.cholesky(k + 0.05 * np.eye(len(k))).T
     loss, noise = misfit(true[:, :p], layer.phi, layer.eigenvalues)
     best = loss.argmin(1)
     layer.ratio, layer.noise, layer.scores, layer.regressed = RATIOS[best], noise[np.arange(400), best], true[:, :p], np.zeros((400, len(held)))
-    mean, variance = layer.codes()[:2]
-    assert np.square(true[:, p:] - mean).mean() / variance.mean() == pytest.approx(1, abs=0.12)
+    found = []
+    for left in (layer.left, 0.0):
+        layer.left = left
+        mean, variance = layer.codes()[:2]
+        found.append(np.square(true[:, p:] - mean).mean() / variance.mean())
+    assert found[1] + 0.08 < found[0] < 1.1, found
 
 
 def test_the_elbo_is_the_log_marginal_likelihood_for_every_draw(data):
