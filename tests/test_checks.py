@@ -42,6 +42,7 @@ def counted(run, x) -> Counts:
     return replace(run.target, matrix=sp.csr_matrix(x, dtype=np.float32), genes=run.genes[~run.measured])
 
 
+@pytest.mark.slow  # that each statistic sees its own fault stays in the quick tier
 def test_the_models_own_data_pass(run, own):
     shares, library = [], []
     for one in own:

@@ -114,6 +114,7 @@ def test_spatial_field_puts_like_beside_like_only_when_asked():
     assert agreement(1.0) > 0.6 and abs(agreement(0.0) - 1 / 8) < 0.04
 
 
+@pytest.mark.slow  # the same route as the demonstration above; fits and evaluations of VISTA have their own tests
 def test_the_demo_of_a_method_with_a_cell_reference(tmp_path):
     result = demo("vista", out=tmp_path / "out", cells=300, types=3, draws=5, overrides=["fit.steps=3", "penalty=3", "reweight=false"])
     assert {"vista", ORACLE, "baseline: ridge_z_smooth", "baseline: ensemble"} <= set(result.scores.index)

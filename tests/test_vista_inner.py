@@ -90,7 +90,7 @@ def test_levels_are_those_of_the_spreads_that_were_trained():
     np.testing.assert_allclose(np.log(mean / world.target.X.toarray().mean(0)), 0.0, atol=0.2)  # up to .7 where gains stay
 
 
-@pytest.mark.parametrize(("likelihood", "graph"), [("nb", "prior"), ("poisson", "none")])
+@pytest.mark.parametrize(("likelihood", "graph"), [("nb", "prior"), pytest.param("poisson", "none", marks=pytest.mark.slow)])
 def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
     """Rates, and log-normalised counts, of measured and unmeasured genes; the mean over 60 draws cost .004 of correlation on osmFISH."""
     world = spatial_field(seed=2, n_cells=200, n_reference=300, n_genes=40, n_panel=24, n_types=5)
