@@ -2,6 +2,8 @@
 
 Needed: one table with counts, one shapes element (or points of the table's region) with the spots, one image. Where there are several,
 the table's ``region`` names the shapes, and the image is the one with most pixels unless one is given by name.
+
+Circles are the spots, except where spatialdata-io made them from a Space Ranger folder of Visium: then their size is Space Ranger's.
 """
 
 from pathlib import Path
@@ -11,9 +13,12 @@ import numpy as np
 
 from ppl_st.data import read_counts
 from ppl_st.errors import UserError
-from ppl_st.images import Slide, Source
+from ppl_st.images import VISIUM_RADIUS, VISIUM_SPOT, Slide, Source
+from ppl_st.spatial import spot_pitch
 
 __all__ = ["read_spatialdata"]
+
+VISIUM_CIRCLE = VISIUM_SPOT / 2 / 100  # radius over pitch: spots are 100 um apart
 
 
 def read_spatialdata(path: Path, image: Source | None = None, *, layer: str | None = None, gene_key: str | None = None) -> Slide:
@@ -46,16 +51,21 @@ def read_spatialdata(path: Path, image: Source | None = None, *, layer: str | No
     adata.obsm["spatial"] = xy
     counts = read_counts(adata, role="target", layer=layer, gene_key=gene_key, file=str(path))
     grow = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
-    square = False
+    square, micron = False, float("nan")
     if "radius" in rows:
         size = rows["radius"].to_numpy(float)
+        told = grow * float(np.median(size))
+        known = len(xy) > 1 and {"array_row", "array_col"} <= set(table.obs)
+        if known and abs(told / spot_pitch(xy) / VISIUM_CIRCLE - 1) < 0.1:  # circles in place of the bins of HD touch
+            micron = VISIUM_SPOT / 2 / told
+            size = size * VISIUM_RADIUS / (VISIUM_SPOT / 2)
     else:  # polygons: bins are squares, whose half side is the radius; others count as discs of their area
         area = rows.geometry.area.to_numpy(float)
         left, top, right, bottom = rows.geometry.bounds.to_numpy(float).T
         square = bool(np.allclose(area, (right - left) ** 2, rtol=0.1) and np.allclose(area, (bottom - top) ** 2, rtol=0.1))
         size = np.sqrt(area / (4 if square else np.pi))
     pixels = image if image is not None and name != str(image) else _pixels(store.images[name])
-    return Slide(path.stem, counts, pixels, 1.0, grow * float(np.median(size)), square=square)
+    return Slide(path.stem, counts, pixels, 1.0, grow * float(np.median(size)), micron, square)
 
 
 def _pixels(element: Any) -> np.ndarray:
