@@ -87,7 +87,7 @@ def predict_places(
             yield str(out)
             return
         say(f"mapping {len(run.genes) if names is None else len(names)} genes, {draws} draws")
-        shape = seen.maps(out, names, draws=draws, quantiles=quantiles, seed=seed)
+        shape = seen.maps(out, names, draws=draws, quantiles=quantiles, seed=seed, memory_gb=memory_gb)
         yield f"{out}: mean, sd{', q05, q95' if quantiles else ''} [{', '.join(map(str, shape))}]"
         if image is not None:
             import zarr

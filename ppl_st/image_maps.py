@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppl_st.errors import UserError
+from ppl_st.io import free_bytes
 from ppl_st.models.xfuse.data import Section
 
 if TYPE_CHECKING:
@@ -28,6 +30,12 @@ class Activities:
         existing = folder
         while not existing.is_dir():
             existing = existing.parent
+        needed, free = 4 * draws * run.config.metagenes * section.label.size, free_bytes(existing / "maps")
+        if needed > free:  # a full disk would kill the process that writes into the mapped file
+            raise UserError(
+                f"maps: {draws} draws of {run.config.metagenes} metagenes at {section.label.size} pixels need {needed / 1e9:.3g} GB of disk while "
+                f"the maps are made, and {free / 1e9:.3g} GB are free at {existing}; lower --draws, or write to another disk"
+            )
         self.file = tempfile.TemporaryFile(dir=existing)  # has no name and vanishes with the process
         self.loadings: list[Tensor] = []  # [genes, M] of each draw
         for draw in run.module.maps(predictor, genes, draws, seed, [number]):

@@ -67,7 +67,10 @@ def scale_bar(axis: "Axes", width: int, height: int, micron: float) -> None:
 
 
 def map_pictures(store: Path, image: NDArray[np.uint8], folder: Path) -> Iterator[Path]:
-    """A PNG per gene of a store that `ppl_st.image_run.ImageRun.maps` wrote, all on the color scales of its strongest gene."""
+    """A PNG per gene of a store that `ppl_st.image_run.ImageRun.maps` wrote, all on the color scales of its strongest gene.
+
+    Characters of a gene's name that a file's may not have become "_", and a number is added where another gene has that name.
+    """
     import zarr
 
     group = zarr.open_group(str(store), mode="r")
@@ -76,12 +79,16 @@ def map_pictures(store: Path, image: NDArray[np.uint8], folder: Path) -> Iterato
     arrays: dict[str, Any] = {name: group[name] for name in ("mean", "sd")}
     genes = [str(gene) for gene in about["genes"]]  # type: ignore[union-attr]
     top, top_sd = (max(float(np.quantile(np.asarray(arrays[name][g]), SHOWN)) for g in range(len(genes))) for name in ("mean", "sd"))
+    taken: set[str] = set()
     for g, gene in enumerate(genes):
         figure = map_figure(
             image, np.asarray(arrays["mean"][g]), np.asarray(arrays["sd"][g]), gene, micron=float("nan") if micron is None else float(micron),  # type: ignore[arg-type]
             limits=(top, top_sd),
         )  # fmt: skip
-        path = folder / f"{''.join(c if c.isalnum() or c in '-_.' else '_' for c in gene)}.png"
+        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in gene)
+        name = next(name for name in (stem, *(f"{stem}-{k}" for k in range(2, len(genes) + 2))) if name.lower() not in taken)
+        taken.add(name.lower())
+        path = folder / f"{name}.png"
         with atomic(path) as temporary:
             figure.savefig(temporary, dpi=120)
         yield path

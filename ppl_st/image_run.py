@@ -28,7 +28,7 @@ from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.image_maps import Activities, ome
 from ppl_st.images import Source, label_image, nearest
-from ppl_st.io import atomic
+from ppl_st.io import atomic, refuse_inputs
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.posterior import Run
 from ppl_st.prepare.xfuse import new_image, refuse_cut, section_at
@@ -40,7 +40,7 @@ __all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]
 CHUNK = 512  # pixels a side of a chunk of a map
 NOVELTY_TILE = 32
 SAMPLED = 2**15  # pixels of a section on which the colors of summaries are found
-PIXELS, GENES = 2048, 64  # of the blocks in which maps are computed: they stay in the processor's cache
+PIXELS, GENES = 2048, 64  # of the blocks in which maps are computed, at most: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ImageRun(Run):
             The tissue of a new image: a file over it that is not 0 there, or "none": all of it. None: found, or all of it where the fit's is "none".
         radius
             Of the spots in coordinates; None: what the target says in scanpy's convention, unless the fit was told (``input.radius``); else as in
-            the fit.
+            the fit. Whether they are squares goes likewise, by ``input.spot``.
         say
             Receives a line about what is seen of a new image, and one where it looks of another resolution than the fit's sections.
 
@@ -86,9 +86,10 @@ class ImageRun(Run):
         UserError
             If places overlap or are cut, so that they would get too few counts: each pixel counts for one place.
         """
-        names, xy, told = (np.zeros(0, str), np.zeros((0, 2)), None) if target is None else positions(target)
+        names, xy, told, square = (np.zeros(0, str), np.zeros((0, 2)), None, None) if target is None else positions(target)
         if radius is None and self.config.input.radius is None:
             radius = told
+        square = square if self.config.input.spot == "auto" else None
         if image is not None:
             if section is not None:
                 raise UserError("section and image exclude each other: a new image is no section of the fit")
@@ -98,10 +99,10 @@ class ImageRun(Run):
             base = new_image(image, like, self.config.input, say, name=name, scale=scale, mask=mask)
         else:
             base = self.section(section)
-        asked = section_at(base, xy, radius)
+        asked = section_at(base, xy, radius, square)
         refuse_cut(asked, names)
         seen = self.looking(asked, names, xy)
-        spots_alike = image is None and np.isclose(asked.radius, base.radius)
+        spots_alike = image is None and asked.square == base.square and np.isclose(asked.radius, base.radius)
         return seen if spots_alike else replace(seen, inner=None, recalibration=None)
 
     def areas(self, section: str | None = None) -> "ImageRun":
@@ -147,24 +148,27 @@ class ImageRun(Run):
         draws: int = 20,
         quantiles: bool = False,
         seed: int = 0,
+        memory_gb: float = 1.0,
     ) -> tuple[int, int, int]:
         """Write expected counts per pixel of ``genes`` as zarr ``mean``, ``sd`` (and ``q05``, ``q95``) [gene, y, x] in chunks of one gene; the shape.
 
         The group is OME-Zarr 0.5: each array is an image of ``multiscales`` (one level) with the size and place of its pixels, channels are genes.
         Of an image without counts ``novelty`` [tile y, tile x] is written too (see `novelty`).
         Mean, sd and quantiles are over joint posterior draws of the rate. The activities of all draws lie in a scratch file beside ``path``; then
-        any gene is a product of matrices, in blocks that stay in the cache.
+        any gene is a product of matrices, in blocks that stay in the cache. ``memory_gb`` bounds the genes that are mapped at once.
         """
         import zarr
         from zarr.codecs import BloscCodec
 
+        refuse_inputs(path, self.manifest)
         one = self.section(section)
         index = self._index(genes)
         height, width = one.label.shape
         shape = (len(index), height, width)
+        names = ["mean", "sd", *(("q05", "q95") if quantiles else ())]
+        wide = int(np.clip(memory_gb * 1e9 / (4 * one.label.size * len(names)), 1, GENES))
         with atomic(path) as temporary, Activities(self, one, index, draws, seed, Path(path).parent) as kept:
             group = zarr.open_group(str(temporary), mode="w")
-            names = ["mean", "sd", *(("q05", "q95") if quantiles else ())]
             arrays = {
                 name: group.create_array(
                     name, shape=shape, chunks=(1, min(CHUNK, height), min(CHUNK, width)), dtype="f4", dimension_names=("c", "y", "x"),
@@ -173,8 +177,8 @@ class ImageRun(Run):
                 for name in names
             }
             top = np.zeros(len(index))
-            for first in range(0, len(index), GENES):
-                part = slice(first, min(first + GENES, len(index)))
+            for first in range(0, len(index), wide):
+                part = slice(first, min(first + wide, len(index)))
                 block = {name: np.empty((part.stop - first, height * width), np.float32) for name in names}
                 for start in range(0, height * width, PIXELS):
                     pixels = slice(start, min(start + PIXELS, height * width))
@@ -278,9 +282,20 @@ class ImageRun(Run):
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
         return np.arange(len(self.genes)) if genes is None else super()._index(genes)
 
-    def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
-        other = self.at(target)
-        return other.data, other.target
+    def predict(self, genes: Any = None, *, target: Any = None, **options: Any) -> ad.AnnData:
+        """See `ppl_st.posterior.Run.predict`; a ``target`` is what `at` makes of it."""
+        return super().predict(genes, **options) if target is None else self.at(target).predict(genes, **options)
+
+    def write(self, path: str | Path, genes: Any = None, *, target: Any = None, **options: Any) -> tuple[int, int]:
+        """See `ppl_st.posterior.Run.write`; a ``target`` is what `at` makes of it."""
+        return super().write(path, genes, **options) if target is None else self.at(target).write(path, genes, **options)
+
+    def write_samples(self, path: str | Path, genes: Any, draws: int, seed: int = 0, *, target: Any = None, **options: Any) -> None:
+        """See `ppl_st.posterior.Run.write_samples`; a ``target`` is what `at` makes of it."""
+        if target is None:
+            super().write_samples(path, genes, draws, seed, **options)
+        else:
+            self.at(target).write_samples(path, genes, draws, seed, **options)
 
     def _at_labels(self, section: Section, label: NDArray[Any], names: NDArray[np.str_]) -> "ImageRun":
         flat, (i, j) = label.ravel(), np.indices(label.shape).reshape(2, -1) + 0.5
@@ -343,11 +358,17 @@ def _positive(labels: NDArray[Any]) -> NDArray[Any]:
 
 
 def spots_of(data: Data, kept: Sequence[Counts]) -> Counts:
-    """The rows of all sections as one table: names unique (with the section's name where they are not), ``obs["section"]``."""
+    """The rows of all sections as one table: names unique (with the section's name where they are not), ``obs["section"]``.
+
+    An obs column "scale" becomes "target_scale": predictions have a scale of their own.
+    """
     names = np.concatenate([one.names for one in kept])
     if len(set(names.tolist())) < len(names):
         names = np.concatenate([[f"{s.name}:{name}" for name in one.names] for s, one in zip(data.sections, kept, strict=True)])
-    tables = [one.obs.dropna(axis=1, how="all").assign(section=s.name) for s, one in zip(data.sections, kept, strict=True)]
+    tables = [
+        one.obs.dropna(axis=1, how="all").rename(columns={"scale": "target_scale"}).assign(section=s.name)
+        for s, one in zip(data.sections, kept, strict=True)
+    ]
     obs = pd.concat(tables).set_axis(pd.Index(names.astype(str)))
     xy = np.concatenate([one.xy for one in kept if one.xy is not None])
     matrix = sp.csr_matrix(sp.vstack([one.matrix for one in kept], dtype=np.float32))
@@ -369,9 +390,9 @@ def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], spots: Cou
         fields.append({name: value for name, value in values.items() if not isinstance(value, np.ndarray)})
     with atomic(folder / "sections.npz") as temporary:
         np.savez_compressed(temporary, allow_pickle=False, about=np.array(json.dumps([fields, data.covariates])), **arrays)
-    configs.write(config, folder / "config.toml")
     write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *(f"{gene}\t1" for gene in data.genes)]) + "\n")
     write_json(folder / "manifest.json", manifest)
+    configs.write(config, folder / "config.toml")  # last: a folder that has it can be resumed
 
 
 def read_sections(folder: Path) -> tuple[Data, Counts]:

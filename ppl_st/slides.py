@@ -69,15 +69,16 @@ def read_slide(
     )
 
 
-def positions(source: str | Path | ad.AnnData) -> tuple[np.ndarray, np.ndarray, float | None]:
-    """Names [n], coordinates [n, 2] and radius (None: it does not say) of any AnnData; its counts, if any, are not looked at."""
+def positions(source: str | Path | ad.AnnData) -> tuple[np.ndarray, np.ndarray, float | None, bool | None]:
+    """Names [n], coordinates [n, 2], radius and whether they are squares (None: it does not say) of any AnnData, whatever its counts."""
     adata = read_adata(source, role="target")
     if "spatial" not in adata.obsm:
         raise UserError("target: no obsm['spatial']; predictions of spots need their positions in the coordinates of the section")
     xy = np.asarray(adata.obsm["spatial"], dtype=np.float64)
     if xy.ndim != 2 or xy.shape[1] < 2 or not np.isfinite(xy[:, :2]).all() or not len(xy):
         raise UserError(f"target: obsm['spatial'] has shape {xy.shape} or values that are not finite; it must be x and y of at least one spot")
-    return np.asarray(adata.obs_names, dtype=str), xy[:, :2], _scanpy(adata).radius
+    told = _scanpy(adata)
+    return np.asarray(adata.obs_names, dtype=str), xy[:, :2], told.radius, None if told.radius is None else told.square
 
 
 class _Told(NamedTuple):

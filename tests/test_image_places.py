@@ -1,19 +1,24 @@
 """What is asked of a run of XFuse at places of its images: which cells count, what is off the tissue, what was never measured."""
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
 import xarray as xr
+import zarr
 
 from ppl_st.checks import predictive_checks
+from ppl_st.conformal import Recalibration
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.image_cli import predict_places
-from ppl_st.image_maps import ome
-from ppl_st.image_run import ImageRun, spots_of
+from ppl_st.image_maps import Activities, ome
+from ppl_st.image_run import ImageRun, spots_of, write_inputs
 from ppl_st.models import xfuse
+from ppl_st.prepare import xfuse as prepare_xfuse
 from xfuse_sections import settings, start_of, two_sections
 
 
@@ -99,6 +104,66 @@ def test_places_have_the_radius_of_their_file_and_each_its_own_pixels(run):
     assert run.at(places([60, 40]), section="a").data.sections[0].radius == 4.0
     with pytest.raises(UserError, match=r"1 of 2 places hold less than 75% of their pixels, e.g. p1 0 of "):
         run.at(places([60, 40], [60, 40]), section="a")
+
+
+def alone(run):
+    """The run as if its first section were all of it."""
+    own = run.target.take_rows(run.target.obs["section"].to_numpy() == "a")
+    layer = Recalibration(0.9, [], [[0.0, 1.0]], [], 1, 0.9)
+    return replace(run, data=run.data._replace(sections=run.data.sections[:1]), target=own, reference=own, recalibration=layer)
+
+
+def test_a_target_given_to_predict_and_write_is_what_at_makes_of_it(run, tmp_path, monkeypatch):
+    """Spots of another radius had intervals that were learned on the fit's, and genes at them were said to be measured."""
+    one, told = alone(run), {"spatial": {"lib": {"scalefactors": {"spot_diameter_fullres": 13.0}, "images": {}}}}
+    monkeypatch.setattr(Recalibration, "ends_of", lambda self, covariate: np.tile([[0.1], [0.9]], len(covariate)))
+    monkeypatch.setattr(Recalibration, "maps_of", lambda self, covariate: np.tile(np.linspace(0, 1, 101)[:, None], len(covariate)))
+    for uns, corrected in ((told, False), ({}, True)):
+        spots = places([60, 40], [80, 60], uns=uns)
+        made = one.predict(["g1", "g3"], target=spots, draws=2)
+        one.write(tmp_path / f"{corrected}.h5ad", ["g1", "g3"], target=spots, draws=2)
+        for table in (made, ad.read_h5ad(tmp_path / f"{corrected}.h5ad")):
+            assert ("lower" in table.layers) == corrected and not table.var["measured"].any() and (table.obs["section"] == "a").all()
+        one.write_samples(tmp_path / f"{corrected}.zarr", ["g1"], 2, target=spots)
+        assert zarr.open_group(str(tmp_path / f"{corrected}.zarr"), mode="r")["count"].shape == (2, 2, 1)
+    with pytest.raises(UserError, match="seeds together predict their own spots"):
+        prepare_xfuse.new_cells(run.target, run.target, run.data, run.config)
+
+
+def test_bins_asked_of_a_run_on_discs_are_squares(run):
+    """They were discs, with pi / 4 of a bin's pixels."""
+    bins = {"spatial": {"lib": {"scalefactors": {"microns_per_pixel": 1.0, "bin_size_um": 8.0, "spot_diameter_fullres": 8.0}, "images": {}}}}
+    one = alone(run)
+    seen, discs = one.at(places([60, 40], uns=bins)), one.at(places([60, 40]))
+    assert (seen.target.obs["pixels"].item(), seen.data.sections[0].square, seen.recalibration) == (64, True, None)
+    assert discs.target.obs["pixels"].item() < 55 and discs.recalibration is not None
+    fixed = replace(one, config=replace(one.config, input=replace(one.config.input, spot="disc")))
+    assert not fixed.at(places([60, 40], uns=bins)).data.sections[0].square
+
+
+def test_maps_that_do_not_fit_on_the_disk_are_refused_and_few_genes_are_held(run, tmp_path, monkeypatch):
+    widths, moments = [], Activities.moments
+    monkeypatch.setattr(Activities, "moments", lambda self, pixels, genes, *more: widths.append(genes) or moments(self, pixels, genes, *more))
+    run.maps(tmp_path / "m.zarr", section="a", draws=2, memory_gb=1.3e-4)  # 3 genes of 64 x 80 pixels, mean and sd
+    assert max(part.stop - part.start for part in widths) == 3
+    monkeypatch.setattr("ppl_st.image_maps.free_bytes", lambda path: 4 * 7 * 4 * 64 * 80 - 1)
+    with pytest.raises(UserError, match=r"7 draws of 4 metagenes at 5120 pixels need .* GB of disk .* lower --draws"):
+        run.maps(tmp_path / "full.zarr", section="a", draws=7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.zarr"]
+    given = replace(run, manifest={"inputs": {"target": {"path": str(tmp_path / "m.zarr")}}})
+    with pytest.raises(UserError, match="is the target that the run was fitted on"):
+        given.maps(tmp_path / "m.zarr", section="a", draws=2)
+
+
+def test_a_folder_that_can_be_resumed_is_whole_and_keeps_the_users_scale(run, tmp_path, monkeypatch):
+    kept = run.target.take_rows(np.arange(5))
+    kept = replace(kept, obs=kept.obs.drop(columns="section").assign(scale=7.0))
+    spots = spots_of(run.data._replace(sections=run.data.sections[:1]), [kept])
+    assert (spots.obs["target_scale"] == 7).all() and "scale" not in spots.obs
+    whole = {"target.h5ad", "sections.npz", "genes.txt", "manifest.json"}
+    monkeypatch.setattr("ppl_st.config.write", lambda config, path: whole.intersection_update(one.name for one in path.parent.iterdir()))
+    write_inputs(tmp_path, run.config, {}, run.target, run.data)
+    assert len(whole) == 4
 
 
 def test_pixels_of_a_map_lie_where_those_of_the_file_do(run):

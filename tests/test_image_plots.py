@@ -6,6 +6,15 @@ import zarr
 from ppl_st import image_plots
 
 
+def test_genes_whose_names_make_one_file_name_have_a_picture_each(tmp_path):
+    group = zarr.open_group(str(tmp_path / "m.zarr"), mode="w")
+    for name in ("mean", "sd"):
+        group.create_array(name, data=np.random.default_rng(0).random((3, 20, 30), dtype=np.float32))
+    group.attrs.update(genes=["A/B", "A_B", "a_b"], micron_per_pixel=None)
+    written = list(image_plots.map_pictures(tmp_path / "m.zarr", np.zeros((20, 30, 3), np.uint8), tmp_path / "png"))
+    assert [path.name for path in written] == ["A_B.png", "A_B-2.png", "a_b-3.png"] and all(path.is_file() for path in written)
+
+
 def test_all_pictures_of_a_store_have_one_color_scale(tmp_path, monkeypatch):
     """A gene with a thousandth of the counts stays dark beside the other."""
     place = np.random.default_rng(0).random((40, 50)).astype(np.float32)

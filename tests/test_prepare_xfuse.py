@@ -224,7 +224,7 @@ def test_other_positions_and_new_images():
     adata, image, _ = world()
     data, _ = problem([slide(adata, image)], Input(), quiet)
     section = data.sections[0]
-    names, xy, _ = positions(ad.AnnData(obs=pd.DataFrame(index=["p", "q"]), obsm={"spatial": np.array([[100.0, 100.0], [130.0, 170.0]])}))
+    names, xy, *_ = positions(ad.AnnData(obs=pd.DataFrame(index=["p", "q"]), obsm={"spatial": np.array([[100.0, 100.0], [130.0, 170.0]])}))
     asked = section_at(section, xy, radius=12.0)
     assert names.tolist() == ["p", "q"] and asked.counts.shape == (2, 4) and asked.radius == pytest.approx(12 * section.scale)
     own = (100 - np.array(section.origin)) * section.scale
@@ -403,11 +403,11 @@ def test_anndata_with_its_own_image(tmp_path):
     Image.fromarray(image[::2, ::2]).save(tmp_path / "hires.png")
     Image.fromarray(image).save(tmp_path / "full.png")
     assert read_slide(adata, tmp_path / "hires.png").image_scale == 0.5 and read_slide(adata, tmp_path / "full.png").image_scale == 1.0
-    assert positions(adata)[2] == pytest.approx(5.5)
+    assert positions(adata)[2:] == (pytest.approx(5.5), False)
     bins = adata.copy()
     bins.uns["spatial"]["lib"]["scalefactors"] |= {"microns_per_pixel": 0.5, "bin_size_um": 8.0, "spot_diameter_fullres": 16.0}
     read = read_slide(bins, None)
-    assert (read.radius, read.micron, read.square) == (8.0, 0.5, True) and positions(bins)[2] == 8.0
+    assert (read.radius, read.micron, read.square) == (8.0, 0.5, True) and positions(bins)[2:] == (8.0, True)
     pair = read_slides([adata, adata], [])
     assert [one.name for one in pair] == ["section", "section-2"]
     with pytest.raises(UserError, match="2 --target but 1 --image"):

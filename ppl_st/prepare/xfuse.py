@@ -33,7 +33,7 @@ from ppl_st.models.xfuse.data import FEW_SPOTS, Data, Input, Section
 from ppl_st.prepare.xfuse_frame import Frame, box_around, check_positions, inside_share, lie_outside, share_on
 from ppl_st.spatial import DEFAULT_FRACTION, spot_pitch
 
-__all__ = ["new_image", "problem", "refuse_cut", "section_at", "without"]
+__all__ = ["new_cells", "new_image", "problem", "refuse_cut", "section_at", "without"]
 
 INSIDE = 0.9  # share of its disc that a spot must have inside the image
 ALIKE = 2.0  # an image whose size or tissue differs by a larger factor from those of the fit may be of another resolution
@@ -74,8 +74,8 @@ def problem(
     return Data(tuple(sections), genes, levels), kept
 
 
-def section_at(section: Section, xy: NDArray[np.float64], radius: float | None = None) -> Section:
-    """The section with other measurements in it: discs at ``xy`` [n, 2] and of ``radius``, in coordinates of the file; no counts.
+def section_at(section: Section, xy: NDArray[np.float64], radius: float | None = None, square: bool | None = None) -> Section:
+    """The section with other measurements in it: discs (or squares) at ``xy`` [n, 2] and of ``radius``, in coordinates of the file; no counts.
 
     Raises
     ------
@@ -96,8 +96,14 @@ def section_at(section: Section, xy: NDArray[np.float64], radius: float | None =
             f"x {low[0]:.6g} to {high[0]:.6g} and y {low[1]:.6g} to {high[1]:.6g} in the coordinates of its file, {held}"
         )
     pixels = section.radius if radius is None else radius * section.scale
-    label = label_spots(section.label.shape, centers, pixels, square=section.square)
-    return section.at(label, centers)._replace(radius=pixels)
+    square = section.square if square is None else square
+    label = label_spots(section.label.shape, centers, pixels, square=square)
+    return section.at(label, centers)._replace(radius=pixels, square=square)
+
+
+def new_cells(*problem: Any) -> Any:
+    """Other places need a section: runs of several seeds together have none in common to give."""
+    raise UserError("seeds together predict their own spots; other places are asked of one of them: ppl_st.load('RUN/seed0'), say, and its .at(...)")
 
 
 def refuse_cut(asked: Section, names: NDArray[np.str_]) -> None:
