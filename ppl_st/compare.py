@@ -118,11 +118,12 @@ def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
     records = [(path.parent, read_json(path)) for path in paths if path.is_file()]
     for folder, record in records[1:]:
         first, known = records[0]
-        for role in ("target", "truth", "reference"):
-            one, other = (each.get("inputs", {}).get(role) for each in (known, record))
-            if one and other and one["path"] and other["path"] and one["sha256"] != other["sha256"]:
+        given, others = (each.get("inputs", {}) for each in (known, record))
+        for role in (role for role in given if role in others):
+            one, other = given[role], others[role]
+            if one["path"] and other["path"] and one["sha256"] != other["sha256"]:
                 what = f"compare: {folder} is of another {role} ({other['path']}) than {first} ({one['path']})"
-                if role != "reference":
+                if role not in ("reference", "folds"):
                     raise UserError(f"{what}; evaluate all methods on the same file")
                 say(what)
         for key in ("folds", "max_folds", "seed", "draws"):

@@ -95,7 +95,9 @@ def evaluate_spots(
     pictures = Path() if folder is None else folder.parent
     data, kept = load_prepare("xfuse").problem(slides, settings.input, talk, pictures)
     hidden = hidden_rows(data, kept, share, sections, seed)
-    manifest = configs.manifest(seed=seed, device=device, inputs={f"target{n}": one for n, one in enumerate(targets)}, command=command)
+    inputs = {f"target{n}": one for n, one in enumerate(targets)}
+    inputs |= {f"image{n}": one for n, one in enumerate(images) if not isinstance(one, np.ndarray)}
+    manifest = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
     manifest |= {"methods": list(methods), "preset": preset, "overrides": list(overrides), "draws": draws, "genes": genes}
     manifest |= {"holdout": list(sections) or share}
 
@@ -138,10 +140,18 @@ def hidden_rows(data: Data, kept: Sequence[Counts], share: float, names: Sequenc
 
 
 def visible(seen: Data, kept: Sequence[Counts], hidden: Rows) -> tuple[Data, Counts]:
-    """What a fit may see of `without`'s problem: a section without a spot left is no part of it."""
+    """What a fit may see of `without`'s problem: a section without a spot left is no part of it, nor are covariates that only it tells apart."""
     stay = [one.take_rows(np.setdiff1d(np.arange(len(one.names)), rows)) for one, rows in zip(kept, hidden, strict=True)]
     keep = [n for n, one in enumerate(stay) if len(one.names)]
-    data = seen._replace(sections=tuple(seen.sections[n] for n in keep))
+    sections, covariates, codes = [seen.sections[n] for n in keep], {}, []
+    for c, (name, levels) in enumerate(seen.covariates.items()):
+        own = [int(one.covariates[c]) for one in sections]
+        known = sorted(set(own) - {-1})
+        if len(known) > 1:
+            covariates[name] = tuple(levels[code] for code in known)
+            codes.append([known.index(code) if code >= 0 else -1 for code in own])
+    table = np.array(codes, np.int64).reshape(-1, len(sections)).T
+    data = seen._replace(sections=tuple(one._replace(covariates=row) for one, row in zip(sections, table, strict=True)), covariates=covariates)
     return data, spots_of(data, [stay[n] for n in keep])
 
 
@@ -167,7 +177,7 @@ def score_hidden(
         began = time.perf_counter()
         truth = one.take_rows(rows)
         assert truth.xy is not None
-        base = known.get(section.name, section._replace(covariates=np.full_like(section.covariates, -1)))
+        base = known.get(section.name, section._replace(covariates=np.full(len(run.data.covariates), -1)))
         predicted = run.looking(section_at(base, truth.xy), truth.names, truth.xy).predict(
             list(data.genes[judged]), draws=draws, seed=run.config.fit.seed, memory_gb=memory_gb, truth=truth.take_genes(data.genes[judged])
         )

@@ -149,6 +149,11 @@ def test_evaluations_of_other_counts_are_refused_and_other_splits_said(tmp_path)
     record(b, "y")
     with pytest.raises(UserError, match=r"another target \(target.h5ad\).*same file"):
         compare([a, b])
+    for role in ("target1", "image0"):  # of images
+        for folder, sha in ((a, "x"), (b, "y")):
+            record(folder, "x", inputs={role: {"path": f"{role}.h5ad", "sha256": sha}})
+        with pytest.raises(UserError, match=rf"another {role} \({role}.h5ad\).*same file"):
+            compare([a, b])
 
 
 def test_a_score_that_is_not_finite_is_left_out_and_said(tmp_path):
