@@ -11,7 +11,7 @@ import xarray as xr
 import zarr
 
 from ppl_st.checks import predictive_checks
-from ppl_st.conformal import Recalibration
+from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.image_cli import predict_places
@@ -109,15 +109,13 @@ def test_places_have_the_radius_of_their_file_and_each_its_own_pixels(run):
 def alone(run):
     """The run as if its first section were all of it."""
     own = run.target.take_rows(run.target.obs["section"].to_numpy() == "a")
-    layer = Recalibration(0.9, [], [[0.0, 1.0]], [], 1, 0.9)
+    layer = Recalibration(0.9, [], [KNOTS.tolist()], [], 1, 0.9)
     return replace(run, data=run.data._replace(sections=run.data.sections[:1]), target=own, reference=own, recalibration=layer)
 
 
-def test_a_target_given_to_predict_and_write_is_what_at_makes_of_it(run, tmp_path, monkeypatch):
+def test_a_target_given_to_predict_and_write_is_what_at_makes_of_it(run, tmp_path):
     """Spots of another radius had intervals that were learned on the fit's, and genes at them were said to be measured."""
     one, told = alone(run), {"spatial": {"lib": {"scalefactors": {"spot_diameter_fullres": 13.0}, "images": {}}}}
-    monkeypatch.setattr(Recalibration, "ends_of", lambda self, covariate: np.tile([[0.1], [0.9]], len(covariate)))
-    monkeypatch.setattr(Recalibration, "maps_of", lambda self, covariate: np.tile(np.linspace(0, 1, 101)[:, None], len(covariate)))
     for uns, corrected in ((told, False), ({}, True)):
         spots = places([60, 40], [80, 60], uns=uns)
         made = one.predict(["g1", "g3"], target=spots, draws=2)

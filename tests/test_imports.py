@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "shapes": {"data", "images", "simulate"},  # the simulated sections
     "slides": {"io", "data", "images", "spaceranger", "spatialdata_zarr"},  # one section's counts and image, whatever holds them
     "spaceranger": {"data", "images"},
-    "spatialdata_zarr": {"data", "images"},
+    "spatialdata_zarr": {"data", "images", "spatial"},
     "simulate": {"likelihoods"},
     "config": {"io"},
     "inference": {"io", "data", "sampling"},  # the writer of files and row blocks; never a named method
@@ -61,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "image_features": set(),
     "image_baselines": set(),
     "image_plots": {"io"},
-    "image_maps": {"models"},
+    "image_maps": {"io", "models"},
     "image_run": {"io", "data", "config", "image_maps", "images", "slides", "models", "prepare", "posterior", "run_folder"},
     "prepare": {"data", "pairs", "spatial", "radius", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
