@@ -37,6 +37,7 @@ def test_level_prior_finds_agreement_gain_and_its_own_doubt():
     assert few[1] == pytest.approx(1, abs=0.1) and wide[2] > 10 * bb  # nothing to learn b from: the platforms agree, more or less
 
 
+@pytest.mark.slow
 def test_inner_genes_teach_levels_without_a_bias():
     """Levels are per count of *all* shared genes, although a fold of them is hidden from every inner fit."""
     world = spatial_field(seed=2, n_cells=400, n_reference=800, n_genes=50, n_panel=40, platform_sd=0.0, spatial=0.0)

@@ -103,6 +103,7 @@ def test_a_stack_is_the_mixture_of_its_runs(world, runs):
     assert list(own.var["measured"]) == [False, True]
 
 
+@pytest.mark.slow
 def test_trust_says_more_than_mean_expression():
     """Genes of simulated tissues that differ in how strongly they follow the cells' state: ranked by trust, the genes kept carry less risk."""
     areas = []
@@ -126,19 +127,20 @@ def test_a_stack_predicts_other_cells_and_samples(world, runs, tmp_path):
     assert both.write(tmp_path / "s.h5ad", world.truth.var_names[:3].tolist(), draws=4) == (200, 3)
 
 
+@pytest.mark.slow
 def test_runs_that_cut_cells_in_their_own_way_lead():
     """SIID's blocks follow the spots; the others follow SIID. Two SIID runs on the same data have the same blocks."""
-    sim = checkerboard(seed=1, n_cells=250, side=6, squares=6, n_types=3, n_genes=40, n_panel=30, contrast=1.0)
+    sim = checkerboard(seed=1, n_cells=120, side=5, squares=5, n_types=3, n_genes=30, n_panel=20, contrast=1.0)
     fast = ["factors=3", "chains=2", "sparsity=0.0", "fit.steps=2"]
-    settings = {"siid": [*fast, "sweeps=8"], "siid again": [*fast, "sweeps=1", "chains=1"], "spaim": ["clusters=8", "process=0"]}
+    settings = {"siid": [*fast, "sweeps=8"], "siid again": [*fast, "sweeps=1", "chains=1"], "spaim": ["clusters=8", "process=0", "smoothing=0"]}
     made = []
     for name, overrides in settings.items():
         run = api.fit(name.split()[0], target=sim.target, reference=sim.reference, overrides=overrides)
-        made.append(refit.recalibrate(run, folds=2, draws=10))
+        made.append(refit.recalibrate(run, folds=2, draws=4))
     for runs in (made[:2], made[::2], made[::-1]):
         both = stack(runs)
         even = replace(both, spec=both.spec._replace(weights=[1 / len(runs)] * len(runs)))  # SpaIM's own weight is small
-        table, mean = even.predict(draws=100), np.mean([run.predict(draws=20).X for run in runs], 0)
+        table, mean = even.predict(draws=40), np.mean([run.predict(draws=20).X for run in runs], 0)
         assert np.corrcoef(table.X.ravel(), mean.ravel())[0, 1] > 0.97  # rows are where they belong
 
 
