@@ -136,6 +136,7 @@ def score_grid(
         )
     return score.numpy()
 
+
 def learn_parameters(
     likelihood: "Likelihood", inner_genes: list[tuple[Tensor, Tensor]], z: NDArray[np.float64]
 ) -> dict[str, list[float]]:

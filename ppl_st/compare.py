@@ -175,7 +175,7 @@ def _tables(
             logs.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], genes))
         table = pd.concat(tables).set_axis(pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"]))
         entries = {run.method: pd.concat(logs, axis=1)}
-        seconds = run.record.get("start_seconds", 0.0) + run.record["seconds"]
+        seconds = run.record["start_seconds"] + run.record["seconds"]
         found = {run.method: table.assign(seconds=seconds, peak_gb=run.record["peak_memory_bytes"] / 1e9)}
     return {
         name: table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table

@@ -282,20 +282,9 @@ class ImageRun(Run):
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
         return np.arange(len(self.genes)) if genes is None else super()._index(genes)
 
-    def predict(self, genes: Any = None, *, target: Any = None, **options: Any) -> ad.AnnData:
-        """See `ppl_st.posterior.Run.predict`; a ``target`` is what `at` makes of it."""
-        return super().predict(genes, **options) if target is None else self.at(target).predict(genes, **options)
-
-    def write(self, path: str | Path, genes: Any = None, *, target: Any = None, **options: Any) -> tuple[int, int]:
-        """See `ppl_st.posterior.Run.write`; a ``target`` is what `at` makes of it."""
-        return super().write(path, genes, **options) if target is None else self.at(target).write(path, genes, **options)
-
-    def write_samples(self, path: str | Path, genes: Any, draws: int, seed: int = 0, *, target: Any = None, **options: Any) -> None:
-        """See `ppl_st.posterior.Run.write_samples`; a ``target`` is what `at` makes of it."""
-        if target is None:
-            super().write_samples(path, genes, draws, seed, **options)
-        else:
-            self.at(target).write_samples(path, genes, draws, seed, **options)
+    def _other(self, target: str | Path | ad.AnnData | None) -> tuple[Run, Any, Counts]:
+        other = self if target is None else self.at(target)
+        return other, other.data, other.target
 
     def _at_labels(self, section: Section, label: NDArray[Any], names: NDArray[np.str_]) -> "ImageRun":
         flat, (i, j) = label.ravel(), np.indices(label.shape).reshape(2, -1) + 0.5

@@ -134,17 +134,16 @@ class Run:
             on average) and ``var["nominal_level"]``.
             Of a method with metagenes also ``varm``, their profiles; ``uns["units"]`` says what each table is.
         """
-        data, counts = (self.data, self.target) if target is None else self._other(target)
+        run, data, counts = self._other(target)
         index = self._index(genes)
-        predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
-        chains = predictor.chains
+        predictor = run.module.Predictor(run.pair, data, run.config, run.spec)
         observed = None if truth is None else matched(self.counts_of(truth), counts, self.genes[index])
-        ends, maps, mass = self._correction(index, draws)
+        ends, maps, mass = run._correction(index, draws)
         summary, scores = posterior_predictive(
-            predictor, chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, ends=ends, mass=mass,
+            predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed, ends=ends, mass=mass,
             factor=_factor(counts, self.genes) if lognorm else None,
         )  # fmt: skip
-        result = self._table(summary, index, counts, ends)
+        result = run._table(summary, index, counts, ends)
         result.uns["ppl_st"] = json.dumps(self.manifest | {"draws": draws})
         if scores is not None and observed is not None:
             result.var = result.var.join(_score_columns(scores, observed, result.var_names, ends, maps))
@@ -152,12 +151,12 @@ class Run:
                 result.layers[name] = getattr(scores, name)
         if samples:
             kept = np.zeros((samples, *result.shape), dtype=np.float32)
-            for rows, drawn in count_draws(predictor, chains, index, draws=samples, seed=seed, memory_gb=memory_gb):
+            for rows, drawn in count_draws(predictor, predictor.chains, index, draws=samples, seed=seed, memory_gb=memory_gb):
                 kept[:, rows] = drawn
             for k in range(samples):
                 result.layers[f"sample_{k}"] = kept[k]
-        if target is None:
-            obsm, obs = self.module.quantities(self.pair, self.data, self.config, self.spec)
+        if data is run.data:
+            obsm, obs = run.module.quantities(run.pair, data, run.config, run.spec)
             result.obsm.update(obsm)
             result.obs = result.obs.assign(**obs)
         return result
@@ -177,14 +176,14 @@ class Run:
 
         ``say`` gets lines about size and progress.
         """
-        data, counts = (self.data, self.target) if target is None else self._other(target)
+        run, data, counts = self._other(target)
         index = self._index(genes)
-        predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
-        ends = None if self.recalibration is None else self.recalibration.ends_of(self.reference_mean[index])
-        own, talk = target is None, say or (lambda line: None)
+        predictor = run.module.Predictor(run.pair, data, run.config, run.spec)
+        ends = None if run.recalibration is None else run.recalibration.ends_of(self.reference_mean[index])
+        own, talk = data is run.data, say or (lambda line: None)
         if counts.xy is None and self.target.xy is not None:
             talk(f"target ({counts.source}): no usable coordinates (obsm['spatial']), which those of the fit have; neighbors in space are not used")
-        return write_prediction(self, path, predictor, index, counts, ends, own=own, draws=draws, seed=seed, memory_gb=memory_gb, say=talk)
+        return write_prediction(run, path, predictor, index, counts, ends, own=own, draws=draws, seed=seed, memory_gb=memory_gb, say=talk)
 
     def write_samples(
         self,
@@ -197,9 +196,9 @@ class Run:
         memory_gb: float = 1.0,
     ) -> None:
         """Write ``count[sample, cell, gene]``, joint posterior predictive draws, as a zarr store, block by block."""
-        data, counts = (self.data, self.target) if target is None else self._other(target)
+        run, data, counts = self._other(target)
         index = self._index(genes)
-        predictor = self.module.Predictor(self.pair, data, self.config, self.spec)
+        predictor = run.module.Predictor(run.pair, data, run.config, run.spec)
         blocks = count_draws(predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb)
         write_samples(path, counts.names, self.genes[index], draws, blocks, self.manifest, memory_gb)
 
@@ -397,8 +396,9 @@ class Run:
         maps = self.recalibration.maps_of(known)
         return self.recalibration.ends_of(known), maps, np.diff(_at(np.linspace(0, 1, draws + 1), maps), axis=0)
 
-    def _other(self, target: str | Path | ad.AnnData) -> tuple[Any, Counts]:
-        return self.new_cells(self.counts_of(target, role="target"))
+    def _other(self, target: str | Path | ad.AnnData | None) -> "tuple[Run, Any, Counts]":
+        """The run to ask, the problem (its own, or one of new cells) and the cells to predict."""
+        return (self, self.data, self.target) if target is None else (self, *self.new_cells(self.counts_of(target, role="target")))
 
     def _table(self, summary: Summary, index: NDArray[np.int64], counts: Counts, ends: NDArray[np.float64] | None) -> ad.AnnData:
         moments = (summary.rate_mean.mean(0, dtype=np.float64), summary.rate_mean.var(0, dtype=np.float64))

@@ -70,7 +70,7 @@ class Config:
     gram: Literal["released", "features"] = "released"  # Gram matrices of the style loss; the released ones are inert
     # copies of a minibatch whose profiles lose entries at random; codes="normal": one copy, whole with probability 1 / (1 + augment)
     augment: int = field(default=0, metadata={"ge": 0})
-    augment_zero: float = field(default=0.5, metadata={"ge": 0})  # share of the entries that such a profile loses
+    augment_zero: float = field(default=0.5, metadata={"ge": 0, "le": 1})  # share of the entries that such a profile loses
     batch_genes: int = field(default=0, metadata={"ge": 0})  # genes per minibatch; 0 = all
     inner_steps: int = field(default=150, metadata={"ge": 1})  # training steps of the fit to inner genes that calibrates counts
     fit: FitConfig = FitConfig(steps=20, lr=0.02, clip_norm=1e3, window=10, checkpoint_every=0)
