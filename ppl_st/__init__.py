@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ppl_st.posterior import Run
     from ppl_st.refit import recalibrate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch's threads spin while they wait; on a shared machine that cost a factor of seven (BENCHMARKS.md). Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,7 +9,9 @@ import torch
 from scipy.stats import truncnorm
 
 from ppl_st.inference.hyperpriors import within
+from ppl_st.models import vista
 from ppl_st.models.common.counts import CountLayer, Hyper
+from ppl_st.models.common.predictor import Kept, MapPredictor
 
 SLOPE, LOG_THETA = (1.2, 0.0, 0.3), (0.7, 0.0, 0.5)
 HYPER = Hyper(0.0, 0.0, 1.0, 0.0, 0.0, (0.0, 1.0, 0.3), (0.0, 0.0, 0.0), SLOPE, LOG_THETA, 0.0, [])
@@ -53,6 +55,73 @@ def test_markers_of_rare_types_keep_their_level_in_many_cells():
     assert grown[kind == 0, 0].mean() > 100  # nearly all of a marker is in its type
     off = np.log(level / grown.mean(0))
     assert np.abs(off).max() < 0.2, off
+
+
+def test_markers_of_rare_types_keep_their_level_in_vista():
+    """Its table was a mean over 2,000 cells; and where slope x score is beyond what a rate may be, rates and table agree on that."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(200, size=40_000)
+    place, ones = np.stack([(kind == k) - 1 / 200 for k in range(6)], 1) / np.sqrt(1 / 200), torch.ones(6)
+    counts = sp.csr_matrix(rng.poisson(5.0, (40_000, 6)).astype(np.float32))
+    hyper = SimpleNamespace(mix=0.0, bend=0.0, share=0.0)
+    model = SimpleNamespace(
+        spec=SimpleNamespace(hyper=hyper), process=None, decoder=0.35 * torch.eye(6), own=ones, beside=0 * ones, center=0 * ones,
+        exponents=lambda: ones, level=torch.zeros(6), parent=torch.arange(6),
+    )  # fmt: skip
+    data = SimpleNamespace(counts=counts, measured=counts, usual=np.full(40_000, 30.0))
+    guide = SimpleNamespace(log_scale=torch.full((6,), -5.0))
+    table = vista._levels(model, guide, data, SimpleNamespace(depth=30.0), lambda rows: place[rows], np.random.default_rng(0))
+    model.levels = torch.from_numpy(table).float()
+    log_total = torch.from_numpy(counts.toarray().sum(1)).log()
+    for slope, allowed in ((1.0, 0.3), (2.0, 0.4)):
+        score = torch.from_numpy(place).float() @ model.decoder
+        rate = vista.Model.log_rate_at(model, {"slope": slope * ones}, score, log_total, log_total * 0 + np.log(30.0), torch.arange(6)).exp()
+        off = (rate.sum(0) / log_total.exp().sum()).log()
+        assert off.abs().max() < allowed, off
+    assert (2 * score).max() > 9  # clamped at 8
+
+
+def test_draws_of_many_genes_are_made_once_for_all_blocks_of_cells():
+    """With 1,024 genes and 500 places the draws were thrown away before the next block of cells asked for them."""
+    made = []
+    counts = np.ones((4, 1024))
+    layer = CountLayer(problem(counts), HYPER, 500)
+
+    def codes(drawn, genes):
+        made.append(int(drawn["gene_key"]))
+        return torch.zeros(1, 1).expand(500, len(genes))
+
+    guide = SimpleNamespace(
+        counts=layer, codes=codes, mean_codes=lambda genes: (torch.zeros(500, len(genes)), torch.zeros(500, len(genes))),
+        cell_noise=lambda genes: None, place=lambda data, rows: np.ones((len(rows), 500), np.float32),
+    )  # fmt: skip
+    predictor = MapPredictor([None], [guide], problem(counts), 0.0, "poisson")
+    drawn = [{"log_gain": layer.log_gain_loc, "slope": layer.slope_loc, "gene_key": torch.tensor(d)} for d in range(100)]
+    for batch in predictor.blocks(2):
+        local = predictor.local(batch, 0)
+        for one in drawn:
+            predictor.count_dist(batch, 0, one, local, torch.arange(1024))
+    assert made == list(range(100))
+
+
+def test_what_is_kept_has_a_bound_and_is_still_of_use_beyond_it():
+    """More than fits, asked for in turn: whatever is thrown away when all is full, or least recently used, would be all of it."""
+    kept, made = Kept(40), []
+    for _ in range(3):
+        for block in range(10):  # x 4 draws x 2 numbers
+            for draw in range(4):
+                found = kept(torch.tensor([block, block]), draw, lambda block=block, draw=draw: made.append(1) or torch.tensor([block, draw]))
+                assert found.tolist() == [block, draw]
+                assert kept.size == sum(one.numel() for part in kept.blocks.values() for one in part.values()) <= 40
+    assert len(made) <= 40 + 2 * 24  # of 120
+    wide, made = Kept(10), []
+    for _ in range(3):
+        for block in (0, 1):  # each more than half of what is kept
+            for draw in range(7):
+                wide(torch.tensor([block]), draw, lambda: made.append(1) or torch.zeros(1))
+    assert len(made) < 32  # of 42
+    few = Kept(4)
+    assert [few(torch.tensor([0]), draw, lambda draw=draw: torch.full((3,), draw))[0].item() for draw in (0, 1, 0)] == [0, 1, 0] and few.size == 3
 
 
 def test_a_measured_gene_that_shows_little_has_the_hyper_prior():

@@ -5,8 +5,8 @@ r"""From a standardised map f of a gene to its counts.
     rate_ig = depth_i exp(log_gain_g + slope_g v_ig - c_g(slope_g)) exp(d_ig - var(d_ig) / 2)
     x_ig    ~ NB(rate_ig, theta_g)
     depth_i ~ total_i + a T, T the usual total in the cell's section: posterior mean of a depth that is Gamma over cells, known from a total over all
-              genes of the target (also those that the reference lacks); a, chosen on inner genes, is larger the less these say of the others. Scaled
-              so that its sum is that of the counts of the shared genes
+              genes of the target (also those that the reference lacks); a, chosen on inner genes (as counts: a T), is larger the less these say of
+              the others. Scaled so that its sum is that of the counts of the shared genes
     c_g(b)  = log of the mean of exp(b v_ig) over cells of the fit, weighted by their depths
     bend(m) = log(1 + k m) / k (its argument kept above 0; k = 0: m itself), so exp(slope bend(m)) = (1 + k m)^(slope / k)
 
@@ -16,7 +16,7 @@ grows less than the logarithm of an exponential would. k, chosen on inner genes,
     t_g         = its posterior mean + e x what is not known of it      e: how far inner genes' loadings are, over how far they are said to be
     log_gain_g  ~ Normal(a + b z_g, s)     z_g = true log share of the gene in the reference, centered
     b           ~ Normal(1, 1/2)           1: the platforms agree
-    z_g         ~ Normal(m, t), seen with the sampling variance of its reference; both doubts, and those of a and b, widen the level
+    z_g         ~ Normal(m, t), seen through the few counts of its reference; both doubts, and those of a and b, widen the level
     slope_g     ~ Normal(m + m' z_g, s'), floored at 0     a rare marker is on or off, an abundant gene varies by a factor;
     log theta_g ~ Normal(a' + b' z_g, s'')                 both lines stay as they are beyond the inner genes' z
 
@@ -47,7 +47,7 @@ from scipy.interpolate import CubicSpline
 from scipy.special import logsumexp
 from torch import Tensor
 
-from ppl_st.inference.hyperpriors import random_effects, score_nb, within
+from ppl_st.inference.hyperpriors import MIN_SCALE, random_effects, score_nb, within
 from ppl_st.models.common.cells import Problem, all_counts, log_shares
 from ppl_st.models.common.process import Process
 
@@ -61,6 +61,8 @@ OWN_ENTRIES = 1_500_000  # cells x genes, on which measured genes learn slope an
 OWN_SD = 0.02  # of level, slope and log theta of measured genes, at least
 LARGEST = 8.0  # |slope f| is clamped: no cell is e^8 away from the mean
 NODES = 7  # of the quadrature over what is not known of a map
+SHARE_NODES = np.linspace(-16.0, 8.0, 61)[:, None]  # of a posterior with a long tail below, in its sd at the mode
+SHARE_STEPS = 12  # of EM
 
 
 def quadrature(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -125,10 +127,33 @@ def depths(totals: NDArray[np.float64], relative: NDArray[np.float64], depth_pri
 
 
 def true_shares(data: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Posterior mean and variance of every gene's true log share in the reference [G], under a normal prior over genes."""
-    mean, scale = random_effects(data.log_share, data.share_variance)
-    keep = scale**2 / (scale**2 + data.share_variance)
-    return mean + keep * (data.log_share - mean), keep * data.share_variance
+    """`share_posterior` of every gene's log share in the reference [G]."""
+    return share_posterior(data.log_share, data.share_variance)
+
+
+def share_posterior(log_share: NDArray[np.float64], variance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """True log shares of genes from `log_shares` and its sampling variance, all [G]: location z and variance v, such that exp(z + v / 2) is the
+    posterior mean of the share.
+
+    A share is seen as a Poisson count would show it, of so many counts as have its sampling variance (1 / v - 1/2; half of one was added to them), on
+    a grid around the mode; its logarithm is normal over genes, with the mean and sd that this likelihood makes of all of them (EM).
+    """
+    variance = np.maximum(variance, 1e-9)
+    counts, exposure = np.maximum(1 / variance - 0.5, 0.0), np.exp(-log_share) / variance
+    (mean, scale), mode = random_effects(log_share, variance), log_share.copy()
+    for _ in range(SHARE_STEPS):
+        for _ in range(20):  # Newton: the log density is concave
+            expected = exposure * np.exp(mode)
+            mode += np.clip((counts - expected - (mode - mean) / scale**2) / (expected + scale**-2), -1, 1)
+        expected = exposure * np.exp(mode)
+        x = SHARE_NODES / np.sqrt(expected + scale**-2)  # [nodes, G]
+        weight = np.exp(counts * x - expected * np.expm1(x) - (x / 2 + mode - mean) * x / scale**2)
+        weight /= weight.sum(0)
+        shift = (weight * x).sum(0)
+        spread = (weight * np.square(x - shift)).sum(0)
+        mean = (mode + shift).mean()
+        scale = max(np.sqrt((spread + np.square(mode + shift - mean)).mean()), MIN_SCALE)
+    return mode + np.log((weight * np.exp(x)).sum(0)) - spread / 2, spread
 
 
 def smooth(place: NDArray[np.float32], neighbors: sp.csr_matrix | None, share: float) -> NDArray[np.float32]:

@@ -157,10 +157,13 @@ def learn_hyper(
     span = float(at.min()), float(at.max())
     hyper = Hyper(smoothing, share, wide, depth_prior, bent, *levels, slope, theta, center, candidates, span=span)
     hyper = hyper._replace(own_depth=own_depth(tests, hyper, z))
+    if config.depth_prior == "auto":  # a T counts are what was chosen, T without the inner genes; of a larger T it is a smaller part
+        inside = np.mean([t.every.mean() for t in tests])
+        hyper = hyper._replace(depth_prior=float(depth_prior * inside / all_counts(data.counts[rows]).mean()))
     say(
         f"smoothing {smoothing:g}, "
         + (f"{share:.0%} of a process over the reference's cells, " if len(shares) > 1 else "")
-        + f"{wide:.0%} of the maps' doubt, depth ~ total + {depth_prior:g} mean total, bend {bent:g}, "
+        + f"{wide:.0%} of the maps' doubt, depth ~ total + {hyper.depth_prior:.2g} mean total, bend {bent:g}, "
         f"log-normalised at {'its own' if hyper.own_depth else 'the median'} depth; "
         f"gain {hyper.gain[0]:.2f} + {hyper.gain[1]:.2f} log share, sd {hyper.gain[2]:.2f}; "
         f"slope {hyper.slope[0]:.2f} + {hyper.slope[1]:.2f} log share, sd {hyper.slope[2]:.2f}; "
@@ -285,19 +288,24 @@ def level_prior(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """(a, b, s) of gain_g ~ Normal(a + b z_g, s^2 + noise_g + b^2 doubt_g) with b ~ Normal(1, 1/2), and the posterior covariance of a and b.
 
-    s maximises the marginal likelihood (a and b integrated out); b in the variance is the last estimate.
+    s^2 is its mean over a grid of s, weighted by the marginal likelihood (a and b integrated out): the most probable s of a few genes is too small
+    for the next one. b in the variance is the last estimate.
     """
     design, prior = np.column_stack([np.ones_like(z), z]), np.diag([1e-6, AGREEMENT_SD**-2])
-    slope = 1.0
+
+    def fit(s: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Log evidence [k], mean [k, 2] and precision [k, 2, 2] of a and b at k values of s."""
+        weight = 1 / (np.square(s)[:, None] + noise + slope**2 * doubt)  # [k, genes]
+        precision = np.einsum("kg,gi,gj->kij", weight, design, design) + prior
+        mean = np.linalg.solve(precision, ((weight * gains) @ design + prior @ [0.0, 1.0])[..., None])[..., 0]
+        misfit = (weight * np.square(gains - mean @ design.T)).sum(1) + np.square(mean[:, 1] - 1) * prior[1, 1]
+        return (np.log(weight).sum(1) - misfit - np.linalg.slogdet(precision)[1]) / 2, mean, precision
+
+    slope, grid = 1.0, np.geomspace(MIN_SCALE, 3.0, 100)
     for _ in range(5):
-        found = []
-        for s in np.geomspace(MIN_SCALE, 3.0, 100):
-            weight = 1 / (s**2 + noise + slope**2 * doubt)
-            precision = design.T @ (weight[:, None] * design) + prior
-            mean = np.linalg.solve(precision, design.T @ (weight * gains) + prior @ [0.0, 1.0])
-            misfit = (weight * (gains - design @ mean) ** 2).sum() + (mean[1] - 1) ** 2 * prior[1, 1]
-            found.append((misfit - np.log(weight).sum() + np.linalg.slogdet(precision)[1], s, mean, precision))
-        _, s, mean, precision = min(found, key=lambda one: one[0])
+        evidence = fit(grid)[0]
+        s = float(np.sqrt(np.average(np.square(grid), weights=np.exp(evidence - evidence.max()))))
+        _, (mean,), (precision,) = fit(np.array([s]))
         slope = float(mean[1])
     covariance = np.linalg.inv(precision)
-    return (float(mean[0]), slope, float(s)), (float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1]))
+    return (float(mean[0]), slope, s), (float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1]))

@@ -1,6 +1,6 @@
 """The predictive of methods whose map of a gene over cells is place [cells, q] times loadings [q, genes]: rates, draws, closed-form means."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from ppl_st.likelihoods import NegativeBinomial, Poisson
 from ppl_st.models.common.cells import Problem, all_counts, median_depth
 from ppl_st.models.common.counts import LARGEST, NODES, CountLayer, bend, log_mean, quadrature
 
-CACHED = 512, 1e8  # loadings of one draw that are kept for the next block of cells: so many, and entries in all
+CACHED = 1e8  # numbers (400 MB) that are kept for the next block of cells
 QUADRATURE = tuple(tuple(part.tolist()) for part in quadrature(NODES))  # expectation over a standard normal
 
 
@@ -50,6 +50,39 @@ def smoothed_place(guide: MapGuide, data: Any, share: float, rows: NDArray[np.in
     return np.asarray((1 - share) * own + share * (near @ guide.place(data, others.astype(np.int64))), dtype=np.float32)
 
 
+class Kept:
+    """What does not depend on cells, made once per draw and block of genes: at most ``limit`` numbers, but for the first of a block of genes.
+
+    Every block of cells asks for all blocks of genes in turn. So what was asked for last, of other genes, will be needed last: it is the first to go.
+    """
+
+    def __init__(self, limit: float = CACHED) -> None:
+        self.limit, self.size = limit, 0
+        self.blocks: dict[tuple[int, ...], dict[Hashable, Any]] = {}
+
+    def __call__(self, genes: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives for these genes: tensors, or None."""
+        whole = tuple(genes.tolist())
+        block = self.blocks[whole] = self.blocks.pop(whole, {})
+        if key in block:
+            return block[key]
+        with torch.no_grad():
+            found = make()
+        while self.size + _size(found) > self.limit and len(self.blocks) > 1:
+            last = list(self.blocks)[-2]
+            self.size -= _size(self.blocks[last].popitem()[1])
+            if not self.blocks[last]:
+                del self.blocks[last]
+        if not block or self.size + _size(found) <= self.limit:
+            block[key] = found
+            self.size += _size(found)
+        return found
+
+
+def _size(found: Any) -> int:
+    return sum(one.numel() for one in (found if isinstance(found, tuple) else (found,)) if one is not None)
+
+
 class Cells(NamedTuple):
     """A block of cells to predict."""
 
@@ -69,8 +102,7 @@ class MapPredictor:
         self.smoothing, self.likelihood = smoothing, likelihood
         self.n_cells = data.counts.shape[0]
         self.depth = median_depth(data.totals)
-        self.kept: dict[tuple[int, ...], Any] = {}
-        self.width = guides[0].counts.sample.shape[1]
+        self.kept = Kept()
         self.block: tuple[Tensor, tuple[int, ...], tuple[Tensor, Tensor, Tensor]] | None = None
         self.sample: tuple[tuple[int, ...], Tensor] | None = None
         if closed_form:
@@ -108,7 +140,7 @@ class MapPredictor:
         doubtful = difference.any(1).nonzero()
         first = int(doubtful[-1]) + 1 if len(doubtful) else 0  # rows after them are the same in every draw
         deviation = place[:, :first] @ difference[:first]
-        noise = self._keep((-1 - chain, -1), genes, lambda: self.guides[chain].cell_noise(genes))
+        noise = self.kept(genes, (chain, "noise"), lambda: self.guides[chain].cell_noise(genes))
         if noise is not None:
             deviation, spread = deviation.addmm_(torch.randn(len(place), len(noise)), noise), spread + noise.square().sum(0)
         level = drawn["log_gain"][genes] - self._log_mean(chain, int(drawn["gene_key"]), genes, slope)
@@ -153,10 +185,12 @@ class MapPredictor:
         return found
 
     def _mean(self, chain: int, genes: Tensor) -> tuple[Tensor, Tensor]:
-        return self._keep((chain, -1), genes, lambda: self.guides[chain].mean_codes(genes))
+        found: tuple[Tensor, Tensor] = self.kept(genes, (chain, "mean"), lambda: self.guides[chain].mean_codes(genes))
+        return found
 
     def _draw(self, chain: int, drawn: dict[str, Tensor], genes: Tensor) -> Tensor:
-        return self._keep((chain, int(drawn["gene_key"])), genes, lambda: self.guides[chain].codes(drawn, genes))
+        found: Tensor = self.kept(genes, (chain, int(drawn["gene_key"])), lambda: self.guides[chain].codes(drawn, genes))
+        return found
 
     def _log_mean(self, chain: int, key: int, genes: Tensor, slope: Tensor) -> Tensor:
         """c_g(slope_g) [g] of the slopes of draw or node ``key``: log of the mean of exp(slope v) over cells of the fit, weighted by their depths."""
@@ -168,15 +202,5 @@ class MapPredictor:
                 self.sample = which, bend(counts.sample @ self._mean(chain, genes)[0], counts.bend)[0]
             return (counts.weight @ (slope * self.sample[1]).clamp_(-LARGEST, LARGEST).exp_()).log()
 
-        found: Tensor = self._keep((chain, key, 1), genes, make)
+        found: Tensor = self.kept(genes, (chain, key, "level"), make)
         return found
-
-    def _keep(self, key: tuple[int, ...], genes: Tensor, make: Callable[[], Any]) -> Any:
-        """What does not depend on cells is made once per block of genes."""
-        whole = (*key, *genes.tolist())
-        if whole not in self.kept:
-            if len(self.kept) >= min(CACHED[0], CACHED[1] / (len(genes) * self.width)):
-                self.kept.clear()
-            with torch.no_grad():
-                self.kept[whole] = make()
-        return self.kept[whole]

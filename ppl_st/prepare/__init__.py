@@ -86,6 +86,9 @@ def relative_depths(target: Counts, fitted: Counts, library_key: str | None) -> 
 
     A section is what ``obs[library_key]`` names, or all the cells. With d the log ratio of median totals and v its sampling variance, the ratio is
     exp(d (1 - 4 v / d^2)_+): 1 unless the section differs beyond chance, so that a few cells of the fit are predicted as they were among the others.
+
+    Totals alone cannot tell a shallow section from a part of the fit whose cells have few counts (small cells, one type): such a part given as a new
+    target counts as shallow, and its rates differ from those of the same cells in the fit.
     """
     logs, usual = (np.log(np.maximum(one.totals, 1.0)) for one in (target, fitted))
     found = sections(target, library_key)
