@@ -11,7 +11,8 @@ from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.predict import posterior_predictive
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.models import vista
-from ppl_st.models.vista.inner import CENTER, _regressions, _trend
+from ppl_st.models.common.counts import LARGEST
+from ppl_st.models.vista.inner import CENTER, _regressions, _trend, pattern_errors
 from ppl_st.models.vista.levels import interpolate, tabulate
 from ppl_st.models.vista.model import sides
 from ppl_st.simulate import spatial_field
@@ -35,19 +36,23 @@ def test_slopes_and_exponents_of_faint_genes_are_those_of_bright_ones():
         assert abs(shrunk - truth) > 0.05
 
 
-def test_the_level_that_a_slope_adds_is_interpolated_with_its_gradient():
+@pytest.mark.parametrize(("furthest", "atol"), [(1.5, 2e-3), (4.0, 1e-2)])
+def test_the_level_that_a_slope_adds_is_interpolated_with_its_gradient(furthest, atol):
+    """Scores up to 1.5 sd: nothing is clamped at any slope. Beyond, single cells reach the clamp one by one: the level has kinks there."""
     rng = np.random.default_rng(0)
     v, log_total, exponent = rng.normal(0, 1.0, (900, 5)), rng.normal(0, 0.5, 900), np.array([0.2, 0.6, 0.8, 1.0, 1.5])
+    v = v.clip(-furthest, furthest)
     table = torch.from_numpy(tabulate(lambda part: v[:, part], 5, log_total, np.zeros_like(log_total), exponent))
     genes = torch.tensor([4, 0, 2, 3])
     for slopes in ([-0.9, 0.1, 1.3, 4.6], [0.0, 5.0, 2.75, 3.01]):
         slope = torch.tensor(slopes, dtype=torch.float64, requires_grad=True)
         found = interpolate(table, slope, genes)
-        power = torch.from_numpy(exponent[genes] * log_total[:, None]) + slope * torch.from_numpy(v[:, genes])
+        grown = (slope * torch.from_numpy(v[:, genes])).clamp(-LARGEST, LARGEST)
+        power = torch.from_numpy(exponent[genes] * log_total[:, None]) + grown
         exact = torch.logsumexp(power, 0) - torch.logsumexp(torch.from_numpy(log_total), 0)
-        torch.testing.assert_close(found, exact, atol=2e-3, rtol=0)
+        torch.testing.assert_close(found, exact, atol=atol, rtol=0)
         gradients = [torch.autograd.grad(one.sum(), slope)[0] for one in (found, exact)]
-        torch.testing.assert_close(*gradients, atol=2e-2, rtol=0)
+        torch.testing.assert_close(*gradients, atol=2e-2 if furthest == 1.5 else 0.2, rtol=0)
 
 
 def levels_off(run, slope):
@@ -90,7 +95,7 @@ def test_levels_are_those_of_the_spreads_that_were_trained():
     np.testing.assert_allclose(np.log(mean / world.target.X.toarray().mean(0)), 0.0, atol=0.2)  # up to .7 where gains stay
 
 
-@pytest.mark.parametrize(("likelihood", "graph"), [("nb", "prior"), pytest.param("poisson", "none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("likelihood", "graph"), [("nb", "prior"), ("poisson", "none")])
 def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
     """Rates, and log-normalised counts, of measured and unmeasured genes; the mean over 60 draws cost .004 of correlation on osmFISH."""
     world = spatial_field(seed=2, n_cells=200, n_reference=300, n_genes=40, n_panel=24, n_types=5)
@@ -101,7 +106,7 @@ def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
     draw = partial(posterior_predictive, predictor, predictor.chains, genes, seed=0, factor=factor)
     exact = draw(draws=2)[0]
     del predictor.closed_form
-    many, few = (draw(draws=draws)[0] for draws in (1500, 60))
+    many, few = (draw(draws=draws)[0] for draws in (400, 60))
     for name, bias in (("rate_mean", 0.02), ("lognorm_mean", 0.03)):
         ours, theirs, rough = (getattr(one, name) for one in (exact, many, few))
         off = ours / theirs - 1
@@ -130,3 +135,21 @@ def test_genes_of_one_mean_with_more_zeros_in_the_reference_are_more_dispersed_i
         model.spec = spec
         found.append(run.predict(world.truth.var_names, draws=40, truth=world.truth).var["log_score"].mean())
     assert found[0] > found[1] + 0.005, found
+
+
+def test_genes_without_counts_do_not_say_that_patterns_are_right():
+    """Taus of simulated errors, with and without four genes that were never counted: .22 became .02 with four of 80."""
+    rng = np.random.default_rng(0)
+    rows, genes, truth = 1500, 80, 0.3
+    place, score, depth = rng.standard_normal((rows, 10)), rng.standard_normal((rows, genes)), rng.normal(0, 0.3, (rows, genes))
+    waves = np.sqrt(2) * np.cos(rng.uniform(0, 20, (rows, 1)) + rng.uniform(0, 6, 20))
+    mean = 0.3 * np.exp(0.5 * score + depth)
+    counts = rng.poisson(mean * np.exp(place @ rng.normal(0, truth / np.sqrt(10), (10, genes)))).astype(float)
+    found = []
+    for dead in (0, 4):
+        counts[:, :dead] = 0.0
+        fitted = mean * (counts.sum(0) + 0.5) / mean.sum(0)
+        found.append(pattern_errors(counts, fitted, score, depth, [np.arange(genes)], [place], waves))
+    norms = [np.linalg.norm(tau) for tau, _ in found]
+    assert abs(norms[0] - truth) < 0.06 and abs(norms[1] / norms[0] - 1) < 0.1, norms
+    assert abs(found[1][1] - found[0][1]) < 0.05, found

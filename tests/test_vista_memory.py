@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from ppl_st.config import with_overrides
+from ppl_st.data import read_counts
+from ppl_st.inference.ensemble import chains_of
+from ppl_st.models import vista
 from ppl_st.models.vista import closed
-from ppl_st.models.vista.batches import Data
+from ppl_st.models.vista.batches import Batches, Data
+from ppl_st.prepare.vista import problem
+from ppl_st.simulate import spatial_field
 
 P, G, SIDE = 40, 60, 70
 
@@ -96,3 +102,25 @@ def test_nothing_dense_grows_with_the_cells(data, small_blocks):
     assert peak(lambda: closed.second_moments(data, w)) < whole
     read = lambda rows: closed.project(data.counts[rows], data.batch[rows], mine, reads)  # noqa: E731
     assert peak(lambda: closed.moments_over_cells(data.graph, 0.4, read)) < 8 * SIDE**2 * 100 / 2
+
+
+def test_levels_of_measured_genes_are_summed_over_blocks(monkeypatch):
+    """2,000 cells and all their neighbors were made dense at once: 5 GB for a panel of 5,000 genes."""
+    world = spatial_field(seed=1, n_cells=400, n_reference=200, n_genes=30, n_panel=20)
+    config = with_overrides(vista.PRESETS["default"], ["penalty=3", "reweight=false", "process=0", "neighbors=6"])
+    sides = read_counts(world.target, role="target"), read_counts(world.reference, role="reference", need_spatial=False)
+    data = problem(*sides, config, lambda line: None)[0]
+    pair, _ = vista.start(data, config, 0, lambda line: None)
+    before = chains_of(pair)[0].guide.log_gain_loc.detach().clone()
+    sizes, made = [], Batches.of
+    monkeypatch.setattr(Batches, "of", lambda self, rows: sizes.append(len(rows)) or made(self, rows))
+    gains = []
+    for block in (48, 1000):
+        monkeypatch.setattr(vista, "BLOCK", block)
+        chains_of(pair)[0].guide.log_gain_loc.data.copy_(before)
+        sizes.clear()
+        vista.select(pair, data, config, 0)
+        gains.append(chains_of(pair)[0].guide.log_gain_loc.detach()[data.panel].numpy())
+        assert max(sizes) == min(block, 400) and sum(sizes) == 400
+    np.testing.assert_allclose(gains[0], gains[1], atol=0.02)  # other draws of the states
+    assert np.abs(gains[0] - before[data.panel].numpy()).max() > 0.02

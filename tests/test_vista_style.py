@@ -15,6 +15,7 @@ from ppl_st.errors import UserError
 from ppl_st.simulate import spatial_field
 
 HERE, EVERYWHERE = 4.0, 3.0
+FAST = ["chains=1", "penalty=3", "reweight=false", "process=0", "fit.steps=4", "batch_cells=64", "neighbors=6"]
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,12 @@ def test_the_command_line_asks_for_a_condition_by_its_value(world, tmp_path):
         np.testing.assert_allclose(found, style.predict(world.genes, draws=5).layers["rate_mean"], rtol=1e-4)
     refused = predict("sick")
     assert refused.exit_code == 2 and "it has ill, well" in refused.stderr
+
+
+def test_a_cell_decoded_as_reference_has_the_reference_levels():
+    world = spatial_field(seed=5, n_cells=400, n_reference=400, n_genes=40, n_panel=25, n_types=4, rho=4, platform_sd=1.5)
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=FAST)
+    genes = list(run.genes)
+    level = np.log(run.as_reference().predict(genes, draws=20).X.mean(0))
+    reference = np.log(np.asarray(world.reference.X.mean(0)).ravel())
+    assert np.abs(level - reference).mean() < 0.35 < 0.8 < np.abs(np.log(run.predict(genes, draws=5).X.mean(0)) - reference).mean()

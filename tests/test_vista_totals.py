@@ -7,6 +7,7 @@ import torch
 from test_vista_inner import levels_off
 
 import ppl_st
+from ppl_st.config import with_overrides
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.models import vista
@@ -82,6 +83,33 @@ def test_the_level_of_a_layer_is_as_unsure_as_its_counts_are_few():
     sd = torch.stack(rates).log().std(0).numpy()  # [cells, genes]
     assert sd[:, :9].max() < 1e-6
     np.testing.assert_allclose(sd[:, 9:], np.tile(model.level_variance[genes[9:]].sqrt(), (3, 1)), rtol=0.1)
+
+
+@pytest.mark.parametrize("platform", ["hierarchical", "none"])
+def test_genes_and_layers_that_a_reference_hardly_shows_have_the_mean_of_their_share(platform, monkeypatch):
+    """Shares are known as logarithms: their mean is above exp of where these lie. By that much levels without a gain would be too low, those of
+    layers too high or low (.56, 1.5), as their gene showed more counts than they or fewer."""
+    monkeypatch.setattr(vista, "MIN_INNER_PANEL", 99)
+    rng, genes, panel, cells = np.random.default_rng(0), 3000, 40, 150
+    share = np.exp(rng.normal(0, 2.0, genes))
+    share[:panel] = share[:panel].clip(np.median(share))
+    share = np.concatenate([share, share * np.exp(rng.normal(-1, 2.0, genes))]) / share[:panel].sum()  # levels are per count of the panel
+    reference = rng.poisson(20 * rng.lognormal(0, 0.3, (40, 1)) * share)
+    counts, whole = rng.poisson(2000 * rng.lognormal(0, 0.3, (cells, 1)) * share[:panel]), np.zeros(cells, np.int64)
+    matrix = lambda x: sp.csr_matrix(x.astype(np.float32))  # noqa: E731
+    data = vista.Data(
+        matrix(counts), matrix(np.zeros((cells, 0))), matrix(reference), np.arange(panel), np.zeros((cells, 0), np.float32),
+        matrix(np.zeros((cells, cells))), whole, whole[:40], np.tile(np.arange(genes), 2), np.full(cells, 2000.0),
+    )  # fmt: skip
+    config = with_overrides(vista.PRESETS["default"], [*FAST, "graph=none", f"platform={platform}"])
+    model, _ = sides(chains_of(vista.start(data, config, 0, lambda line: None)[0])[0])
+    level, variance = (part.numpy().astype(np.float64) for part in (model.level, model.level_variance))
+    # a gain of 0 knows the doubt of the level of its gene, (1 + b)^2 of it with b = 0
+    mean = np.exp(level + (0.5 * variance[data.parent] if platform == "hierarchical" else 0.0))
+    seen, layer, known = reference.sum(0), np.arange(2 * genes) >= genes, ~np.isin(data.parent, data.panel)
+    for some in (~layer & (seen <= 2), layer & (seen <= 2) & (seen[data.parent] > 10), layer & (seen > 5) & (seen[data.parent] <= 2)):
+        some &= known
+        assert some.sum() > 50 and mean[some].sum() / share[some].sum() == pytest.approx(1, abs=0.25), some.sum()
 
 
 def test_a_batch_that_the_fit_does_not_know_is_refused_by_name():

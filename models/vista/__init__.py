@@ -50,7 +50,6 @@ DIFFERENCES from paper and released code
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,9 +64,8 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.randomness import gene_noise, rng_scope
 from ppl_st.inference.svi import Pair
-from ppl_st.models.common.cells import log_shares
 from ppl_st.models.common.counts import bend, log_mean, quadrature
-from ppl_st.models.common.predictor import QUADRATURE
+from ppl_st.models.common.predictor import QUADRATURE, Kept
 from ppl_st.models.common.process import Field
 from ppl_st.models.vista.batches import Batch, Batches, Data, panel_share
 from ppl_st.models.vista.closed import (
@@ -89,7 +87,7 @@ from ppl_st.models.vista.closed import (
     weights,
 )
 from ppl_st.models.vista.config import PRESETS, Config
-from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn
+from ppl_st.models.vista.inner import Hyper, default_hyper, error_loads, learn, levels_of
 from ppl_st.models.vista.levels import interpolate, tabulate
 from ppl_st.models.vista.model import LOG_SCALE, RESERVED, Guide, Model, Spec, build, sides
 from ppl_st.models.vista.process import fit_process, mixed_features, weigh
@@ -102,7 +100,8 @@ __all__ = [
 ]  # fmt: skip
 
 NODES = tuple(zip(*(part.tolist() for part in quadrature(3)), strict=True))  # and their weights
-LEVEL_CELLS, LEVEL_DRAWS = 2000, 30  # over which the mean rate of a gene is taken
+LEVEL_ROWS, LEVEL_CELLS, LEVEL_DRAWS = 2000, 10_000, 30  # over which the mean rate of a gene is taken: cells come again up to the first
+BLOCK, PHI_ROWS = 256, 2048  # cells, with their neighbors, that are made dense, or have features, together
 MIN_INNER_PANEL = 12  # panel genes below which nothing is held out to learn settings from
 
 
@@ -122,17 +121,15 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     if config.map == "closed" and len(data.panel) >= MIN_INNER_PANEL:
         hyper = learn(data, likelihood, fixed, seed, say)
     else:
-        hyper = default_hyper(data, likelihood, fixed)
+        hyper = default_hyper(data, likelihood, fixed, config.map == "closed")
         if config.map == "closed":
             say(
                 f"{len(data.panel)} shared genes: too few to hold some out (from {MIN_INNER_PANEL} on), so nothing is chosen on them: neighbors "
-                "have no share in a cell's state, the hyper-priors of unmeasured genes are wide"
+                "have no share in a cell's state, the hyper-priors of unmeasured genes are wide but for their levels"
             )
     totals = np.log(totals_of(data.reference))
     codes = range(int(data.reference_batch.max(initial=0)) + 1)
-    library = [
-        [float(part.mean()), float(max(part.std(), 0.05))] for part in (totals[data.reference_batch == b] for b in codes)
-    ]
+    library = [[float(part.mean()), float(max(part.std(), 0.05))] for part in (totals[data.reference_batch == b] for b in codes)]
     mine = moments(data.measured, data.batch)
     panel = [int(g) for g in data.panel]
     spec = Spec(panel, data.measured.shape[1], data.reference.shape[1], len(mine.mean), len(library), library, mine.depth, hyper)
@@ -172,10 +169,11 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
         _write(model.covariate, share)
         _write(model.zeros, theta_of_zeros(data))
         model.parent.copy_(torch.from_numpy(data.parent))
-        level = share - np.log(np.exp(share[data.panel]).sum())
-        _write(model.level, level if "log_gain" in model.priors() else level + panel_share(data))
-        if model.closed:
-            _write(model.level_variance, log_shares(data.reference, data.panel)[1])
+        level, doubt = levels_of(data) if model.closed else (share - np.log(np.exp(share[data.panel]).sum()), np.zeros_like(share))
+        mean, gains = level + 0.5 * doubt, "log_gain" in model.priors()  # gains make up for the doubt of their gene's level
+        own = mean - 0.5 * doubt[data.parent] if gains else mean + panel_share(data)
+        for to, value in ((model.level_variance, doubt), (model.level, own), (model.bias, mean - own if gains else np.zeros_like(own))):
+            _write(to, value)
         for name, value in (("mean", mine.mean), ("sd", mine.sd), ("reference_mean", theirs.mean), ("reference_sd", theirs.sd)):
             _write(getattr(guide, name), value)
         _write(guide.depths, np.array([mine.depth, theirs.depth]))
@@ -231,12 +229,13 @@ def _levels(
 ) -> Floats:
     """Weights of the process, where there is one, and the table of `levels.py`, from some cells and their ``states`` (rows -> [rows, d])."""
     hyper, found = model.spec.hyper, model.process
-    some = rng.permutation(data.counts.shape[0])
-    rows = np.sort(np.resize(some, LEVEL_CELLS) if len(some) < LEVEL_CELLS else some[:LEVEL_CELLS])
+    some = rng.permutation(data.counts.shape[0])[:LEVEL_CELLS]
+    rows = np.sort(np.resize(some, max(len(some), LEVEL_ROWS)))
     distinct, place = np.unique(rows, return_inverse=True)
     decoder, z, phi = model.decoder.numpy().astype(np.float64), states(distinct)[place].astype(np.float64), None
     if found is not None:
-        phi = mixed_features(data, mine, found, hyper.mix, distinct)[place]
+        parts = np.array_split(distinct, -(-len(distinct) // PHI_ROWS))
+        phi = np.concatenate([mixed_features(data, mine, found, hyper.mix, part) for part in parts])[place]
         for name, value in weigh(phi, z, decoder, found, hyper.share, data.panel)._asdict().items():
             _write(getattr(model, name), value)
     own, beside, center = (value.numpy().astype(np.float64) for value in (model.own, model.beside, model.center))
@@ -314,12 +313,13 @@ def select(pair: Pair, data: Data, config: Config, seed: int) -> Pair:
     counts, depth = torch.from_numpy(np.asarray(data.counts.sum(0), dtype=np.float32).ravel()), float(totals_of(data.measured).sum())
     for c, chain in enumerate(chains):
         model, guide = sides(chain)
-        batch = predictor.at(rows)
+        drawn, total, seen = draw_globals([chain], LEVEL_DRAWS, seed), torch.zeros(len(counts)), 0.0
         with torch.no_grad(), rng_scope(seed, "levels", c):
-            local = predictor.local(batch, c)
-            drawn = draw_globals([chain], LEVEL_DRAWS, seed)
-            total = sum(predictor.count_dist(batch, c, one, local, model.panel).mean.sum(0) for one in drawn) / LEVEL_DRAWS
-            every = total * (depth / batch.total[: len(rows)].sum())  # in all cells: of a faint gene some have no count at all
+            for batch in predictor.batches.in_order(BLOCK, rows):
+                local = predictor.local(batch, c)
+                total += sum(predictor.count_dist(batch, c, one, local, model.panel).mean.sum(0) for one in drawn) / LEVEL_DRAWS
+                seen += float(batch.total[: len(batch.rows)].sum())
+            every = total * (depth / seen)  # in all cells: of a faint gene some have no count at all
             guide.log_gain_loc[model.panel] += ((counts + 0.5) / (every + 0.5)).log()
     return pair
 
@@ -328,7 +328,7 @@ def _renew_levels(model: Model, guide: Guide, data: Data, rng: np.random.Generat
     """The table of levels of the trained states; gains of measured genes take up the difference at their slopes."""
     panel, before, every = model.panel, model.levels.clone(), Batches(data, 0, 0, 0)
     with torch.no_grad():
-        states = lambda rows: guide.states(every.of(rows))[0].numpy()  # noqa: E731
+        states = lambda rows: np.concatenate([guide.states(batch)[0].numpy() for batch in every.in_order(BLOCK, rows)])  # noqa: E731
         _write(model.levels, _levels(model, guide, data, moments(data.measured, data.batch), states, rng))
         if "log_gain" in model.priors():
             after, before = (interpolate(table, guide.slope_loc[panel], panel) for table in (model.levels, before))
@@ -358,7 +358,7 @@ class Predictor:
         self.loads = error_loads(spec.hyper, data.waves.shape[1])  # [q + K]
         if config.map == "closed" and config.platform == "hierarchical" and config.likelihood in ("nb", "poisson"):
             self.closed_form = self._closed_form
-        self.noise = lru_cache(maxsize=512)(lambda key, genes: gene_noise(torch.tensor(key), torch.tensor(genes), len(self.loads) + 1))
+        self.kept = Kept()
 
     def blocks(self, max_cells: int) -> Any:
         """Batches that own every cell once."""
@@ -389,9 +389,10 @@ class Predictor:
 
     def count_dist(self, batch: Batch, chain: int, drawn: dict[str, Tensor], local: Local, genes: Tensor) -> Any:
         """p(count | draw): states are drawn here; the error of an unmeasured gene's pattern is the same in all blocks of cells."""
-        model, key, error, beyond = self.models[chain], tuple(genes.tolist()), torch.tensor(0.0), None
+        model, error, beyond = self.models[chain], torch.tensor(0.0), None
         if local.along is not None:
-            noise, doubt = self.noise(int(drawn["gene_key"]), key), self._layer_doubt(model, genes)
+            noise = self.kept(genes, int(drawn["gene_key"]), lambda: gene_noise(drawn["gene_key"], genes, len(self.loads) + 1))
+            doubt = self._layer_doubt(model, genes)
             error = local.along @ noise[:-1] - 0.5 * local.along.square().sum(1, keepdim=True)
             error = error * (1 - model.measured[genes]) + doubt.sqrt() * noise[-1] - 0.5 * doubt
         if local.phi is not None:

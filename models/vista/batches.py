@@ -83,10 +83,11 @@ class Batches:
             shown[np.random.default_rng([self.seed, 8, step]).permutation(len(shown))[:hidden]] = False
         return self._batch(np.sort(seeds), np.sort(reference), shown)
 
-    def in_order(self, max_cells: int) -> Iterator[Batch]:
-        """Every spatial cell once as a seed, every gene visible, no reference cells."""
-        for start in range(0, self.n, max(1, max_cells)):
-            yield self.of(np.arange(start, min(start + max_cells, self.n)))
+    def in_order(self, max_cells: int, rows: NDArray[np.int64] | None = None) -> Iterator[Batch]:
+        """Every spatial cell (or these ``rows``) once as a seed, every gene visible, no reference cells."""
+        rows = np.arange(self.n) if rows is None else rows
+        for start in range(0, len(rows), max(1, max_cells)):
+            yield self.of(rows[start : start + max_cells])
 
     def of(self, rows: NDArray[np.int64]) -> Batch:
         """These spatial cells as seeds, every gene visible, no reference cells."""

@@ -1,10 +1,10 @@
 r"""What inner held-out genes teach: settings of the closed-form map, and the hyper-priors of genes that nobody measured.
 
 Panel genes are hidden from the map in folds and predicted in the target: exactly the situation of an unmeasured gene. On them are chosen the
-penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, ``common`` and then the share of the process over the
-reference's cells (`process.py`); learned on them are the hyper-priors of
-gain (level in the target over level in the reference), slope (how much of the predicted log fold change shows in the target) and of the
-likelihood's parameters. Their covariate is the log share in the reference; the likelihood's parameters have the gene's zeros there as well
+penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, ``common`` and the share of the process over the reference's
+cells (`process.py`); learned on them are the hyper-priors of gain (level in the target over level in the reference),
+slope (how much of the predicted log fold change shows in the target) and of the likelihood's parameters. Their covariate is the log share in the
+reference, for gains what is known of it (`levels_of`); the likelihood's parameters have the gene's zeros there as well
 (`closed.theta_of_zeros`). A score is bent (`ppl_st.models.common.counts.bend`) before its slope makes a log rate of it.
 
 ERROR OF A PATTERN. What the map gets wrong of a gene is not wrong anew in every cell: the gene is too high in one kind of cells, or in one part
@@ -20,7 +20,7 @@ estimate e_gk with noise, over-dispersion included; tau_k maximises their likeli
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,7 +30,7 @@ from scipy.special import logsumexp
 
 from ppl_st.inference.hyperpriors import learn_parameters, random_effects, score_nb
 from ppl_st.models.common.cells import log_shares
-from ppl_st.models.common.counts import LOG_THETA, bend
+from ppl_st.models.common.counts import LOG_THETA, bend, share_posterior
 from ppl_st.models.common.inner import BENDS, SHARES, climb, dead_genes, level_prior
 from ppl_st.models.vista.batches import Data, panel_share, shares
 from ppl_st.models.vista.closed import (
@@ -64,6 +64,7 @@ JUDGED = 60  # inner genes of a fold, at most
 CELLS = 2000  # target cells in which inner genes are judged
 REFERENCE = 10_000  # reference cells that inner genes are predicted from
 DRAWS = 4
+LEAST_COUNTS = 3  # of a gene that says how patterns err
 CENTER, PRECISION = np.array([0.0, 0.0, 1.0]), np.array([1e-3, 1.0, 1.0])  # of level, slope and exponent in the regression of one gene
 LEAST_KEPT = 0.05
 EXPONENTS = (0.2, 1.5)  # a gene's exponent of depth lies within
@@ -82,7 +83,7 @@ class Hyper(NamedTuple):
     depth: list[float]  # exponent of a cell's total in the rate of a gene: mean, slope by covariate
     bend: float  # of a gene's score in its log rate
     covariate_mean: float  # of the log share in the reference
-    gain: list[float]  # log gain of an unmeasured gene: mean, slope by covariate, sd (also takes up the share of the panel in the depth)
+    gain: list[float]  # log gain of an unmeasured gene: mean, slope by its level, sd (also takes up the share of the panel in the depth)
     gain_covariance: list[float]  # of the first two: aa, ab, bb
     slope: list[float]  # slope: mean, slope by covariate, sd
     parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slopes by covariate and by `theta_of_zeros`, sd
@@ -90,6 +91,8 @@ class Hyper(NamedTuple):
     error: list[float]  # tau [q]: sd of the error of a gene's log rate along each direction
     wave_error: float  # tau_w
     candidates: list[dict[str, float]]  # settings tried, with their mean correlation on inner genes
+    level_mean: float  # of `levels_of` among the genes that taught the gains
+    span: list[float]  # of log share and of `theta_of_zeros` among the inner genes, [4], both centered: lines in them end there
 
 
 class _Scores(NamedTuple):
@@ -202,19 +205,35 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
     return _hyper_priors(data, likelihood, chosen, judged, with_process(share), depth, mixed, rows, candidates, seed, say)
 
 
+def levels_of(data: Data) -> tuple[Floats, Floats]:
+    """`share_posterior` of every gene's log share of the reference's panel counts [G]: exp(location + variance / 2) sums to 1 over the panel."""
+    location, variance = share_posterior(*log_shares(data.reference, data.panel))
+    return location - logsumexp((location + 0.5 * variance)[data.panel]), variance
+
+
 def _standardised(x: Floats) -> Floats:
     return np.asarray((x - x.mean(0)) / np.maximum(x.std(0), 1e-9))
 
 
-def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None]) -> Hyper:
-    """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors, and no share of the neighbors."""
+def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], closed: bool) -> Hyper:
+    """Where nothing can be learned (a tiny panel, or the published settings): wide hyper-priors, and no share of the neighbors. Levels (of a
+    ``closed`` map) hang on nothing that is fitted and are learned from all genes of the panel."""
     parameters = {name: [loc, 0.0, 0.0, scale] for name, (loc, scale) in likelihood.priors.items()}
-    center = float(log_share(data).mean())
+    share, gain, covariance, loud, level_mean = log_share(data), [panel_share(data), 0.0, 1.0], [0.0, 0.0, 0.0], 1, 0.0
     known = {name: value or 0.0 for name, value in fixed.items()} | {"penalty": fixed["penalty"] or 3.0}
-    gain = [panel_share(data), 0.0, 1.0]
+    if closed:
+        level, noise = log_shares(data.counts, np.arange(len(data.panel)))
+        z, unsure = (one[data.panel] for one in levels_of(data))
+        level_mean = float(z.mean())
+        alive = _alive(data.counts, data.reference[:, data.panel])
+        (a, b, sd), found = level_prior(*(one[alive] for one in (level - level_mean, noise, z - level_mean, unsure)))
+        gain, covariance = [panel_share(data) + a, b - 1, sd], list(found)
+        loadings = directions_above_noise(data, moments(data.measured, data.batch), np.random.default_rng(0))
+        loud = max(1, int((loadings != 0).any(0).sum()))
     return Hyper(
-        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0, center,
-        gain, [0.0, 0.0, 0.0], [0.5, 0.0, 0.5], parameters, 0.0, [ERROR] * DIRECTIONS, ERROR, [],
+        known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0,
+        float(share.mean()), gain, covariance, [0.5, 0.0, 0.5], parameters, 0.0,
+        [ERROR / np.sqrt(loud)] * DIRECTIONS, ERROR, [], level_mean, [-99.0, 99.0, -99.0, 99.0],
     )  # fmt: skip
 
 
@@ -265,25 +284,27 @@ def _hyper_priors(
     z = share[data.panel[genes]] - share.mean()
     design = np.column_stack([np.ones_like(z), z])
     exponent = _trend(design, free[:, 2], variance[:, 2])
-    # Level: counts per count of the target over the same of the reference; regression on the covariate, then the random effect around it. Both sides
-    # are estimates; a gene without a count on one of them is a probe that fails, or out of reach, and says nothing of levels.
+    # Level: counts per count of the target; regression on the same of the reference, then the random effect around it. Both sides are estimates; a
+    # gene without a count on one of them is a probe that fails, or out of reach, and says nothing of levels.
     gains = np.log((counts.sum(0) + 0.5) / (np.exp(offset + depth).sum(0) + 0.5))
-    alive = (counts.sum(0) > 0) & (panel[genes] > 0.5)
+    alive = _alive(counts, panel[genes] - 0.5)
     if not alive.all():
         say(dead_genes(int((~alive).sum())))
-    alive |= alive.sum() < 3
-    unsure = log_shares(data.reference, data.panel)[1][data.panel[genes]]
-    (level, tilt, gain_sd), covariance = level_prior(*(one[alive] for one in (gains + z, np.maximum(variance[:, 0], 1e-6), z, unsure)))
+    x, unsure = (one[data.panel[genes]] for one in levels_of(data))
+    level_mean, seen_level = float(x.mean()), gains + np.log(panel / panel.sum())[genes]
+    of_counts = np.maximum(variance[:, 0], 1e-6)
+    (level, tilt, gain_sd), covariance = level_prior(*(one[alive] for one in (seen_level - level_mean, of_counts, x - level_mean, unsure)))
     trend = _trend(design, free[:, 1], np.maximum(variance[:, 1], 1e-6))
     shift, slope_sd = random_effects(free[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
     slope = [float(trend[0] + shift), float(trend[1]), float(slope_sd)]
     fitted = _rates(found, scores, depth, offset)
     waves = data.waves[rows].astype(np.float64)
     error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
-    gain = [level, tilt - 1, gain_sd]
+    gain, flicker = [level, tilt - 1, gain_sd], zeros[data.panel[genes]] - zeros.mean()
+    span = [float(end) for one in (z, flicker) for end in (one.min(), one.max())]
     hyper = Hyper(
-        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], chosen["share"],
-        exponent.tolist(), bent, float(share.mean()), gain, list(covariance), slope, {}, float(zeros.mean()), *error, candidates,
+        chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], chosen["share"], exponent.tolist(), bent,
+        float(share.mean()), gain, list(covariance), slope, {}, float(zeros.mean()), *error, candidates, level_mean, span,
     )  # fmt: skip
     exponents = np.clip(design @ exponent, *EXPONENTS)
     along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]
@@ -297,7 +318,7 @@ def _hyper_priors(
         rate = np.exp(np.clip(log_rate, -20, 20))
         draws.append(rate * (counts.sum(0) + 0.5) / (rate.sum(0) + 0.5))
     inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
-    parameters = learn_parameters(likelihood, inner_genes, np.stack([z, zeros[data.panel[genes]] - zeros.mean()]))
+    parameters = learn_parameters(likelihood, inner_genes, np.stack([z, flicker]))
     say(
         f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f} + {slope[1]:.2f} log share, "
         f"sd {slope[2]:.2f}; depth {exponent[0]:.2f} + {exponent[1]:.2f} log share; bend {bent:g}; "
@@ -305,6 +326,13 @@ def _hyper_priors(
         + f"; pattern error {np.linalg.norm(hyper.error):.2f} along directions, {hyper.wave_error:.2f} in space"
     )
     return hyper._replace(parameters=parameters)
+
+
+def _alive(counts: Any, reference: Any) -> NDArray[np.bool_]:
+    """Genes with a count on both sides, or all if these are fewer than 3; counts [n, genes] and [m, genes], or their sums."""
+    target, other = (np.asarray(one.sum(0)).ravel() if one.ndim == 2 else one for one in (counts, reference))
+    alive = (target > 0) & (other > 0)
+    return alive if alive.sum() >= 3 else np.ones_like(alive)
 
 
 def _trend(design: Floats, values: Floats, doubt: Floats) -> Floats:
@@ -315,7 +343,7 @@ def _trend(design: Floats, values: Floats, doubt: Floats) -> Floats:
 
 def _rates(found: Floats, scores: Floats, depth: Floats, offset: Floats) -> Floats:
     """Rates [rows, genes] that a regression fitted."""
-    return np.asarray(np.exp(np.clip(offset + found[:, 0] + found[:, 1] * scores + found[:, 2] * depth, -20, 15)))
+    return np.asarray(np.exp(np.clip(offset + found[:, 0] + found[:, 1] * scores + found[:, 2] * depth, -20, 17)))
 
 
 def _evidence(counts: Floats, found: Floats, scores: Floats, depth: Floats, offset: Floats) -> float:
@@ -335,7 +363,8 @@ def pattern_errors(
     """tau [q] and tau_w from counts and rates that were fitted with level, slope and depth [rows, genes]; the genes ``parts[k]`` have the places
     ``places[k]`` [rows, q].
 
-    What level, slope and depth of a gene could take up is taken out of t and w first: of that part its residuals say nothing.
+    What level, slope and depth of a gene could take up is taken out of t and w first: of that part its residuals say nothing. A gene without counts
+    would be sure of an error of 0.
     """
     q, genes = places[0].shape[1], counts.shape[1]
     loud, k = max(int((np.abs(t).max(0) > 0).sum()) for t in places), waves.shape[1]
@@ -354,8 +383,10 @@ def pattern_errors(
             if k:
                 total[g], rough[g] = np.square(score[loud:]).sum(), variance[loud:].sum()
                 size[g] = max(float(np.square(information[loud:, loud:]).sum()) / k, 1e-9)
-    tau = np.array([random_effects(e, v, center=0.0)[1] for e, v in zip(estimate, noise, strict=True)])
-    left, doubt = (total - rough - tau**2 @ crossed) / size, rough / size
+    seen = counts.sum(0) >= LEAST_COUNTS
+    seen |= seen.sum() < 3
+    tau = np.array([random_effects(e, v, center=0.0)[1] for e, v in zip(estimate[:, seen], noise[:, seen], strict=True)])
+    left, doubt = ((total - rough - tau**2 @ crossed) / size)[seen], (rough / size)[seen]
     wave = float(np.sqrt(np.clip(np.average(left, weights=1 / np.square(0.05 + doubt)), 0.0, 1.0))) if k else 0.0
     return [*tau.tolist(), *[0.0] * (q - loud)], wave
 
@@ -371,7 +402,7 @@ def _regressions(counts: Floats, predicted: Floats, depth: Floats, offset: Float
         beta = np.array([np.log((counts[:, g].sum() + 0.5) / (np.exp(offset[..., g] + depth[:, g]).sum() + 0.5)), 0.0, 1.0])
         mu, hessian = np.ones(n), prior
         for _ in range(25):
-            mu = np.exp(np.clip(offset[..., g] + x @ beta, -20, 15))
+            mu = np.exp(np.clip(offset[..., g] + x @ beta, -20, 17))
             hessian = x.T @ (x * mu[:, None]) + prior
             step = np.linalg.solve(hessian, x.T @ (counts[:, g] - mu) - prior @ (beta - CENTER))
             beta = beta + np.clip(step, -1, 1)

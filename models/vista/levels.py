@@ -3,9 +3,10 @@ r"""The level of a gene apart from its slope: what exp(slope v) adds to its mean
     log rate_ig = log D_i + a_g log(t_i / D_i) + level_g + log_gain_g + k_g v_ig - c_g(k_g),        v_ig = bend(score_ig)
     c_g(k)      = log mean_i D_i (t_i / D_i)^a_g exp(k v_ig) - log mean_i t_i                   over cells of the fit and draws of their states
 
-so that log_gain_g is the log of the gene's counts per count of the target less the same of the reference, whatever its slope and exponent: what a
-hyper-prior can know. D_i is the median total in the cell's section: a section that is shallower as a whole has fewer counts of every gene. c_g is
-tabulated at `KNOTS` with its derivative, and interpolated by cubics (Hermite).
+so that log_gain_g is the log of the gene's counts per count of the target less what is known of the same in the reference, whatever its slope
+and exponent: what a hyper-prior can know. D_i is the median total in the cell's section: a section that is shallower as a whole has fewer counts
+of every gene. c_g is tabulated at `KNOTS` with its derivative, and interpolated by cubics (Hermite). k_g v_ig is clamped to +- `LARGEST`, here
+and in the rate.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from ppl_st.models.common.counts import LARGEST
 from ppl_st.models.vista.closed import Floats
 
 STEP = 0.5
@@ -28,12 +30,13 @@ def tabulate(scores: Callable[[slice], Floats], genes: int, log_total: Floats, l
         v = scores(part)
         base = log_usual[:, None] + exponent[part] * (log_total - log_usual)[:, None]
         for k, slope in enumerate(KNOTS):
-            power = base + slope * v
+            grown = (slope * v).clip(-LARGEST, LARGEST)
+            power = base + grown
             top = power.max(0)
             weight = np.exp(power - top)
             total = weight.sum(0)
             table[0, k, part] = top + np.log(total / len(v)) - usual
-            table[1, k, part] = (weight * v).sum(0) / total
+            table[1, k, part] = (weight * np.where(np.abs(grown) < LARGEST, v, 0.0)).sum(0) / total
     return table
 
 

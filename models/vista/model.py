@@ -14,7 +14,7 @@ from ppl_st.inference.adversary import Kind, generator_loss, logits
 from ppl_st.inference.hyperpriors import within
 from ppl_st.inference.svi import Pair
 from ppl_st.likelihoods import NegativeBinomial
-from ppl_st.models.common.counts import bend
+from ppl_st.models.common.counts import LARGEST, bend
 from ppl_st.models.common.process import Field, unit
 from ppl_st.models.vista.batches import Batch, mixed, neighbor_mean
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
@@ -28,7 +28,7 @@ RESERVED = (
     "log_gain", "slope", "reference_log_theta", "z", "z_reference", "z_context", "z_graph", "log_library", "x", "x_reference", "cells",
     "reference", "context", "adversary",
 )  # fmt: skip
-LOG_RATE = (-18.0, 12.0)  # clamp of the logarithm of a rate
+LOG_RATE = (-18.0, 17.0)  # clamp of the logarithm of a rate: counts up to 2^24 are read
 LEAST_SLOPE = 0.05  # mean of a gene's slope
 LOG_SCALE = (-5.0, 2.0)  # and of a posterior's standard deviation
 
@@ -55,8 +55,8 @@ class Model(PyroModule):
     library: Tensor  # [batches, 2]
     covariate: Tensor  # [G] log share in the reference
     zeros: Tensor  # [G] log theta that zeros in the reference tell (`closed.theta_of_zeros`)
-    level: Tensor  # [G] log of the gene's share of the reference's panel counts
-    level_variance: Tensor  # [G] of that as an estimate; 0 where the level is learned
+    level: Tensor  # [G] log of the gene's share of the reference's panel counts: where it lies, exp(level + variance / 2) is its mean
+    level_variance: Tensor  # [G] of what is not known of it; 0 where the level is learned
     own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
     beside: Tensor  # [G]
     center: Tensor  # [G]
@@ -105,13 +105,14 @@ class Model(PyroModule):
         hyper, z = self.spec.hyper, self.covariate - self.spec.hyper.covariate_mean
         found = {}
         if self.config.platform == "hierarchical":
-            (a, b, s), (aa, ab, bb) = hyper.gain, hyper.gain_covariance
-            found["log_gain"] = (a + b * z, (s**2 + aa + 2 * ab * z + bb * z**2 + (1 + b) ** 2 * self.level_variance).sqrt())
-            if self.closed:
-                found["slope"] = ((hyper.slope[0] + hyper.slope[1] * z).clamp_min(LEAST_SLOPE), torch.full_like(z, hyper.slope[2]))
+            ((a, b, s), (aa, ab, bb)), x = (hyper.gain, hyper.gain_covariance), self.level - hyper.level_mean
+            found["log_gain"] = (a + b * x, (s**2 + aa + 2 * ab * x + bb * x**2 + (1 + b) ** 2 * self.level_variance).sqrt())
+        z, zeros = z.clamp(*hyper.span[:2]), (self.zeros - hyper.zeros_mean).clamp(*hyper.span[2:])  # but levels are those of the reference
+        if "log_gain" in found and self.closed:
+            found["slope"] = ((hyper.slope[0] + hyper.slope[1] * z).clamp(LEAST_SLOPE, float(KNOTS[-1])), torch.full_like(z, hyper.slope[2]))
         for name, (a, b, c, s) in ((one, hyper.parameters[one]) for one in self.likelihood.priors):
-            loc, grid = a + b * z + c * (self.zeros - hyper.zeros_mean), self.likelihood.grid(name)
-            found[name] = within(loc, torch.full_like(z, s), float(grid[0]), float(grid[-1]))
+            low, high = (float(end) for end in self.likelihood.grid(name)[[0, -1]])
+            found[name] = within(a + b * z + c * zeros, torch.full_like(z, s), low, high)
         return found
 
     def globals(self) -> dict[str, Tensor]:
@@ -139,7 +140,8 @@ class Model(PyroModule):
         level = self.level[genes] + (drawn["log_gain"][self.parent[genes]] if "log_gain" in drawn else 0.0)
         slope = drawn["slope"][self.parent[genes]] if "slope" in drawn else self.reference_slope[genes]
         depth = log_usual[:, None] + self.exponents()[genes] * (log_total - log_usual)[:, None]  # [n, g]
-        return (depth + level + slope * bend(score, self.spec.hyper.bend)[0] - interpolate(self.levels, slope, genes)).clamp(*LOG_RATE)
+        grown = (slope * bend(score, self.spec.hyper.bend)[0]).clamp(-LARGEST, LARGEST)
+        return (depth + level + grown - interpolate(self.levels, slope, genes)).clamp(*LOG_RATE)
 
     def beyond(self, phi: Tensor, genes: Tensor) -> Tensor:
         """What the process says of the scores of ``genes`` [g] where its features are phi [n, F]: [n, g]."""
@@ -150,7 +152,7 @@ class Model(PyroModule):
     def exponents(self) -> Tensor:
         """Of a cell's total in the rate of every gene, [G]."""
         hyper = self.spec.hyper
-        return (hyper.depth[0] + hyper.depth[1] * (self.covariate[self.parent] - hyper.covariate_mean)).clamp(*EXPONENTS)
+        return (hyper.depth[0] + hyper.depth[1] * (self.covariate[self.parent] - hyper.covariate_mean).clamp(*hyper.span[:2])).clamp(*EXPONENTS)
 
     def reference_log_rate(self, z: Tensor, log_library: Tensor) -> Tensor:
         """Log rate of every gene in reference cells, [R, G]; the library is the total of all genes."""
@@ -166,8 +168,7 @@ class Model(PyroModule):
 
     def forward(self, batch: Batch, *, observe: bool = True) -> dict[str, Tensor]:
         """Run the generative story on one minibatch; ``observe=False`` draws the counts. Where H of P genes are scored, they count P / H times."""
-        c = self.config
-        drawn = self.globals()
+        c, drawn = self.config, self.globals()
         out, codes = {}, {}
         if len(batch.reference_rows):
             with pyro.plate("reference", batch.n_reference, subsample=batch.reference_rows):
@@ -181,9 +182,7 @@ class Model(PyroModule):
                     scored[self.panel[batch.visible]] = False
                     law = law.mask(scored)
                 with poutine.scale(scale=c.reference_weight):
-                    out["x_reference"] = pyro.sample(
-                        "x_reference", law.to_event(1), obs=batch.reference if observe else None
-                    )  # [R, G]
+                    out["x_reference"] = pyro.sample("x_reference", law.to_event(1), obs=batch.reference if observe else None)  # [R, G]
             codes["reference"] = z
         if len(batch.rows):
             cells: Any = pyro.plate("cells", batch.n_cells, subsample=batch.rows)
@@ -369,9 +368,8 @@ class Guide(PyroModule):
     def encode_reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same of reference cells; closed: from the visible panel genes, as the target's."""
         if self.closed:
-            panel, code = batch.reference[:, self.model[0].panel], batch.reference_batch
-            x = _standardise(panel, batch.reference_total, self.depths[1], self.reference_mean[code], self.reference_sd[code])
-            loc = x @ self._encoders(batch.visible)[1]
+            law, panel = (self.reference_mean, self.reference_sd, batch.reference_batch), batch.reference[:, self.model[0].panel]
+            loc = _standardise(panel, batch.reference_total, self.depths[1], *law) @ self._encoders(batch.visible)[1]
             return loc, self.reference_log_scale.clamp(*LOG_SCALE).exp().expand_as(loc)
         return self._heads(self.shared(self._reference_features(batch)))
 
@@ -416,7 +414,7 @@ class Guide(PyroModule):
     def z_scores(self, batch: Batch) -> Tensor:
         """Of all measured genes in the context cells [c, A]."""
         genes = torch.cat([batch.counts, batch.others], 1)
-        return _standardise(genes, batch.total, self.depths[0], self.mean[batch.batch], self.sd[batch.batch])
+        return _standardise(genes, batch.total, self.depths[0], self.mean, self.sd, batch.batch)
 
     def places(self, batch: Batch) -> Tensor:
         """Places of the seeds [B, q] along the directions of the target, with their neighbors' share, in standard deviations."""
@@ -433,8 +431,9 @@ class Guide(PyroModule):
         return mixed(torch.from_numpy(found.features(rows)), batch, self.spec.hyper.mix)
 
 
-def _standardise(counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
-    return ((torch.log1p(counts * (depth / total)[:, None]) - mean) / sd).clamp(-CLIP, CLIP)
+def _standardise(counts: Tensor, total: Tensor, depth: Tensor, mean: Tensor, sd: Tensor, batch: Tensor) -> Tensor:
+    code = batch if len(mean) > 1 else batch[:1]  # one batch: no copy of its moments for every cell
+    return ((torch.log1p(counts * (depth / total)[:, None]) - mean[code]) / sd[code]).clamp(-CLIP, CLIP)
 
 
 def build(config: Config, spec: Spec) -> Pair:
