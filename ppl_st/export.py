@@ -5,7 +5,8 @@ posterior             global sites [chain, draw, ...]; chain = independent varia
 posterior_predictive  x [chain, draw, cell, panel_gene] counts of measured genes in a seeded subset of cells; library [chain, draw, cell] their sum
 observed_data         x [cell, panel_gene] what was measured there, library [cell]
 log_likelihood        library [chain, draw, cell]: log p(x_cell | draw) summed over measured genes (never cells x genes x draws). It is that of all
-                      counts of a cell, the unit that `az.loo` leaves out, and has this name because `loo_pit` weights the library of a cell by it
+                      counts of a cell, the unit that `az.loo` leaves out, and has this name because `loo_pit` weights the library of a cell by it.
+                      Of XFuse it, x and library are given the drawn effects that the fit's spots have had, a part of the posterior
 constant_data         coordinates of the cells where the target has them, whether a gene was measured
 predictions           count, rate [chain, draw, cell, gene] of genes that the target never measured (a subset when there are many); with a truth also
                       log_likelihood [chain, draw, cell], summed over all of the truth's genes that the target did not measure
@@ -110,15 +111,17 @@ class _Plan:
         truth = None if self.held_out is None else torch.from_numpy(self.held_out[rows].toarray())
         local = {c: self.predictor.local(batch, c) for c in np.unique(self.turns).tolist()}
 
-        def dist(c: int, d: int, genes: NDArray[np.int64]) -> Any:
+        def dist(c: int, d: int, genes: NDArray[np.int64], made: str = "count_dist") -> Any:
             t = int(self.turns[c][d])
-            return self.predictor.count_dist(batch, t, self.drawn[c][d], local[t], torch.from_numpy(genes))
+            return getattr(self.predictor, made)(batch, t, self.drawn[c][d], local[t], torch.from_numpy(genes))
+
+        seen_as = "measured_dist" if hasattr(self.predictor, "measured_dist") else "count_dist"
 
         for c, turn in enumerate(self.turns):
             for d in range(len(turn)):
                 if len(self.panel):
                     with torch.no_grad(), rng_scope(self.seed, "export", b, c, d):
-                        one = dist(c, d, self.panel)
+                        one = dist(c, d, self.panel, seen_as)
                     with rng_scope(self.seed, "export panel", b, c, d):
                         made["x"][c, d] = one.sample().numpy()
                     made["log_lik"][c, d] = one.log_prob(seen).sum(1).numpy()

@@ -253,6 +253,8 @@ class Predictor:
             self.at = lambda rows: Block([part.at(rows) for part in self.parts], {})
         if all(hasattr(part, "closed_form") for part in self.parts):
             self.closed_form = self._closed_form
+        if all(hasattr(part, "measured_dist") for part in self.parts):
+            self.measured_dist = self._measured_dist
 
     def blocks(self, max_cells: int) -> Iterator[Block]:
         """Batches of all runs that own the same cells."""
@@ -283,6 +285,11 @@ class Predictor:
         """p(count | draw) of the run whose turn it is."""
         k, c = self.turns[chain]
         return self.parts[k].count_dist(batch.parts[k], c, drawn, local, genes.new_tensor(self.columns[k])[genes])
+
+    def _measured_dist(self, batch: Block, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
+        """The same of the fit's own measurements; only where all runs tell them from new ones."""
+        k, c = self.turns[chain]
+        return self.parts[k].measured_dist(batch.parts[k], c, drawn, local, genes.new_tensor(self.columns[k])[genes])
 
     def _closed_form(self, batch: Block, chain: int, local: Any, genes: Tensor, factor: Tensor | None) -> Any:
         """Posterior means of the run whose turn it is; only where all runs know them."""

@@ -51,25 +51,56 @@ def test_draws_are_joint_over_genes(data, started):
         values.append(torch.cat(pieces, 1)[0])
     values = torch.stack(values).log().numpy()
     assert np.corrcoef(values.T)[0, 1] > 0.8
-    whole = predictor.count_dist(batch, 0, one, predictor.local(batch, 0), torch.arange(12)).mean
-    torch.testing.assert_close(whole[:, :2].log(), torch.cat(pieces, 1).log())
+    later = list(predictor.blocks(5))[1]  # of the same section, after the first block
+    with torch.no_grad():
+        both = torch.cat([predictor.count_dist(part, 0, one, predictor.local(part, 0), torch.arange(12)).mean for part in (batch, later)])
+    again = xfuse.Predictor(pair, data, config, spec)
+    wide = next(again.blocks(10))
+    with torch.no_grad(), rng_scope(0, "local", 0, d):
+        whole = again.count_dist(wide, 0, one, again.local(wide, 0), torch.arange(12)).mean
+    torch.testing.assert_close(whole, both)
+    torch.testing.assert_close(whole[:5, :2], torch.cat(pieces, 1))
     guide.load_state_dict(saved)
     rows, counts = next(iter(count_draws(predictor, chains_of(pair), np.arange(4), draws=3, seed=1)))
     assert counts.shape == (3, len(rows), 4)
+
+
+def test_measurements_of_the_fit_have_the_effects_that_it_found(data, started):
+    """Before, what was exported for loo was given effects from the prior: those that the fit had found changed nothing."""
+    (pair, spec), config = copy.deepcopy(started), settings()
+    model, guide = sides(chains_of(pair)[0])
+    with torch.no_grad():
+        model.log_nugget[1:] = -10.0
+        guide.location_log_sd.fill_(-10.0)
+        guide.location_loc[:, 0] = torch.linspace(-2, 2, len(guide.location_loc))
+    predictor, offset = xfuse.Predictor(pair, data, config, spec), 0
+    (drawn,) = draw_globals(chains_of(pair), 1, 0)
+    for (n, rows), number in zip(predictor.blocks(1000), spec.rows, strict=True):
+        local = predictor.local((n, rows), 0)
+        with torch.no_grad(), rng_scope(0, "local"):
+            mean = predictor.count_dist((n, rows), 0, drawn, local, torch.arange(12)).mean
+            law = predictor.measured_dist((n, rows), 0, drawn, local, torch.arange(12))
+            summed = predictor._summed((n, rows), 0, drawn, local)[1][: len(rows)].sum(1)
+            sd = (model.log_nugget[0].exp() / summed.sqrt()).clamp_max(1.0)
+            factor = (sd * guide.location_loc[offset : offset + len(rows), 0] - sd**2 / 2).exp()
+        torch.testing.assert_close(law.mean / mean, factor[:, None].expand(-1, 12), rtol=0.01, atol=0.0)
+        offset += number
 
 
 def test_maps_add_up_to_spots_and_stay_factored(data, started):
     pair, spec = started
     config = settings()
     predictor = xfuse.Predictor(pair, data, config, spec)
-    seen = 0
+    seen, drawn = 0, draw_globals(chains_of(pair), 2, 0)
     for draw in xfuse.maps(predictor, np.array([2, 5]), draws=2, seed=0):
         one = data.sections[draw.section]
         assert draw.activity.shape == (4, *one.label.shape) and draw.shape.shape == (4, 2)
-        pixels = torch.einsum("mhw,mg->hwg", draw.activity, draw.shape)
         spot = torch.from_numpy(one.label == 3)
-        summed = draw.activity[:, spot].sum(1) @ draw.shape
-        torch.testing.assert_close(pixels[spot].sum(0), summed)
+        summed = draw.activity[:, spot].sum(1) @ draw.shape * draw.odds.exp()
+        alone, third = xfuse.Predictor(pair, data, config, spec), np.flatnonzero(predictor.owners == draw.section)[2:3]
+        with torch.no_grad(), rng_scope(0, "maps", draw.section, draw.draw):  # the same latent image
+            law = alone.count_dist((draw.section, third), 0, drawn[draw.draw], alone.local((draw.section, third), 0), torch.tensor([2, 5]))
+        torch.testing.assert_close(law.mean[0], summed)
         seen += 1
     assert seen == 4
 
@@ -101,6 +132,16 @@ def test_a_new_image_is_predicted_with_more_uncertainty_than_a_known_section(dat
     assert sds[1] > 1.2 * sds[0]
 
 
+def test_a_new_section_varies_as_much_as_sections_do(data, started):
+    """Two sections vary around their own mean by half of their variance, which is what is learned; a new one by one and a half of it."""
+    pair, spec = started
+    predictor = xfuse.Predictor(pair, data, settings(), spec)
+    (drawn,), local = draw_globals(chains_of(pair), 1, 0), predictor.local(next(iter(predictor.blocks(1000))), 0)
+    with torch.no_grad():
+        new = torch.stack([predictor._draw(local, 0, drawn)[1]["new_level_0"] / predictor.models[0].scale_of("level_0") for _ in range(40)])
+    assert float(new.std()) == pytest.approx(np.sqrt(3), rel=0.1)
+
+
 def test_a_network_that_sees_spots_works_without_them(data):
     config = settings("condition=3", "hide=0.5", "fit.steps=2")
     pair, spec = xfuse.start(data, config, 0, quiet)
@@ -114,6 +155,23 @@ def test_a_network_that_sees_spots_works_without_them(data):
         assert bool(local.tissue.spots.any()) == (one.counts.shape[0] > 0)
         draw = next(xfuse.maps(predictor, np.arange(2), 1, 0))
         assert torch.isfinite(draw.activity).all()
+
+
+def test_a_section_of_the_fit_given_as_a_new_image_is_like_it(data):
+    """Where the network sees spots: those of the fit were encoded with theirs, a new image is without."""
+    config = settings("condition=3")
+    pair, spec = xfuse.start(data, config, 0, quiet)
+    for side in pair:
+        side.eval()
+    _, guide = sides(chains_of(pair)[0])
+    with torch.no_grad(), rng_scope(0, "weights"):
+        guide.recognition.levels[0][0].weight[:, 3:] = 3 * torch.randn_like(guide.recognition.levels[0][0].weight[:, 3:])
+    one = data.sections[0]
+    label, nowhere = np.zeros_like(one.label), np.zeros((0, 2))
+    new = one._replace(name="new", covariates=np.array([-1])).at(label, nowhere)._replace(shown=None)
+    fit, image = (xfuse.Predictor(pair, data._replace(sections=(each,)), config, spec) for each in (one, new))
+    (found,) = xfuse.novelty(image, fit, 16)
+    assert bool(fit.local((0, np.zeros(0, np.int64)), 0).tissue.spots.any()) and abs(np.nanmedian(found) - 0.5) < 0.1
 
 
 def test_an_image_unlike_the_fit_is_told(data):

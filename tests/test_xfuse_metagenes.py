@@ -146,12 +146,20 @@ def test_never_both_halves_of_a_split_nor_the_last_metagene_are_dropped(started)
 def test_shares_and_quantities(data, started):
     pair, spec = started
     config = settings()
-    total = shares(chains_of(pair)[0], xfuse.batches(data, config, 0), range(2), 0)
-    assert float(total.sum()) == pytest.approx(1)
+    total = shares(chains_of(pair)[0], xfuse.batches(data, config, 0), range(6), 0)
     obsm, obs = xfuse.quantities(pair, data, config, spec)
     n = sum(s.counts.shape[0] - 1 for s in data.sections)
     assert obsm["metagenes"].shape == (n, 4) and obs["scale"].shape == (n,)
-    np.testing.assert_allclose(obsm["metagenes"].sum(1), 1, rtol=1e-4)
+    np.testing.assert_allclose(total, obs["scale"] @ obsm["metagenes"] / obs["scale"].sum(), atol=0.1)  # patches see most spots
+    # both are means over draws of the same sums: those of the metagenes' activities in the spots
+    predictor, at = xfuse.Predictor(pair, data, config, spec), 0
+    for number, one in enumerate(data.sections):
+        drawn = [draw.activity for draw in xfuse.maps(predictor, np.zeros(0, np.int64), 10, config.fit.seed, [number])]
+        mean = (sum(drawn) / 10).numpy()
+        for row in (0, 7):
+            own = mean[:, one.label == row + 1].sum(1)
+            np.testing.assert_allclose(obs["scale"][at + row] * obsm["metagenes"][at + row], own, rtol=1e-4)
+        at += one.counts.shape[0] - 1
 
 
 def test_profiles_are_the_shares_of_genes_in_what_a_metagene_makes(data, started):

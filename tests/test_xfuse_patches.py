@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from ppl_st.errors import UserError
+from ppl_st.models.xfuse import _tissue, batches
 from ppl_st.models.xfuse.patches import Batches, aggregate, blocks_around, color_of, inclusion, starts, tissue
-from xfuse_sections import section, two_sections
+from xfuse_sections import section, settings, two_sections
 
 data = pytest.fixture(two_sections, scope="module")
 
@@ -56,13 +57,13 @@ def test_inclusion_probabilities_by_enumeration():
 def test_sums_over_patches_are_unbiased(data, augment, monkeypatch):
     """Over all windows: spots wholly inside with their weights, and the virtual measurement's pixels with theirs, give the sums over the data."""
     monkeypatch.setattr("ppl_st.models.xfuse.patches.THIN", 1)  # every one of them, so that no chance is left
-    batches = Batches([tissue(one) for one in data.sections], 44, 1, augment, 0)
+    batches = Batches([tissue(one) for one in data.sections], 56, 1, augment, 0)
     rng = np.random.default_rng(0)
     total = torch.zeros(3)
     for n, one in enumerate(data.sections):
         share = batches.section.count(n) / len(batches.section)
-        for y, py in enumerate(starts(one.label.shape[0], 44)):
-            for x, px in enumerate(starts(one.label.shape[1], 44)):
+        for y, py in enumerate(starts(one.label.shape[0], 56)):
+            for x, px in enumerate(starts(one.label.shape[1], 56)):
                 batch = batches.of([n], [(y, x)], rng)
                 counts = torch.cat([g.counts.to_dense() for g in batch.groups]) if batch.groups else torch.zeros(0, 12)
                 spots = batch.rows >= 0
@@ -122,7 +123,8 @@ def test_a_batch_is_a_function_of_its_step_and_turns_change_no_sum(data, monkeyp
     # the turned patch holds the same pixels: those of each location average to the same color and position
     for augment in ("none", "dihedral"):
         batch = Batches(tissues, 30, 1, augment, 0).of([0], [(20, 10)], np.random.default_rng(5))
-        flat = batch.image[0].flatten(1).T[batch.pixels]
+        blocks = batch.blocks
+        flat = torch.cat([batch.image[0].flatten(1).T[batch.pixels], (blocks.share[..., None] * blocks.where[blocks.corner]).sum(1)], 1)
         means = aggregate(flat, batch.location, len(batch.rows)) / aggregate(torch.ones(len(flat), 1), batch.location, len(batch.rows))
         if augment == "none":
             wanted = means
@@ -177,6 +179,13 @@ def test_what_is_asked_for_changes_nothing_that_the_networks_and_fields_see(spot
         seen = tissue(asked, scores)
         assert torch.equal(seen.features, fit.features) and torch.equal(seen.spots, fit.spots)
         assert len(seen.size) == asked.counts.shape[0] and seen.virtual == -1
+
+
+def test_a_background_that_is_no_measurement_is_not_known_to_be_empty(data):
+    """Fields took e^10 off the scale there, in fits that were told to know nothing of it, and in what they predict of new images."""
+    for settings_, known in ((settings(), True), (settings("input.background=false"), False)):
+        seen = [batches(data, settings_, 0).tissues[0], _tissue(section(spots=False), None, settings_)]
+        assert [bool(one.features[-1].any()) for one in seen] == [known, known]
 
 
 def test_spots_that_the_published_augmentation_cuts_are_not_scored():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ppl_st.errors import UserError
+from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.svi import fit
 from ppl_st.models import xfuse
 from ppl_st.models.xfuse import warm_start
@@ -26,6 +27,8 @@ def test_a_split_that_no_round_would_make_is_refused():
         settings("selection=split", "fit.steps=200")
     assert settings("selection=split", "purge_every=100", "fit.steps=200").selection == "split"
     assert settings("purge_every=500", "fit.steps=200").purge_every == 500  # of no meaning without splits
+    with pytest.raises(UserError, match=r"drops metagenes at the last step.*set fit\.patience=0"):
+        xfuse.start(two_sections(), settings("selection=split", "purge_every=2", "fit.steps=4", "fit.patience=2"), 0, print)
 
 
 @pytest.mark.parametrize("off", [["fields=false"], ["fields=false", "nugget=false"], ["nugget=false"]])
@@ -34,12 +37,15 @@ def test_without_fields_or_effects_the_default_preset_is_fitted(data, off):
     pair, _ = xfuse.start(data, config, 0, quiet)
     _, info = fit(pair, xfuse.batches(data, config, 0), config.fit, scale=1e-3)
     assert np.isfinite(info.losses).all() and not info.skipped
+    if off == ["fields=false"]:  # no closed form has found the sds of location effects: they leave their .1
+        assert (sides(chains_of(pair)[0])[0].log_nugget - np.log(0.1)).abs().min() > 1e-3
 
 
 def test_learning_rates_of_what_is_off_are_left_out_and_no_others():
     groups = xfuse.PRESETS["default"].fit.lr_groups
     assert {FIELDS, COMPONENTS} <= set(groups)
-    assert settings("fields=false").fit.lr_groups == {name: factor for name, factor in groups.items() if name != FIELDS}
+    # sds of location effects that no closed form has found are learned
+    assert settings("fields=false").fit.lr_groups == {name: factor for name, factor in groups.items() if name not in (FIELDS, COMPONENTS)}
     assert settings("nugget=false").fit.lr_groups == groups
     config = settings("fields=false", "nugget=false", "fit.lr_groups={nothing=2.0}")
     assert replace(config, hide=0.1).fit.lr_groups == {"nothing": 2.0}  # a mistake of one's own is still said

@@ -1,6 +1,7 @@
 """XFuse's data-driven start, and the first steps of a fit from it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,6 +203,72 @@ def test_the_start_is_less_sure_of_shares_where_counts_are_few(data, started):
             spread.append(float(sd.min(0).values.mean().detach()))  # of the direction that the spots say most about
         ratios.append(spread[1] / spread[0])
     assert np.mean(ratios) > 1.2
+
+
+def closed(data, spec, seed=0):
+    """Model and guide of the closed-form start with the same lengths for all data."""
+    tissues = [tissue(section) for section in data.sections]
+    torch.manual_seed(seed)
+    pair, spots = xfuse.build(settings(), spec), gather(data, tissues)
+    constant_start(pair, spots, tissues, np.random.default_rng(seed))
+    data_start(pair, spots, Kernel(), np.random.default_rng(seed), quiet)
+    return sides(pair)
+
+
+def recounted(data, seed=0, *, left=1.0, **effects):
+    """The sections with Poisson counts, ``left`` times as many in the left half; sds of effects of a spot on its ``scale``, and on its ``share``."""
+    rng, sections = np.random.default_rng(seed), []
+    high = np.arange(12) < 6
+    for one in data.sections:
+        beside = one.centers[:-1, :1] < one.label.shape[1] / 2
+        scale, share = (effects.get(name, 0.0) * rng.standard_normal(beside.shape) for name in ("scale", "share"))
+        mean = np.where(beside == high, 6.0, 1.0) * np.where(beside, left, 1.0) * np.exp(scale + np.where(high, share, -share))
+        sections.append(one._replace(counts=sp.csr_matrix(np.vstack([rng.poisson(mean), np.zeros((1, 12))]).astype(np.float32))))
+    return data._replace(sections=tuple(sections))
+
+
+def test_spots_beyond_those_of_the_closed_forms_count_as_much(data, started, monkeypatch):
+    """Half of the spots stand for all: the direction they say most about is as sure (it was log 2 / 2 = .35 less), no effect is left at 0."""
+    spec, gaps = started[1], []
+    for seed in range(3):
+        found = []
+        for most in (60, 30):
+            monkeypatch.setattr(warm_start, "MOST_SPOTS", most)
+            model, guide = closed(recounted(data, 5, left=10.0), spec, seed)
+            found.append(float((guide.image_weights_log_sd[:, 0].min() + model.amplitude[0, 0]).detach()))
+            own = torch.ones(sum(spec.rows), dtype=torch.bool)
+            own[torch.tensor(spec.rows).cumsum(0) - 1] = False  # the virtual measurements
+            assert bool((guide.location_loc[own, 0] != 0).all()) and not bool(guide.location_loc[~own].any())
+        gaps.append(found[1] - found[0])
+    assert abs(np.mean(gaps)) < 0.2, gaps
+
+
+def test_effects_on_the_scale_are_what_counting_does_not_explain(data, started):
+    """Sds from counts alone were .15 here, and a mean of the start's effects below 0 took an eighth off the depth."""
+    plain, noisy = (closed(recounted(data, scale=sd), started[1]) for sd in (0.0, 0.5))
+    sds = [float(model.log_nugget[0].detach().exp()) for model, _ in (plain, noisy)]
+    assert sds[0] < 0.11 and sds[1] == pytest.approx(0.5, abs=0.12)
+    effect = noisy[1].location_loc.detach()[:, 0].numpy()
+    effect = effect[effect != 0]
+    assert abs(effect.mean()) < 0.1 and effect.std() == pytest.approx(1.0, abs=0.15)
+
+
+def test_effects_on_shares_are_what_genes_alone_do_not_explain(data, started):
+    plain, noisy = (closed(recounted(data, share=sd), started[1])[0].log_nugget[1:].exp().detach().numpy() for sd in (0.0, 0.8))
+    assert (plain < 0.25).all() and ((noisy > 0.4) & (noisy < 1.1)).all()  # .1 was what both had
+
+
+def test_effects_of_sections_start_with_the_variance_of_those_that_were_seen():
+    """Two seen levels of three with effects of sd .5: around their mean they vary by half of their variance."""
+    rng, genes = np.random.default_rng(0), 3000
+    effects = 0.5 * rng.standard_normal((2, genes))
+    counts = sp.csr_matrix(rng.poisson(2000 * np.exp(effects - effects.mean(0))))
+    sds = {name: torch.zeros(genes) for name in ("metagenes", "level_0", "logit_0")}
+    model = SimpleNamespace(spec=SimpleNamespace(levels=[3], codes=[[0], [2]], genes=genes), log_sd=sds)
+    guide = SimpleNamespace(level_0_loc=torch.zeros(3, genes), level_0_log_sd=torch.zeros(3, genes))
+    spots = Spots(counts, np.array([0, 1]), *np.zeros((5, 2)))
+    warm_start._section_effects(model, guide, spots, np.ones((2, 1)), np.full((1, genes), 2000.0))
+    assert float((2 * sds["level_0"]).exp().mean()) == pytest.approx(0.1**2 + 0.5**2 * 0.5, rel=0.1)
 
 
 # ---- fit ----

@@ -19,7 +19,8 @@ GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metag
 
 GUIDE
     normal q for all global sites (fields included), q(z | image, spots) by the recognition network. Step 0 is data-driven (`warm_start.py`);
-    variances of fields and location effects, and the posterior sd of the fields' weights, stay what marginal likelihood says there.
+    variances of fields and location effects, and the posterior sd of the fields' weights, stay what marginal likelihood and moments say there
+    (``fields=False``: variances of location effects are learned).
 
 PREDICTIVE: globals once per draw and one latent image per draw and section, so draws are joint over genes and places; B_d is kept, any gene is
     then one matrix product. Spatial field, depth and covariate effects of a section that the fit never saw are drawn from their priors.
@@ -34,6 +35,7 @@ DIFFERENCES from paper and released code
     * ``preset="paper"`` has the published networks, augmentation, weights and schedule.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -74,10 +76,12 @@ __all__ = [
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """The initialised pair (as an ensemble of one) and its specification."""
+    if config.selection == "split" and config.fit.patience:
+        raise UserError("selection='split' drops metagenes at the last step, which a fit with fit.patience may not reach; set fit.patience=0")
     with torch_threads(config.fit.threads):
         rng = np.random.default_rng([seed, 21])
         axes = _axes(data, config.condition)
-        tissues = _tissues(data, axes, config.fields)
+        tissues = _tissues(data, axes, config)
         spots = gather(data, tissues)
         working = without_failed(spots, say) if config.fields else spots
         kernel = learn_kernel(working, rng) if config.fields else None
@@ -95,8 +99,14 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
     return ensemble([pair]), spec
 
 
-def _tissues(data: Data, axes: tuple[NDArray[np.float32], NDArray[np.float32]] | None, fields: bool) -> list[Tissue]:
-    return [tissue(section, None if axes is None else _scores(section, axes), fields) for section in data.sections]
+def _tissues(data: Data, axes: tuple[NDArray[np.float32], NDArray[np.float32]] | None, config: Config) -> list[Tissue]:
+    return [_tissue(section, axes, config) for section in data.sections]
+
+
+def _tissue(section: Section, axes: tuple[NDArray[np.float32], NDArray[np.float32]] | None, config: Config) -> Tissue:
+    """The section as the fit sees it, also where other places of it are asked for."""
+    scores = None if axes is None else _scores(section.shown or section, axes)
+    return tissue(section, scores, config.fields, config.input.background)
 
 
 def _axes(data: Data, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
@@ -163,7 +173,7 @@ def spec_from(stored: dict[str, Any]) -> Spec:
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
     """Minibatches of patches."""
-    tissues = _tissues(data, _axes(data, config.condition), config.fields)
+    tissues = _tissues(data, _axes(data, config.condition), config)
     return Batches(tissues, config.patch, config.batch_patches, config.augment, seed, config.hide)
 
 
@@ -263,6 +273,25 @@ class Predictor:
         self, batch: tuple[int, NDArray[np.int64]], chain: int, drawn: dict[str, Tensor], local: _Canvas, genes: Tensor
     ) -> Any:
         """p(count | draw). The latent image is drawn once per draw and section and serves all blocks of locations and genes."""
+        own, summed, noisy, full = self._summed(batch, chain, drawn, local)
+        model = self.models[chain]
+        law = model.count_dist(full, noisy[own], local.codes, genes)
+        return Measured(law, model.count_dist(full, summed[own], local.codes, genes).mean) if self.config.nugget else law
+
+    def measured_dist(
+        self, batch: tuple[int, NDArray[np.int64]], chain: int, drawn: dict[str, Tensor], local: _Canvas, genes: Tensor
+    ) -> Any:
+        """p(count | draw) of the fit's own measurements: given the drawn effects that they have had, not those of new ones there."""
+        if not self.config.nugget:
+            return self.count_dist(batch, chain, drawn, local, genes)
+        own, summed, _, full = self._summed(batch, chain, drawn, local)
+        first, model = sum(self.spec.rows[: local.known]), self.models[chain]
+        return model.count_dist(full, model.with_nugget(summed[own], drawn["location"][first + own]), local.codes, genes)
+
+    def _summed(
+        self, batch: tuple[int, NDArray[np.int64]], chain: int, drawn: dict[str, Tensor], local: _Canvas
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Rows of the block's locations in their section, summed activities of the section without and with effects, drawn globals."""
         section, rows = batch
         if (section, chain) != self.current:
             if section != self.current[0]:
@@ -280,10 +309,7 @@ class Predictor:
             self.summed[id(drawn)] = drawn, summed, noisy, full
         _, summed, noisy, full = self.summed[id(drawn)]
         first = int(np.searchsorted(self.owners, section))
-        own = torch.from_numpy(_real_rows(self.data.sections[section])[rows - first])
-        model = self.models[chain]
-        law = model.count_dist(full, noisy[own], local.codes, genes)
-        return Measured(law, model.count_dist(full, summed[own], local.codes, genes).mean) if self.config.nugget else law
+        return torch.from_numpy(_real_rows(self.data.sections[section])[rows - first]), summed, noisy, full
 
     def _canvas(self, section: int, chain: int) -> _Canvas:
         if (section, chain) not in self.canvas:
@@ -293,7 +319,7 @@ class Predictor:
             codes = self.spec.codes[known] if known >= 0 else [int(code) for code in one.covariates]
             guide = self.guides[chain]
             axes = (guide.center.numpy(), guide.axes.numpy()) if self.config.condition else None
-            seen = tissue(one, None if axes is None else _scores(one.shown or one, axes), self.config.fields)
+            seen = _tissue(one, axes, self.config)
             with torch.no_grad():
                 latents = guide.latents(seen.scaled(seen.image)[None], seen.spots[None])
             lattices = self.spec.lattices[known] if known >= 0 else _new_lattices(one, self.spec)
@@ -308,7 +334,9 @@ class Predictor:
         full = dict(drawn)
         for name in model.priors():
             if name.startswith(("level_", "logit_")):
-                full[f"new_{name}"] = model.scale_of(name) * torch.randn(self.spec.genes)
+                # K levels vary around their own mean by s^2 (1 - 1 / K), which is what they taught; a new one by s^2 (1 + 1 / K)
+                seen = len({codes[int(name.split("_")[1])] for codes in self.spec.codes})
+                full[f"new_{name}"] = math.sqrt((seen + 1) / max(seen - 1, 1)) * model.scale_of(name) * torch.randn(self.spec.genes)
         if self.config.fields and local.known < 0:
             points, outputs = points_of(local.lattices), 1 + self.config.metagenes
             full["space"] = torch.randn(points, outputs)
@@ -361,8 +389,8 @@ def maps(
 def novelty(predictor: Predictor, reference: Predictor, tile: int = 32) -> list[NDArray[np.float64]]:
     """Of every tile of ``tile`` x ``tile`` pixels: the share of the reference's tiles (on tissue) whose image the model explains better.
 
-    A tile is judged by the negative bound of its image per pixel, -log p(image | Z) + KL(q(Z) || p(Z)), at the mean of q. Values near 1: nothing
-    like it was in the fit, and what is predicted there is extrapolation. Tiles with less than a tenth of tissue are NaN.
+    A tile is judged by the negative bound of its image per pixel, -log p(image | Z) + KL(q(Z) || p(Z)), at the mean of q given the image alone (a new
+    one has no spots). Values near 1: nothing like it was in the fit, and what is predicted there is extrapolation. NaN: less than a tenth is tissue.
     """
     known = np.sort(np.concatenate([values[np.isfinite(values)] for values in _image_bounds(reference, tile)]))
     return [
@@ -378,9 +406,11 @@ def _image_bounds(predictor: Predictor, tile: int) -> list[NDArray[np.float64]]:
         model = predictor.models[0]
         height, width = section.label.shape
         with torch.no_grad():
-            law = model.image_law(model.decode([loc for loc, _ in local.latents], height, width))
-            cost = -law.log_prob(local.tissue.scaled(local.tissue.image)[None]).sum(1, keepdim=True)  # [1, 1, H, W]
-            for i, (loc, sd) in enumerate(local.latents):
+            image = local.tissue.scaled(local.tissue.image)[None]
+            alone = predictor.guides[0].latents(image, torch.zeros_like(local.tissue.spots)[None]) if predictor.config.condition else local.latents
+            law = model.image_law(model.decode([loc for loc, _ in alone], height, width))
+            cost = -law.log_prob(image).sum(1, keepdim=True)  # [1, 1, H, W]
+            for i, (loc, sd) in enumerate(alone):
                 kl = (0.5 * (loc**2 + sd**2 - 1) - sd.log()).sum(1, keepdim=True) / 4**i
                 cost += torch.nn.functional.interpolate(kl, scale_factor=2**i)[..., :height, :width]
             on = torch.from_numpy(section.mask).float()[None, None]

@@ -71,15 +71,15 @@ class Config:
                 f"selection='split' never splits: purge_every={self.purge_every} is more than half of fit.steps={self.fit.steps}; "
                 f"set purge_every to at most {self.fit.steps // 2}, or raise fit.steps"
             )
-        off = [pattern for pattern, on in ((FIELDS, self.fields), (COMPONENTS, self.fields or self.nugget)) if not on]
+        off = () if self.fields else (FIELDS, COMPONENTS)  # without fields the effects of locations are learned
         kept = {pattern: factor for pattern, factor in self.fit.lr_groups.items() if pattern not in off}
         object.__setattr__(self, "fit", replace(self.fit, lr_groups=kept))
 
 
 NETWORKS = r"recognition|generator|image_mean|image_sd|expression"
 FIELDS = r"(space|image_weights)_loc"  # start at their closed-form posterior: at the full rate noisy gradients take them away from it
-# Stay as the start's marginal likelihoods found them. Independent normals of fields and of location effects each take the other for known, so under
-# them the fields become certain, and rougher, and what they do not explain seems little: intervals grow too short with every step.
+# Stay as the start found them, by marginal likelihoods and moments (with fields). Independent normals of fields and of location effects each take
+# the other for known, so under them the fields become certain, and rougher, and what they do not explain seems little: intervals grow too short.
 COMPONENTS = r"amplitude|log_nugget|(space|image_weights)_log_sd"
 PUBLISHED = FitConfig(
     steps=100_000, lr=3e-4, optimizer="amsgrad", clip_norm=math.inf, threads=0,
@@ -165,9 +165,7 @@ class Model(PyroModule):
         self.bias = nn.Parameter(torch.zeros(outputs))  # of the scale per pixel before the softplus, and of the metagenes' logits
         self.log_rate = nn.Parameter(torch.zeros(genes))  # t + u: the mean stays where it is while the odds move
         self.odds = nn.Parameter(torch.zeros(genes))  # u
-        self.log_sd = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(genes)) for name in ("metagenes", *self._effects())}
-        )  # log sigma of L, E, F
+        self.log_sd = nn.ParameterDict({name: nn.Parameter(torch.zeros(genes)) for name in ("metagenes", *self._effects())})  # of L, E, F
         started = torch.arange(most) < (1 if config.selection == "split" else most)
         self.register_buffer("active", started)
         self.register_buffer("partner", torch.full((most,), -1))

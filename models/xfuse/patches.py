@@ -54,7 +54,7 @@ class Tissue(NamedTuple):
 
     image: Tensor  # [3, H, W] uint8: floats are made patch by patch, see `scaled`
     ends: Tensor  # [3, 2] smallest and largest value of each channel
-    features: Tensor  # [F + 1, H, W]; the last one is 1 off tissue and spots, else 0
+    features: Tensor  # [F + 1, H, W]; the last one is 1 off tissue and spots, else 0 (everywhere where the background was no measurement)
     label: Tensor  # [H, W] int64
     counts: sp.csr_matrix
     virtual: int  # row; -1: none
@@ -121,10 +121,10 @@ def pitch_of(section: Section) -> float:
     return float(np.median(distance[:, 1]))
 
 
-def tissue(section: Section, scores: NDArray[np.float32] | None = None, fields: bool = True) -> Tissue:
+def tissue(section: Section, scores: NDArray[np.float32] | None = None, fields: bool = True, background: bool = True) -> Tissue:
     """A section as tensors; ``scores`` [rows, S - 1] of the spots of the fit are painted into the channels that the recognition network sees.
 
-    Without ``fields`` no features are kept (F = 0).
+    Without ``fields`` no features are kept (F = 0). Without ``background`` (`Input`) nothing is known of the area off the tissue.
     """
     rows, fit = section.counts.shape[0], section.shown or section
     # int64 throughout: a float32 cannot tell ids beyond 2^24 apart
@@ -138,7 +138,7 @@ def tissue(section: Section, scores: NDArray[np.float32] | None = None, fields: 
     features = np.empty((FEATURES * fields + 1, *label.shape), np.float32)
     if fields:
         image_features(section.image, section.mask, pitch_of(fit), features[:-1])
-    features[-1] = gaussian_filter(_beyond(fit), OUTSIDE)
+    features[-1] = gaussian_filter(_beyond(fit), OUTSIDE) if background else 0.0
     painted = np.zeros((0, *label.shape), np.float32)
     if scores is not None:
         there = (fit.label > 0) & (fit.label != fit.virtual + 1)

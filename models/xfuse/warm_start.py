@@ -14,7 +14,12 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
    as its root does) and of the logs of shares, written as weights of the model's own basis functions, with the diagonal of the posterior
    precision as their posterior sd. Smooth shares seem to be free of noise: variances of noise and fields of the shares are those of the shares
    that the same profiles give to scores before they are smoothed.
-5. Odds again, given the rates of 4.
+5. Odds again, given the rates of 4. Effects of locations: their sd on metagenes is what smooth scores leave beyond the noise of single genes, one
+   for all; on the scale what smooth roots of depths leave beyond the law of the counts and those; of every spot's effect on the scale, its mean
+   given its depth.
+
+3 to 5 are solved on about `MOST_SPOTS` spots, the same share of every section (but for every spot's effect): each then stands for the others in
+the posterior precision.
 """
 
 import math
@@ -29,31 +34,32 @@ from scipy.optimize import minimize
 from scipy.special import gammaln, ndtri
 from scipy.stats import rankdata
 from torch import Tensor
+from torch.nn import functional as F
 
 from ppl_st.inference.pair import Pair
+from ppl_st.models.xfuse.closed import Smoother, logits_of, nmf, project
 from ppl_st.models.xfuse.data import Data
 from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, points_of, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, color_of, pitch_of
 
-__all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "nmf", "normal_scores", "without_failed"]
+__all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "normal_scores", "without_failed"]
 
 COMPONENTS = 25
 FAILED = 0.02  # of its section's median depth
 MOST_FAILED = 0.05  # of all spots; where more are empty it is the tissue that is
-MOST_SPOTS = 1500  # on which closed forms are solved: their cost grows with the cube
+MOST_SPOTS = 1500  # or a few more, on which closed forms are solved: their cost grows with the cube
 COLUMNS = 256  # points of a lattice whose functions are made at once
-SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
-NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 ODDS = np.linspace(-5.0, 12.0, 35)  # they grow with the counts of a spot, so that deep spots need high ones
 RARE = 5.0  # above, the likelihood is followed only for genes for which it still rises, and that several spots show
 THETA = 100.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0  # or the root of the count or its mean, if larger: single reads of rare genes are cut, what many reads say is not
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
-LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
 LEAST_READS = 0.5  # floors of rates and profiles are at most this: a gene of which thousands of reads could be seen may be nearly absent
 LEAST_EFFECT = 0.1  # prior sd of covariates' effects, with which a new section draws its own; from 1 on, hundreds of steps do not bring it there
 UNIT = 0.5  # of the softplus of the scale, over the mean scale: a Gaussian field becomes a depth much as its root would
 MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
+LEAST_NUGGET = 0.05  # sd of these effects
+BLOCK = 4096  # spots whose fields are computed at once
 Array = NDArray[np.float64]
 
 
@@ -171,83 +177,6 @@ def fit_kernel(space: Array, image: Array, values: Array) -> Kernel:
     return Kernel(*(float(v) for v in (*found[:2], *found[2:].reshape(3, k).mean(1))))
 
 
-class Smooth(NamedTuple):
-    """Gaussian process regression of k columns, averaged over shares of space, image and noise by their marginal likelihood."""
-
-    fitted: Array  # [n, k] posterior mean
-    dual: Array  # [2, n, k] of space and image: the posterior mean of a part is its Gram matrix (trace n) @ dual
-    parts: Array  # [2, k] variances of space and image
-    noise: Array  # [k]
-
-
-class Smoother:
-    """Regression with Gram matrices of space and image, scaled to trace n."""
-
-    def __init__(self, space: Array, image: Array) -> None:
-        self.grams = [gram * len(gram) / np.trace(gram) for gram in (space, image)]
-        self.spectra = []
-        for share in SPACE_SHARES:
-            values, vectors = np.linalg.eigh(share * self.grams[0] + (1 - share) * self.grams[1])
-            self.spectra.append((share, np.maximum(values, 0.0), vectors))
-
-    def __call__(self, y: Array) -> Smooth:
-        """Columns of y [n, k], each without its mean."""
-        n, k = y.shape
-        evidence, fits = [], []
-        for share, values, vectors in self.spectra:
-            rotated = vectors.T @ y
-            spectrum = (1 - NOISE_SHARES)[:, None] * values + NOISE_SHARES[:, None]  # [s, n]
-            variance = np.maximum((rotated[None] ** 2 / spectrum[..., None]).mean(1), 1e-12)  # [s, k] by maximum likelihood
-            log_p = -0.5 * n * np.log(variance) - 0.5 * np.log(spectrum).sum(1)[:, None]
-            evidence.append(log_p)
-            fits.append((share, variance, rotated, spectrum, vectors))
-        log_p = np.stack(evidence)  # [mixes, s, k]
-        weight = np.exp(log_p - log_p.max((0, 1)))
-        weight /= weight.sum((0, 1))
-        dual, parts, noise = np.zeros((2, n, k)), np.zeros((2, k)), np.zeros(k)
-        for w, (share, variance, rotated, spectrum, vectors) in zip(weight, fits, strict=True):
-            signal = 1 - NOISE_SHARES[:, None]
-            mean = vectors @ (rotated * ((w * signal).T @ (1 / spectrum)).T)  # sum over noise shares
-            for part, size in enumerate((share, 1 - share)):
-                dual[part] += size * mean
-                parts[part] += size * (w * signal * variance).sum(0)
-            noise += (w * variance * NOISE_SHARES[:, None]).sum(0)
-        fitted = self.grams[0] @ dual[0] + self.grams[1] @ dual[1]
-        return Smooth(fitted, dual, parts, noise)
-
-
-def nmf(x: Array, factors: int, rng: np.random.Generator, sweeps: int = 200) -> tuple[Array, Array]:
-    """x [n, G] ~ w @ h by multiplicative updates of the Kullback-Leibler divergence; rows of h sum to 1."""
-    n = len(x)
-    shares = x / x.sum(1, keepdims=True)
-    # k-means++ rows of the shares as first profiles: far from each other
-    chosen = [int(rng.integers(n))]
-    distance = np.full(n, np.inf)
-    for _ in range(factors - 1):
-        distance = np.minimum(distance, ((np.sqrt(shares) - np.sqrt(shares[chosen[-1]])) ** 2).sum(1))
-        chosen.append(int(rng.choice(n, p=distance / distance.sum())) if distance.sum() > 0 else int(rng.integers(n)))
-    h = shares[chosen] + 1e-2 * shares.mean(0)
-    w = np.full((n, factors), 1.0) * x.sum(1, keepdims=True) / factors
-    for _ in range(sweeps):
-        w *= (x / (w @ h)) @ h.T / h.sum(1)
-        h *= w.T @ (x / (w @ h)) / np.maximum(w.sum(0)[:, None], 1e-12)
-    total = h.sum(1)
-    return w * total, h / total[:, None]
-
-
-def project(x: Array, w: Array, h: Array, sweeps: int = 30) -> Array:
-    """w [n, factors] of x [n, G] ~ w @ h with rows of h that sum to 1, from a first w on."""
-    for _ in range(sweeps):
-        w = w * ((x / (w @ h)) @ h.T)
-    return w
-
-
-def _logits(w: Array) -> Array:
-    """Logs of shares w / sum w with a floor, without their mean [n, factors]."""
-    logits = np.log(w / w.sum(1, keepdims=True) + LEAST_SHARE / w.shape[1])
-    return np.asarray(logits - logits.mean(1, keepdims=True))
-
-
 def _inverse_softplus(x: Array | float) -> Array:
     return np.asarray(x + np.log(-np.expm1(-np.asarray(x))))
 
@@ -279,11 +208,14 @@ def constant_start(pair: Pair, spots: Spots, tissues: Sequence[Tissue], rng: np.
 def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generator, say: Callable[[str], None]) -> None:
     """Steps 3 to 5."""
     model, guide = sides(pair)
-    if len(spots.section) > MOST_SPOTS:
-        keep = np.sort(rng.permutation(len(spots.section))[:MOST_SPOTS])
+    whole, used = spots, MOST_SPOTS / len(spots.section)
+    if used < 1:
+        own = (np.flatnonzero(spots.section == n) for n in np.unique(spots.section))
+        keep = np.concatenate([np.sort(rng.permutation(rows)[: math.ceil(used * len(rows))]) for rows in own])
         spots = Spots._make(part[keep] for part in spots)
+    stands_for = (np.bincount(whole.section) / np.maximum(np.bincount(spots.section), 1))[spots.section]  # spots of its section
     _, depth, mean = _depth(spots)
-    left, values, right = _components(residuals(spots), COMPONENTS)
+    left, values, right = _components(residual := residuals(spots), COMPONENTS)
     basis_space, basis_image = rotate(model, spots, *basis(model, spots))
     smoother = Smoother(basis_space @ basis_space.T, basis_image @ basis_image.T)
     columns = np.column_stack([np.sqrt(depth), left * values])
@@ -300,7 +232,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     m = int(model.active.sum())
     rate = rates(smooth[:, 1:])
     w, h = nmf(rate, m, rng)
-    logits = _logits(w)
+    logits = logits_of(w)
     level = _by_section(smooth_depth[:, None], spots.section)[:, 0]
     relative = _inverse_softplus(smooth_depth / level / UNIT)
     middle = np.append(relative.mean(), logits.mean(0))
@@ -308,7 +240,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     # What is smooth says nothing of noise: that of depth is known from its root, that of the shares from those of scores that are not smoothed.
     noise_of_log = 4 * regressed.noise[0] / root**2
     x = smooth_depth / level / UNIT
-    rough = smoother((raw := _logits(project(rates(columns[:, 1:]), w, h))) - raw.mean(0))
+    rough = smoother((raw := logits_of(project(rates(columns[:, 1:]), w, h))) - raw.mean(0))
     found.noise[:] = np.append((noise_of_log * (x / -np.expm1(-x)) ** 2).mean(), rough.noise)
     found.parts[:, 1:] = rough.parts
     for k, (name, function) in enumerate((("image_weights", basis_image), ("space", basis_space))):
@@ -319,7 +251,7 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
         sd = np.sqrt(np.maximum(variance, 1e-8))  # [1 + m]
         trace = len(function) / (function**2).sum()
         location = trace * (function.T @ found.dual[1 - k]) / sd  # a weight is its posterior mean over its prior sd
-        precision = 1 + (function**2).sum(0)[:, None] * sd**2 / np.maximum(found.noise, 1e-6)
+        precision = 1 + (stands_for @ function**2)[:, None] * sd**2 / np.maximum(found.noise, 1e-6)
         _write(getattr(guide, f"{name}_loc")[:, : 1 + m], location)
         _write(getattr(guide, f"{name}_log_sd")[:, : 1 + m], -0.5 * np.log(precision))
         _write(model.amplitude[k, : 1 + m], np.log(sd))
@@ -330,15 +262,6 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     with torch.no_grad():
         model.bias[: 1 + m] = torch.from_numpy(middle).float()
     expected = level * UNIT * np.logaddexp(0.0, fitted[:, 0])  # depth without effects of locations
-    if model.config.nugget:  # the scale's residuals are measured well; those of the metagenes' smooth logits mean nothing
-        typical_sd = max(float(np.sqrt((4 * regressed.noise[0] / level).mean())), 0.05)
-        _write(model.log_nugget[0], np.log(typical_sd))
-        sd = np.minimum(typical_sd / np.sqrt(expected / level), MOST_EFFECT)
-        offset = np.cumsum([0, *model.spec.rows])[spots.section] + spots.row
-        with torch.no_grad():
-            left_over = (np.log(depth / expected) / sd).clip(-MOST_NUGGET, MOST_NUGGET)
-            guide.location_loc[torch.from_numpy(offset), 0] = torch.from_numpy(left_over).float()
-        _write(guide.location_log_sd, np.log(0.5))
     size = spots.size / spots.size.mean()
     every = np.array([float((np.log(level / size))[spots.section == n].mean()) if (spots.section == n).any() else 0.0
                       for n in range(len(model.spec.sections))])  # fmt: skip
@@ -359,11 +282,59 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     odds = fit_odds(spots.counts, activity, profiles * correction)
     _write(model.odds, odds)
     _write(model.log_rate, profile + np.log(correction) + typical)
+    if model.config.nugget:
+        left_over = residual - smooth[:, 1:] @ right * np.sqrt(depth / smooth_depth)[:, None]  # residuals are relative to the observed depth
+        of_shares = 0.0
+        if model.config.metagenes > 1:
+            w_h = (w, h) if m > 1 else nmf(rate, model.config.metagenes, rng)  # one has no shares: those of what it will be split into
+            of_shares = min(max(_variance_of_shares(left_over, mean, smooth_depth, *w_h), 0.0), MOST_EFFECT**2)
+        _write(model.log_nugget[1:], np.log(max(math.sqrt(of_shares), LEAST_NUGGET)))
+        # The root of a depth varies by (1 + odds) / 4 as its law has it, and by what effects on the metagenes add up to.
+        of_law, of_metagenes = float(1 + mean @ np.exp(odds)) / 4, of_shares * (np.square(activity).sum(1) / activity.sum(1)).mean() / 4
+        of_scale = 4 * max(regressed.noise[0] - of_law - of_metagenes, 0.0) / np.exp(typical)
+        _write(model.log_nugget[0], np.log(max(math.sqrt(of_scale), LEAST_NUGGET)))
+        levels = np.bincount(spots.section, level) / np.maximum(np.bincount(spots.section), 1)
+        _location_effects(model, guide, whole, levels, typical, 4 * of_law)
     _section_effects(model, guide, spots, activity, profiles * correction)
     say(
         f"start: length {kernel.length_space:.2g} pitches in space and {kernel.length_image:.2g} in image features; variance {kernel.space:.2g} "
         f"space, {kernel.image:.2g} image, {kernel.noise:.2g} noise; {m} metagenes"
     )
+
+
+def _variance_of_shares(residual: Array, mean: Array, depth: Array, w: Array, h: Array) -> float:
+    """Variance e^2 of the logs of metagene activities w [n, m] from location to location, from what smooth scores leave of the residuals [n, G].
+
+    An effect o of metagene m changes them by o w_m c_m / sqrt(depth), c_m = (h_m - mean) / sqrt(mean) (and less, as they are, where counts are high),
+    in all genes at once: what their sums along the c_m vary more than single genes with the same variances would, those of the effects included.
+    """
+    shrunk = 1 / np.sqrt(1 + mean * depth.mean() / THETA)
+    contrast, total = (h - mean) / np.sqrt(mean) * shrunk, np.sqrt(mean) * shrunk  # the depth is given: residuals do not vary along the latter
+    alone = np.einsum("ng,ng->g", residual, residual) / len(residual) / np.maximum(1 - mean, 1e-3)
+    own, along = np.square(contrast), ((residual @ contrast.T) ** 2).mean(0)
+    of_one = ((contrast @ contrast.T) ** 2 - own @ own.T) @ (w**2 / depth[:, None]).mean(0)  # of effects with variance 1
+    return float((along - own @ alone + (contrast @ total) ** 2).sum() / max(of_one.sum(), 1e-12))
+
+
+def _location_effects(model: Model, guide: Guide, spots: Spots, level: Array, typical: float, noise: float) -> None:
+    """What the closed-form fields leave of every spot's depth as its effect on the scale, shrunk by the ``noise`` of a count over its mean and by the
+    effects on the metagenes; level [sections], and the log of what is 1 in the scale's unit."""
+    _write(guide.location_log_sd, np.log(0.5))
+    _, depth, _ = _depth(spots)
+    drawn = {"image_weights": guide.image_weights_loc, "space": guide.space_loc, "depth": torch.zeros(len(model.spec.sections))}
+    first, of_shares = np.cumsum([0, *model.spec.rows]), float((2 * model.log_nugget[-1]).detach().exp())
+    for n in np.unique(spots.section).tolist():
+        mine = np.flatnonzero(spots.section == n)
+        for rows in np.split(mine, range(BLOCK, len(mine), BLOCK)):
+            features, where = (torch.from_numpy(part[rows]).float() for part in (spots.features, spots.xy))
+            with torch.no_grad():
+                field = model.bias + model.fields(drawn, F.pad(features, (0, 1)), where, [(n, 0, len(rows))], model.spec.lattices)[:, :-1]
+                share = field[:, 1:].masked_fill(~model.active, -torch.inf).softmax(1).square().sum(1).double().numpy()
+                expected = level[n] * UNIT * F.softplus(field[:, 0]).double().numpy()
+                sd = np.minimum(float(model.log_nugget[0].exp()) * np.exp(typical / 2) / np.sqrt(expected), MOST_EFFECT)
+                left_over = np.log(depth[rows] / expected) + 0.5 * sd**2
+                effect = (left_over * sd / (sd**2 + noise / expected + of_shares * share)).clip(-MOST_NUGGET, MOST_NUGGET)
+                guide.location_loc[torch.from_numpy(first[n] + spots.row[rows]), 0] = torch.from_numpy(effect).float()
 
 
 def _section_effects(model: Model, guide: Guide, spots: Spots, activity: Array, profiles: Array) -> None:
@@ -372,13 +343,14 @@ def _section_effects(model: Model, guide: Guide, spots: Spots, activity: Array, 
         return
     codes = np.array(model.spec.codes)[spots.section, 0]
     effect = np.zeros((model.spec.levels[0], model.spec.genes))
-    for level in np.unique(codes):
+    seen = np.unique(codes)
+    for level in seen:
         mine = codes == level
         predicted = activity[mine].sum(0) @ profiles
         effect[level] = np.log((np.asarray(spots.counts[mine].sum(0)).ravel() + 10.0) / (predicted + 10.0))
     _write(guide.level_0_loc, effect)
     _write(guide.level_0_log_sd, np.log(0.1))
-    size = (effect**2).mean(0)
+    size = (effect[seen] ** 2).mean(0)
     for name, sd in model.log_sd.items():
         if name != "metagenes":
             _write(sd, 0.5 * np.log(LEAST_EFFECT**2 + name.startswith("level_") * 0.5 * (size + size.mean())))

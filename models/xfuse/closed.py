@@ -1,0 +1,90 @@
+"""Closed forms of XFuse's start: Gaussian process regression of many columns at once, and factors of counts."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Smooth", "Smoother", "logits_of", "nmf", "project"]
+
+SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
+NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
+LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
+Array = NDArray[np.float64]
+
+
+class Smooth(NamedTuple):
+    """Gaussian process regression of k columns, averaged over shares of space, image and noise by their marginal likelihood."""
+
+    fitted: Array  # [n, k] posterior mean
+    dual: Array  # [2, n, k] of space and image: the posterior mean of a part is its Gram matrix (trace n) @ dual
+    parts: Array  # [2, k] variances of space and image
+    noise: Array  # [k]
+
+
+class Smoother:
+    """Regression with Gram matrices of space and image, scaled to trace n."""
+
+    def __init__(self, space: Array, image: Array) -> None:
+        self.grams = [gram * len(gram) / np.trace(gram) for gram in (space, image)]
+        self.spectra = []
+        for share in SPACE_SHARES:
+            values, vectors = np.linalg.eigh(share * self.grams[0] + (1 - share) * self.grams[1])
+            self.spectra.append((share, np.maximum(values, 0.0), vectors))
+
+    def __call__(self, y: Array) -> Smooth:
+        """Columns of y [n, k], each without its mean."""
+        n, k = y.shape
+        evidence, fits = [], []
+        for share, values, vectors in self.spectra:
+            rotated = vectors.T @ y
+            spectrum = (1 - NOISE_SHARES)[:, None] * values + NOISE_SHARES[:, None]  # [s, n]
+            variance = np.maximum((rotated[None] ** 2 / spectrum[..., None]).mean(1), 1e-12)  # [s, k] by maximum likelihood
+            log_p = -0.5 * n * np.log(variance) - 0.5 * np.log(spectrum).sum(1)[:, None]
+            evidence.append(log_p)
+            fits.append((share, variance, rotated, spectrum, vectors))
+        log_p = np.stack(evidence)  # [mixes, s, k]
+        weight = np.exp(log_p - log_p.max((0, 1)))
+        weight /= weight.sum((0, 1))
+        dual, parts, noise = np.zeros((2, n, k)), np.zeros((2, k)), np.zeros(k)
+        for w, (share, variance, rotated, spectrum, vectors) in zip(weight, fits, strict=True):
+            signal = 1 - NOISE_SHARES[:, None]
+            mean = vectors @ (rotated * ((w * signal).T @ (1 / spectrum)).T)  # sum over noise shares
+            for part, size in enumerate((share, 1 - share)):
+                dual[part] += size * mean
+                parts[part] += size * (w * signal * variance).sum(0)
+            noise += (w * variance * NOISE_SHARES[:, None]).sum(0)
+        fitted = self.grams[0] @ dual[0] + self.grams[1] @ dual[1]
+        return Smooth(fitted, dual, parts, noise)
+
+
+def nmf(x: Array, factors: int, rng: np.random.Generator, sweeps: int = 200) -> tuple[Array, Array]:
+    """x [n, G] ~ w @ h by multiplicative updates of the Kullback-Leibler divergence; rows of h sum to 1."""
+    n = len(x)
+    shares = x / x.sum(1, keepdims=True)
+    # k-means++ rows of the shares as first profiles: far from each other
+    chosen = [int(rng.integers(n))]
+    distance = np.full(n, np.inf)
+    for _ in range(factors - 1):
+        distance = np.minimum(distance, ((np.sqrt(shares) - np.sqrt(shares[chosen[-1]])) ** 2).sum(1))
+        chosen.append(int(rng.choice(n, p=distance / distance.sum())) if distance.sum() > 0 else int(rng.integers(n)))
+    h = shares[chosen] + 1e-2 * shares.mean(0)
+    w = np.full((n, factors), 1.0) * x.sum(1, keepdims=True) / factors
+    for _ in range(sweeps):
+        w *= (x / (w @ h)) @ h.T / h.sum(1)
+        h *= w.T @ (x / (w @ h)) / np.maximum(w.sum(0)[:, None], 1e-12)
+    total = h.sum(1)
+    return w * total, h / total[:, None]
+
+
+def project(x: Array, w: Array, h: Array, sweeps: int = 30) -> Array:
+    """w [n, factors] of x [n, G] ~ w @ h with rows of h that sum to 1, from a first w on."""
+    for _ in range(sweeps):
+        w = w * ((x / (w @ h)) @ h.T)
+    return w
+
+
+def logits_of(w: Array) -> Array:
+    """Logs of shares w / sum w with a floor, without their mean [n, factors]."""
+    logits = np.log(w / w.sum(1, keepdims=True) + LEAST_SHARE / w.shape[1])
+    return np.asarray(logits - logits.mean(1, keepdims=True))
