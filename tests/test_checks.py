@@ -23,8 +23,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def run():
-    world = spatial_field(seed=4, n_cells=200)
-    return api.fit("spaim", target=world.target, reference=world.reference, seed=0)
+    world = spatial_field(seed=4, n_cells=200, n_genes=110, n_panel=50)
+    settings = ["clusters=8", "process=0", "smoothing=0.25"]
+    return api.fit("spaim", target=world.target, reference=world.reference, overrides=settings, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,6 @@ def counted(run, x) -> Counts:
     return replace(run.target, matrix=sp.csr_matrix(x, dtype=np.float32), genes=run.genes[~run.measured])
 
 
-@pytest.mark.slow  # that each statistic sees its own fault stays in the quick tier
 def test_the_models_own_data_pass(run, own):
     shares, library = [], []
     for one in own:

@@ -165,7 +165,7 @@ def test_a_score_that_is_not_finite_is_left_out_and_said(tmp_path):
 
 
 def test_runs_are_scored_on_their_held_out_genes(tmp_path, monkeypatch):
-    sim = checkerboard(seed=1, n_cells=250, side=6, squares=6, n_types=3, n_genes=40, n_panel=30, contrast=1.0)
+    sim = checkerboard(seed=1, n_cells=160, side=6, squares=6, n_types=3, n_genes=40, n_panel=30, contrast=1.0)
     fast = ["factors=3", "chains=1", "sparsity=0.0", "fit.steps=2"]
     for name, sweeps in (("long", 20), ("short", 1)):
         api.fit(
@@ -190,7 +190,7 @@ def test_runs_are_scored_on_their_held_out_genes(tmp_path, monkeypatch):
     assert len(alone) == 2 and "weight" not in alone
     widths, predict = [], Run.predict
     monkeypatch.setattr(Run, "predict", lambda self, genes, **options: widths.append(len(genes)) or predict(self, genes, **options))
-    monkeypatch.setattr("ppl_st.compare.BYTES_PER_PREDICTION", 1e9 / 250 / 4)  # room for four genes
+    monkeypatch.setattr("ppl_st.compare.BYTES_PER_PREDICTION", 1e9 / 160 / 4)  # room for four genes
     blocks = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth, draws=20)
     assert widths == 2 * [4, 4, 2] and (blocks["genes"] == 10).all()
     np.testing.assert_allclose(blocks["log_score"], table["log_score"], rtol=0.02)

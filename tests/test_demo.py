@@ -17,7 +17,7 @@ FAST = ["chains=1", "sparsity=0", "sweeps=5", "fit.steps=3"]
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     said = []
-    return out, demo(out=out, cells=800, types=3, squares=6, draws=20, overrides=FAST, say=said.append), said
+    return out, demo(out=out, cells=350, types=3, squares=6, draws=12, overrides=FAST, say=said.append), said
 
 
 def test_everything_that_is_promised_lies_there(done):
@@ -30,7 +30,7 @@ def test_everything_that_is_promised_lies_there(done):
     assert said and not [p for p in out.rglob("*") if ".tmp" in p.name]
     import ppl_st
 
-    again = ppl_st.load(out / "run").predict(draws=20)  # genes that the cells never measured
+    again = ppl_st.load(out / "run").predict(draws=2)  # genes that the cells never measured
     assert set(again.var_names) == set(ad.read_h5ad(out / "data" / "truth.h5ad").var_names)
 
 
@@ -114,9 +114,8 @@ def test_spatial_field_puts_like_beside_like_only_when_asked():
     assert agreement(1.0) > 0.6 and abs(agreement(0.0) - 1 / 8) < 0.04
 
 
-@pytest.mark.slow  # the same route as the demonstration above; fits and evaluations of VISTA have their own tests
 def test_the_demo_of_a_method_with_a_cell_reference(tmp_path):
-    result = demo("vista", out=tmp_path / "out", cells=300, types=3, draws=5, overrides=["fit.steps=3", "penalty=3", "reweight=false"])
+    result = demo("vista", out=tmp_path / "out", cells=150, types=3, draws=5, overrides=["fit.steps=3", "penalty=3", "reweight=false", "process=0"])
     assert {"vista", ORACLE, "baseline: ridge_z_smooth", "baseline: ensemble"} <= set(result.scores.index)
     assert result.scores.loc["vista", "coverage 90 %"] == pytest.approx(0.9, abs=0.06)
     with pytest.raises(UserError, match="squares shape the checkerboard of siid only"):

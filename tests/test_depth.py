@@ -16,7 +16,7 @@ def test_a_depth_is_the_total_of_all_genes_of_the_target():
     """With 14 of 36 panel genes in the reference, the other 22 still tell how much was counted in a cell; the shared ones alone are a poor guess."""
     world = small_world()
     known = [g for g in world.reference.var_names if g not in set(world.target.var_names[14:])]
-    run = ppl_st.fit("spaim", target=world.target, reference=world.reference[:, known], overrides=["clusters=8"], seed=0)
+    run = ppl_st.fit("spaim", target=world.target, reference=world.reference[:, known], overrides=["clusters=8", "process=0", "smoothing=0"], seed=0)
     predictor = spaim.Predictor(run.pair, run.data, run.config, run.spec)
     batch = next(iter(predictor.blocks(500)))
     depth = predictor.local(batch, 0)[1].exp().numpy().ravel()
@@ -27,10 +27,10 @@ def test_a_depth_is_the_total_of_all_genes_of_the_target():
     assert depth.sum() == pytest.approx(shared.sum(), rel=1e-3)  # levels are per count of the shared genes
 
 
-@pytest.mark.parametrize("likelihood", ["nb", pytest.param("poisson", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
 def test_the_closed_form_at_its_own_depth_is_what_draws_give(likelihood):
     world = small_world()
-    settings = ["clusters=8", f"likelihood={likelihood}"]
+    settings = ["clusters=8", "process=0.4", "smoothing=0.25", f"likelihood={likelihood}"]
     run = ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=settings, seed=0)
     predictor = spaim.Predictor(run.pair, run.data, run.config, run.spec)
     predictor.guides[0].counts.own_depth = True
@@ -39,7 +39,7 @@ def test_the_closed_form_at_its_own_depth_is_what_draws_give(likelihood):
     predictor.guides[0].counts.own_depth = False
     other = posterior_predictive(predictor, predictor.chains, genes, draws=2, seed=0, factor=factor)[0].lognorm_mean
     del predictor.closed_form
-    drawn = posterior_predictive(predictor, predictor.chains, genes, draws=400, seed=0, factor=factor)[0].lognorm_mean
+    drawn = posterior_predictive(predictor, predictor.chains, genes, draws=150, seed=0, factor=factor)[0].lognorm_mean
     np.testing.assert_allclose(exact.mean(0), drawn.mean(0), rtol=0.15)
     agreement = [[np.corrcoef(one[:, g], drawn[:, g])[0, 1] for g in range(8)] for one in (exact, other)]
     assert min(agreement[0]) > 0.9 and np.mean(agreement[0]) > np.mean(agreement[1])

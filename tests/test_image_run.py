@@ -287,7 +287,7 @@ def test_hidden_counts_cannot_reach_the_fit(world):
 
 
 def test_evaluation_of_hidden_spots_and_of_a_hidden_section(base, world):
-    options = {"config": base / "data/config.toml", "overrides": FAST, "draws": 8}
+    options = {"config": base / "data/config.toml", "overrides": [*FAST, "fit.steps=3"], "draws": 4}
     targets, images = [one.adata for one in world.sections], [one.image for one in world.sections]
     done = evaluate_spots(["xfuse"], targets, images, out=base / "evaluation", **options)
     table = done.scores.set_index("method")

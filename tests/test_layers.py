@@ -40,7 +40,7 @@ def world():
 
 def test_the_share_of_a_layer_is_found_in_cells_that_measured_neither(world, tmp_path):
     made, share = world
-    settings = ["fit.steps=20", f"reference_layers={LAYERS}"]
+    settings = ["penalty=3", "reweight=false", "process=0", "fit.steps=8", f"reference_layers={LAYERS}"]
     run = ppl_st.fit("vista", target=made.target, reference=made.reference, overrides=settings, out=tmp_path / "run")
     genes = [str(gene) for gene in made.reference.var_names]
     wanted = [f"{gene}:{layer}" for layer in LAYERS for gene in genes]

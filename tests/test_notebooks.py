@@ -79,6 +79,7 @@ def run(path):
     nbformat.write(notebook, path)
 
 print("imports", time.process_time())
+torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]).step()  # brings the rest of torch along, which every fit would load for itself
 for path in sys.argv[1:]:
     sys.stdout.flush()
     if child := os.fork():

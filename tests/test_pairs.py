@@ -62,7 +62,7 @@ def elsewhere(plain):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:bokeh")
 def test_a_truth_is_read_as_the_files_of_the_fit(tmp_path):
-    world = checkerboard(seed=2, n_cells=200, side=5, squares=5, n_types=3, n_genes=30, n_panel=20, contrast=1.0)
+    world = checkerboard(seed=2, n_cells=100, side=5, squares=5, n_types=3, n_genes=30, n_panel=20, contrast=1.0)
     target, reference, truth = map(elsewhere, (world.target, world.reference, world.truth))
     overrides = [*FAST, "layer=molecules", "gene_key=symbol"]
     run = api.fit("siid", target=target, reference=reference, overrides=overrides, out=tmp_path / "run")
@@ -81,10 +81,10 @@ def test_a_target_may_lack_coordinates_where_the_method_does_without_but_not_hav
     world = spatial_field(seed=1, n_cells=120, n_reference=100, n_genes=24, n_panel=16, rho=3.0)
     bare, said = world.target.copy(), []
     del bare.obsm["spatial"]
-    run = api.fit("spaim", target=bare, reference=world.reference, overrides=["clusters=4"], out=tmp_path / "run", say=said.append)
+    run = api.fit("spaim", target=bare, reference=world.reference, overrides=["clusters=4", "process=0"], out=tmp_path / "run", say=said.append)
     assert "no coordinates" in said[0]
     np.testing.assert_array_equal(api.load(run.folder).predict(draws=3).X, run.predict(draws=3).X)
-    placed, told = api.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=4"]), []
+    placed, told = api.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=4", "process=0", "smoothing=0.25"]), []
     placed.write(tmp_path / "p.h5ad", target=bare, draws=2, say=told.append)
     assert "neighbors in space are not used" in told[0]
     fast = ["graph=none", "penalty=3", "reweight=false", "process=0", "fit.steps=2"]

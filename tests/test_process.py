@@ -23,6 +23,7 @@ from ppl_st.prepare.spaim import problem
 
 torch.set_num_threads(1)
 SMALL = replace(Config(), clusters=8)
+FAST = ["penalty=3", "reweight=false", "fit.steps=4"]  # of VISTA
 
 
 ONE_TO_THREE = (1,) * 30 + (3,) * 6
@@ -120,7 +121,8 @@ def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_
     target = target[:, :24].copy()
     runs = {}
     for share in ("auto", "0.0"):
-        settings = [f"process={share}"] + {"vista": ["graph=none"], "spaim": ["smoothing=0.0", "clusters=8"], "spagene": ["smoothing=0.0"]}[method]
+        own = {"vista": [*FAST, "graph=none"], "spaim": ["smoothing=0.0", "clusters=8"], "spagene": ["smoothing=0.0"]}[method]
+        settings = [f"process={share}", *own]
         run = ppl_st.fit(method, target=target, reference=reference, overrides=settings, seed=0, out=tmp_path / share)
         runs[share] = run, run.predict(hidden, draws=8)
     run, first = runs["auto"]
@@ -167,7 +169,7 @@ def test_vista_standardises_the_rows_of_its_process_within_batches():
     target = target[:, :24].copy()
     target.X = sp.csr_matrix(np.random.default_rng(6).poisson(rate[:, :24] * gains[side]).astype(np.float32))
     target.obs["slide"], reference.obs["slide"] = np.array(["a", "b"])[side], "c"
-    settings, found = ["graph=none", "process=0.8", "fit.steps=4"], {}
+    settings, found = [*FAST, "graph=none", "process=0.8"], {}
     for key in ("null", "slide"):
         run = ppl_st.fit("vista", target=target, reference=reference, overrides=[*settings, *(["batch_key=slide"] if key == "slide" else [])], seed=0)
         found[key] = correlation(np.log(run.predict(["g24", "g25", "g26"], draws=8).layers["rate_mean"]), np.log(rate[:, 24:])).mean()
@@ -197,7 +199,7 @@ def test_a_share_that_was_set_is_kept_by_a_panel_without_inner_genes_and_one_bey
 
 def test_a_run_whose_settings_this_version_does_not_know_says_fit_again(tmp_path):
     (target, _), (reference, _) = ring(80, 3), ring(100, 4)
-    ppl_st.fit("spaim", target=target[:, :8].copy(), reference=reference, overrides=["clusters=8"], seed=0, out=tmp_path / "run")
+    ppl_st.fit("spaim", target=target[:, :8].copy(), reference=reference, overrides=["clusters=8", "process=0"], seed=0, out=tmp_path / "run")
     settings = tmp_path / "run" / "config.toml"
     settings.write_text("depth_exponent = 0.7\n" + settings.read_text())
     with pytest.raises(UserError, match=r"config.toml: unknown key 'depth_exponent'.*written by ppl_st .*: use that version, or fit again"):

@@ -232,13 +232,6 @@ def test_calibration_on_hidden_genes_stands_in_for_a_truth(run, tmp_path, monkey
     assert abs(drawn["recalibrated"][at] - 0.9) <= abs(drawn["raw"][at] - 0.9) + 1e-9
 
 
-def test_many_cells_are_thinned_and_said_to_be(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report_run, "MAX_CELLS", 100)
-    report_run.report_run(run, tmp_path / "r.html", draws=5)
-    page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert len(decode(data(page)["genes"][0]["maps"]["mean"])) == 100 and "Of 250 cells 100, picked at random" in text(page)
-
-
 def test_what_cannot_be_reported_is_refused(run, sim, tmp_path):
     with pytest.raises(UserError, match=r"none of its 30 genes was hidden.*--hold-out"):
         report_run.report_run(run, tmp_path / "r.html", truth=sim.target, draws=4)
@@ -256,7 +249,7 @@ def test_dissociated_reference(tmp_path):
     from ppl_st.simulate import spatial_field
 
     world = spatial_field(seed=1, n_cells=150, n_reference=150, n_genes=90, n_panel=36)
-    run = api.fit("spaim", target=world.target, reference=world.reference, overrides=["process=0"], seed=0)
+    run = api.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=8", "process=0", "smoothing=0"], seed=0)
     report_run.report_run(run, tmp_path / "r.html", truth=world.truth, draws=5)
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "baseline: ridge_z_smooth" in text(page) and len(data(page)["genes"]) == min(50, world.truth.n_vars)
@@ -300,11 +293,14 @@ def test_method_of_images(tmp_path):
     )
 
 
-def test_groups_checks_and_variance_are_shown(run, sim, tmp_path):
+def test_groups_checks_and_variance_are_shown_and_many_cells_thinned(run, sim, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_run, "MAX_CELLS", 100)
     halves = np.where(run.target.xy[:, 0] > np.median(run.target.xy[:, 0]), "east", "west")
     labelled = replace(run, target=replace(run.target, obs=run.target.obs.assign(half=halves)))
     report_run.report_run(labelled, tmp_path / "r.html", truth=sim.truth, groups="half", draws=10)
-    words = unescape(text((tmp_path / "r.html").read_text(encoding="utf-8")))
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    words = unescape(text(page))
+    assert len(decode(data(page)["genes"][0]["maps"]["mean"])) == 100 and "Of 250 cells 100, picked at random" in words
     table = words.split("The same in each group of cells")[1]
     assert [name for name in ("all", "east", "west") if f" {name} " in table[:400]] == ["all", "east", "west"]
     assert "On 10 genes that were hidden from the fit the mean correlation" in words and "variance: pattern" in words

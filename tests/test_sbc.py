@@ -83,7 +83,6 @@ def test_spaim_finds_what_it_made_up(spaim_layer):
     assert uniformity(found) > 1e-3 and np.abs(found.spread() - 1).max() < 0.2
 
 
-@pytest.mark.slow
 def test_spagene_finds_what_it_made_up():
     """Noise and signal over noise are point estimates, so it is about 5% too sure with 40 shared genes. Without a process, which is not ranked."""
     found = sbc_methods.spagene(200, process=0.0)["SpaGene: translator"]

@@ -21,7 +21,7 @@ FAST = ["factors=3", "chains=2", "sparsity=0.0", "sweeps=3", "fit.steps=2"]
 
 @pytest.fixture(scope="module")
 def sim():
-    return checkerboard(seed=2, n_cells=200, side=5, squares=5, n_types=3, n_genes=30, n_panel=20, contrast=1.0)
+    return checkerboard(seed=2, n_cells=120, side=5, squares=5, n_types=3, n_genes=30, n_panel=20, contrast=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def test_each_seed_is_a_run_and_together_they_are_one(run, singles, sim):
     alone = api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST, seed=5)
     np.testing.assert_array_equal(alone.predict(draws=4).X, singles[1].predict(draws=4).X)
     genes = sim.truth.var_names[:4].tolist()
-    joint, parts = run.predict(genes, draws=600), [one.predict(genes, draws=200) for one in singles]
+    joint, parts = run.predict(genes, draws=300), [one.predict(genes, draws=100) for one in singles]
     np.testing.assert_array_equal(api.load(run.folder).predict(genes, draws=12).X, run.predict(genes, draws=12).X)
     means = np.stack([part.X for part in parts]).astype(float)
     np.testing.assert_allclose(joint.X, means.mean(0), rtol=0.15, atol=0.05)
     total = means.var(0) + np.mean([part.layers["rate_sd"] ** 2 for part in parts], 0)
     np.testing.assert_allclose(joint.layers["rate_sd"].mean(), np.sqrt(total).mean(), rtol=0.1)
-    noise = np.mean([part.layers["rate_sd"] ** 2 for part in parts], 0) * 2 / 3 / 200  # of the means themselves
+    noise = np.mean([part.layers["rate_sd"] ** 2 for part in parts], 0) * 2 / 3 / 100  # of the means themselves
     truth = np.maximum(means.var(0) - noise, 0).mean()
     assert np.square(joint.layers["between_sd"]).mean() == pytest.approx(truth, rel=0.4)
     share = joint.var["between_fits"]
@@ -140,8 +140,8 @@ def test_what_one_seed_alone_can_do_is_said(run):
 
 @pytest.fixture(scope="module")
 def mixture():
-    world = spatial_field(seed=1, n_cells=200, n_reference=150, n_genes=40, n_panel=20)
-    settings = {"spagene": ["process=0", "smoothing=0"], "spaim": ["process=0", "clusters=8"]}
+    world = spatial_field(seed=1, n_cells=120, n_reference=100, n_genes=40, n_panel=20)
+    settings = {"spagene": ["process=0", "smoothing=0"], "spaim": ["process=0", "smoothing=0", "clusters=8"]}
     runs = [api.fit(method, target=world.target, reference=world.reference, overrides=some, seed=0) for method, some in settings.items()]
     return world, stack([refit.recalibrate(run, folds=2, draws=20) for run in runs])
 
@@ -157,7 +157,7 @@ def test_a_stack_is_exported_as_one_chain_of_the_mixture(mixture, tmp_path):
     assert groups["predictions"]["count"].dims == ("chain", "draw", "cell", "gene") and groups["predictions"].sizes["chain"] == 1
     cells = groups["predictions"]["cell"].values.astype(str)
     rows = world.target.obs_names.get_indexer(cells)
-    want = both.predict(groups["predictions"]["gene"].values.astype(str), draws=200).X[rows]
+    want = both.predict(groups["predictions"]["gene"].values.astype(str), draws=100).X[rows]
     got = groups["predictions"]["rate"].values[0].mean(0)
     assert np.corrcoef(want.ravel(), got.ravel())[0, 1] > 0.9
     assert np.isfinite(groups["predictions"]["log_likelihood"].values).all()

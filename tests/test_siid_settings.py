@@ -137,7 +137,8 @@ def test_a_fit_that_kept_the_best_chain_is_resumed_where_its_weights_are_missing
 def test_text_with_gaps_is_stored(sim, tmp_path, dtype):
     target = sim.target.copy()
     target.obs["kind"] = pd.Series(["a", None, "b"] * (target.n_obs // 3), target.obs_names, dtype=dtype)
-    run = api.fit("siid", target=target, reference=sim.reference, overrides=[*FAST, "fit.steps=1"], seed=3, out=tmp_path / "run")
+    fast = [*FAST, "chains=1", "sweeps=1", "fit.steps=1"]
+    run = api.fit("siid", target=target, reference=sim.reference, overrides=fast, seed=3, out=tmp_path / "run")
     run.write(tmp_path / "x.h5ad", run.genes[~run.measured][:1], draws=3)
     found = api.load(tmp_path / "run").target.obs["kind"]
     assert found.isna().sum() == target.n_obs // 3 and set(found.dropna()) == {"a", "b"}
@@ -155,7 +156,8 @@ def test_sections_of_one_spot_are_kept_apart(sim):
     target.obs["slide"], reference.obs["slide"] = "a", "a"
     target.obs.loc[target.obs_names[:40], "slide"] = "b"
     reference.obs.loc[reference.obs_names[:1], "slide"] = "b"
-    run = api.fit("siid", target=target, reference=reference, overrides=[*FAST, "fit.steps=1", "library_key=slide", "radius=70"], seed=3)
+    settings = [*FAST, "chains=1", "sweeps=1", "fit.steps=1", "library_key=slide", "radius=70"]
+    run = api.fit("siid", target=target, reference=reference, overrides=settings, seed=3)
     slides = target.obs["slide"].to_numpy()
     at = run.data.mapping.tocoo()
     assert (slides[at.row] == reference.obs["slide"].to_numpy()[at.col]).all() and at.nnz

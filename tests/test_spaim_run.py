@@ -76,7 +76,7 @@ def test_the_closed_form_mean_is_the_mean_of_the_draws(run):
 
 
 def test_a_stored_run_predicts_the_same_and_new_cells_like_old_ones(world, tmp_path):
-    settings = ["clusters=8", "smoothing=0.0"]
+    settings = ["clusters=8", "smoothing=0.0", "process=0.4"]
     run = ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=settings, seed=0, out=tmp_path / "run")
     genes = run.genes[~run.measured][:5]
     first, again = run.predict(genes, draws=5), ppl_st.load(tmp_path / "run").predict(genes, draws=5)

@@ -116,21 +116,19 @@ def test_a_right_pair_obeys_the_model_laws():
 
 
 @pytest.mark.parametrize(
-    ("fault", "law"),
+    ("fault", "laws"),
     [
-        ("missing site", "sites_agree"),
-        ("shape", "sites_agree"),
-        ("no full size", "plates_scale"),
-        ("guide's full size", "plates_scale"),
-        ("scaled by hand", "plates_scale"),
-        ("no full size", "minibatches_unbiased"),
-        ("guide's full size", "minibatches_unbiased"),
-        ("always observes", "simulation_obeys"),
-        ("simulates too much", "simulation_obeys"),
+        ("missing site", {"sites_agree"}),
+        ("shape", {"sites_agree"}),
+        ("no full size", {"plates_scale", "minibatches_unbiased"}),
+        ("guide's full size", {"plates_scale", "minibatches_unbiased"}),
+        ("scaled by hand", {"plates_scale"}),
+        ("always observes", {"simulation_obeys"}),
+        ("simulates too much", {"simulation_obeys"}),
     ],
 )
-def test_model_laws_catch_planted_faults(fault, law):
-    assert law in _check(fault)
+def test_model_laws_catch_planted_faults(fault, laws):
+    assert laws <= set(_check(fault))
 
 
 @pytest.mark.parametrize(
