@@ -2,7 +2,10 @@
 
 import time
 
+import pytest
+
 NORMAL = 0.08  # processor seconds that the work below takes on such a machine
+TOO_SLOW = 3.0
 
 
 def slowness():
@@ -15,3 +18,7 @@ def _work():
     pairs = [(i, str(i)) for i in range(300_000)]
     assert len(pairs) == 300_000
     return time.process_time() - start
+
+
+# A statistical test of minutes where a machine is slow: there it waits for one that is not, and is reported as skipped.
+dear = pytest.mark.skipif((now := slowness()) > TOO_SLOW, reason=f"a dear test, and this machine is {now:.0f} times slower than normal")

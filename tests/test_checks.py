@@ -9,6 +9,7 @@ import scipy.sparse as sp
 import torch
 
 import ppl_st.api as api
+from machine import dear
 from ppl_st import checks, report_sections
 from ppl_st.checks import STATISTICS, predictive_checks
 from ppl_st.data import Counts
@@ -43,6 +44,7 @@ def counted(run, x) -> Counts:
     return replace(run.target, matrix=sp.csr_matrix(x, dtype=np.float32), genes=run.genes[~run.measured])
 
 
+@dear
 def test_the_models_own_data_pass(run, own):
     shares, library = [], []
     for one in own:

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from machine import dear
 from ppl_st.data import read_counts
 from ppl_st.demo import COLUMNS, ORACLE, demo, score_oracle
 from ppl_st.errors import UserError
@@ -114,6 +115,7 @@ def test_spatial_field_puts_like_beside_like_only_when_asked():
     assert agreement(1.0) > 0.6 and abs(agreement(0.0) - 1 / 8) < 0.04
 
 
+@dear
 def test_the_demo_of_a_method_with_a_cell_reference(tmp_path):
     result = demo("vista", out=tmp_path / "out", cells=150, types=3, draws=5, overrides=["fit.steps=3", "penalty=3", "reweight=false", "process=0"])
     assert {"vista", ORACLE, "baseline: ridge_z_smooth", "baseline: ensemble"} <= set(result.scores.index)

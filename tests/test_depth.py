@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ppl_st
+from machine import dear
 from ppl_st.inference.predict import posterior_predictive
 from ppl_st.models import spaim
 from ppl_st.models.common.counts import Codes, Hyper, log_mean
@@ -27,6 +28,7 @@ def test_a_depth_is_the_total_of_all_genes_of_the_target():
     assert depth.sum() == pytest.approx(shared.sum(), rel=1e-3)  # levels are per count of the shared genes
 
 
+@dear
 @pytest.mark.parametrize("likelihood", ["nb", "poisson"])
 def test_the_closed_form_at_its_own_depth_is_what_draws_give(likelihood):
     world = small_world()

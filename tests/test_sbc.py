@@ -11,6 +11,7 @@ import sbc_methods
 import torch
 from scipy.stats import norm
 
+from machine import dear
 from ppl_st.errors import UserError
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.testing.simulation import Ranks, simulation_ranks, uniformity
@@ -83,6 +84,7 @@ def test_spaim_finds_what_it_made_up(spaim_layer):
     assert uniformity(found) > 1e-3 and np.abs(found.spread() - 1).max() < 0.2
 
 
+@dear
 def test_spagene_finds_what_it_made_up():
     """Noise and signal over noise are point estimates, so it is about 5% too sure with 40 shared genes. Without a process, which is not ranked."""
     found = sbc_methods.spagene(200, process=0.0)["SpaGene: translator"]

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from scipy.stats import norm
 
 import ppl_st
+from machine import dear
 from ppl_st.data import read_counts
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.models.common.cells import log_shares
@@ -77,6 +78,7 @@ def test_genes_that_a_reference_hardly_shows_are_not_predicted_a_count_too_high(
     np.testing.assert_allclose(loc[many], data.log_share[many], atol=0.01)
 
 
+@dear
 def test_inner_genes_teach_levels_without_a_bias():
     """Levels are per count of *all* shared genes, although a fold of them is hidden from every inner fit."""
     world = spatial_field(seed=2, n_cells=400, n_reference=800, n_genes=50, n_panel=40, platform_sd=0.0, spatial=0.0)
@@ -107,6 +109,7 @@ def shallow():
     return parts
 
 
+@dear
 @pytest.mark.parametrize(("overrides", "low", "high"), [([], 0.85, 0.97), (["reference_errors=false"], 0.5, 0.82), (["gain=none"], 0.3, 0.88)])
 def test_levels_are_covered_unless_gains_or_reference_errors_are_ignored(shallow, overrides, low, high):
     """90% intervals of the total of a gene over the tissue, and of its counts in cells."""

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from scipy.optimize import minimize_scalar
 
+from machine import dear
 from ppl_st import api, refit
 from ppl_st.calibration import risk_coverage
 from ppl_st.errors import UserError
@@ -103,6 +104,7 @@ def test_a_stack_is_the_mixture_of_its_runs(world, runs):
     assert list(own.var["measured"]) == [False, True]
 
 
+@dear
 def test_trust_says_more_than_mean_expression():
     """Genes of simulated tissues that differ in how strongly they follow the cells' state: ranked by trust, the genes kept carry less risk."""
     areas = []
@@ -126,6 +128,7 @@ def test_a_stack_predicts_other_cells_and_samples(world, runs, tmp_path):
     assert both.write(tmp_path / "s.h5ad", world.truth.var_names[:3].tolist(), draws=4) == (200, 3)
 
 
+@dear
 def test_runs_that_cut_cells_in_their_own_way_lead():
     """SIID's blocks follow the spots; the others follow SIID. Two SIID runs on the same data have the same blocks."""
     sim = checkerboard(seed=1, n_cells=120, side=5, squares=5, n_types=3, n_genes=30, n_panel=20, contrast=1.0)
