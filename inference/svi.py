@@ -251,7 +251,7 @@ def fit(
     for module in pair:
         module.eval()
     untrained = tuple(name for name, parameter in parameters.items() if parameter not in optimizer.state)
-    return final, replace(_info(first, history, untrained, began, tally, config), watched=tuple(tally.watched[watches:]))
+    return final, replace(_info(first, history, untrained, tally.seconds - before, tally, config), watched=tuple(tally.watched[watches:]))
 
 
 def fit_part(
@@ -353,7 +353,7 @@ def _info(
     first: int,
     history: list[_Done],
     untrained: tuple[str, ...],
-    began: float,
+    seconds: float,
     tally: Tally,
     config: FitConfig,
 ) -> FitInfo:
@@ -365,7 +365,7 @@ def _info(
         grad_norms=np.array([done.grad_norm for done in history], dtype=np.float64),
         skipped=tuple((first + i, done.fault) for i, done in enumerate(history) if done.fault),
         untrained=untrained,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         peak_memory=_peak_memory(),
         stop_reason="converged" if _converged(tally, config) else ended,
     )
