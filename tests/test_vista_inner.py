@@ -109,7 +109,7 @@ def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
     draw = partial(posterior_predictive, predictor, predictor.chains, genes, seed=0, factor=factor)
     exact = draw(draws=2)[0]
     del predictor.closed_form
-    many, few = (draw(draws=draws)[0] for draws in (400, 60))
+    many, few = (draw(draws=draws)[0] for draws in (1500, 60))
     for name, bias in (("rate_mean", 0.02), ("lognorm_mean", 0.03)):
         ours, theirs, rough = (getattr(one, name) for one in (exact, many, few))
         off = ours / theirs - 1
