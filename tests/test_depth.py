@@ -28,8 +28,7 @@ def test_a_depth_is_the_total_of_all_genes_of_the_target():
     assert depth.sum() == pytest.approx(shared.sum(), rel=1e-3)  # levels are per count of the shared genes
 
 
-@dear
-@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+@pytest.mark.parametrize("likelihood", ["nb", pytest.param("poisson", marks=dear)])
 def test_the_closed_form_at_its_own_depth_is_what_draws_give(likelihood):
     world = small_world()
     settings = ["clusters=8", "process=0.4", "smoothing=0.25", f"likelihood={likelihood}"]

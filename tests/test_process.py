@@ -12,7 +12,6 @@ import torch
 from torch.distributions import Normal
 
 import ppl_st
-from machine import dear
 from ppl_st.data import read_counts
 from ppl_st.errors import UserError
 from ppl_st.inference.randomness import rng_scope
@@ -89,7 +88,6 @@ def test_weights_and_their_doubt_are_those_of_ridge_in_feature_space():
     assert sd[mean.argmin()] < 0.02 and sd[mean.argmin()] == sd.min()
 
 
-@dear
 @pytest.mark.parametrize("method", ["spaim", "spagene"])
 def test_draws_of_loadings_have_the_posteriors_mean_and_variance_and_a_small_reference_is_doubted_more(method):
     doubt = {}
@@ -114,7 +112,6 @@ def test_draws_of_loadings_have_the_posteriors_mean_and_variance_and_a_small_ref
     assert doubt[60] > 2 * doubt[600] > 0
 
 
-@dear
 @pytest.mark.parametrize("method", ["spaim", pytest.param("spagene", marks=pytest.mark.slow), "vista"])  # SpaGene learns it as SpaIM does
 def test_inner_genes_give_it_a_share_where_it_knows_more_and_a_stored_run_keeps_it(method, tmp_path):
     """Some panel genes have a frequency of their own, as the hidden ones have: on them the share is learned."""

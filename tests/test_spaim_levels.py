@@ -109,7 +109,6 @@ def shallow():
     return parts
 
 
-@dear
 @pytest.mark.parametrize(("overrides", "low", "high"), [([], 0.85, 0.97), (["reference_errors=false"], 0.5, 0.82), (["gain=none"], 0.3, 0.88)])
 def test_levels_are_covered_unless_gains_or_reference_errors_are_ignored(shallow, overrides, low, high):
     """90% intervals of the total of a gene over the tissue, and of its counts in cells."""

@@ -14,7 +14,6 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from machine import dear
 from ppl_st import api, export, stream
 from ppl_st.conformal import KNOTS, Recalibration, pit_curves
 from ppl_st.errors import UserError
@@ -172,7 +171,6 @@ def test_failure_leaves_nothing(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@dear
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """100,000 x 200 in two layers are 160 MB; rows come shuffled, so that they pass the scratch file."""
     script = f"""

@@ -84,7 +84,6 @@ def test_an_unmeasured_gene_has_the_level_of_the_reference_whatever_its_slope(li
     assert run.spec.hyper.gain[2] < 0.1, run.spec.hyper.gain  # .18 before
 
 
-@dear
 def test_levels_are_those_of_the_spreads_that_were_trained():
     """The table of levels was that of the start, also where the spreads were trained; measured genes must not move with it."""
     world = spatial_field(seed=2, n_cells=250, n_reference=200, n_genes=30, n_panel=11, n_types=5, platform_sd=0.0)
@@ -97,8 +96,7 @@ def test_levels_are_those_of_the_spreads_that_were_trained():
     np.testing.assert_allclose(np.log(mean / world.target.X.toarray().mean(0)), 0.0, atol=0.2)  # up to .7 where gains stay
 
 
-@dear
-@pytest.mark.parametrize(("likelihood", "graph"), [("nb", "prior"), ("poisson", "none")])
+@pytest.mark.parametrize(("likelihood", "graph"), [("nb", "prior"), pytest.param("poisson", "none", marks=dear)])
 def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
     """Rates, and log-normalised counts, of measured and unmeasured genes; the mean over 60 draws cost .004 of correlation on osmFISH."""
     world = spatial_field(seed=2, n_cells=200, n_reference=300, n_genes=40, n_panel=24, n_types=5)
@@ -118,7 +116,6 @@ def test_means_in_closed_form_are_those_of_many_draws(likelihood, graph):
         assert apart[0] < 0.01 and apart[0] < apart[1] / 2, (name, apart)
 
 
-@dear
 def test_genes_of_one_mean_with_more_zeros_in_the_reference_are_more_dispersed_in_the_target():
     """Half of the genes flicker on both sides: of unmeasured ones only their zeros in the reference say which."""
     world = spatial_field(seed=4, n_cells=500, n_reference=600, n_genes=90, n_panel=50, n_types=3, rho=4.0, contrast=0.3)
