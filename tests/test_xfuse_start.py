@@ -248,9 +248,23 @@ def test_effects_on_the_scale_are_what_counting_does_not_explain(data, started):
     plain, noisy = (closed(recounted(data, scale=sd), started[1]) for sd in (0.0, 0.5))
     sds = [float(model.log_nugget[0].detach().exp()) for model, _ in (plain, noisy)]
     assert sds[0] < 0.11 and sds[1] == pytest.approx(0.5, abs=0.12)
+    assert all(float(model.log_nugget[1:].detach().exp().max()) < 0.25 for model, _ in (plain, noisy))  # none of it is of the shares
     effect = noisy[1].location_loc.detach()[:, 0].numpy()
     effect = effect[effect != 0]
     assert abs(effect.mean()) < 0.1 and effect.std() == pytest.approx(1.0, abs=0.15)
+
+
+def test_dispersion_of_single_genes_is_not_taken_for_effects_of_locations(data, started):
+    """Odds of 4 make totals vary five times as much as counting does; effects on the scale as well would say it twice (sd .3)."""
+    rng, sections = np.random.default_rng(0), []
+    for one in data.sections:
+        beside = one.centers[:-1, :1] < one.label.shape[1] / 2
+        mean = np.where(beside == (np.arange(12) < 6), 12.0, 2.0)
+        counts = rng.negative_binomial(mean / 4, 1 / 5)
+        sections.append(one._replace(counts=sp.csr_matrix(np.vstack([counts, np.zeros((1, 12))]).astype(np.float32))))
+    model, _ = closed(data._replace(sections=tuple(sections)), started[1])
+    assert float(model.log_nugget[0].detach().exp()) < 0.12, model.log_nugget
+    assert abs(float(model.odds.detach().mean()) - np.log(4)) < 0.4, model.odds
 
 
 def test_effects_on_shares_are_what_genes_alone_do_not_explain(data, started):
