@@ -112,6 +112,31 @@ def test_genes_and_layers_that_a_reference_hardly_shows_have_the_mean_of_their_s
         assert some.sum() > 50 and mean[some].sum() / share[some].sum() == pytest.approx(1, abs=0.25), some.sum()
 
 
+def test_levels_of_faint_genes_follow_the_line_that_was_learned_on_what_is_known_of_the_reference(monkeypatch):
+    """Platforms agree by three quarters of the log share. A line that was learned on counts as they are, and applied to what is known of the shares,
+    shrinks twice; one that is applied to counts as they are makes genes without any too few."""
+    monkeypatch.setattr(vista, "MIN_INNER_PANEL", 9999)
+    rng, genes, panel, cells = np.random.default_rng(0), 3000, 300, 150
+    logs = rng.normal(0, 2.0, genes)
+    reference = rng.poisson(3000 * rng.lognormal(0, 0.3, (40, 1)) * np.exp(logs) / np.exp(logs).sum() / 10)
+    share = np.exp(0.75 * logs + rng.normal(0, 0.2, genes))
+    share /= share[:panel].sum()
+    counts, whole = rng.poisson(20_000 * rng.lognormal(0, 0.3, (cells, 1)) * share[:panel]), np.zeros(cells, np.int64)
+    matrix = lambda x: sp.csr_matrix(x.astype(np.float32))  # noqa: E731
+    data = vista.Data(
+        matrix(counts), matrix(np.zeros((cells, 0))), matrix(reference), np.arange(panel), np.zeros((cells, 0), np.float32),
+        matrix(np.zeros((cells, cells))), whole, whole[:40], np.arange(genes), np.full(cells, 20_000.0),
+    )  # fmt: skip
+    pair, spec = vista.start(data, with_overrides(vista.PRESETS["default"], [*FAST, "graph=none"]), 0, lambda line: None)
+    model, _ = sides(chains_of(pair)[0])
+    loc, sd = (part.detach().numpy().astype(np.float64) for part in model.priors()["log_gain"])
+    mean, seen = np.exp(model.level.numpy().astype(np.float64) + loc + 0.5 * sd**2), reference.sum(0)
+    assert 1 + spec.hyper.gain[1] == pytest.approx(0.75, abs=0.08), spec.hyper.gain
+    for some in (seen == 0, (seen > 0) & (seen <= 3), seen > 20):
+        some[:panel] = False
+        assert some.sum() > 50 and mean[some].sum() / share[some].sum() == pytest.approx(1, abs=0.2), some.sum()
+
+
 def test_a_batch_that_the_fit_does_not_know_is_refused_by_name():
     """Its cells were standardised as those of the first batch."""
     world, run = small("batch_key=lane")
