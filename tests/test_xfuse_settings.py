@@ -28,7 +28,7 @@ def test_a_split_that_no_round_would_make_is_refused():
     assert settings("selection=split", "purge_every=100", "fit.steps=200").selection == "split"
     assert settings("purge_every=500", "fit.steps=200").purge_every == 500  # of no meaning without splits
     with pytest.raises(UserError, match=r"drops metagenes at the last step.*set fit\.patience=0"):
-        xfuse.start(two_sections(), settings("selection=split", "purge_every=2", "fit.steps=4", "fit.patience=2"), 0, print)
+        settings("selection=split", "purge_every=2", "fit.steps=4", "fit.patience=2")
 
 
 @pytest.mark.parametrize("off", [["fields=false"], ["fields=false", "nugget=false"], ["nugget=false"]])

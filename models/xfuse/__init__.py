@@ -76,8 +76,6 @@ __all__ = [
 
 def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> tuple[Pair, Spec]:
     """The initialised pair (as an ensemble of one) and its specification."""
-    if config.selection == "split" and config.fit.patience:
-        raise UserError("selection='split' drops metagenes at the last step, which a fit with fit.patience may not reach; set fit.patience=0")
     with torch_threads(config.fit.threads):
         rng = np.random.default_rng([seed, 21])
         axes = _axes(data, config.condition)

@@ -71,6 +71,8 @@ class Config:
                 f"selection='split' never splits: purge_every={self.purge_every} is more than half of fit.steps={self.fit.steps}; "
                 f"set purge_every to at most {self.fit.steps // 2}, or raise fit.steps"
             )
+        if self.selection == "split" and self.fit.patience:
+            raise ValueError(f"selection='split' drops metagenes at the last step: fit.patience={self.fit.patience} may end it; set fit.patience=0")
         off = () if self.fields else (FIELDS, COMPONENTS)  # without fields the effects of locations are learned
         kept = {pattern: factor for pattern, factor in self.fit.lr_groups.items() if pattern not in off}
         object.__setattr__(self, "fit", replace(self.fit, lr_groups=kept))
