@@ -89,7 +89,7 @@ def test_new_cells_draw_the_regional_effect_from_its_prior(monkeypatch):
     bare = sim.target[:40].copy()
     del bare.obsm["spatial"]
     for target in (sim.target[:40].copy(), bare):
-        data, _ = run._other(target)
+        _, data, _ = run._other(target)
         given, without = (siid.Predictor(run.pair, data, run.config, one) for one in (spec, run.spec))
         batch = next(iter(given.blocks(100)))
         local = [one.local(batch, 0) for one in (given, without)]
