@@ -24,18 +24,24 @@ ROWS = 512  # cells scored at once
 
 
 def random_effects(values: NDArray[np.float64], noise: NDArray[np.float64], center: float | None = None) -> tuple[float, float]:
-    """Mean and sd of Normal(m, s) when ``values`` carry sampling variances ``noise``, by maximum likelihood; s is predictive (for a new gene).
+    """Mean and sd of Normal(m, s) when ``values`` carry sampling variances ``noise``; s is predictive (for a new gene).
 
-    ``center`` is m where it is known; s may then be as small as 0.005, without it at least `MIN_SCALE`.
+    m is integrated (restricted likelihood), and s^2 is its posterior mean where log s is uniform between `MIN_SCALE` and 3: of a few genes the
+    likeliest s is too small. ``center`` is m where it is known; s is then the likeliest, and may be as small as 0.005.
     """
 
     def fit(s: float) -> tuple[float, float]:
         weight = 1 / (s**2 + noise)
         mean = float((weight * values).sum() / weight.sum()) if center is None else center
-        return mean, float((weight * (values - mean) ** 2).sum() - np.log(weight).sum())
+        loss = float((weight * (values - mean) ** 2).sum() - np.log(weight).sum())
+        return mean, loss + (np.log(weight.sum()) if center is None else 0.0)
 
     grid = np.geomspace(MIN_SCALE if center is None else 0.005, 3.0, 100)
-    s = float(grid[np.argmin([fit(s)[1] for s in grid])])
+    loss = np.array([fit(s)[1] for s in grid])
+    if center is None:
+        s = float(np.sqrt(np.average(grid**2, weights=np.exp(-0.5 * (loss - loss.min())))))
+    else:
+        s = float(grid[loss.argmin()])
     return fit(s)[0], s * float(np.sqrt(1 + 1 / len(values)))
 
 

@@ -154,3 +154,20 @@ def test_genes_without_counts_do_not_say_that_patterns_are_right():
     norms = [np.linalg.norm(tau) for tau, _ in found]
     assert abs(norms[0] - truth) < 0.06 and abs(norms[1] / norms[0] - 1) < 0.1, norms
     assert abs(found[1][1] - found[0][1]) < 0.05, found
+
+
+def test_genes_of_which_the_map_says_little_have_flatter_slopes():
+    """Scores have unit sd, also those of genes of which the panel knows nothing: these were given the slope of the others, all of it noise."""
+    world = spatial_field(seed=3, n_cells=500, n_reference=800, n_genes=120, n_panel=60, n_types=6, theta=5.0)
+    rng, genes = np.random.default_rng(0), np.asarray(world.reference.var_names)
+    alone = rng.permutation(len(genes)) % 2 == 0
+    for table in (world.target, world.reference, world.truth):  # half of the genes vary by themselves: the same counts, in other cells
+        counts, mine = table.X.toarray(), alone[np.searchsorted(genes, table.var_names)]
+        counts[:, mine] = rng.permuted(counts[:, mine], axis=0)
+        table.X = counts
+    settings = ["penalty=3", "reweight=false", "fit.steps=4", "graph=none", "process=0.5"]
+    run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=settings)
+    model, new = sides(chains_of(run.pair)[0])[0], ~run.measured
+    slope = model.priors()["slope"][0].numpy()
+    known, unknown = (slope[new & (alone[np.searchsorted(genes, run.genes)] == one)] for one in (False, True))
+    assert run.spec.hyper.slope[2] > 0.1 and np.median(unknown) < 0.6 * np.median(known), (run.spec.hyper.slope, np.median(known), np.median(unknown))

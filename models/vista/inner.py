@@ -4,8 +4,8 @@ Panel genes are hidden from the map in folds and predicted in the target: exactl
 penalty, whether to reweight, ``denoise``, how much of the neighbors' states to mix in, ``common`` and the share of the process over the reference's
 cells (`process.py`); learned on them are the hyper-priors of gain (level in the target over level in the reference),
 slope (how much of the predicted log fold change shows in the target) and of the likelihood's parameters. Their covariate is the log share in the
-reference, for gains what is known of it (`levels_of`); the likelihood's parameters have the gene's zeros there as well
-(`closed.theta_of_zeros`). A score is bent (`ppl_st.models.common.counts.bend`) before its slope makes a log rate of it.
+reference, for gains what is known of it (`levels_of`); slopes have the gene's signal (`log_signal`) as well, the likelihood's parameters the gene's
+zeros in the reference (`closed.theta_of_zeros`). A score is bent (`ppl_st.models.common.counts.bend`) before its slope makes a log rate of it.
 
 ERROR OF A PATTERN. What the map gets wrong of a gene is not wrong anew in every cell: the gene is too high in one kind of cells, or in one part
 of the tissue. Let t_i [q] be the place of a cell along the directions of the target (u of `closed.py`, mixed with its neighbors', unit sd) and w_i
@@ -69,6 +69,7 @@ CENTER, PRECISION = np.array([0.0, 0.0, 1.0]), np.array([1e-3, 1.0, 1.0])  # of 
 LEAST_KEPT = 0.05
 EXPONENTS = (0.2, 1.5)  # a gene's exponent of depth lies within
 ERROR = 0.2  # tau where there are no inner genes
+LEAST_SIGNAL = 0.01  # that is added to a gene's signal
 
 
 class Hyper(NamedTuple):
@@ -85,14 +86,15 @@ class Hyper(NamedTuple):
     covariate_mean: float  # of the log share in the reference
     gain: list[float]  # log gain of an unmeasured gene: mean, slope by its level, sd (also takes up the share of the panel in the depth)
     gain_covariance: list[float]  # of the first two: aa, ab, bb
-    slope: list[float]  # slope: mean, slope by covariate, sd
+    slope: list[float]  # slope: mean, slopes by covariate and by `log_signal`, sd
+    signal_mean: float  # of the log signal among the inner genes
     parameters: dict[str, list[float]]  # of the likelihood, e.g. log_theta: mean, slopes by covariate and by `theta_of_zeros`, sd
     zeros_mean: float  # of `theta_of_zeros`
     error: list[float]  # tau [q]: sd of the error of a gene's log rate along each direction
     wave_error: float  # tau_w
     candidates: list[dict[str, float]]  # settings tried, with their mean correlation on inner genes
     level_mean: float  # of `levels_of` among the genes that taught the gains
-    span: list[float]  # of log share and of `theta_of_zeros` among the inner genes, [4], both centered: lines in them end there
+    span: list[float]  # of log share, `theta_of_zeros` and log signal among the inner genes, [6], centered: lines in them end there
 
 
 class _Scores(NamedTuple):
@@ -105,8 +107,12 @@ class _Scores(NamedTuple):
     def parts(self, denoise: float, mix: float) -> tuple[Floats, Floats]:
         """Standardised scores of the map and of what genes have in common, [rows, genes] each."""
         plain, smooth, common = (1 - mix) * self.own + mix * self.around
-        score = (1 - denoise) * plain + denoise * smooth
-        return _standardised(score), _standardised(common)
+        return _standardised((1 - denoise) * plain + denoise * smooth), _standardised(common)
+
+    def spread(self, denoise: float, mix: float) -> Floats:
+        """Standard deviation of what the map says of every gene [genes], in those of its z-scores."""
+        plain, smooth, _ = (1 - mix) * self.own + mix * self.around
+        return np.asarray(((1 - denoise) * plain + denoise * smooth).std(0))
 
 
 def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], seed: int, say: Say) -> Hyper:
@@ -175,7 +181,8 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
     for score in states[best[0], best[1]]:
         x, common = score.parts(*best[2:4])
         predicted.append(_standardised(x + best[4] * common))
-    steps = [_standardised((1 - best[3]) * own + best[3] * around) for own, around in curves]
+    mixed_curves = [(1 - best[3]) * own + best[3] * around for own, around in curves]
+    steps = [_standardised(curve) for curve in mixed_curves]
 
     def with_process(share: float) -> list[Floats]:
         return [(1 - share) * x + share * p for x, p in zip(predicted, steps, strict=True)] if share > 0 else predicted
@@ -202,13 +209,22 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
         total = np.log(totals_of(data.measured[rows][:, seen]) / shares_of_counts[seen].sum())
         depth.append(np.repeat(total[:, None], x.shape[1], 1))
     mixed = [standard_places((1 - chosen["mix"]) * own + chosen["mix"] * around) for own, around in places]
-    return _hyper_priors(data, likelihood, chosen, judged, with_process(share), depth, mixed, rows, candidates, seed, say)
+    sizes = np.concatenate([score.spread(*best[2:4]) for score in states[best[0], best[1]]])
+    curve_sizes = np.concatenate([curve.std(0) for curve in mixed_curves]) if curves else 0 * sizes
+    signal = log_signal(torch.from_numpy(sizes), torch.from_numpy(curve_sizes), share).numpy()
+    return _hyper_priors(data, likelihood, chosen, judged, with_process(share), signal, depth, mixed, rows, candidates, seed, say)
 
 
 def levels_of(data: Data) -> tuple[Floats, Floats]:
     """`share_posterior` of every gene's log share of the reference's panel counts [G]: exp(location + variance / 2) sums to 1 over the panel."""
     location, variance = share_posterior(*log_shares(data.reference, data.panel))
     return location - logsumexp((location + 0.5 * variance)[data.panel]), variance
+
+
+def log_signal(own: torch.Tensor, curve: torch.Tensor, share: float) -> torch.Tensor:
+    """Log signal [genes]: the sd, over the target's cells, of what map (``own``) and process (``curve``) say of a gene's z-scores. Both shrink what
+    they do not know, so it tells how much of the gene they know, which scores of unit sd do not."""
+    return ((1 - share) * own + share * curve + LEAST_SIGNAL).log()
 
 
 def _standardised(x: Floats) -> Floats:
@@ -232,8 +248,8 @@ def default_hyper(data: Data, likelihood: Likelihood, fixed: dict[str, float | N
         loud = max(1, int((loadings != 0).any(0).sum()))
     return Hyper(
         known["penalty"], bool(known["reweight"]), known["denoise"], known["mix"], known["common"], known["process"], [1.0, 0.0], 0.0,
-        float(share.mean()), gain, covariance, [0.5, 0.0, 0.5], parameters, 0.0,
-        [ERROR / np.sqrt(loud)] * DIRECTIONS, ERROR, [], level_mean, [-99.0, 99.0, -99.0, 99.0],
+        float(share.mean()), gain, covariance, [0.5, 0.0, 0.0, 0.5], 0.0, parameters, 0.0,
+        [ERROR / np.sqrt(loud)] * DIRECTIONS, ERROR, [], level_mean, [-99.0, 99.0] * 3,
     )  # fmt: skip
 
 
@@ -249,6 +265,7 @@ def _hyper_priors(
     chosen: dict[str, float],
     judged: list[NDArray[np.int64]],
     predicted: list[Floats],
+    signal: Floats,
     log_depth: list[Floats],
     places: list[Floats],
     rows: NDArray[np.int64],
@@ -258,7 +275,8 @@ def _hyper_priors(
 ) -> Hyper:
     """Gain, slope, depth, pattern error and the likelihood's parameters of the inner genes, from a log-linear regression of each gene's counts.
 
-    Per fold: positions in the panel of the judged genes, their scores and the log depth [rows, genes], the places [rows, q] of the cells.
+    Per fold: positions in the panel of the judged genes, their scores and the log depth [rows, genes], the places [rows, q] of the cells; of all
+    judged genes their log ``signal``.
     """
     genes, sizes = np.concatenate(judged), [len(part) for part in judged]
     counts = data.counts[rows][:, genes].toarray().astype(np.float64)
@@ -294,17 +312,19 @@ def _hyper_priors(
     level_mean, seen_level = float(x.mean()), gains + np.log(panel / panel.sum())[genes]
     of_counts = np.maximum(variance[:, 0], 1e-6)
     (level, tilt, gain_sd), covariance = level_prior(*(one[alive] for one in (seen_level - level_mean, of_counts, x - level_mean, unsure)))
-    trend = _trend(design, free[:, 1], np.maximum(variance[:, 1], 1e-6))
-    shift, slope_sd = random_effects(free[:, 1] - design @ trend, np.maximum(variance[:, 1], 1e-6))
-    slope = [float(trend[0] + shift), float(trend[1]), float(slope_sd)]
+    signal_mean, of_slopes = float(signal.mean()), np.maximum(variance[:, 1], 1e-6)
+    signal, known = signal - signal_mean, np.column_stack([design, signal - signal_mean])
+    trend = _trend(known, free[:, 1], of_slopes)
+    shift, slope_sd = random_effects(free[:, 1] - known @ trend, of_slopes)
+    slope = [float(trend[0] + shift), *trend[1:].tolist(), float(slope_sd)]
     fitted = _rates(found, scores, depth, offset)
     waves = data.waves[rows].astype(np.float64)
     error = pattern_errors(counts, fitted, scores, depth, np.split(np.arange(len(genes)), np.cumsum(sizes)[:-1]), places, waves)
     gain, flicker = [level, tilt - 1, gain_sd], zeros[data.panel[genes]] - zeros.mean()
-    span = [float(end) for one in (z, flicker) for end in (one.min(), one.max())]
+    span = [float(end) for one in (z, flicker, signal) for end in (one.min(), one.max())]
     hyper = Hyper(
         chosen["penalty"], bool(chosen["reweight"]), chosen["denoise"], chosen["mix"], chosen["common"], chosen["share"], exponent.tolist(), bent,
-        float(share.mean()), gain, list(covariance), slope, {}, float(zeros.mean()), *error, candidates, level_mean, span,
+        float(share.mean()), gain, list(covariance), slope, signal_mean, {}, float(zeros.mean()), *error, candidates, level_mean, span,
     )  # fmt: skip
     exponents = np.clip(design @ exponent, *EXPONENTS)
     along = [np.hstack([t, waves]) * error_loads(hyper, waves.shape[1]) for t in places]
@@ -320,8 +340,8 @@ def _hyper_priors(
     inner_genes = [(torch.from_numpy(counts), torch.from_numpy(np.stack(draws)).clamp_min(1e-8))]
     parameters = learn_parameters(likelihood, inner_genes, np.stack([z, flicker]))
     say(
-        f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f} + {slope[1]:.2f} log share, "
-        f"sd {slope[2]:.2f}; depth {exponent[0]:.2f} + {exponent[1]:.2f} log share; bend {bent:g}; "
+        f"log gain {gain[0]:.2f} + {gain[1]:.2f} log share, sd {gain[2]:.2f}; slope {slope[0]:.2f} + {slope[1]:.2f} log share + "
+        f"{slope[2]:.2f} log signal, sd {slope[3]:.2f}; depth {exponent[0]:.2f} + {exponent[1]:.2f} log share; bend {bent:g}; "
         + ", ".join(f"{name} {a:.2f} + {b:.2f} log share + {c:.2f} theta of zeros, sd {s:.2f}" for name, (a, b, c, s) in parameters.items())
         + f"; pattern error {np.linalg.norm(hyper.error):.2f} along directions, {hyper.wave_error:.2f} in space"
     )
@@ -336,9 +356,9 @@ def _alive(counts: Any, reference: Any) -> NDArray[np.bool_]:
 
 
 def _trend(design: Floats, values: Floats, doubt: Floats) -> Floats:
-    """Regression of effects on the covariate, ``values`` [genes] with sampling variances ``doubt``: level and slope, slope ~ Normal(0, 1)."""
-    weight = 1 / (0.25 + doubt)
-    return np.asarray(np.linalg.solve(design.T @ (design * weight[:, None]) + np.diag([1e-6, 1.0]), design.T @ (weight * values)))
+    """Regression of effects on covariates, ``values`` [genes] with sampling variances ``doubt``: level and slopes, these ~ Normal(0, 1)."""
+    weight, prior = 1 / (0.25 + doubt), np.diag([1e-6, *[1.0] * (design.shape[1] - 1)])
+    return np.asarray(np.linalg.solve(design.T @ (design * weight[:, None]) + prior, design.T @ (weight * values)))
 
 
 def _rates(found: Floats, scores: Floats, depth: Floats, offset: Floats) -> Floats:

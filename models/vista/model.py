@@ -19,7 +19,7 @@ from ppl_st.models.common.process import Field, unit
 from ppl_st.models.vista.batches import Batch, mixed, neighbor_mean
 from ppl_st.models.vista.closed import CLIP, DIRECTIONS, FAR
 from ppl_st.models.vista.config import Config
-from ppl_st.models.vista.inner import EXPONENTS, Hyper
+from ppl_st.models.vista.inner import EXPONENTS, Hyper, log_signal
 from ppl_st.models.vista.levels import KNOTS, interpolate
 from ppl_st.networks import MLP, GraphAttention
 from ppl_st.observation import find, of_mean
@@ -60,10 +60,10 @@ class Model(PyroModule):
     own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
     beside: Tensor  # [G]
     center: Tensor  # [G]
+    map_sd: Tensor  # [G] what the closed map, and the process, say of the gene's z-scores: sd over the target's cells (`inner.log_signal`)
+    curve_sd: Tensor  # [G]
     levels: Tensor  # [2, knots, G] (`levels.py`)
-    DIMS = {  # noqa: RUF012
-        "log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",), "gene_key": (),
-    }  # fmt: skip
+    DIMS = {"log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",), "gene_key": ()}  # noqa: RUF012
 
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__()
@@ -74,16 +74,14 @@ class Model(PyroModule):
         self.latent = d
         # Hidden genes given visible ones, log p(x_hidden | x_visible): the prior of z is then q(z | x_visible) itself, without a KL term.
         self.scores_states = config.visible == 1
-        measured = torch.zeros(genes)
-        measured[spec.panel] = 1.0
         self.register_buffer("panel", torch.tensor(spec.panel))
-        self.register_buffer("measured", measured)
+        self.register_buffer("measured", torch.zeros(genes).index_fill(0, self.panel, 1.0))
         self.register_buffer("parent", torch.arange(genes))
         self.register_buffer("library", torch.tensor(spec.library))
         for name in ("covariate", "zeros", "level", "level_variance"):
             self.register_buffer(name, torch.zeros(genes))
         self.process: Field | None = None  # over the reference's cells; a function of them, not stored with the weights
-        for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0)):
+        for name, value in (("own", 1.0), ("beside", 0.0), ("center", 0.0), ("map_sd", 0.0), ("curve_sd", 0.0)):
             self.register_buffer(name, torch.full((genes,), value))
         self.register_buffer("levels", torch.zeros(2, len(KNOTS), genes if self.closed else 0))
         decoder = torch.zeros(d, genes) if self.closed else nn.init.xavier_uniform_(torch.empty(d, genes))
@@ -107,9 +105,11 @@ class Model(PyroModule):
         if self.config.platform == "hierarchical":
             ((a, b, s), (aa, ab, bb)), x = (hyper.gain, hyper.gain_covariance), self.level - hyper.level_mean
             found["log_gain"] = (a + b * x, (s**2 + aa + 2 * ab * x + bb * x**2 + (1 + b) ** 2 * self.level_variance).sqrt())
-        z, zeros = z.clamp(*hyper.span[:2]), (self.zeros - hyper.zeros_mean).clamp(*hyper.span[2:])  # but levels are those of the reference
+        z, zeros = z.clamp(*hyper.span[:2]), (self.zeros - hyper.zeros_mean).clamp(*hyper.span[2:4])  # but levels are those of the reference
         if "log_gain" in found and self.closed:
-            found["slope"] = ((hyper.slope[0] + hyper.slope[1] * z).clamp(LEAST_SLOPE, float(KNOTS[-1])), torch.full_like(z, hyper.slope[2]))
+            signal = (log_signal(self.map_sd, self.curve_sd, hyper.share) - hyper.signal_mean).clamp(*hyper.span[4:])
+            mean = hyper.slope[0] + hyper.slope[1] * z + hyper.slope[2] * signal
+            found["slope"] = (mean.clamp(LEAST_SLOPE, float(KNOTS[-1])), torch.full_like(z, hyper.slope[3]))
         for name, (a, b, c, s) in ((one, hyper.parameters[one]) for one in self.likelihood.priors):
             low, high = (float(end) for end in self.likelihood.grid(name)[[0, -1]])
             found[name] = within(a + b * z + c * zeros, torch.full_like(z, s), low, high)

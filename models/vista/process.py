@@ -23,11 +23,12 @@ ROWS = 2048  # cells made dense together
 
 
 class Weights(NamedTuple):
-    """How the process enters the scores [G]: score = own x (z A) + beside x (phi . beta - center)."""
+    """How the process enters the scores [G]: score = own x (z A) + beside x (phi . beta - center); sd of phi . beta over the cells."""
 
     own: Floats
     beside: Floats
     center: Floats
+    curve_sd: Floats
 
 
 def fit_process(data: Data, genes: NDArray[np.int64], seed: int) -> Field:
@@ -68,4 +69,4 @@ def weigh(phi: Floats, states: Floats, decoder: Floats, found: Field, share: flo
     size = np.maximum(np.sqrt((1 - share) ** 2 + share**2 + 2 * share * (1 - share) * np.clip(together, -1, 1)), 0.1)
     own, beside = (1 - share) / size, share / (size * spread)
     own[panel], beside[panel] = 1.0, 0.0
-    return Weights(own, beside, mean @ found.beta)
+    return Weights(own, beside, mean @ found.beta, spread)

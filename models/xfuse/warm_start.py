@@ -59,6 +59,7 @@ LEAST_EFFECT = 0.1  # prior sd of covariates' effects, with which a new section 
 UNIT = 0.5  # of the softplus of the scale, over the mean scale: a Gaussian field becomes a depth much as its root would
 MOST_NUGGET = 3.0  # sds that the effect of a spot starts at
 LEAST_NUGGET = 0.05  # sd of these effects
+SURE = 0.5  # sd of what is known of a spot's effect, in prior sds
 BLOCK = 4096  # spots whose fields are computed at once
 Array = NDArray[np.float64]
 
@@ -319,7 +320,10 @@ def _variance_of_shares(residual: Array, mean: Array, depth: Array, w: Array, h:
 def _location_effects(model: Model, guide: Guide, spots: Spots, level: Array, typical: float, noise: float) -> None:
     """What the closed-form fields leave of every spot's depth as its effect on the scale, shrunk by the ``noise`` of a count over its mean and by the
     effects on the metagenes; level [sections], and the log of what is 1 in the scale's unit."""
-    _write(guide.location_log_sd, np.log(0.5))
+    _write(guide.location_log_sd, np.log(SURE))
+    # Under q as under the prior the effects on metagenes have mean 1: else rates rise to make up for it, and are too high where no spot was.
+    with torch.no_grad():
+        guide.location_loc[:, 1:] = 0.5 * (1 - SURE**2) * model.log_nugget[1:].exp()
     _, depth, _ = _depth(spots)
     drawn = {"image_weights": guide.image_weights_loc, "space": guide.space_loc, "depth": torch.zeros(len(model.spec.sections))}
     first, of_shares = np.cumsum([0, *model.spec.rows]), float((2 * model.log_nugget[-1]).detach().exp())
