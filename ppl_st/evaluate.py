@@ -197,7 +197,8 @@ def evaluate(
 def summarise(scores: pd.DataFrame, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> pd.DataFrame:
     """Mean, median and 95 % bootstrap interval over genes of every metric of every method, and ranks.
 
-    What is not finite for every gene (a likelihood may give an observed count no chance) has none of them; ``say`` gets a line about it.
+    A gene that is judged in several sections (rows) counts once, with its mean over them. What is not finite for every gene (a likelihood
+    may give an observed count no chance) has none of these; ``say`` gets a line about it.
 
     Returns
     -------
@@ -208,16 +209,16 @@ def summarise(scores: pd.DataFrame, seed: int = 0, say: Callable[[str], None] = 
     labels = {"method", "kind", "fold", "gene", "seconds", "peak_gb"}
     rows = []
     for (method, kind), table in scores.groupby(["method", "kind"], sort=False):
-        row = {"method": method, "kind": kind, "genes": len(table)}
+        row = {"method": method, "kind": kind, "genes": table["gene"].nunique()}
         for metric in [column for column in scores.columns if column not in labels]:
-            values = table[metric].to_numpy(dtype=np.float64)
-            if np.isnan(values).all():  # a baseline has no predictive distribution
+            values = table[metric].astype(np.float64)
+            if values.isna().all():  # a baseline has no predictive distribution
                 continue
-            if (odd := ~np.isfinite(values)).any():
-                say(f"{method}: {metric} is not finite for {odd.sum()} of {len(odd)} genes, e.g. {table['gene'][odd].iloc[0]}, and left out")
+            if len(odd := table["gene"][~np.isfinite(values)].unique()):
+                say(f"{method}: {metric} is not finite for {len(odd)} of {row['genes']} genes, e.g. {odd[0]}, and left out")
                 continue
-            # The same resamples of genes for every method.
-            interval = bootstrap_mean(values, np.random.default_rng(seed))
+            # The same resamples of genes for every method; sections of a gene are no independent evidence.
+            interval = bootstrap_mean(values.groupby(table["gene"], sort=False).mean(), np.random.default_rng(seed))
             rows.append(row | {"metric": metric} | interval._asdict())
         per_fold = table.drop_duplicates("fold")
         rows.append(row | {"metric": "seconds", "mean": per_fold["seconds"].mean()})

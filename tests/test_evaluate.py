@@ -268,6 +268,18 @@ def test_a_score_that_is_not_finite_does_not_cost_the_summary():
     assert said == ["a: log_score is not finite for 1 of 2 genes, e.g. y, and left out"]
 
 
+def test_a_gene_of_several_sections_counts_once():
+    """Sections of a gene agree: rows as units would make the interval of four sections half as wide as genes allow."""
+    rng, gene = np.random.default_rng(0), np.random.default_rng(1).normal(size=100)
+    names = [f"g{k}" for k in range(100)]
+    parts = [pd.DataFrame({"method": "m", "kind": "method", "fold": f"s{k}", "gene": names, "seconds": 1.0, "peak_gb": 1.0}) for k in range(4)]
+    rows = pd.concat([part.assign(raw_pcc=gene + 0.1 * rng.normal(size=100)) for part in parts])
+    found, one = (ev.summarise(table).set_index("metric").loc["raw_pcc"] for table in (rows, parts[0].assign(raw_pcc=gene)))
+    assert found.genes == one.genes == 100 and found["mean"] == pytest.approx(rows["raw_pcc"].mean())
+    assert found["median"] == pytest.approx(np.median(rows.groupby("gene")["raw_pcc"].mean()))
+    assert found.hi - found.lo == pytest.approx(one.hi - one.lo, rel=0.05)
+
+
 def test_gene_names_of_either_file_may_lie_in_a_column(world, tmp_path):
     options = {"folds": 3, "max_folds": 1, "baselines": False, "draws": 10}
     reference = world.reference.copy()
