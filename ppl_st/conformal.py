@@ -73,6 +73,9 @@ class Recalibration(NamedTuple):
     nominal: list[float]  # with the guarantee: nominal level of each stratum; else empty
     genes: int  # inner genes (of a method of images: hidden spots)
     raw_coverage: float  # mean coverage of the uncorrected interval on them
+    folds: int | None = None  # parts that the units were hidden in
+    seed: int | None = None  # of the parts and of the draws
+    draws: int | None = None  # behind each prediction; these three are None where an older version stored it
 
     @property
     def guarantee(self) -> bool:
