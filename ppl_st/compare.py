@@ -23,9 +23,9 @@ from ppl_st.data import matched
 from ppl_st.errors import UserError
 from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER, read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
-from ppl_st.posterior import INNER_CELLS
+from ppl_st.posterior import INNER_CELLS, Run
 from ppl_st.report import read_json, read_scores
-from ppl_st.stack import cross_stacked, stacking_weights
+from ppl_st.stack import cross_stacked, stacking_weights, unlike_inputs
 
 __all__ = ["METRICS", "compare"]
 
@@ -74,7 +74,7 @@ def compare(
     Raises
     ------
     UserError
-        Unknown metric, a folder that is neither, evaluations of other counts, no truth for a run, or no gene in common.
+        Unknown metric, a folder that is neither, evaluations of other counts, runs of other cells, no truth for a run, or no gene in common.
     """
     talk = say or (lambda line: None)
     if metric not in METRICS:
@@ -82,14 +82,23 @@ def compare(
     _check_alike([Path(source) for source in sources], talk)
     tables: dict[str, pd.DataFrame] = {}
     entries: dict[str, pd.DataFrame] = {}
+    first: tuple[Path, np.ndarray] | None = None  # of the runs, with its cells
     for source in map(Path, sources):
-        scored, log_probs = _tables(source, truth, draws, seed, talk)
+        if (source / "scores.csv").is_file():
+            scored, log_probs = _of_evaluation(source)
+        else:
+            run = load(source)
+            cells = np.sort(run.target.names)
+            first = first or (source, cells)
+            if not np.array_equal(cells, first[1]):
+                raise UserError(f"compare: {source} was fitted on other cells than {first[0]}; fit both on the same target")
+            scored, log_probs = _of_run(run, source, truth, draws, seed, talk)
         for name, table in scored.items():
             if metric not in table or not np.isfinite(table[metric].astype(float)).all():
                 talk(f"{source}: {name} has no {metric} that is finite for every gene, and is left out")
                 continue
             label = name if name not in tables else f"{name} ({source})"
-            tables[label] = table
+            tables[label] = table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
             if name in log_probs:
                 entries[label] = log_probs[name]
     if len(tables) < 2:
@@ -113,7 +122,7 @@ def compare(
 
 
 def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Refuse evaluations on other counts; say in what else their splits differ."""
+    """Refuse evaluations on other counts; say in what else their splits differ, and which runs were fitted to another target."""
     paths = [folder / "evaluation.json" for folder in folders]
     records = [(path.parent, read_json(path)) for path in paths if path.is_file()]
     for folder, record in records[1:]:
@@ -129,58 +138,58 @@ def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
         for key in ("folds", "max_folds", "seed", "draws"):
             if key in known and key in record and known[key] != record[key]:
                 say(f"compare: {folder} was made with {key} {record[key]}, {first} with {known[key]}: not the same split and draws")
+    runs = [folder for folder in folders if not (folder / "scores.csv").is_file() and (folder / "manifest.json").is_file()]
+    for folder in runs if records else []:
+        first, known = records[0]
+        given, own = known.get("inputs", {}), read_json(folder / "manifest.json").get("inputs", {})
+        if "target" in unlike_inputs(given, own):
+            where = [one["target"]["path"] or "in memory" for one in (own, given)]
+            say(f"compare: {folder} was fitted to another target ({where[0]}) than {first} is of ({where[1]}): they may be scored in other cells")
 
 
-def _tables(
-    folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]
-) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
-    """Method -> scores [(gene, section) x metrics] of one folder, and method -> log predictive probabilities [cells x genes] where they are known.
+Tables = tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]
+
+
+def _of_evaluation(folder: Path) -> Tables:
+    """Method -> scores [(gene, section) x metrics], and method -> log predictive probabilities [cells x genes] where they are known.
 
     The section, with what was hidden in it, is "" but in evaluations of images.
     """
-    entries: dict[str, pd.DataFrame]
-    if (folder / "scores.csv").is_file():
-        scores = read_scores(folder).assign(section="")
-        scores = scores[scores["kind"] != UPPER]  # it saw the truth: no competitor
-        record = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
-        if "holdout" in record:  # a share: which spots of each section are hidden depends on the seed
-            hidden = sorted(record["holdout"]) if isinstance(record["holdout"], list) else (record["holdout"], record["seed"])
-            scores["section"] = scores["fold"] + f", hidden: {hidden}"
-        if scores.duplicated(["method", "gene", "section"]).any():
-            raise UserError(
-                f"{folder / 'scores.csv'}: a gene is held out in several folds; compare needs one score per gene"
-            )
-        found = {str(name): table.set_index(["gene", "section"]) for name, table in scores.groupby("method", sort=False)}
-        entries = read_entries(folder)
-    else:
-        run = load(folder)
-        if given is None:
-            raise UserError(f"{folder} is a run: give the counts to judge it by (--truth)")
-        truth = run.counts_of(given)
-        held_out = [gene for gene in run.genes[~run.measured] if gene in set(truth.genes)]
-        if not held_out:
-            raise UserError(
-                f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run"
-            )
-        say(f"{folder}: {run.method}, {len(held_out)} held-out genes; its seconds are those of the fit, an evaluation's those of prediction, too")
-        cells = len(run.target.names)
-        kept = np.sort(np.random.default_rng([seed, 9]).permutation(cells)[:INNER_CELLS])
-        width = max(1, int(1e9 / (BYTES_PER_PREDICTION * cells)))
-        tables, logs = [], []
-        for genes in (held_out[start : start + width] for start in range(0, len(held_out), width)):
-            predicted = run.predict(genes, draws=draws, seed=seed, truth=truth, lognorm=True)
-            mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
-            table = score_prediction(matched(truth, run.target, np.array(genes)), mean, lognorm, run.shared_total, genes)
-            tables.append(table.join(predicted.var[["log_score", "crps", "coverage_90"]]))
-            logs.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], genes))
-        table = pd.concat(tables).set_axis(pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"]))
-        entries = {run.method: pd.concat(logs, axis=1)}
-        seconds = run.record["start_seconds"] + run.record["seconds"]
-        found = {run.method: table.assign(seconds=seconds, peak_gb=run.record["peak_memory_bytes"] / 1e9)}
-    return {
-        name: table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
-        for name, table in found.items()
-    }, entries
+    scores = read_scores(folder).assign(section="")
+    scores = scores[scores["kind"] != UPPER]  # it saw the truth: no competitor
+    record = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
+    if "holdout" in record:  # a share: which spots of each section are hidden depends on the seed
+        hidden = sorted(record["holdout"]) if isinstance(record["holdout"], list) else (record["holdout"], record["seed"])
+        scores["section"] = scores["fold"] + f", hidden: {hidden}"
+    if scores.duplicated(["method", "gene", "section"]).any():
+        raise UserError(f"{folder / 'scores.csv'}: a gene is held out in several folds; compare needs one score per gene")
+    found = {str(name): table.set_index(["gene", "section"]) for name, table in scores.groupby("method", sort=False)}
+    return found, read_entries(folder)
+
+
+def _of_run(run: Run, folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]) -> Tables:
+    """The same of a run, on its held-out genes."""
+    if given is None:
+        raise UserError(f"{folder} is a run: give the counts to judge it by (--truth)")
+    truth = run.counts_of(given)
+    held_out = [gene for gene in run.genes[~run.measured] if gene in set(truth.genes)]
+    if not held_out:
+        raise UserError(f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run")
+    say(f"{folder}: {run.method}, {len(held_out)} held-out genes; its seconds are those of the fit, an evaluation's those of prediction, too")
+    cells = len(run.target.names)
+    kept = np.sort(np.random.default_rng([seed, 9]).permutation(cells)[:INNER_CELLS])
+    width = max(1, int(1e9 / (BYTES_PER_PREDICTION * cells)))
+    tables, logs = [], []
+    for genes in (held_out[start : start + width] for start in range(0, len(held_out), width)):
+        predicted = run.predict(genes, draws=draws, seed=seed, truth=truth, lognorm=True)
+        mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
+        table = score_prediction(matched(truth, run.target, np.array(genes)), mean, lognorm, run.shared_total, genes)
+        tables.append(table.join(predicted.var[["log_score", "crps", "coverage_90"]]))
+        logs.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], genes))
+    table = pd.concat(tables).set_axis(pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"]))
+    seconds = run.record["start_seconds"] + run.record["seconds"]
+    table = table.assign(seconds=seconds, peak_gb=run.record["peak_memory_bytes"] / 1e9)
+    return {run.method: table}, {run.method: pd.concat(logs, axis=1)}
 
 
 def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataFrame:

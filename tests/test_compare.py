@@ -164,6 +164,26 @@ def test_a_score_that_is_not_finite_is_left_out_and_said(tmp_path):
     assert set(compare([a], say=said.append).index) == {"two", "three"} and "one has no log_score that is finite for every gene" in said[0]
 
 
+def test_runs_of_other_cells_are_refused_and_another_target_than_the_evaluations_said(tmp_path):
+    sim = checkerboard(seed=1, n_cells=60, side=4, squares=4, n_types=2, n_genes=24, n_panel=16, contrast=1.0)
+    fast = ["factors=2", "chains=1", "sparsity=0.0", "fit.steps=1", "sweeps=1"]
+    for name, cells in {"all": 60, "fewer": 50}.items():
+        sim.target[:cells].copy().write_h5ad(tmp_path / f"{name}.h5ad")
+        api.fit("siid", target=tmp_path / f"{name}.h5ad", reference=sim.reference, out=tmp_path / name, overrides=fast)
+    with pytest.raises(UserError, match=r"compare: .*fewer was fitted on other cells than .*all; fit both on the same target"):
+        compare([tmp_path / "all", tmp_path / "fewer"], truth=sim.truth, draws=2)
+    scores = write(tmp_path / "a", {"one": 0.0})
+    table = pd.read_csv(scores / "scores.csv", dtype={"gene": str}).iloc[: sim.truth.n_vars]
+    table.assign(gene=sim.truth.var_names).to_csv(scores / "scores.csv", index=False)
+    inputs = json.loads((tmp_path / "all" / "manifest.json").read_text())["inputs"]
+    (scores / "evaluation.json").write_text(json.dumps({"inputs": inputs}))
+    said: dict[str, list[str]] = {"all": [], "fewer": []}
+    for name, lines in said.items():
+        compare([scores, tmp_path / name], truth=sim.truth, draws=2, say=lines.append)
+    assert not any("another target" in line for line in said["all"])
+    assert "fewer was fitted to another target" in said["fewer"][0] and "all.h5ad" in said["fewer"][0]
+
+
 def test_runs_are_scored_on_their_held_out_genes(tmp_path, monkeypatch):
     sim = checkerboard(seed=1, n_cells=160, side=6, squares=6, n_types=3, n_genes=40, n_panel=30, contrast=1.0)
     fast = ["factors=3", "chains=1", "sparsity=0.0", "fit.steps=2"]
