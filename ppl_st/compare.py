@@ -9,7 +9,8 @@ An interval that holds 0 says that these genes cannot tell the two apart. Evalua
 in both, then a gene's score is its mean over sections, as its sections are no independent evidence. Those that hid other spots have none in common.
 
 By log score there are also stacking weights (`ppl_st.stack`) and a row "stack": the mixture of all methods. Its score on a gene is that under weights
-learned on the *other* parts of the genes, so the row is no better than what a user would get. Both rest on a subset of the cells.
+learned on the *other* parts of the genes, so the row is no better than what a user would get. Both rest on the cells whose
+log probabilities all folders kept, up to 2,000, picked by name: how many is said, and where fewer than 200 of a larger number meet there is no row.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +20,12 @@ import numpy as np
 import pandas as pd
 
 from ppl_st.api import Source, load
+from ppl_st.conformal import INNER_CELLS, inner_rows
 from ppl_st.data import matched
 from ppl_st.errors import UserError
 from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER, read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
-from ppl_st.posterior import INNER_CELLS, Run
+from ppl_st.posterior import Run
 from ppl_st.report import read_json, read_scores
 from ppl_st.stack import cross_stacked, stacking_weights, unlike_inputs
 
@@ -36,6 +38,7 @@ METRICS = {
 }  # fmt: skip
 
 STACK = "stack"
+LEAST_CELLS = 200  # that a mixture is judged in, where the methods have more cells than were kept
 
 
 def compare(
@@ -118,7 +121,7 @@ def compare(
     if metric != "log_score" or set(entries) != set(tables):
         return ranked
     order = [str(name) for name in ranked.index]
-    return _with_stack(ranked, {name: entries[name] for name in order}, genes, seed)
+    return _with_stack(ranked, {name: entries[name] for name in order}, genes, seed, talk)
 
 
 def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
@@ -177,7 +180,7 @@ def _of_run(run: Run, folder: Path, given: Source | None, draws: int, seed: int,
         raise UserError(f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run")
     say(f"{folder}: {run.method}, {len(held_out)} held-out genes; its seconds are those of the fit, an evaluation's those of prediction, too")
     cells = len(run.target.names)
-    kept = np.sort(np.random.default_rng([seed, 9]).permutation(cells)[:INNER_CELLS])
+    kept = inner_rows(run.target.names)
     width = max(1, int(1e9 / (BYTES_PER_PREDICTION * cells)))
     tables, logs = [], []
     for genes in (held_out[start : start + width] for start in range(0, len(held_out), width)):
@@ -213,11 +216,20 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def _with_stack(ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: list[str], seed: int) -> pd.DataFrame:
+def _with_stack(
+    ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: list[str], seed: int, say: Callable[[str], None]
+) -> pd.DataFrame:
     """The table with stacking weights, and the mixture as its last row; its difference is to the best method on the same cells."""
     cells = sorted(set.intersection(*(set(table.index) for table in entries.values())))
     if not cells or len(genes) < 2:
         return ranked
+    if len(cells) < LEAST_CELLS and max(map(len, entries.values())) >= INNER_CELLS:
+        say(
+            f"the log probabilities that were kept have {len(cells)} cells in common, too few for weights and the row {STACK} (at least "
+            f"{LEAST_CELLS}); evaluate all methods on the same target, with this version"
+        )
+        return ranked
+    say(f"weights and the row {STACK} rest on {len(cells)} cells, those whose log probabilities every folder kept")
     log_prob = np.stack([table.loc[cells, genes].to_numpy(dtype=np.float64) for table in entries.values()])
     difference = cross_stacked(log_prob, genes, seed).mean(0) - log_prob[0].mean(0)
     interval = bootstrap_mean(difference, np.random.default_rng(seed))

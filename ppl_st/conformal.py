@@ -33,6 +33,8 @@ guarantee, whose "+ 1" is small where spots are many. It holds for places picked
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +43,12 @@ from numpy.typing import NDArray
 from ppl_st.calibration import GRID
 from ppl_st.errors import UserError
 
-__all__ = ["KNOTS", "Inner", "Recalibration", "at_places", "conformal_level", "gene_strata", "genes_needed", "pit_curves", "recalibration", "shrunk"]
+__all__ = [
+    "INNER_CELLS", "KNOTS", "Inner", "Recalibration", "at_places", "conformal_level", "gene_strata", "genes_needed", "inner_rows", "pit_curves",
+    "recalibration", "shrunk",
+]  # fmt: skip
+
+INNER_CELLS = 2000  # cells whose log scores of inner held-out genes are kept
 
 STRATUM = 50  # inner genes that a stratum needs
 # Probabilities at which the distribution function of a PIT is kept: the ends of the central intervals of `GRID`, the median, 0 and 1.
@@ -53,7 +60,7 @@ Floats = NDArray[np.float64]
 class Inner(NamedTuple):
     """Scores of genes of the target that were hidden in turn: what a run knows about its forecasts of new genes.
 
-    genes [m] names; pit [knots, m] distribution function of each gene's randomised PIT at `KNOTS`; cells names of a seeded subset of the cells,
+    genes [m] names; pit [knots, m] distribution function of each gene's randomised PIT at `KNOTS`; cells names of a subset of the cells (`inner_rows`),
     log_prob [cells, m] log predictive probability of the counts there. Of a method of images the hidden units, ``genes``, are spots, and there is no
     log_prob.
     """
@@ -104,6 +111,15 @@ class Recalibration(NamedTuple):
 
     def _stratum(self, covariate: Any) -> NDArray[np.int64]:
         return np.searchsorted(self.edges, np.asarray(covariate, dtype=np.float64))
+
+
+def inner_rows(names: Iterable[str]) -> NDArray[np.int64]:
+    """Rows, rising, of at most `INNER_CELLS` of the cells whose log scores are kept, those with the smallest CRC-32 of their names.
+
+    No seed and no position enters: evaluations and runs that differ in seeds, or in a few cells, keep nearly the same cells and can be paired.
+    """
+    order = np.argsort([zlib.crc32(name.encode()) for name in names], kind="stable")
+    return np.sort(order[:INNER_CELLS])
 
 
 def pit_curves(pit_low: Any, pit_high: Any) -> Floats:

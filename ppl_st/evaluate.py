@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from ppl_st import config as configs
 from ppl_st.api import Source, fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
+from ppl_st.conformal import inner_rows
 from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
@@ -40,7 +41,6 @@ from ppl_st.metrics import bootstrap_mean, log1p_normalise, score_prediction, sc
 from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import as_given, read_like, read_pair
 from ppl_st.peers import PEERS, check, draw_scores
-from ppl_st.posterior import INNER_CELLS
 from ppl_st.prepare import MIN_SHARED, load_prepare, refuse_few_genes
 from ppl_st.run_folder import begun, refuse_evaluated
 
@@ -328,13 +328,13 @@ def _same_cells(truth: Counts, cells: Counts) -> Counts:
 def _score_method(
     method: str, task: _Task, split: Split, handed: Sequence[ad.AnnData], options: dict[str, Any], draws: int, memory_gb: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores [genes], and log predictive probabilities [cells, genes] in a seeded subset of the cells."""
+    """Scores [genes], and log predictive probabilities [cells, genes] in the cells of `inner_rows`."""
     reset_peak()
     began = time.perf_counter()
     run = fit(method, target=handed[0], reference=handed[1], **options)
     width = max(1, int(memory_gb * 1e9 / (BYTES_PER_PREDICTION * len(task.target.names))))
     parts, entries = [], []
-    kept = np.sort(np.random.default_rng([options["seed"], 9]).permutation(len(task.target.names))[:INNER_CELLS])
+    kept = inner_rows(task.target.names)
     seconds = time.perf_counter() - began
     for start in range(0, len(task.held_out), width):
         genes = task.held_out[start : start + width]

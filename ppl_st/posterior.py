@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from ppl_st.calibration import LEVELS, coverage, interval_coverage
-from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
+from ppl_st.conformal import KNOTS, Inner, Recalibration, inner_rows, pit_curves
 from ppl_st.data import Counts, matched, shared_total
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive, predictive_blocks
@@ -25,8 +25,6 @@ from ppl_st.stream import layers_of, var_of, varm_of, write_prediction, write_sa
 
 if TYPE_CHECKING:
     import xarray as xr
-
-INNER_CELLS = 2000  # cells whose log scores of inner held-out genes are kept
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ class Run:
         index = self._index(truth.genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed = matched(truth, self.target, self.genes[index])
-        cells = np.sort(np.random.default_rng([seed, 9]).permutation(predictor.n_cells)[:INNER_CELLS])
+        cells = inner_rows(self.target.names)
         curves, log_prob = np.zeros((len(KNOTS), len(index))), np.zeros((len(cells), len(index)), np.float32)
         for rows, part, _, scores in predictive_blocks(
             predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed

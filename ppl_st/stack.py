@@ -92,7 +92,8 @@ def stack(runs: Sequence[Run]) -> Run:
     Parameters
     ----------
     runs
-        Two or more recalibrated runs on the same cells (`ppl_st.recalibrate`, same ``folds``, ``seed`` and ``draws``); methods and settings may differ.
+        Two or more recalibrated runs on the same cells (`ppl_st.recalibrate`, same ``folds``, ``seed`` and ``draws``); methods and settings may
+        differ.
 
     Returns
     -------

@@ -70,6 +70,21 @@ def test_weights_and_the_mixture_of_evaluations(tmp_path):
     assert "stack" not in compare([tmp_path / "low", tmp_path / "high", write(tmp_path / "a", {"none kept": 0.0}, genes=30)]).index
 
 
+@pytest.mark.parametrize("shift, rows", [(1700, True), (1900, False)])
+def test_the_row_of_the_mixture_says_its_cells_and_needs_enough_of_them(tmp_path, shift, rows):
+    genes = [f"g{g}" for g in range(4)]
+    for n, name in enumerate(("one", "two")):  # each kept 2,000 cells of more
+        table = pd.DataFrame(np.full((2000, 4), -1.0 - n), [f"c{i}" for i in range(shift * n, shift * n + 2000)], genes)
+        (tmp_path / name).mkdir()
+        scores = pd.DataFrame({"method": name, "kind": "method", "fold": "0", "gene": genes, "log_score": table.mean(0).to_numpy()})
+        scores.to_csv(tmp_path / name / "scores.csv", index=False)
+        write_entries(tmp_path / name, [name], [table])
+    said = []
+    found = compare([tmp_path / "one", tmp_path / "two"], say=said.append)
+    assert ("stack" in found.index) == ("weight" in found) == rows
+    assert ("stack rest on 300 cells" if rows else "have 100 cells in common, too few") in said[-1]
+
+
 def write_sections(folder, methods, holdout=0.5, seed=0, sections=("left", "right")):
     """The evaluation of a method of images: fold = section, baselines without a log score, no log probabilities of entries."""
     folder.mkdir()

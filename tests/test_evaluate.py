@@ -69,6 +69,15 @@ def test_folds_hide_their_genes_and_follow_the_protocol(world, perfect):
     assert (done.scores["raw_rmse"] == 0).all()
 
 
+def test_log_probabilities_are_kept_of_the_same_cells_whatever_the_seed(world, perfect, monkeypatch, tmp_path):
+    monkeypatch.setattr("ppl_st.conformal.INNER_CELLS", 40)
+    kept = []
+    for seed in (0, 1):
+        ev.evaluate(["siid"], world.target, world.reference, folds=3, max_folds=1, seed=seed, baselines=False, out=tmp_path / str(seed))
+        kept.append(ev.read_entries(tmp_path / str(seed))["siid"].index.tolist())
+    assert kept[0] == kept[1] and len(kept[0]) == 40
+
+
 def test_cells_without_training_counts_are_dropped_for_every_fold(world, perfect):
     target = world.target.copy()
     fold = gene_folds(target.var_names, 3, 0)[1]

@@ -160,7 +160,8 @@ def test_what_cannot_be_stacked_is_refused(world, runs):
     moved = replace(runs[1], inner=runs[1].inner._replace(cells=runs[1].inner.cells[::-1]))
     with pytest.raises(UserError, match="same held-out genes and cells"):
         stack([runs[0], moved])
-    for change, own in {"folds": "--folds 6 --seed 0 --draws 20", "seed": "--folds 2 --seed 6 --draws 20", "draws": "--folds 2 --seed 0 --draws 6"}.items():
+    ways = {"folds": "--folds 6 --seed 0 --draws 20", "seed": "--folds 2 --seed 6 --draws 20", "draws": "--folds 2 --seed 0 --draws 6"}
+    for change, own in ways.items():
         another = replace(runs[1], recalibration=runs[1].recalibration._replace(**{change: 6}))
         want = rf"spaim .* was recalibrated with {own}, vista .* with --folds 2 --seed 0 --draws 20.*`ppl-st recalibrate .*spaim --folds 2 --seed 0"
         for ask in (stack, lambda both: weights_without(both, runs[0].inner.genes[:3])):

@@ -244,13 +244,14 @@ def test_scores_are_gathered_block_by_block(run, sim, monkeypatch):
     truth = run.counts_of(sim.truth)
     want = wide.predict(truth.genes, truth=truth, **options)
     monkeypatch.setattr("ppl_st.posterior.posterior_predictive", None)
-    monkeypatch.setattr("ppl_st.posterior.INNER_CELLS", 40)
+    monkeypatch.setattr("ppl_st.conformal.INNER_CELLS", 40)
     scores, inner = wide.score(truth, **options), wide.inner_scores(truth, **options)
     pd.testing.assert_frame_equal(scores, want.var[scores.columns], check_names=False, rtol=1e-6)
     assert {"mean_count", "coverage_95", "recalibrated_crps", "recalibrated_coverage"} <= set(scores) and scores.index.name == "gene"
     np.testing.assert_allclose(inner.pit, pit_curves(want.layers["pit_low"], want.layers["pit_high"]), atol=1e-9)
     assert inner.log_prob.shape == (40, 10)
     np.testing.assert_array_equal(inner.log_prob, want[inner.cells, inner.genes].layers["log_prob"])
+    np.testing.assert_array_equal(wide.inner_scores(truth, **options | {"seed": 2}).cells, inner.cells)  # other seeds keep the same cells
 
 
 def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
