@@ -111,7 +111,8 @@ def coverage_table(
     Returns
     -------
     DataFrame
-        Columns group (first "all", or "all cells" where a group has that name), level, coverage, lo, hi, cells, genes.
+        Columns group (first "all", or "all cells" where a group has that name), level, coverage, lo, hi, cells, genes. lo and hi are NaN of a
+        single gene, which says nothing of others; below 10 genes the intervals are too short.
     """
     low, high = np.asarray(pit_low), np.asarray(pit_high)
     labels = np.full(len(low), "all") if groups is None else np.asarray(groups).astype(str)
@@ -126,7 +127,7 @@ def coverage_table(
     for name, cells in parts:
         found = coverage(low[cells], high[cells], levels)
         for level, per_gene in zip(levels, found.per_gene, strict=True):
-            lo, hi = np.quantile(per_gene[pick].mean(1), [0.025, 0.975])
+            lo, hi = np.quantile(per_gene[pick].mean(1), [0.025, 0.975]) if len(per_gene) > 1 else (np.nan, np.nan)
             rows.append((name, level, per_gene.mean(), lo, hi, len(low[cells]), len(per_gene)))
     return pd.DataFrame(rows, columns=["group", "level", "coverage", "lo", "hi", "cells", "genes"])
 

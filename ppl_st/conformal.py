@@ -60,7 +60,7 @@ Floats = NDArray[np.float64]
 class Inner(NamedTuple):
     """Scores of genes of the target that were hidden in turn: what a run knows about its forecasts of new genes.
 
-    genes [m] names; pit [knots, m] distribution function of each gene's randomised PIT at `KNOTS`; cells names of a subset of the cells (`inner_rows`),
+    genes [m] names; pit [knots, m] distribution function of each gene's randomised PIT at `KNOTS`; cells names of some of the cells (`inner_rows`),
     log_prob [cells, m] log predictive probability of the counts there. Of a method of images the hidden units, ``genes``, are spots, and there is no
     log_prob.
     """

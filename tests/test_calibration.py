@@ -16,6 +16,7 @@ from ppl_st.calibration import (
     variance_decomposition,
 )  # fmt: skip
 from ppl_st.errors import UserError
+from ppl_st.report_sections import _with_intervals
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,13 @@ def test_bootstrap_intervals_see_genes_not_cells(forecasts):
     assert row["coverage"] < 0.85 and (row["hi"] - row["lo"]) / 3.92 == pytest.approx(per_gene.std() / np.sqrt(60), rel=0.15)
     with pytest.raises(UserError, match="3 group labels"):
         coverage_table(*wrong, ["a", "b", "c"])
+
+
+def test_one_gene_has_coverage_and_no_interval(forecasts):
+    low, high = (bounds[:, :1] for bounds in forecasts[0])
+    table = coverage_table(low, high)
+    assert table["coverage"].notna().all() and table[["lo", "hi"]].isna().all(axis=None)
+    assert _with_intervals(table)["90%"] == f"{table['coverage'][2]:.3f}"
 
 
 def test_pit_is_flat_only_for_the_truth(forecasts):

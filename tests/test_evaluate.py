@@ -289,6 +289,11 @@ def test_a_gene_of_several_sections_counts_once():
     assert found.hi - found.lo == pytest.approx(one.hi - one.lo, rel=0.05)
 
 
+def test_one_gene_is_printed_as_its_mean_alone():
+    row = {"method": "m", "kind": "method", "fold": "0", "gene": "g", "raw_pcc": 0.5, "seconds": 2.0, "peak_gb": 1.0}
+    assert overview(ev.summarise(pd.DataFrame([row])))["Raw counts"].iloc[0, 0] == "0.5"
+
+
 def test_gene_names_of_either_file_may_lie_in_a_column(world, tmp_path):
     options = {"folds": 3, "max_folds": 1, "baselines": False, "draws": 10}
     reference = world.reference.copy()
