@@ -335,7 +335,8 @@ def score_prediction(
 ) -> pd.DataFrame:
     """`score_table` of a method that predicts both: raw columns from the mean ``count``, log columns from the mean log-normalised count.
 
-    Each scale gets the posterior mean of its own quantity; the logarithm of a mean is not the mean of the logarithm.
+    Each scale is for the posterior mean of its own quantity; the logarithm of a mean is not the mean of the logarithm (SpaIM and SpaGene give it
+    all the same, see `ppl_st.inference.predict`: level-free scores as correlations hardly care, rmse does).
     """
     raw = score_table(truth, count, training_total, genes)
     log = score_table(truth, lognorm, training_total, genes, scale="log")

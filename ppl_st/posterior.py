@@ -120,6 +120,7 @@ class Run:
             probability of the count), ``pit_low``, ``pit_high`` (see `ppl_st.calibration`).
         lognorm
             Also a layer ``lognorm_mean``: posterior mean of log1p(count / cell's total x median total), totals over genes shared with the reference.
+            SpaIM and SpaGene give log1p of the expected count at the median depth (as a rule larger) unless the fit found cells' own depths better.
 
         Returns
         -------
