@@ -133,6 +133,8 @@ def evaluate(
     talk = say or (lambda line: None)
     if not methods or len(set(methods)) < len(methods):
         raise UserError(f"evaluate: methods are {', '.join(methods) or 'none'}; name each method once")
+    if max_folds is not None and max_folds < 1:
+        raise UserError(f"evaluate: max_folds={max_folds}; at least 1")
     own, others = [m for m in methods if m not in PEERS], [m for m in methods if m in PEERS]
     check(others)
     spots = _reference_is_spots(own)

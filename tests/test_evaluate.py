@@ -245,6 +245,9 @@ def test_wrong_requests_are_refused_before_any_fit(world):
         ev.evaluate(["sid"], world.target, world.reference)
     with pytest.raises(UserError, match="name each method once"):
         ev.evaluate([], world.target, world.reference)
+    for number in (0, -1):
+        with pytest.raises(UserError, match=f"max_folds={number}; at least 1"):
+            ev.evaluate(["siid"], world.target, world.reference, max_folds=number)
     with pytest.raises(UserError, match="no_such_knob"):
         ev.evaluate(["siid"], world.target, world.reference, overrides=["no_such_knob=1"])
     with pytest.raises(UserError, match="none of its 30 genes is new"):
