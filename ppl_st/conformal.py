@@ -98,6 +98,10 @@ class Recalibration(NamedTuple):
         maps = self.maps_of(covariate)
         return np.stack([np.interp(p, KNOTS, one) for p, one in zip(np.asarray(probability, dtype=np.float64).T, maps.T, strict=True)], 1)
 
+    def mass_of(self, covariate: Any, draws: int) -> Floats:
+        """What the corrected predictive gives to so many draws in rising order, [draws, genes]."""
+        return np.diff([np.interp(np.linspace(0, 1, draws + 1), KNOTS, one) for one in self.maps_of(covariate).T]).T
+
     def ends_of(self, covariate: Any) -> Floats:
         """Probabilities of the uncorrected predictive between which the interval lies, [2, genes]; 0 or 1 where no finite end will do."""
         if self.guarantee:

@@ -223,6 +223,8 @@ class Run:
         ours = known.genes[np.isin(known.genes, self.genes)]  # a target's blanks, say, are unknown to the reference
         ours = ours if len(ours) else known.genes  # `_index` names some
         unseen = ours if self.measured.all() else ours[~np.isin(ours, self.target.genes)]
+        if genes is None and not len(unseen):
+            raise UserError(f"truth ({known.source}): no gene is left to predict, the fit was shown all that the run knows; name genes with --genes")
         index = self._index(unseen if genes is None else genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed, names = matched(known, self.target, self.genes[index]), pd.Index(self.genes[index], name="gene")
@@ -274,8 +276,9 @@ class Run:
             raise UserError("the other direction is of the reference's own cells; leave out --target")
 
         return replace(
-            self, module=module, data=data, target=self.reference, reference=self.target, new_cells=refuse, folder=None, recalibration=None
-        )
+            self, module=module, data=data, target=self.reference, reference=self.target, new_cells=refuse, folder=None, inner=None,
+            recalibration=None,
+        )  # fmt: skip
 
     def as_reference(self, condition: str | None = None, *, library: float | None = None) -> "Run":
         """The run in the reference's style: the paper's transfer of a disease or a perturbation.
@@ -375,6 +378,8 @@ class Run:
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
         index = np.flatnonzero(~self.measured)
         genes = [genes] if isinstance(genes, str) else genes
+        if genes is not None and not len(genes):
+            raise UserError("the list of genes is empty; name one or more, or leave it out for every gene that the target did not measure")
         if genes is not None:
             index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
             if (index < 0).any():
@@ -392,8 +397,7 @@ class Run:
         if self.recalibration is None:
             return None, None, None
         known = self.reference_mean[index]
-        maps = self.recalibration.maps_of(known)
-        return self.recalibration.ends_of(known), maps, np.diff(_at(np.linspace(0, 1, draws + 1), maps), axis=0)
+        return self.recalibration.ends_of(known), self.recalibration.maps_of(known), self.recalibration.mass_of(known, draws)
 
     def _other(self, target: str | Path | ad.AnnData | None) -> "tuple[Run, Any, Counts]":
         """The run to ask, the problem (its own, or one of new cells) and the cells to predict."""
@@ -422,11 +426,6 @@ def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
     total = shared_total(counts, genes)
     positive = total > 0
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
-
-
-def _at(u: NDArray[np.float64], maps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Recalibrated probabilities [..., genes] of raw ones ``u`` [...], for the maps [knots, genes] of each gene."""
-    return np.stack([np.interp(u, KNOTS, one) for one in maps.T], -1)
 
 
 def _score_columns(

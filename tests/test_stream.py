@@ -268,8 +268,16 @@ def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
 def test_without_an_unmeasured_gene_names_are_asked_for(run, tmp_path):
     full = replace(run, reference=run.reference.take_genes(run.target.genes))
     writes = (lambda: full.write(tmp_path / "p.h5ad"), lambda: full.write_samples(tmp_path / "s.zarr", None, 2))
-    for ask in (full.predict, *writes, lambda: run.predict([])):
+    for ask in (full.predict, *writes):
         with pytest.raises(UserError, match=r"this run of siid: no gene is left to predict.*--genes"):
+            ask()
+    empty = (lambda: run.predict([]), lambda: run.score(run.target, genes=[]), lambda: run.write(tmp_path / "p.h5ad", []))
+    for ask in (*empty, lambda: run.write_samples(tmp_path / "s.zarr", [], 2)):  # there are genes left
+        with pytest.raises(UserError, match="the list of genes is empty"):
+            ask()
+    single = (lambda: run.predict(draws=1), lambda: run.predict(draws=0), lambda: run.write(tmp_path / "p.h5ad", draws=1))
+    for ask in (*single, lambda: run.score(run.target, genes=run.target.genes[:2], draws=1)):
+        with pytest.raises(UserError, match=r"draws=[01]: a predictive needs 2 or more"):
             ask()
     assert list(tmp_path.iterdir()) == []
 
