@@ -41,11 +41,14 @@ def pit_bounds(draws: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ends of the PIT mass of each truth among S draws: P(X < x) and P(X <= x), each like ``truth``.
 
     The truth is ranked among the draws, (below) / (S + 1) to (below + ties + 1) / (S + 1): when it is
-    exchangeable with the draws the randomised PIT is then exactly uniform for any S.
+    exchangeable with the draws the randomised PIT is then exactly uniform for any S. A truth that is NaN has no rank and is refused.
     """
     x, y = np.asarray(draws), np.asarray(truth)
     if x.shape[1:] != y.shape:
         raise UserError(f"pit_bounds: draws have shape {x.shape}, truth {y.shape}; need [S, ...] and [...]")
+    if (odd := np.isnan(y)).any():
+        where = np.argwhere(odd)[0].tolist()
+        raise UserError(f"pit_bounds: the truth is NaN at {int(odd.sum())} of {y.size} entries, first at {where}; leave them out")
     s = x.shape[0]
     return (x < y).sum(0) / (s + 1.0), ((x <= y).sum(0) + 1.0) / (s + 1.0)
 

@@ -100,6 +100,12 @@ def test_pit_bounds_of_draws_are_uniform_for_any_number_of_draws():
     assert stats.kstest(randomised_pit(*pit_bounds(draws, truth)).ravel(), "uniform").pvalue > 1e-3
 
 
+def test_a_truth_that_is_no_number_has_no_pit():
+    with pytest.raises(ValueError, match=r"truth is NaN at 1 of 6 entries, first at \[1, 2\]"):
+        pit_bounds(np.zeros((5, 2, 3)), np.array([[0, 1, 2], [3, 4, np.nan]]))
+    assert (pit_bounds(np.zeros((5, 2), int), np.array([0, 1]))[1] == [1, 1]).all()
+
+
 def test_risk_coverage_by_hand_and_its_limits():
     risk = np.array([0.1, 0.9, 0.5, 0.3])
     best, worst, useless = (risk_coverage(risk, t) for t in (-risk, risk, np.zeros(4)))
