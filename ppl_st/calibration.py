@@ -41,11 +41,14 @@ def pit_bounds(draws: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ends of the PIT mass of each truth among S draws: P(X < x) and P(X <= x), each like ``truth``.
 
     The truth is ranked among the draws, (below) / (S + 1) to (below + ties + 1) / (S + 1): when it is
-    exchangeable with the draws the randomised PIT is then exactly uniform for any S.
+    exchangeable with the draws the randomised PIT is then exactly uniform for any S. A truth that is NaN has no rank and is refused.
     """
     x, y = np.asarray(draws), np.asarray(truth)
     if x.shape[1:] != y.shape:
         raise UserError(f"pit_bounds: draws have shape {x.shape}, truth {y.shape}; need [S, ...] and [...]")
+    if (odd := np.isnan(y)).any():
+        where = np.argwhere(odd)[0].tolist()
+        raise UserError(f"pit_bounds: the truth is NaN at {int(odd.sum())} of {y.size} entries, first at {where}; leave them out")
     s = x.shape[0]
     return (x < y).sum(0) / (s + 1.0), ((x <= y).sum(0) + 1.0) / (s + 1.0)
 
@@ -111,7 +114,8 @@ def coverage_table(
     Returns
     -------
     DataFrame
-        Columns group (first "all", or "all cells" where a group has that name), level, coverage, lo, hi, cells, genes.
+        Columns group (first "all", or "all cells" where a group has that name), level, coverage, lo, hi, cells, genes. lo and hi are NaN of a
+        single gene, which says nothing of others; below 10 genes the intervals are too short.
     """
     low, high = np.asarray(pit_low), np.asarray(pit_high)
     labels = np.full(len(low), "all") if groups is None else np.asarray(groups).astype(str)
@@ -126,7 +130,7 @@ def coverage_table(
     for name, cells in parts:
         found = coverage(low[cells], high[cells], levels)
         for level, per_gene in zip(levels, found.per_gene, strict=True):
-            lo, hi = np.quantile(per_gene[pick].mean(1), [0.025, 0.975])
+            lo, hi = np.quantile(per_gene[pick].mean(1), [0.025, 0.975]) if len(per_gene) > 1 else (np.nan, np.nan)
             rows.append((name, level, per_gene.mean(), lo, hi, len(low[cells]), len(per_gene)))
     return pd.DataFrame(rows, columns=["group", "level", "coverage", "lo", "hi", "cells", "genes"])
 

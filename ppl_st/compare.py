@@ -9,7 +9,8 @@ An interval that holds 0 says that these genes cannot tell the two apart. Evalua
 in both, then a gene's score is its mean over sections, as its sections are no independent evidence. Those that hid other spots have none in common.
 
 By log score there are also stacking weights (`ppl_st.stack`) and a row "stack": the mixture of all methods. Its score on a gene is that under weights
-learned on the *other* parts of the genes, so the row is no better than what a user would get. Both rest on a subset of the cells.
+learned on the *other* parts of the genes, so the row is no better than what a user would get. Both rest on the cells whose
+log probabilities all folders kept, up to 2,000, picked by name: how many is said, and where fewer than 200 of a larger number meet there is no row.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +20,14 @@ import numpy as np
 import pandas as pd
 
 from ppl_st.api import Source, load
+from ppl_st.conformal import INNER_CELLS, inner_rows
 from ppl_st.data import matched
 from ppl_st.errors import UserError
 from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER, read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
-from ppl_st.posterior import INNER_CELLS
+from ppl_st.posterior import Run
 from ppl_st.report import read_json, read_scores
-from ppl_st.stack import cross_stacked, stacking_weights
+from ppl_st.stack import cross_stacked, stacking_weights, unlike_inputs
 
 __all__ = ["METRICS", "compare"]
 
@@ -36,6 +38,7 @@ METRICS = {
 }  # fmt: skip
 
 STACK = "stack"
+LEAST_CELLS = 200  # that a mixture is judged in, where the methods have more cells than were kept
 
 
 def compare(
@@ -74,7 +77,7 @@ def compare(
     Raises
     ------
     UserError
-        Unknown metric, a folder that is neither, evaluations of other counts, no truth for a run, or no gene in common.
+        Unknown metric, a folder that is neither, evaluations of other counts, runs of other cells, no truth for a run, or no gene in common.
     """
     talk = say or (lambda line: None)
     if metric not in METRICS:
@@ -82,14 +85,23 @@ def compare(
     _check_alike([Path(source) for source in sources], talk)
     tables: dict[str, pd.DataFrame] = {}
     entries: dict[str, pd.DataFrame] = {}
+    first: tuple[Path, np.ndarray] | None = None  # of the runs, with its cells
     for source in map(Path, sources):
-        scored, log_probs = _tables(source, truth, draws, seed, talk)
+        if (source / "scores.csv").is_file():
+            scored, log_probs = _of_evaluation(source)
+        else:
+            run = load(source)
+            cells = np.sort(run.target.names)
+            first = first or (source, cells)
+            if not np.array_equal(cells, first[1]):
+                raise UserError(f"compare: {source} was fitted on other cells than {first[0]}; fit both on the same target")
+            scored, log_probs = _of_run(run, source, truth, draws, seed, talk)
         for name, table in scored.items():
             if metric not in table or not np.isfinite(table[metric].astype(float)).all():
                 talk(f"{source}: {name} has no {metric} that is finite for every gene, and is left out")
                 continue
             label = name if name not in tables else f"{name} ({source})"
-            tables[label] = table
+            tables[label] = table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
             if name in log_probs:
                 entries[label] = log_probs[name]
     if len(tables) < 2:
@@ -109,11 +121,11 @@ def compare(
     if metric != "log_score" or set(entries) != set(tables):
         return ranked
     order = [str(name) for name in ranked.index]
-    return _with_stack(ranked, {name: entries[name] for name in order}, genes, seed)
+    return _with_stack(ranked, {name: entries[name] for name in order}, genes, seed, talk)
 
 
 def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
-    """Refuse evaluations on other counts; say in what else their splits differ."""
+    """Refuse evaluations on other counts; say in what else their splits differ, and which runs were fitted to another target."""
     paths = [folder / "evaluation.json" for folder in folders]
     records = [(path.parent, read_json(path)) for path in paths if path.is_file()]
     for folder, record in records[1:]:
@@ -129,58 +141,58 @@ def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
         for key in ("folds", "max_folds", "seed", "draws"):
             if key in known and key in record and known[key] != record[key]:
                 say(f"compare: {folder} was made with {key} {record[key]}, {first} with {known[key]}: not the same split and draws")
+    runs = [folder for folder in folders if not (folder / "scores.csv").is_file() and (folder / "manifest.json").is_file()]
+    for folder in runs if records else []:
+        first, known = records[0]
+        given, own = known.get("inputs", {}), read_json(folder / "manifest.json").get("inputs", {})
+        if "target" in unlike_inputs(given, own):
+            where = [one["target"]["path"] or "in memory" for one in (own, given)]
+            say(f"compare: {folder} was fitted to another target ({where[0]}) than {first} is of ({where[1]}): they may be scored in other cells")
 
 
-def _tables(
-    folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]
-) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
-    """Method -> scores [(gene, section) x metrics] of one folder, and method -> log predictive probabilities [cells x genes] where they are known.
+Tables = tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]
+
+
+def _of_evaluation(folder: Path) -> Tables:
+    """Method -> scores [(gene, section) x metrics], and method -> log predictive probabilities [cells x genes] where they are known.
 
     The section, with what was hidden in it, is "" but in evaluations of images.
     """
-    entries: dict[str, pd.DataFrame]
-    if (folder / "scores.csv").is_file():
-        scores = read_scores(folder).assign(section="")
-        scores = scores[scores["kind"] != UPPER]  # it saw the truth: no competitor
-        record = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
-        if "holdout" in record:  # a share: which spots of each section are hidden depends on the seed
-            hidden = sorted(record["holdout"]) if isinstance(record["holdout"], list) else (record["holdout"], record["seed"])
-            scores["section"] = scores["fold"] + f", hidden: {hidden}"
-        if scores.duplicated(["method", "gene", "section"]).any():
-            raise UserError(
-                f"{folder / 'scores.csv'}: a gene is held out in several folds; compare needs one score per gene"
-            )
-        found = {str(name): table.set_index(["gene", "section"]) for name, table in scores.groupby("method", sort=False)}
-        entries = read_entries(folder)
-    else:
-        run = load(folder)
-        if given is None:
-            raise UserError(f"{folder} is a run: give the counts to judge it by (--truth)")
-        truth = run.counts_of(given)
-        held_out = [gene for gene in run.genes[~run.measured] if gene in set(truth.genes)]
-        if not held_out:
-            raise UserError(
-                f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run"
-            )
-        say(f"{folder}: {run.method}, {len(held_out)} held-out genes; its seconds are those of the fit, an evaluation's those of prediction, too")
-        cells = len(run.target.names)
-        kept = np.sort(np.random.default_rng([seed, 9]).permutation(cells)[:INNER_CELLS])
-        width = max(1, int(1e9 / (BYTES_PER_PREDICTION * cells)))
-        tables, logs = [], []
-        for genes in (held_out[start : start + width] for start in range(0, len(held_out), width)):
-            predicted = run.predict(genes, draws=draws, seed=seed, truth=truth, lognorm=True)
-            mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
-            table = score_prediction(matched(truth, run.target, np.array(genes)), mean, lognorm, run.shared_total, genes)
-            tables.append(table.join(predicted.var[["log_score", "crps", "coverage_90"]]))
-            logs.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], genes))
-        table = pd.concat(tables).set_axis(pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"]))
-        entries = {run.method: pd.concat(logs, axis=1)}
-        seconds = run.record["start_seconds"] + run.record["seconds"]
-        found = {run.method: table.assign(seconds=seconds, peak_gb=run.record["peak_memory_bytes"] / 1e9)}
-    return {
-        name: table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
-        for name, table in found.items()
-    }, entries
+    scores = read_scores(folder).assign(section="")
+    scores = scores[scores["kind"] != UPPER]  # it saw the truth: no competitor
+    record = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else {}
+    if "holdout" in record:  # a share: which spots of each section are hidden depends on the seed
+        hidden = sorted(record["holdout"]) if isinstance(record["holdout"], list) else (record["holdout"], record["seed"])
+        scores["section"] = scores["fold"] + f", hidden: {hidden}"
+    if scores.duplicated(["method", "gene", "section"]).any():
+        raise UserError(f"{folder / 'scores.csv'}: a gene is held out in several folds; compare needs one score per gene")
+    found = {str(name): table.set_index(["gene", "section"]) for name, table in scores.groupby("method", sort=False)}
+    return found, read_entries(folder)
+
+
+def _of_run(run: Run, folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]) -> Tables:
+    """The same of a run, on its held-out genes."""
+    if given is None:
+        raise UserError(f"{folder} is a run: give the counts to judge it by (--truth)")
+    truth = run.counts_of(given)
+    held_out = [gene for gene in run.genes[~run.measured] if gene in set(truth.genes)]
+    if not held_out:
+        raise UserError(f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run")
+    say(f"{folder}: {run.method}, {len(held_out)} held-out genes; its seconds are those of the fit, an evaluation's those of prediction, too")
+    cells = len(run.target.names)
+    kept = inner_rows(run.target.names)
+    width = max(1, int(1e9 / (BYTES_PER_PREDICTION * cells)))
+    tables, logs = [], []
+    for genes in (held_out[start : start + width] for start in range(0, len(held_out), width)):
+        predicted = run.predict(genes, draws=draws, seed=seed, truth=truth, lognorm=True)
+        mean, lognorm = np.asarray(predicted.X), np.asarray(predicted.layers["lognorm_mean"])
+        table = score_prediction(matched(truth, run.target, np.array(genes)), mean, lognorm, run.shared_total, genes)
+        tables.append(table.join(predicted.var[["log_score", "crps", "coverage_90"]]))
+        logs.append(pd.DataFrame(predicted.layers["log_prob"][kept], predicted.obs_names[kept], genes))
+    table = pd.concat(tables).set_axis(pd.MultiIndex.from_product([held_out, [""]], names=["gene", "section"]))
+    seconds = run.record["start_seconds"] + run.record["seconds"]
+    table = table.assign(seconds=seconds, peak_gb=run.record["peak_memory_bytes"] / 1e9)
+    return {run.method: table}, {run.method: pd.concat(logs, axis=1)}
 
 
 def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataFrame:
@@ -204,11 +216,20 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def _with_stack(ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: list[str], seed: int) -> pd.DataFrame:
+def _with_stack(
+    ranked: pd.DataFrame, entries: dict[str, pd.DataFrame], genes: list[str], seed: int, say: Callable[[str], None]
+) -> pd.DataFrame:
     """The table with stacking weights, and the mixture as its last row; its difference is to the best method on the same cells."""
     cells = sorted(set.intersection(*(set(table.index) for table in entries.values())))
     if not cells or len(genes) < 2:
         return ranked
+    if len(cells) < LEAST_CELLS and max(map(len, entries.values())) >= INNER_CELLS:
+        say(
+            f"the log probabilities that were kept have {len(cells)} cells in common, too few for weights and the row {STACK} (at least "
+            f"{LEAST_CELLS}); evaluate all methods on the same target, with this version"
+        )
+        return ranked
+    say(f"weights and the row {STACK} rest on {len(cells)} cells, those whose log probabilities every folder kept")
     log_prob = np.stack([table.loc[cells, genes].to_numpy(dtype=np.float64) for table in entries.values()])
     difference = cross_stacked(log_prob, genes, seed).mean(0) - log_prob[0].mean(0)
     interval = bootstrap_mean(difference, np.random.default_rng(seed))

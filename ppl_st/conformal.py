@@ -33,6 +33,8 @@ guarantee, whose "+ 1" is small where spots are many. It holds for places picked
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +43,12 @@ from numpy.typing import NDArray
 from ppl_st.calibration import GRID
 from ppl_st.errors import UserError
 
-__all__ = ["KNOTS", "Inner", "Recalibration", "at_places", "conformal_level", "gene_strata", "genes_needed", "pit_curves", "recalibration", "shrunk"]
+__all__ = [
+    "INNER_CELLS", "KNOTS", "Inner", "Recalibration", "at_places", "conformal_level", "gene_strata", "genes_needed", "inner_rows", "pit_curves",
+    "recalibration", "shrunk",
+]  # fmt: skip
+
+INNER_CELLS = 2000  # cells whose log scores of inner held-out genes are kept
 
 STRATUM = 50  # inner genes that a stratum needs
 # Probabilities at which the distribution function of a PIT is kept: the ends of the central intervals of `GRID`, the median, 0 and 1.
@@ -53,7 +60,7 @@ Floats = NDArray[np.float64]
 class Inner(NamedTuple):
     """Scores of genes of the target that were hidden in turn: what a run knows about its forecasts of new genes.
 
-    genes [m] names; pit [knots, m] distribution function of each gene's randomised PIT at `KNOTS`; cells names of a seeded subset of the cells,
+    genes [m] names; pit [knots, m] distribution function of each gene's randomised PIT at `KNOTS`; cells names of some of the cells (`inner_rows`),
     log_prob [cells, m] log predictive probability of the counts there. Of a method of images the hidden units, ``genes``, are spots, and there is no
     log_prob.
     """
@@ -73,6 +80,9 @@ class Recalibration(NamedTuple):
     nominal: list[float]  # with the guarantee: nominal level of each stratum; else empty
     genes: int  # inner genes (of a method of images: hidden spots)
     raw_coverage: float  # mean coverage of the uncorrected interval on them
+    folds: int | None = None  # parts that the units were hidden in
+    seed: int | None = None  # of the parts and of the draws
+    draws: int | None = None  # behind each prediction; these three are None where an older version stored it
 
     @property
     def guarantee(self) -> bool:
@@ -88,6 +98,10 @@ class Recalibration(NamedTuple):
         maps = self.maps_of(covariate)
         return np.stack([np.interp(p, KNOTS, one) for p, one in zip(np.asarray(probability, dtype=np.float64).T, maps.T, strict=True)], 1)
 
+    def mass_of(self, covariate: Any, draws: int) -> Floats:
+        """What the corrected predictive gives to so many draws in rising order, [draws, genes]."""
+        return np.diff([np.interp(np.linspace(0, 1, draws + 1), KNOTS, one) for one in self.maps_of(covariate).T]).T
+
     def ends_of(self, covariate: Any) -> Floats:
         """Probabilities of the uncorrected predictive between which the interval lies, [2, genes]; 0 or 1 where no finite end will do."""
         if self.guarantee:
@@ -101,6 +115,15 @@ class Recalibration(NamedTuple):
 
     def _stratum(self, covariate: Any) -> NDArray[np.int64]:
         return np.searchsorted(self.edges, np.asarray(covariate, dtype=np.float64))
+
+
+def inner_rows(names: Iterable[str]) -> NDArray[np.int64]:
+    """Rows, rising, of at most `INNER_CELLS` of the cells whose log scores are kept, those with the smallest CRC-32 of their names.
+
+    No seed and no position enters: evaluations and runs that differ in seeds, or in a few cells, keep nearly the same cells and can be paired.
+    """
+    order = np.argsort([zlib.crc32(name.encode()) for name in names], kind="stable")
+    return np.sort(order[:INNER_CELLS])
 
 
 def pit_curves(pit_low: Any, pit_high: Any) -> Floats:

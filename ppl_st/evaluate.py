@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from ppl_st import config as configs
 from ppl_st.api import Source, fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervised_ridge
+from ppl_st.conformal import inner_rows
 from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
 from ppl_st.io import atomic
@@ -40,7 +41,6 @@ from ppl_st.metrics import bootstrap_mean, log1p_normalise, score_prediction, sc
 from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import as_given, read_like, read_pair
 from ppl_st.peers import PEERS, check, draw_scores
-from ppl_st.posterior import INNER_CELLS
 from ppl_st.prepare import MIN_SHARED, load_prepare, refuse_few_genes
 from ppl_st.run_folder import begun, refuse_evaluated
 
@@ -133,6 +133,8 @@ def evaluate(
     talk = say or (lambda line: None)
     if not methods or len(set(methods)) < len(methods):
         raise UserError(f"evaluate: methods are {', '.join(methods) or 'none'}; name each method once")
+    if max_folds is not None and max_folds < 1:
+        raise UserError(f"evaluate: max_folds={max_folds}; at least 1")
     own, others = [m for m in methods if m not in PEERS], [m for m in methods if m in PEERS]
     check(others)
     spots = _reference_is_spots(own)
@@ -197,7 +199,8 @@ def evaluate(
 def summarise(scores: pd.DataFrame, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> pd.DataFrame:
     """Mean, median and 95 % bootstrap interval over genes of every metric of every method, and ranks.
 
-    What is not finite for every gene (a likelihood may give an observed count no chance) has none of them; ``say`` gets a line about it.
+    A gene that is judged in several sections (rows) counts once, with its mean over them. What is not finite for every gene (a likelihood
+    may give an observed count no chance) has none of these; ``say`` gets a line about it.
 
     Returns
     -------
@@ -208,16 +211,16 @@ def summarise(scores: pd.DataFrame, seed: int = 0, say: Callable[[str], None] = 
     labels = {"method", "kind", "fold", "gene", "seconds", "peak_gb"}
     rows = []
     for (method, kind), table in scores.groupby(["method", "kind"], sort=False):
-        row = {"method": method, "kind": kind, "genes": len(table)}
+        row = {"method": method, "kind": kind, "genes": table["gene"].nunique()}
         for metric in [column for column in scores.columns if column not in labels]:
-            values = table[metric].to_numpy(dtype=np.float64)
-            if np.isnan(values).all():  # a baseline has no predictive distribution
+            values = table[metric].astype(np.float64)
+            if values.isna().all():  # a baseline has no predictive distribution
                 continue
-            if (odd := ~np.isfinite(values)).any():
-                say(f"{method}: {metric} is not finite for {odd.sum()} of {len(odd)} genes, e.g. {table['gene'][odd].iloc[0]}, and left out")
+            if len(odd := table["gene"][~np.isfinite(values)].unique()):
+                say(f"{method}: {metric} is not finite for {len(odd)} of {row['genes']} genes, e.g. {odd[0]}, and left out")
                 continue
-            # The same resamples of genes for every method.
-            interval = bootstrap_mean(values, np.random.default_rng(seed))
+            # The same resamples of genes for every method; sections of a gene are no independent evidence.
+            interval = bootstrap_mean(values.groupby(table["gene"], sort=False).mean(), np.random.default_rng(seed))
             rows.append(row | {"metric": metric} | interval._asdict())
         per_fold = table.drop_duplicates("fold")
         rows.append(row | {"metric": "seconds", "mean": per_fold["seconds"].mean()})
@@ -327,13 +330,13 @@ def _same_cells(truth: Counts, cells: Counts) -> Counts:
 def _score_method(
     method: str, task: _Task, split: Split, handed: Sequence[ad.AnnData], options: dict[str, Any], draws: int, memory_gb: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores [genes], and log predictive probabilities [cells, genes] in a seeded subset of the cells."""
+    """Scores [genes], and log predictive probabilities [cells, genes] in the cells of `inner_rows`."""
     reset_peak()
     began = time.perf_counter()
     run = fit(method, target=handed[0], reference=handed[1], **options)
     width = max(1, int(memory_gb * 1e9 / (BYTES_PER_PREDICTION * len(task.target.names))))
     parts, entries = [], []
-    kept = np.sort(np.random.default_rng([options["seed"], 9]).permutation(len(task.target.names))[:INNER_CELLS])
+    kept = inner_rows(task.target.names)
     seconds = time.perf_counter() - began
     for start in range(0, len(task.held_out), width):
         genes = task.held_out[start : start + width]

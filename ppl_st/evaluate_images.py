@@ -29,7 +29,7 @@ from ppl_st.image_baselines import IMAGE_BASELINES, SPATIAL, Places, Split
 from ppl_st.image_features import image_features
 from ppl_st.image_run import ImageRun, spots_of
 from ppl_st.images import Source as ImageSource
-from ppl_st.metrics import score_table
+from ppl_st.metrics import partial_pcc, score_table
 from ppl_st.models import METHODS, load_method
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.prepare import load_prepare
@@ -188,10 +188,14 @@ def score_hidden(
 
 
 def _scored(truth: Counts, judged: NDArray[np.int64], counts: NDArray[Any]) -> pd.DataFrame:
-    """`score_table` with the ``log`` scale log1p(count): the depth of a hidden spot is part of what is asked. Given depth: raw_partial_pcc."""
+    """`score_table` with the ``log`` scale log1p(count): the depth of a hidden spot is part of what is asked. Given depth: raw_partial_pcc,
+    the depth being the count of all genes but the judged one, which would else be taken out of itself."""
     genes, matrix = truth.genes[judged], truth.matrix[:, judged]
+    own = matrix.toarray().astype(np.float64)  # [spots, judged]
+    rest = np.maximum(truth.totals[:, None] - own, 1.0)
+    columns = zip(own.T[..., None], counts.T[..., None], rest.T, strict=True)
+    given_depth = [partial_pcc(x, estimate, np.column_stack([np.log(depth), depth]))[0] for x, estimate, depth in columns]
     table = score_table(matrix, counts, np.ones(len(truth.names)), genes)
-    given_depth = score_table(matrix, counts, np.maximum(truth.totals, 1.0), genes)["raw_partial_pcc"]
     return table.drop(columns="log_partial_pcc").assign(raw_partial_pcc=given_depth)
 
 

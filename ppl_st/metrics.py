@@ -335,7 +335,8 @@ def score_prediction(
 ) -> pd.DataFrame:
     """`score_table` of a method that predicts both: raw columns from the mean ``count``, log columns from the mean log-normalised count.
 
-    Each scale gets the posterior mean of its own quantity; the logarithm of a mean is not the mean of the logarithm.
+    Each scale is for the posterior mean of its own quantity; the logarithm of a mean is not the mean of the logarithm (SpaIM and SpaGene give it
+    all the same, see `ppl_st.inference.predict`: level-free scores as correlations hardly care, rmse does).
     """
     raw = score_table(truth, count, training_total, genes)
     log = score_table(truth, lognorm, training_total, genes, scale="log")
@@ -369,7 +370,7 @@ def _score_block(
 
 
 class MeanInterval(NamedTuple):
-    """Mean and median over genes, with a 95 % bootstrap interval of the mean."""
+    """Mean and median over genes, with a 95 % bootstrap interval of the mean; lo and hi are NaN of a single gene."""
 
     mean: float
     median: float
@@ -380,11 +381,14 @@ class MeanInterval(NamedTuple):
 def bootstrap_mean(values: Any, rng: np.random.Generator, n: int = 1000) -> MeanInterval:
     """Mean of per-gene ``values`` with a 95 % percentile interval from ``n`` resamplings of the genes.
 
-    Genes, not cells, are the units: cells of one gene are no independent evidence about a new gene.
+    Genes, not cells, are the units: cells of one gene are no independent evidence about a new gene. One gene says nothing of the others, so lo and
+    hi are NaN. Below 10 genes the interval is too short: of 2 normal values it covers the mean 48 % of the time, of 5 84 %, of 10 90 %.
     """
     v = np.asarray(values, dtype=np.float64).ravel()
     if v.size == 0 or not np.isfinite(v).all():
         raise UserError(f"bootstrap_mean: {v.size} values, {int((~np.isfinite(v)).sum())} of them not finite")
+    if v.size < 2:
+        return MeanInterval(float(v[0]), float(v[0]), float("nan"), float("nan"))
     block = max(1, _BLOCK_ENTRIES // v.size)  # resamplings at a time
     means = np.concatenate([v[rng.integers(0, v.size, (min(block, n - start), v.size))].mean(1) for start in range(0, n, block)])
     lo, hi = np.quantile(means, [0.025, 0.975])

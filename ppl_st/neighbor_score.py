@@ -22,6 +22,7 @@ from ppl_st.errors import UserError
 __all__ = ["Intervals", "neighbor_intervals", "neighbor_scale"]
 
 MIN_GROUP = 100
+BLOCK_ENTRIES = 1_000_000  # numbers (8 MB) of the unit rows of a block of edges
 
 Floats = NDArray[np.float64]
 
@@ -41,7 +42,9 @@ def neighbor_scale(predicted: Any, graph: sp.csr_matrix) -> Floats:
         raise UserError(f"neighbor_scale: prediction {p.shape}, graph {w.shape}; need [cells, genes] and [cells, cells]")
     unit = p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12)
     rows = np.repeat(np.arange(len(p)), np.diff(w.indptr))
-    w.data = np.exp(np.einsum("eg,eg->e", unit[rows], unit[w.indices]))
+    step = max(1, BLOCK_ENTRIES // max(1, p.shape[1]))  # edges at a time: the rows of all of them are cells x neighbors x genes numbers
+    blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
+    w.data = np.exp(np.concatenate([np.zeros(0), *(np.einsum("eg,eg->e", unit[rows[one]], unit[w.indices[one]]) for one in blocks)]))
     total = np.asarray(w.sum(1))
     mean, square = (np.asarray(w @ x) / np.where(total > 0, total, 1.0) for x in (p, p**2))
     return 1 + np.sqrt(np.where(total > 0, np.maximum(square - 2 * p * mean + p**2, 0.0), 0.0))

@@ -152,7 +152,7 @@ def joined(parts: Iterable[Pooled]) -> Pooled:
 def draws_of(samples: Any, genes: Any = None) -> Iterable[Floats]:
     """Joint count draws one after the other, each [cells, genes], from the zarr store of ``predict --samples`` or the layers of `Run.predict`.
 
-    ``genes`` names the columns wanted, in that order; None = all.
+    ``genes`` names the columns wanted, in that order, or the only one; None = all.
     """
     if isinstance(samples, str | Path):
         import zarr
@@ -177,6 +177,7 @@ def draws_of(samples: Any, genes: Any = None) -> Iterable[Floats]:
 def _columns(names: list[str], genes: Any) -> list[int]:
     if genes is None:
         return list(range(len(names)))
+    genes = [genes] if isinstance(genes, str) else genes
     absent = [gene for gene in genes if gene not in names]
     if absent:
         raise UserError(f"draws hold no {', '.join(absent[:3])}; they hold {len(names)} genes, e.g. {', '.join(names[:3])}")

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from ppl_st.calibration import LEVELS, coverage, interval_coverage
-from ppl_st.conformal import KNOTS, Inner, Recalibration, pit_curves
+from ppl_st.conformal import KNOTS, Inner, Recalibration, inner_rows, pit_curves
 from ppl_st.data import Counts, matched, shared_total
 from ppl_st.errors import UserError
 from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive, predictive_blocks
@@ -25,8 +25,6 @@ from ppl_st.stream import layers_of, var_of, varm_of, write_prediction, write_sa
 
 if TYPE_CHECKING:
     import xarray as xr
-
-INNER_CELLS = 2000  # cells whose log scores of inner held-out genes are kept
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,7 @@ class Run:
             probability of the count), ``pit_low``, ``pit_high`` (see `ppl_st.calibration`).
         lognorm
             Also a layer ``lognorm_mean``: posterior mean of log1p(count / cell's total x median total), totals over genes shared with the reference.
+            SpaIM and SpaGene give log1p of the expected count at the median depth (as a rule larger) unless the fit found cells' own depths better.
 
         Returns
         -------
@@ -224,6 +223,8 @@ class Run:
         ours = known.genes[np.isin(known.genes, self.genes)]  # a target's blanks, say, are unknown to the reference
         ours = ours if len(ours) else known.genes  # `_index` names some
         unseen = ours if self.measured.all() else ours[~np.isin(ours, self.target.genes)]
+        if genes is None and not len(unseen):
+            raise UserError(f"truth ({known.source}): no gene is left to predict, the fit was shown all that the run knows; name genes with --genes")
         index = self._index(unseen if genes is None else genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed, names = matched(known, self.target, self.genes[index]), pd.Index(self.genes[index], name="gene")
@@ -249,7 +250,7 @@ class Run:
         index = self._index(truth.genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed = matched(truth, self.target, self.genes[index])
-        cells = np.sort(np.random.default_rng([seed, 9]).permutation(predictor.n_cells)[:INNER_CELLS])
+        cells = inner_rows(self.target.names)
         curves, log_prob = np.zeros((len(KNOTS), len(index))), np.zeros((len(cells), len(index)), np.float32)
         for rows, part, _, scores in predictive_blocks(
             predictor, predictor.chains, index, draws=draws, seed=seed, memory_gb=memory_gb, truth=observed
@@ -275,8 +276,9 @@ class Run:
             raise UserError("the other direction is of the reference's own cells; leave out --target")
 
         return replace(
-            self, module=module, data=data, target=self.reference, reference=self.target, new_cells=refuse, folder=None, recalibration=None
-        )
+            self, module=module, data=data, target=self.reference, reference=self.target, new_cells=refuse, folder=None, inner=None,
+            recalibration=None,
+        )  # fmt: skip
 
     def as_reference(self, condition: str | None = None, *, library: float | None = None) -> "Run":
         """The run in the reference's style: the paper's transfer of a disease or a perturbation.
@@ -376,6 +378,8 @@ class Run:
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
         index = np.flatnonzero(~self.measured)
         genes = [genes] if isinstance(genes, str) else genes
+        if genes is not None and not len(genes):
+            raise UserError("the list of genes is empty; name one or more, or leave it out for every gene that the target did not measure")
         if genes is not None:
             index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
             if (index < 0).any():
@@ -393,8 +397,7 @@ class Run:
         if self.recalibration is None:
             return None, None, None
         known = self.reference_mean[index]
-        maps = self.recalibration.maps_of(known)
-        return self.recalibration.ends_of(known), maps, np.diff(_at(np.linspace(0, 1, draws + 1), maps), axis=0)
+        return self.recalibration.ends_of(known), self.recalibration.maps_of(known), self.recalibration.mass_of(known, draws)
 
     def _other(self, target: str | Path | ad.AnnData | None) -> "tuple[Run, Any, Counts]":
         """The run to ask, the problem (its own, or one of new cells) and the cells to predict."""
@@ -423,11 +426,6 @@ def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
     total = shared_total(counts, genes)
     positive = total > 0
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
-
-
-def _at(u: NDArray[np.float64], maps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Recalibrated probabilities [..., genes] of raw ones ``u`` [...], for the maps [knots, genes] of each gene."""
-    return np.stack([np.interp(u, KNOTS, one) for one in maps.T], -1)
 
 
 def _score_columns(

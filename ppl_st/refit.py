@@ -46,7 +46,7 @@ def recalibrate(
     level, guarantee
         Wanted coverage of the interval; whether the finite-sample bound shall hold (wider intervals, notably with few genes).
     draws
-        Posterior draws of each prediction.
+        Posterior draws of each prediction. Runs can be stacked where ``folds``, ``seed`` and ``draws`` of all are the same.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def recalibrate(
     talk = say or (lambda line: None)
     if isinstance(run, ImageRun):
         inner, made = _at_hidden_spots(run, folds, level, guarantee, draws, seed, talk)
-        return _recalibrated(run, inner, made, "spots", talk)
+        return _recalibrated(run, inner, made._replace(folds=folds, seed=seed, draws=draws), "spots", talk)
     if run.method in METHODS and METHODS[run.method].reference == "image":
         raise UserError("recalibrate: several seeds of a method of images; recalibrate one of them")
     genes = np.sort(np.intersect1d(run.target.genes, run.genes))
@@ -77,7 +77,7 @@ def recalibrate(
     )  # fmt: skip
     order = pd.Index(run.genes).get_indexer(pd.Index(inner.genes))
     made = recalibration(inner.pit, run.reference_mean[order], level, guarantee=guarantee)
-    return _recalibrated(run, inner, made, "genes", talk)
+    return _recalibrated(run, inner, made._replace(folds=folds, seed=seed, draws=draws), "genes", talk)
 
 
 def _recalibrated(run: Run, inner: Inner, made: Recalibration, unit: str, say: Callable[[str], None]) -> Run:

@@ -168,8 +168,9 @@ def calibration(run: Run, predicted: ad.AnnData, scores: pd.DataFrame, labels: N
 
 
 def _with_intervals(table: pd.DataFrame) -> dict[str, str]:
-    """Level -> coverage and its interval, of one group of `coverage_table`."""
-    return {f"{row.level:.0%}": f"{row.coverage:.3f} [{row.lo:.3f},\u00a0{row.hi:.3f}]" for row in table.itertuples()}
+    """Level -> coverage and its interval (of one gene none), of one group of `coverage_table`."""
+    rows = table[["level", "coverage", "lo", "hi"]].to_numpy(dtype=np.float64)
+    return {f"{level:.0%}": f"{mean:.3f}" + ("" if np.isnan(lo) else f" [{lo:.3f},\u00a0{hi:.3f}]") for level, mean, lo, hi in rows}
 
 
 def inner_calibration(run: Run, inner: Inner, layer: Recalibration) -> Section:

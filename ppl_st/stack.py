@@ -92,7 +92,8 @@ def stack(runs: Sequence[Run]) -> Run:
     Parameters
     ----------
     runs
-        Two or more recalibrated runs on the same cells (`ppl_st.recalibrate`, same ``folds`` and ``seed``); methods and settings may differ.
+        Two or more recalibrated runs on the same cells (`ppl_st.recalibrate`, same ``folds``, ``seed`` and ``draws``); methods and settings may
+        differ.
 
     Returns
     -------
@@ -105,11 +106,12 @@ def stack(runs: Sequence[Run]) -> Run:
     Raises
     ------
     UserError
-        Fewer than two runs, a run of a method of images, other cells, other genes hidden, a run that is not recalibrated, no gene in common.
+        Fewer than two runs, a run of a method of images, other cells, other genes hidden, a run that is not recalibrated or was recalibrated in
+        another way, no gene in common.
     """
     if len(runs) < 2:
         raise UserError(f"stack: {len(runs)} run; give two or more")
-    names = [f"{run.method} ({run.folder})" if run.folder else f"{run.method} (run {k})" for k, run in enumerate(runs)]
+    names = _names(runs)
     for run, name in zip(runs, names, strict=True):
         if run.method in METHODS and METHODS[run.method].reference == "image":
             raise UserError(f"stack: {name} is recalibrated on hidden spots and so has no scores per cell to weigh it with; predict from one run")
@@ -194,14 +196,32 @@ def _mixture(runs: Sequence[Run], weights: Floats, method: str, manifest: dict[s
     )  # fmt: skip
 
 
+def _names(runs: Sequence[Run]) -> list[str]:
+    return [f"{run.method} ({run.folder})" if run.folder else f"{run.method} (run {k})" for k, run in enumerate(runs)]
+
+
 def _inner_scores(runs: Sequence[Run]) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
-    """Log scores [runs, cells, genes] of the inner genes that all runs were judged on."""
+    """Log scores [runs, cells, genes] of the inner genes that all runs were judged on, in the same folds by as many draws."""
+    names, ways = _names(runs), [_way(run) for run in runs]
+    for run, name, way in zip(runs, names, ways, strict=True):
+        if way is None:
+            command = f"ppl-st recalibrate {shlex.quote(str(run.folder or 'RUN'))}"
+            raise UserError(f"stack: {name} was recalibrated by an older version, which kept no --folds, --seed and --draws; repeat `{command}`")
+        if way != ways[0]:
+            command = f"ppl-st recalibrate {shlex.quote(str(run.folder or 'RUN'))} {ways[0]}"
+            raise UserError(f"stack: {name} was recalibrated with {way}, {names[0]} with {ways[0]}, which cannot be weighed; repeat `{command}`")
     inner = [run.inner for run in runs if run.inner is not None]
     genes = _common([one.genes for one in inner])
     if genes.size < 2 or any(not np.array_equal(one.cells, inner[0].cells) for one in inner):
         raise UserError("stack: the runs were not judged on the same held-out genes and cells; recalibrate them with the same --seed")
     columns = [pd.Index(one.genes).get_indexer(pd.Index(genes)) for one in inner]
     return np.stack([one.log_prob[:, at] for one, at in zip(inner, columns, strict=True)]), genes
+
+
+def _way(run: Run) -> str | None:
+    """Options of the recalibration of a run; None where it does not tell."""
+    made = run.recalibration
+    return None if made is None or made.folds is None else f"--folds {made.folds} --seed {made.seed} --draws {made.draws}"
 
 
 def _common(genes: Sequence[NDArray[np.str_]]) -> NDArray[np.str_]:

@@ -78,12 +78,13 @@ def read_spec(path: str | Path) -> dict[str, Any]:
             spec[key] = path.parent / spec[key]
     variants = dict(spec.get("variants", {})) or {FIRST: {}}
     first = next(iter(variants.values()))
-    for key, values in spec["grid"].items():
+    grid = _dotted(spec["grid"])
+    for key, values in grid.items():
         if not isinstance(values, list):
             raise UserError(f"{path}: grid.{key} = {values!r}; give a list of values")
-    for values in itertools.product(*spec["grid"].values()):
-        changes = dict(zip(spec["grid"], values, strict=True))
-        if changes:
+    for values in itertools.product(*grid.values()):
+        changes = dict(zip(grid, values, strict=True))
+        if changes:  # a dotted key comes after the first variant's table, and the last one of two wins
             variants[" ".join(f"{key}={value}" for key, value in changes.items())] = first | changes
     for name, settings in variants.items():
         if not isinstance(settings, dict) or not name or name.startswith(".") or set(name) & set("/\\\0"):
@@ -170,6 +171,14 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
                 "seed_se": error, "genes": len(genes), "seeds": len(seeds),
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Lists of a grid by dotted key: ``fit.steps = [1, 2]`` is a table within a table to TOML."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _settings(variant: Mapping[str, Any], preset: str) -> tuple[str, list[str]]:

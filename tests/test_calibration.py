@@ -16,6 +16,7 @@ from ppl_st.calibration import (
     variance_decomposition,
 )  # fmt: skip
 from ppl_st.errors import UserError
+from ppl_st.report_sections import _with_intervals
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,13 @@ def test_bootstrap_intervals_see_genes_not_cells(forecasts):
         coverage_table(*wrong, ["a", "b", "c"])
 
 
+def test_one_gene_has_coverage_and_no_interval(forecasts):
+    low, high = (bounds[:, :1] for bounds in forecasts[0])
+    table = coverage_table(low, high)
+    assert table["coverage"].notna().all() and table[["lo", "hi"]].isna().all(axis=None)
+    assert _with_intervals(table)["90%"] == f"{table['coverage'][2]:.3f}"
+
+
 def test_pit_is_flat_only_for_the_truth(forecasts):
     right, wrong, _ = forecasts
     for pit in (right, wrong):
@@ -90,6 +98,12 @@ def test_pit_bounds_of_draws_are_uniform_for_any_number_of_draws():
     rng = np.random.default_rng(3)
     draws, truth = rng.poisson(0.7, (9, 4000, 2)), rng.poisson(0.7, (4000, 2))
     assert stats.kstest(randomised_pit(*pit_bounds(draws, truth)).ravel(), "uniform").pvalue > 1e-3
+
+
+def test_a_truth_that_is_no_number_has_no_pit():
+    with pytest.raises(ValueError, match=r"truth is NaN at 1 of 6 entries, first at \[1, 2\]"):
+        pit_bounds(np.zeros((5, 2, 3)), np.array([[0, 1, 2], [3, 4, np.nan]]))
+    assert (pit_bounds(np.zeros((5, 2), int), np.array([0, 1]))[1] == [1, 1]).all()
 
 
 def test_risk_coverage_by_hand_and_its_limits():

@@ -70,6 +70,21 @@ def test_weights_and_the_mixture_of_evaluations(tmp_path):
     assert "stack" not in compare([tmp_path / "low", tmp_path / "high", write(tmp_path / "a", {"none kept": 0.0}, genes=30)]).index
 
 
+@pytest.mark.parametrize("shift, rows", [(1700, True), (1900, False)])
+def test_the_row_of_the_mixture_says_its_cells_and_needs_enough_of_them(tmp_path, shift, rows):
+    genes = [f"g{g}" for g in range(4)]
+    for n, name in enumerate(("one", "two")):  # each kept 2,000 cells of more
+        table = pd.DataFrame(np.full((2000, 4), -1.0 - n), [f"c{i}" for i in range(shift * n, shift * n + 2000)], genes)
+        (tmp_path / name).mkdir()
+        scores = pd.DataFrame({"method": name, "kind": "method", "fold": "0", "gene": genes, "log_score": table.mean(0).to_numpy()})
+        scores.to_csv(tmp_path / name / "scores.csv", index=False)
+        write_entries(tmp_path / name, [name], [table])
+    said = []
+    found = compare([tmp_path / "one", tmp_path / "two"], say=said.append)
+    assert ("stack" in found.index) == ("weight" in found) == rows
+    assert ("stack rest on 300 cells" if rows else "have 100 cells in common, too few") in said[-1]
+
+
 def write_sections(folder, methods, holdout=0.5, seed=0, sections=("left", "right")):
     """The evaluation of a method of images: fold = section, baselines without a log score, no log probabilities of entries."""
     folder.mkdir()
@@ -162,6 +177,26 @@ def test_a_score_that_is_not_finite_is_left_out_and_said(tmp_path):
     scores.loc[0, "log_score"] = -np.inf
     scores.to_csv(a / "scores.csv", index=False)
     assert set(compare([a], say=said.append).index) == {"two", "three"} and "one has no log_score that is finite for every gene" in said[0]
+
+
+def test_runs_of_other_cells_are_refused_and_another_target_than_the_evaluations_said(tmp_path):
+    sim = checkerboard(seed=1, n_cells=60, side=4, squares=4, n_types=2, n_genes=24, n_panel=16, contrast=1.0)
+    fast = ["factors=2", "chains=1", "sparsity=0.0", "fit.steps=1", "sweeps=1"]
+    for name, cells in {"all": 60, "fewer": 50}.items():
+        sim.target[:cells].copy().write_h5ad(tmp_path / f"{name}.h5ad")
+        api.fit("siid", target=tmp_path / f"{name}.h5ad", reference=sim.reference, out=tmp_path / name, overrides=fast)
+    with pytest.raises(UserError, match=r"compare: .*fewer was fitted on other cells than .*all; fit both on the same target"):
+        compare([tmp_path / "all", tmp_path / "fewer"], truth=sim.truth, draws=2)
+    scores = write(tmp_path / "a", {"one": 0.0})
+    table = pd.read_csv(scores / "scores.csv", dtype={"gene": str}).iloc[: sim.truth.n_vars]
+    table.assign(gene=sim.truth.var_names).to_csv(scores / "scores.csv", index=False)
+    inputs = json.loads((tmp_path / "all" / "manifest.json").read_text())["inputs"]
+    (scores / "evaluation.json").write_text(json.dumps({"inputs": inputs}))
+    said: dict[str, list[str]] = {"all": [], "fewer": []}
+    for name, lines in said.items():
+        compare([scores, tmp_path / name], truth=sim.truth, draws=2, say=lines.append)
+    assert not any("another target" in line for line in said["all"])
+    assert "fewer was fitted to another target" in said["fewer"][0] and "all.h5ad" in said["fewer"][0]
 
 
 def test_runs_are_scored_on_their_held_out_genes(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from scipy.stats import norm
 from ppl_st import conformal
 from ppl_st.calibration import GRID, coverage, interval_coverage
 from ppl_st.conformal import (
+    INNER_CELLS,
     KNOTS,
     STRATUM,
     Recalibration,
@@ -15,6 +16,7 @@ from ppl_st.conformal import (
     conformal_level,
     gene_strata,
     genes_needed,
+    inner_rows,
     pit_curves,
     recalibration,
 )
@@ -31,6 +33,17 @@ def pits(rng, genes, centre=0.3, spread=0.4):
 def covered(curves, ends):
     """Coverage of the interval between two probabilities [2, genes]."""
     return np.array([np.diff(np.interp(pair, KNOTS, F))[0] for pair, F in zip(ends.T, curves.T, strict=True)])
+
+
+def test_cells_are_kept_by_name_whatever_their_order_and_number():
+    names = np.array([f"cell_{n:06d}-1" for n in range(8000)])
+    kept = names[inner_rows(names)]
+    assert len(set(kept)) == INNER_CELLS and (np.diff(inner_rows(names)) > 0).all()
+    assert set(names[::-1][inner_rows(names[::-1])]) == set(kept)
+    assert len(set(names[2:][inner_rows(names[2:])]) & set(kept)) >= INNER_CELLS - 2
+    where = np.searchsorted(names, kept)
+    assert np.bincount(where // 1000).min() > 200  # from everywhere: 250 of each thousand
+    np.testing.assert_array_equal(inner_rows(names[:30]), np.arange(30))
 
 
 @pytest.mark.parametrize("genes", [12, 40])

@@ -69,6 +69,15 @@ def test_folds_hide_their_genes_and_follow_the_protocol(world, perfect):
     assert (done.scores["raw_rmse"] == 0).all()
 
 
+def test_log_probabilities_are_kept_of_the_same_cells_whatever_the_seed(world, perfect, monkeypatch, tmp_path):
+    monkeypatch.setattr("ppl_st.conformal.INNER_CELLS", 40)
+    kept = []
+    for seed in (0, 1):
+        ev.evaluate(["siid"], world.target, world.reference, folds=3, max_folds=1, seed=seed, baselines=False, out=tmp_path / str(seed))
+        kept.append(ev.read_entries(tmp_path / str(seed))["siid"].index.tolist())
+    assert kept[0] == kept[1] and len(kept[0]) == 40
+
+
 def test_cells_without_training_counts_are_dropped_for_every_fold(world, perfect):
     target = world.target.copy()
     fold = gene_folds(target.var_names, 3, 0)[1]
@@ -236,6 +245,9 @@ def test_wrong_requests_are_refused_before_any_fit(world):
         ev.evaluate(["sid"], world.target, world.reference)
     with pytest.raises(UserError, match="name each method once"):
         ev.evaluate([], world.target, world.reference)
+    for number in (0, -1):
+        with pytest.raises(UserError, match=f"max_folds={number}; at least 1"):
+            ev.evaluate(["siid"], world.target, world.reference, max_folds=number)
     with pytest.raises(UserError, match="no_such_knob"):
         ev.evaluate(["siid"], world.target, world.reference, overrides=["no_such_knob=1"])
     with pytest.raises(UserError, match="none of its 30 genes is new"):
@@ -266,6 +278,23 @@ def test_a_score_that_is_not_finite_does_not_cost_the_summary():
     kept = set(zip(summary["method"], summary["metric"], strict=True))
     assert ("a", "log_score") not in kept and {("b", "log_score"), ("a", "raw_pcc")} <= kept
     assert said == ["a: log_score is not finite for 1 of 2 genes, e.g. y, and left out"]
+
+
+def test_a_gene_of_several_sections_counts_once():
+    """Sections of a gene agree: rows as units would make the interval of four sections half as wide as genes allow."""
+    rng, gene = np.random.default_rng(0), np.random.default_rng(1).normal(size=100)
+    names = [f"g{k}" for k in range(100)]
+    parts = [pd.DataFrame({"method": "m", "kind": "method", "fold": f"s{k}", "gene": names, "seconds": 1.0, "peak_gb": 1.0}) for k in range(4)]
+    rows = pd.concat([part.assign(raw_pcc=gene + 0.1 * rng.normal(size=100)) for part in parts])
+    found, one = (ev.summarise(table).set_index("metric").loc["raw_pcc"] for table in (rows, parts[0].assign(raw_pcc=gene)))
+    assert found.genes == one.genes == 100 and found["mean"] == pytest.approx(rows["raw_pcc"].mean())
+    assert found["median"] == pytest.approx(np.median(rows.groupby("gene")["raw_pcc"].mean()))
+    assert found.hi - found.lo == pytest.approx(one.hi - one.lo, rel=0.05)
+
+
+def test_one_gene_is_printed_as_its_mean_alone():
+    row = {"method": "m", "kind": "method", "fold": "0", "gene": "g", "raw_pcc": 0.5, "seconds": 2.0, "peak_gb": 1.0}
+    assert overview(ev.summarise(pd.DataFrame([row])))["Raw counts"].iloc[0, 0] == "0.5"
 
 
 def test_gene_names_of_either_file_may_lie_in_a_column(world, tmp_path):

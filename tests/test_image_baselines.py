@@ -1,11 +1,15 @@
 """Interpolation, regression and Gaussian processes on spots: known answers, gradients, sections kept apart."""
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import approx_fprime
 
 from ppl_st import image_baselines as ib
+from ppl_st.data import Counts
+from ppl_st.evaluate_images import _scored
 from ppl_st.image_features import FEATURES, image_features
 
 
@@ -32,6 +36,19 @@ def split():
 
 def r2(estimate, truth):
     return np.array([np.corrcoef(a, b)[0, 1] ** 2 if np.ptp(a) > 0 else 0.0 for a, b in zip(estimate.T, truth.T, strict=True)])
+
+
+def test_what_is_known_of_a_gene_is_not_taken_out_with_its_own_counts():
+    """A gene that is half of all counts, in a rhythm of its own: given the depth of the others its rate is as good as without."""
+    rng = np.random.default_rng(0)
+    rate, others = rng.gamma(5, 10, 2000), rng.poisson(50, (2000, 2))
+    counts = np.column_stack([rng.poisson(rate), others])
+    truth = Counts(sp.csr_matrix(counts), np.array(list("abc")), np.arange(2000).astype(str), None, pd.DataFrame(), "test", "X")
+    found = _scored(truth, np.array([0, 1]), np.column_stack([rate, others[:, 0]]))
+    assert found["raw_partial_pcc"]["a"] == pytest.approx(found["raw_pcc"]["a"], abs=0.01) and found["raw_pcc"]["a"] > 0.9
+    assert found["raw_partial_pcc"]["b"] == pytest.approx(1)
+    deep = np.column_stack([counts.sum(1) - counts[:, :2].T]).T  # an estimate that knows nothing but the others' depth
+    np.testing.assert_allclose(_scored(truth, np.array([0, 1]), deep)["raw_partial_pcc"], 0)
 
 
 def test_gaussian_processes_use_what_they_are_given(split):

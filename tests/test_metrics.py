@@ -249,6 +249,12 @@ def test_bootstrap_interval_covers_the_mean_and_repeats_with_the_seed() -> None:
     assert a.hi == pytest.approx(values.mean() + half, abs=0.004)
 
 
+def test_one_gene_has_no_interval() -> None:
+    alone = metrics.bootstrap_mean([0.3], np.random.default_rng(0))
+    assert alone.mean == alone.median == 0.3 and np.isnan(alone.lo) and np.isnan(alone.hi)
+    assert metrics.bootstrap_mean([0.3, 0.5], np.random.default_rng(0)).hi > 0.4
+
+
 def test_bad_input_is_refused_with_the_offence_named() -> None:
     truth, estimate = block()
     estimate[3, 2] = np.nan

@@ -1,5 +1,7 @@
 """The competitor: its scale by hand, coverage where its assumption holds, and where it fails: genes with a level of their own."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -20,6 +22,19 @@ def test_scale_by_hand():
     np.testing.assert_allclose(found[2], 1)
     with pytest.raises(UserError, match="need"):
         neighbor_scale(p, graph[:2])
+
+
+def test_memory_of_the_scale_does_not_grow_with_neighbors_times_genes(monkeypatch):
+    rng = np.random.default_rng(0)
+    p, graph = rng.gamma(1, 1, (2000, 100)), neighbors(rng.uniform(0, 1, (2000, 2)), 15)
+    table, found = p.nbytes, []
+    for entries in (10**9, 200_000):
+        monkeypatch.setattr("ppl_st.neighbor_score.BLOCK_ENTRIES", entries)
+        tracemalloc.start()
+        found.append((neighbor_scale(p, graph), tracemalloc.get_traced_memory()[1] / table))
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] > 25 and found[1][1] < 10  # in tables of cells x genes
 
 
 def covered(level_sd):

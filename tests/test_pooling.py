@@ -209,12 +209,13 @@ def test_draws_come_from_layers_and_from_the_store(tmp_path):
 
     counts = np.random.default_rng(0).poisson(2.0, (4, 6, 3)).astype("f4")
     table = ad.AnnData(np.zeros((6, 3)), layers={f"sample_{k}": counts[k] for k in range(4)})
-    table.var_names = ["a", "b", "c"]
+    table.var_names = ["a", "bc", "c"]
     group = zarr.open_group(str(tmp_path / "x.samples.zarr"), mode="w")
     group.create_array("count", data=counts)
-    group.attrs["genes"] = ["a", "b", "c"]
+    group.attrs["genes"] = ["a", "bc", "c"]
     for source in (table, tmp_path / "x.samples.zarr"):
         np.testing.assert_array_equal(np.stack(list(draws_of(source, ["c", "a"]))), counts[:, :, [2, 0]])
+        np.testing.assert_array_equal(np.stack(list(draws_of(source, "bc"))), counts[:, :, [1]])  # a name, no list of letters
         with pytest.raises(UserError, match="hold no z"):
             list(draws_of(source, ["z"]))
     del table.layers["sample_0"], table.layers["sample_1"], table.layers["sample_2"], table.layers["sample_3"]

@@ -1,6 +1,7 @@
 """A run of SpaGene: all genes place the cells, both directions, repeatable and loaded the same, covered."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def test_the_other_direction_gives_reference_cells_on_the_targets_platform(run, 
     total = own.sum(1, keepdims=True)
     r = [np.corrcoef(result.X[:, g], np.log1p(own[:, g] / total[:, 0] * 50))[0, 1] for g in range(24)]
     assert np.mean(r) > 0.3
+    learned = replace(run, inner=object(), recalibration=object()).turned()
+    assert learned.inner is None and learned.recalibration is None  # they are of the genes of the other direction
     with pytest.raises(UserError, match="leave out --target"):
         other.predict(target=world.target)
     with pytest.raises(UserError, match="predicts counts that nobody observed"):

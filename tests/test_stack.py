@@ -11,10 +11,11 @@ from scipy.optimize import minimize_scalar
 from machine import dear
 from ppl_st import api, refit
 from ppl_st.calibration import risk_coverage
+from ppl_st.conformal import Recalibration
 from ppl_st.errors import UserError
 from ppl_st.metrics import pcc
 from ppl_st.simulate import checkerboard, spatial_field
-from ppl_st.stack import _inner_scores, cross_stacked, stack, stacked, stacking_weights, turns
+from ppl_st.stack import _inner_scores, cross_stacked, stack, stacked, stacking_weights, turns, weights_without
 
 torch.set_num_threads(1)
 
@@ -159,6 +160,16 @@ def test_what_cannot_be_stacked_is_refused(world, runs):
     moved = replace(runs[1], inner=runs[1].inner._replace(cells=runs[1].inner.cells[::-1]))
     with pytest.raises(UserError, match="same held-out genes and cells"):
         stack([runs[0], moved])
+    ways = {"folds": "--folds 6 --seed 0 --draws 20", "seed": "--folds 2 --seed 6 --draws 20", "draws": "--folds 2 --seed 0 --draws 6"}
+    for change, own in ways.items():
+        another = replace(runs[1], recalibration=runs[1].recalibration._replace(**{change: 6}))
+        want = rf"spaim .* was recalibrated with {own}, vista .* with --folds 2 --seed 0 --draws 20.*`ppl-st recalibrate .*spaim --folds 2 --seed 0"
+        for ask in (stack, lambda both: weights_without(both, runs[0].inner.genes[:3])):
+            with pytest.raises(UserError, match=want):
+                ask([runs[0], another])
+    before = replace(runs[1], recalibration=Recalibration(*runs[1].recalibration[:6]))
+    with pytest.raises(UserError, match=r"spaim .* by an older version, .*--folds, --seed and --draws; repeat `ppl-st recalibrate .*spaim`"):
+        stack([runs[0], before])
     empty = runs[0].inner._replace(cells=np.zeros(0, str), log_prob=np.zeros((0, 24), np.float32))  # as of hidden spots
     for inner in (empty, None):
         image = replace(runs[0], method="xfuse", inner=inner)

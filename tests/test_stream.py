@@ -244,13 +244,14 @@ def test_scores_are_gathered_block_by_block(run, sim, monkeypatch):
     truth = run.counts_of(sim.truth)
     want = wide.predict(truth.genes, truth=truth, **options)
     monkeypatch.setattr("ppl_st.posterior.posterior_predictive", None)
-    monkeypatch.setattr("ppl_st.posterior.INNER_CELLS", 40)
+    monkeypatch.setattr("ppl_st.conformal.INNER_CELLS", 40)
     scores, inner = wide.score(truth, **options), wide.inner_scores(truth, **options)
     pd.testing.assert_frame_equal(scores, want.var[scores.columns], check_names=False, rtol=1e-6)
     assert {"mean_count", "coverage_95", "recalibrated_crps", "recalibrated_coverage"} <= set(scores) and scores.index.name == "gene"
     np.testing.assert_allclose(inner.pit, pit_curves(want.layers["pit_low"], want.layers["pit_high"]), atol=1e-9)
     assert inner.log_prob.shape == (40, 10)
     np.testing.assert_array_equal(inner.log_prob, want[inner.cells, inner.genes].layers["log_prob"])
+    np.testing.assert_array_equal(wide.inner_scores(truth, **options | {"seed": 2}).cells, inner.cells)  # other seeds keep the same cells
 
 
 def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
@@ -267,8 +268,16 @@ def test_depth_of_scores_is_that_of_the_shared_genes(run, sim):
 def test_without_an_unmeasured_gene_names_are_asked_for(run, tmp_path):
     full = replace(run, reference=run.reference.take_genes(run.target.genes))
     writes = (lambda: full.write(tmp_path / "p.h5ad"), lambda: full.write_samples(tmp_path / "s.zarr", None, 2))
-    for ask in (full.predict, *writes, lambda: run.predict([])):
+    for ask in (full.predict, *writes):
         with pytest.raises(UserError, match=r"this run of siid: no gene is left to predict.*--genes"):
+            ask()
+    empty = (lambda: run.predict([]), lambda: run.score(run.target, genes=[]), lambda: run.write(tmp_path / "p.h5ad", []))
+    for ask in (*empty, lambda: run.write_samples(tmp_path / "s.zarr", [], 2)):  # there are genes left
+        with pytest.raises(UserError, match="the list of genes is empty"):
+            ask()
+    single = (lambda: run.predict(draws=1), lambda: run.predict(draws=0), lambda: run.write(tmp_path / "p.h5ad", draws=1))
+    for ask in (*single, lambda: run.score(run.target, genes=run.target.genes[:2], draws=1)):
+        with pytest.raises(UserError, match=r"draws=[01]: a predictive needs 2 or more"):
             ask()
     assert list(tmp_path.iterdir()) == []
 

@@ -116,6 +116,20 @@ def test_a_grid_varies_the_first_variant(folder):
     assert variants["gain=none neighbors=10"] == {"fit": {"steps": 2}, "gain": "none", "neighbors": 10}
 
 
+@pytest.mark.parametrize("grid", ["fit.steps = [1, 3]", '"fit.steps" = [1, 3]', "[grid.fit]\nsteps = [1, 3]"])
+def test_a_grid_takes_dotted_keys(folder, grid):
+    first = "[variants.default]\nfit = { steps = 2, lr = 0.1 }\n"
+    (folder / "dotted.toml").write_text(SPEC.split("[variants.")[0] + f"{first}[grid]\n{grid}\n")
+    variants = sw.read_spec(folder / "dotted.toml")["variants"]
+    assert list(variants) == ["default", "fit.steps=1", "fit.steps=3"]
+    preset, overrides = sw._settings(variants["fit.steps=3"], "default")
+    made = sw.configs.with_overrides(sw.load_method("spaim").PRESETS[preset], overrides)
+    assert made.fit.steps == 3 and made.fit.lr == 0.1
+    (folder / "dotted.toml").write_text(SPEC.split("[variants.")[0] + "[grid]\nfit.steps = 3\n")
+    with pytest.raises(UserError, match=r"grid\.fit\.steps = 3; give a list"):
+        sw.read_spec(folder / "dotted.toml")
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
