@@ -51,6 +51,29 @@ def test_a_pyramid_is_read_from_the_smallest_sufficient_level(picture, tmp_path)
     assert (images.read_image(path, scale=1) == picture).all()
 
 
+@pytest.mark.parametrize(("name", "scale"), [("a.jpg", 0.124), ("a.tif", 0.124), ("a.tif", 0.0493)])
+def test_a_shrunk_image_is_not_stretched_by_the_rest_of_a_block(name, scale, tmp_path):
+    tall = np.full((1801, 101, 3), 255, np.uint8)
+    tall[1690:1750] = 0  # near the end, where the shift was largest
+    path = tmp_path / name
+    tifffile.imwrite(path, tall, photometric="rgb") if name.endswith("tif") else Image.fromarray(tall).save(path, quality=98)
+    small = images.read_image(path, scale=scale)
+    dark = 255.0 - small[:, small.shape[1] // 2, 0]
+    dark[dark < 20] = 0
+    center = (dark * (np.arange(len(dark)) + 0.5)).sum() / dark.sum()
+    assert center == pytest.approx(1720 * len(small) / 1801, abs=0.3)  # whole pixels are weighted
+
+
+def test_white_is_zero_is_inverted_by_full_scale_not_by_the_largest_value(tmp_path):
+    gray = np.array([[0, 100], [50, 200]], np.uint8)
+    for depth, stored in ((8, gray), (16, gray.astype(np.uint16) * 257)):
+        tifffile.imwrite(tmp_path / "white.tif", stored, photometric="miniswhite")
+        assert (images.read_image(tmp_path / "white.tif")[..., 0] == 255 - gray).all(), depth
+    bits = np.array([[True, True], [True, True]])
+    tifffile.imwrite(tmp_path / "bits.tif", bits, photometric="miniswhite")
+    assert (images.read_image(tmp_path / "bits.tif") == 0).all()
+
+
 def test_a_large_tiled_file_needs_little_memory(tmp_path):
     import tracemalloc
 
