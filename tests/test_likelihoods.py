@@ -338,6 +338,14 @@ def test_parameters_that_are_integers_are_as_if_they_were_floats(make):
     assert got.sample().dtype == want.sample().dtype
 
 
+@pytest.mark.parametrize("given", ["mean", "log_mean"])
+def test_no_cells_at_all_have_no_log_prob(given):
+    none = torch.zeros(0, 5, requires_grad=True)
+    for d in (Poisson(**{given: none}), NegativeBinomial(**{given: none}, theta=torch.ones(5))):
+        found = d.log_prob(torch.zeros(0, 5))
+        assert found.shape == (0, 5) and torch.autograd.grad(found.sum(), none)[0].shape == (0, 5)
+
+
 def test_mask_and_to_event():
     x, mean = torch.tensor([[0.0, 2.0], [1.0, 9.0]]), torch.rand(2, 2)
     d = NegativeBinomial(mean, torch.rand(2))
