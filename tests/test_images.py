@@ -11,6 +11,8 @@ from PIL import Image
 from ppl_st import images
 from ppl_st.annotations import regions_from_geojson, regions_from_image, regions_from_spots
 from ppl_st.errors import UserError
+from ppl_st.prepare import xfuse_frame
+from ppl_st.prepare.xfuse_frame import inside_share
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,24 @@ def test_discs_of_many_spots_are_fast_and_ids_are_whole_numbers():
     grid = np.stack(np.meshgrid(np.arange(5, 1000, 10.0), np.arange(5, 1000, 10.0)), -1).reshape(-1, 2)
     label = images.label_spots((1000, 1000), grid, 3.0)
     assert label.max() == len(grid) == 10_000 and len(np.unique(np.bincount(label.ravel())[1:])) == 1
+
+
+def test_shares_of_discs_in_the_image_need_little_memory(monkeypatch):
+    import tracemalloc
+
+    xy = np.random.default_rng(0).uniform(0, 1, (4000, 2)) * [300, 200]
+    monkeypatch.setattr(xfuse_frame, "BLOCK", 100)
+    tracemalloc.start()
+    share = inside_share(xy, 20.0, (200, 300))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # all grids at once: 25 MB
+    steps = (np.arange(20) + 0.5) / 10 - 1
+    grid = 20 * np.array([(a, b) for a in steps for b in steps if a * a + b * b <= 1])
+    at = xy[:500, None] + grid
+    np.testing.assert_allclose(share[:500], ((at >= 0) & (at < [300, 200])).all(2).mean(1))
+    assert share.min() < 0.5 and (share == 1).any()
+    assert inside_share(np.array([[-50.0, 10.0], [20.0, 20.0], [0.0, 100.0]]), 20.0, (200, 300)).tolist() == [0.0, 1.0, 0.5]
 
 
 def test_overlay_shows_spots_outside_the_image(tmp_path, picture):

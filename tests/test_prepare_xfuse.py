@@ -16,9 +16,7 @@ import realdata
 from ppl_st.errors import UserError
 from ppl_st.images import Slide
 from ppl_st.models.xfuse.data import Input
-from ppl_st.prepare import xfuse_frame
 from ppl_st.prepare.xfuse import new_image, problem, refuse_cut, section_at
-from ppl_st.prepare.xfuse_frame import inside_share
 from ppl_st.slides import positions, read_slide, read_slides
 
 WIDTH, HEIGHT, PITCH = 400, 300, 20.0
@@ -439,21 +437,3 @@ def test_real_sections(folder, names, tmp_path):
         exchanged = one._replace(counts=replace(one.counts, xy=one.counts.xy[:, ::-1]))
         with pytest.raises(UserError, match=r"with x and y exchanged, 9.% would lie on tissue"):
             problem([exchanged], Input(), quiet, tmp_path)
-
-
-def test_shares_of_discs_in_the_image_need_little_memory(monkeypatch):
-    import tracemalloc
-
-    xy = np.random.default_rng(0).uniform(0, 1, (4000, 2)) * [300, 200]
-    monkeypatch.setattr(xfuse_frame, "BLOCK", 100)
-    tracemalloc.start()
-    share = inside_share(xy, 20.0, (200, 300))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2e6  # all grids at once: 25 MB
-    steps = (np.arange(20) + 0.5) / 10 - 1
-    grid = 20 * np.array([(a, b) for a in steps for b in steps if a * a + b * b <= 1])
-    at = xy[:500, None] + grid
-    np.testing.assert_allclose(share[:500], ((at >= 0) & (at < [300, 200])).all(2).mean(1))
-    assert share.min() < 0.5 and (share == 1).any()
-    assert inside_share(np.array([[-50.0, 10.0], [20.0, 20.0], [0.0, 100.0]]), 20.0, (200, 300)).tolist() == [0.0, 1.0, 0.5]
