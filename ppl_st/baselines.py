@@ -284,7 +284,10 @@ def knn_z(split: Split) -> np.ndarray:
 
 
 def ridge(split: Split) -> np.ndarray:
-    """Ridge from log-normalised training genes to held-out genes, learned on the reference."""
+    """Ridge from log-normalised training genes to held-out genes, learned on the reference.
+
+    Cells enter at their own median total, which keeps correlations; where that is far from the reference's, levels are off (not those of `ridge_z`).
+    """
     fitted = fit_ridge(split.log_reference, split.log_reference_held_out)
     return _at_target_depth(split, fitted.predict(split.log_target))
 
