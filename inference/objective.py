@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.util import torch_item
+from pyro.infer.util import check_fully_reparametrized, torch_item
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -42,6 +42,9 @@ class MeanField(TraceMeanField_ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         if torch.distributions.Distribution._validate_args:
             traces = super()._get_trace(model, guide, args, kwargs)
+            for site in traces[1].nodes.values():
+                if site["type"] == "sample":  # without a reparameterised gradient the estimate is biased
+                    check_fully_reparametrized(site)
         else:
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)
             traces = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs), drawn

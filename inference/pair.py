@@ -94,7 +94,10 @@ def make_optimizer(parameters: Parameters, config: FitConfig) -> torch.optim.Ada
 
 
 class Undo:
-    """A copy of what a step may change: trainable parameters and persistent buffers of both sides, which models change in place."""
+    """A copy of what a step may change in the pair: trainable parameters and persistent buffers of both sides, which models change in place.
+
+    Not of the optimiser: where an update, or the adversary after it, is faulty, Adam's moments keep the step's gradient, which was finite.
+    """
 
     def __init__(self, pair: Pair) -> None:
         state = [tensor for module in pair for tensor in module.state_dict(keep_vars=True).values()]

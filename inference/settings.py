@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ppl_st.errors import UserError
 
-__all__ = ["FitConfig", "kl_weight", "learning_rate"]
+__all__ = ["FitConfig", "kl_weight", "learning_rate", "unfinished_warmup"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,11 @@ def learning_rate(config: FitConfig, step: int) -> float:
 def kl_weight(config: FitConfig, step: int) -> float:
     """Weight of the latent sites at `step` (from 0), from 1e-6 (Pyro refuses 0) to 1 at `kl_warmup_steps`."""
     return 1.0 if step >= config.kl_warmup_steps else max(1e-6, step / config.kl_warmup_steps)
+
+
+def unfinished_warmup(config: FitConfig, steps: int, meant: FitConfig) -> list[str]:
+    """A line, if latent sites of a fit of so many steps never get their full weight and the preset's settings, ``meant``, are others."""
+    if not 0 < steps < config.kl_warmup_steps or (steps, config.kl_warmup_steps) == (meant.steps, meant.kl_warmup_steps):
+        return []
+    weight = kl_weight(config, steps)
+    return [f"warning: the fit ends at KL weight {weight:.2f}: kl_warmup_steps={config.kl_warmup_steps} of steps={steps}"]

@@ -20,6 +20,7 @@ from ppl_st.errors import UserError
 from ppl_st.image_run import ImageRun, read_sections, spots_of, write_inputs
 from ppl_st.images import Source as ImageSource
 from ppl_st.inference.ensemble import chains_of
+from ppl_st.inference.settings import unfinished_warmup
 from ppl_st.inference.svi import fit as run_svi
 from ppl_st.inference.svi import load_state, pick_device
 from ppl_st.layers import with_layers
@@ -380,6 +381,9 @@ def train(
         state = load_state(folder / "state.pt")
         say(f"resuming at step {state.step} of {settings.fit.steps}")
     steps = getattr(spec, "steps", settings.fit.steps)  # some methods choose them on inner held-out genes
+    preset = module.PRESETS.get(manifest.get("preset"), module.PRESETS["default"])
+    for line in unfinished_warmup(settings.fit, steps, preset.fit):
+        say(line)
     batches = module.batches(data, settings, seed)
     adversary = module.adversary(pair, settings) if hasattr(module, "adversary") else None
     edit = module.edit(pair, data, settings, seed) if hasattr(module, "edit") else None

@@ -5,7 +5,7 @@ platform in the same frame (spots); `supervised_ridge` is the upper reference th
 cells. Every function takes a `Split` and returns a float32 array [cells, held-out genes] on the scale its
 table entry names (`ppl_st.metrics.Scale`):
 
-- ``log``    an estimate of log1p(count / training total x median training total)
+- ``log``    an estimate of log1p(count / training total x median training total of the target's cells)
 - ``count``  expected raw counts
 - ``as_is``  a bare score
 
@@ -29,11 +29,12 @@ import scipy.sparse as sp
 
 from ppl_st.data import Counts, labels_of
 from ppl_st.errors import UserError
-from ppl_st.metrics import Scale, log1p_normalise
+from ppl_st.metrics import Scale, log1p_normalise, median_total
 from ppl_st.ridge import fit_ridge, moments
 from ppl_st.spatial import neighbors
 
 _BLOCK_ENTRIES = 4_000_000
+_LARGEST_LOG = 700.0  # exp of more than 709 is infinite
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,12 @@ class Split:
 
     @cached_property
     def log_reference(self) -> sp.csr_matrix:
-        """Log-normalised training genes of the reference."""
+        """Log-normalised training genes of the reference, at its own median total."""
         return log1p_normalise(self.reference_counts, self.reference_total)
 
     @cached_property
     def log_reference_held_out(self) -> sp.csr_matrix:
-        """Log-normalised held-out genes of the reference (divided by the totals over the training genes)."""
+        """Log-normalised held-out genes of the reference (by the totals over the training genes, at its own median total)."""
         return log1p_normalise(self.reference_held_out, self.reference_total)
 
 
@@ -199,10 +200,25 @@ def _coordinates(counts: Counts, role: str) -> np.ndarray:
 
 
 def _neighbor_mean(split: Split, k: int) -> sp.csr_matrix:
-    """Row-normalised neighbor matrix of the target cells within each section (self not included), [cells, cells]."""
+    """Row-normalised neighbor matrix of the target cells within each section, [cells, cells].
+
+    A cell is no neighbor of its own, unless it is alone in its section: then it is its only one, so that smoothing leaves it as it is.
+    """
     library = None if split.library_key is None else labels_of(split.target, split.library_key, "target", "library_key")
     graph = sp.csr_matrix(neighbors(_coordinates(split.target, "target"), k, library), dtype=np.float64)
-    return _scale_rows(graph, 1.0 / np.maximum(_row_sums(graph), 1.0))
+    alone = (_row_sums(graph) == 0).astype(np.float64)
+    graph = sp.csr_matrix(graph + sp.diags(alone))
+    return _scale_rows(graph, 1.0 / _row_sums(graph))
+
+
+def _at_target_depth(split: Split, estimate: np.ndarray) -> np.ndarray:
+    """Estimates [cells, H] of log1p(count / total x median total of the reference), of the target's median total instead; float32.
+
+    Negative ones count as 0.
+    """
+    ratio = median_total(split.training_total) / median_total(split.reference_total)
+    counts = np.expm1(np.clip(estimate.astype(np.float64), 0.0, _LARGEST_LOG))
+    return np.log1p(counts * ratio).astype(np.float32)
 
 
 def _half_smoothed(split: Split, estimate: np.ndarray) -> np.ndarray:
@@ -214,6 +230,7 @@ def _half_smoothed(split: Split, estimate: np.ndarray) -> np.ndarray:
 def gene_mean(split: Split) -> np.ndarray:
     """The reference mean of each held-out gene: a constant on the log scale, depth only on raw counts."""
     mean = np.asarray(split.log_reference_held_out.mean(axis=0), dtype=np.float32).ravel()
+    mean = _at_target_depth(split, mean)
     return np.tile(mean, (split.target_counts.shape[0], 1))
 
 
@@ -252,28 +269,33 @@ def nearest_centroid(split: Split) -> np.ndarray:
     )
     member = _scale_rows(member, 1.0 / _row_sums(member))
     centroids, values = member @ split.log_reference, member @ split.log_reference_held_out
-    return _nearest_by_cosine(split.log_target, centroids, values, 1)
+    return _at_target_depth(split, _nearest_by_cosine(split.log_target, centroids, values, 1))
 
 
 def knn(split: Split) -> np.ndarray:
     """Mean of the 50 reference cells with the largest cosine over the log-normalised training genes."""
-    return _nearest_by_cosine(split.log_target, split.log_reference, split.log_reference_held_out, 50)
+    return _at_target_depth(split, _nearest_by_cosine(split.log_target, split.log_reference, split.log_reference_held_out, 50))
 
 
 def knn_z(split: Split) -> np.ndarray:
     """`knn` with each training gene z-scored within its own data set."""
-    return _nearest_by_cosine(split.log_target, split.log_reference, split.log_reference_held_out, 50, z=True)
+    near = _nearest_by_cosine(split.log_target, split.log_reference, split.log_reference_held_out, 50, z=True)
+    return _at_target_depth(split, near)
 
 
 def ridge(split: Split) -> np.ndarray:
-    """Ridge from log-normalised training genes to held-out genes, learned on the reference."""
-    return fit_ridge(split.log_reference, split.log_reference_held_out).predict(split.log_target)
+    """Ridge from log-normalised training genes to held-out genes, learned on the reference.
+
+    Cells enter at their own median total, which keeps correlations; where that is far from the reference's, levels are off (not those of `ridge_z`).
+    """
+    fitted = fit_ridge(split.log_reference, split.log_reference_held_out)
+    return _at_target_depth(split, fitted.predict(split.log_target))
 
 
 def ridge_z(split: Split) -> np.ndarray:
     """`ridge` on target genes z-scored by their own moments: removes gene-wise platform effects."""
     fitted = fit_ridge(split.log_reference, split.log_reference_held_out)
-    return fitted.predict(split.log_target, moments(split.log_target))
+    return _at_target_depth(split, fitted.predict(split.log_target, moments(split.log_target)))
 
 
 def ridge_z_smooth(split: Split) -> np.ndarray:
@@ -282,7 +304,7 @@ def ridge_z_smooth(split: Split) -> np.ndarray:
 
 
 def ensemble(split: Split) -> np.ndarray:
-    """Mean of z-scored `ridge_z` and `knn`, rescaled to their average mean and sd, then smoothed."""
+    """Mean of z-scored `ridge_z` and `knn`, rescaled to their average mean and sd, then smoothed, all at the target's depth."""
     parts = [ridge_z(split).astype(np.float64), knn(split).astype(np.float64)]
     means = [p.mean(0) for p in parts]
     sds = [p.std(0) for p in parts]

@@ -371,7 +371,19 @@ def labels_of(counts: Counts, key: str, role: str, setting: str) -> NDArray[np.s
             f"{role} ({counts.source}): {missing.sum()} of {len(missing)} cells have no value in obs column {key!r} ({setting}), e.g. "
             f"{_some(counts.names[missing])}; fill it in, or drop them"
         )
-    return np.asarray(counts.obs[key].astype(str), dtype=str)
+    return np.asarray(as_text(counts.obs[key]), dtype=str)
+
+
+def as_text(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """The known values as text; whole numbers without a point, also where a missing value beside them made the column one of floats."""
+    known = column.dropna()
+    if isinstance(known.dtype, pd.CategoricalDtype):
+        known = known.astype(known.cat.categories.dtype)
+    if pd.api.types.is_float_dtype(known):
+        numbers = known.to_numpy(np.float64)
+        if (np.abs(numbers) < 2**53).all() and (numbers == np.floor(numbers)).all():
+            known = known.astype(np.int64)
+    return known.astype(str)
 
 
 def gene_folds(genes: Sequence[str] | NDArray[np.str_], k: int, seed: int) -> list[NDArray[np.str_]]:

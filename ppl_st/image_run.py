@@ -32,7 +32,7 @@ from ppl_st.io import atomic, refuse_inputs
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.posterior import Run
 from ppl_st.prepare.xfuse import new_image, refuse_cut, section_at
-from ppl_st.run_folder import write_counts, write_json, write_text
+from ppl_st.run_folder import inputs_of, write_json, write_text
 from ppl_st.slides import positions
 
 __all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]
@@ -365,11 +365,9 @@ def spots_of(data: Data, kept: Sequence[Counts]) -> Counts:
 
 
 def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], spots: Counts, data: Data) -> None:
-    """Begin a run folder: everything that a resumed fit needs except the state."""
+    """Begin a run folder, or leave none behind: everything that a resumed fit needs except the state."""
     from ppl_st import config as configs
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_counts(spots, folder / "target.h5ad")
     fields: list[dict[str, Any]] = []
     arrays: dict[str, NDArray[Any]] = {}
     for n, one in enumerate(data.sections):
@@ -377,11 +375,12 @@ def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], spots: Cou
         del values["counts"]  # in target.h5ad
         arrays |= {f"{n}/{name}": value for name, value in values.items() if isinstance(value, np.ndarray)}
         fields.append({name: value for name, value in values.items() if not isinstance(value, np.ndarray)})
-    with atomic(folder / "sections.npz") as temporary:
-        np.savez_compressed(temporary, allow_pickle=False, about=np.array(json.dumps([fields, data.covariates])), **arrays)
-    write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *(f"{gene}\t1" for gene in data.genes)]) + "\n")
-    write_json(folder / "manifest.json", manifest)
-    configs.write(config, folder / "config.toml")  # last: a folder that has it can be resumed
+    with inputs_of(folder, {"target": spots}):
+        with atomic(folder / "sections.npz") as temporary:
+            np.savez_compressed(temporary, allow_pickle=False, about=np.array(json.dumps([fields, data.covariates])), **arrays)
+        write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *(f"{gene}\t1" for gene in data.genes)]) + "\n")
+        write_json(folder / "manifest.json", manifest)
+        configs.write(config, folder / "config.toml")  # last: a folder that has it can be resumed
 
 
 def read_sections(folder: Path) -> tuple[Data, Counts]:

@@ -114,23 +114,23 @@ def read_image(source: Source, *, scale: float = 1.0) -> NDArray[np.uint8]:
         return resize(to_rgb(source, _name(source)), shape)
     with _opened(source) as (kind, file):
         if kind == "tiff":
-            return resize(to_rgb(_shrunk_tiff(file, shape, _name(source)), _name(source)), shape)
-        if file.format == "JPEG":
-            file.draft("RGB" if file.mode != "L" else "L", (shape[1], shape[0]))
+            pixels, box = _shrunk_tiff(file, shape, _name(source))
+            return resize(to_rgb(pixels, _name(source)), shape, box)
+        drafted = file.draft("RGB" if file.mode != "L" else "L", (shape[1], shape[0])) if file.format == "JPEG" else None
         if file.mode in ("P", "PA", "LA", "La", "RGBa"):
             file = file.convert("RGBA")
         elif file.mode in ("1", "CMYK", "YCbCr", "LAB", "HSV"):
             file = file.convert("RGB")
-        return resize(to_rgb(np.asarray(file), _name(source)), shape)
+        return resize(to_rgb(np.asarray(file), _name(source)), shape, drafted[1] if drafted else None)
 
 
-def resize(image: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Area means of an image [h, w, 3] on a grid of ``shape`` (height, width)."""
+def resize(image: NDArray[np.uint8], shape: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:
+    """Area means of an image [h, w, 3], or of its part ``box`` (left, top, right, bottom), on a grid of ``shape`` (height, width)."""
     from PIL import Image
 
     if image.shape[:2] == shape:
         return image
-    return np.asarray(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BOX, box))
 
 
 def read_labels(path: Path, shape: tuple[int, int], *, mask: bool = False) -> NDArray[np.int64]:
@@ -252,8 +252,11 @@ def _opened(path: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"image: cannot read {path}: {reason}; it is probably damaged or of another kind") from error
 
 
-def _shrunk_tiff(file: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
-    """The smallest sufficient level, divided by the whole factor that still leaves at least ``shape``, [h, w, channels] in the file's type."""
+def _shrunk_tiff(file: Any, shape: tuple[int, int], name: str) -> tuple[NDArray[Any], tuple[float, float, float, float]]:
+    """The smallest sufficient level, divided by the whole factor that still leaves at least ``shape``, [h, w, channels] in the file's type.
+
+    And the box (left, top, right, bottom) in it that the image covers: the last row and column are means of what is left.
+    """
     fits = [level for level in file.series[0].levels if level.shape[level.axes.index("Y")] >= shape[0]]
     level = fits[-1]
     axes = "".join(one for one, size in zip(level.axes, level.shape, strict=True) if size > 1 or one in "YX")
@@ -283,8 +286,9 @@ def _shrunk_tiff(file: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
         per_row, per_column = (np.bincount(np.arange(size) // factor) for size in (height, width))
         means /= (per_row[:, None] * per_column)[..., None]
     if level.keyframe.photometric.name == "MINISWHITE":
-        means = means.max() - means
-    return means if as_stored or level.dtype.kind == "f" else np.rint(means, out=means).astype(level.dtype)
+        means = (2**level.keyframe.bitspersample - 1 if level.dtype.kind in "ub" else means.max()) - means
+    pixels = means if as_stored or level.dtype.kind == "f" else np.rint(means, out=means).astype(level.dtype)
+    return pixels, (0.0, 0.0, width / factor, height / factor)
 
 
 def _name(source: Source) -> str:

@@ -136,8 +136,8 @@ def write_adata(adata: anndata.AnnData, path: str | Path) -> None:
             anndata.io.write_elem(file, "/", adata, dataset_kwargs=options)
 
 
-def storable(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy of ``obs`` that every AnnData file can hold.
+def storable(table: pd.DataFrame, role: str = "") -> pd.DataFrame:
+    """A copy of ``obs`` that every AnnData file can hold; errors name the ``role`` of the data, where it is given.
 
     Text with gaps becomes categories, objects that are all numbers become numbers; names of columns, and what is neither number nor text (dates,
     intervals), become text.
@@ -145,10 +145,17 @@ def storable(table: pd.DataFrame) -> pd.DataFrame:
     Raises
     ------
     UserError
-        A column holds neither numbers nor text.
+        A column holds neither numbers nor text, or its name is that of another one (as text) or of the index of files.
     """
+    whose = f"{role}: " if role else ""
+    names = table.columns.map(str)
+    twice = names[names.duplicated()]
+    if len(twice):
+        raise UserError(f"{whose}obs has several columns named {twice[0]!r} (names are text in a file); rename all but one, or drop them")
+    if "_index" in names:
+        raise UserError(f"{whose}obs column '_index' has the name that files keep for the names of cells; rename it, or drop it")
     made = table.infer_objects()
-    made.columns = made.columns.map(str)
+    made.columns = names
     for column in made.columns:
         values = made[column]
         if isinstance(values.dtype, pd.CategoricalDtype):
@@ -162,7 +169,9 @@ def storable(table: pd.DataFrame) -> pd.DataFrame:
         known = values.dropna()
         odd = next((value for value in known if not isinstance(value, str)), "")
         if odd != "":
-            raise UserError(f"obs column {column!r} holds a {type(odd).__name__} ({str(odd)[:30]}); make all of it text or numbers, or drop it")
+            raise UserError(
+                f"{whose}obs column {column!r} holds a {type(odd).__name__} ({str(odd)[:30]}); make all of it text or numbers, or drop it"
+            )
         text = values.astype(object)
         made[column] = text if len(known) == len(values) else text.where(values.notna(), None).astype("category")
     return made

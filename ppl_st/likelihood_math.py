@@ -262,6 +262,8 @@ def poisson_terms(log_mean: bool) -> Terms:
 def _inside(log_mean: Tensor) -> tuple[Tensor, Tensor | None]:
     """Clamped to `LOG_MEAN_RANGE`, and where that changed it (None: nowhere). In here, because autograd's clamp costs as much as the rest."""
     low, high = LOG_MEAN_RANGE
+    if log_mean.numel() == 0:
+        return log_mean, None
     least, most = torch.aminmax(log_mean)
     if least >= low and most <= high:
         return log_mean, None

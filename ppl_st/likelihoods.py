@@ -96,12 +96,11 @@ def _one_of(kind: str, **given: Tensor | float | None) -> tuple[str, Tensor | fl
 
 
 def _tensors(*values: Tensor | float) -> list[Tensor]:
-    """Numbers become tensors of the dtype and device of the tensors beside them."""
-    like = next((v for v in values if isinstance(v, Tensor)), torch.empty(()))
-    return [
-        v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=like.dtype, device=like.device)
-        for v in values
-    ]
+    """Numbers and tensors of integers become tensors of the dtype of the floats beside them (else torch's default), on the device of the tensors."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    device = tensors[0].device if tensors else None
+    dtype = next((v.dtype for v in tensors if v.is_floating_point()), torch.get_default_dtype())
+    return [v if isinstance(v, Tensor) and v.is_floating_point() else torch.as_tensor(v, dtype=dtype, device=device) for v in values]
 
 
 LARGEST_COUNT = 1e18  # of draws and quantiles

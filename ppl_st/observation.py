@@ -12,7 +12,7 @@ The contract. A likelihood is a function from a mean and parameters per gene to 
               prior, Normal(location, scale): a positive parameter is given by its logarithm, a probability by its
               log-odds, and transformed in the function.
     returns   a Pyro distribution over counts, batch shape [..., g], no event shape, with `log_prob`, `sample`, `mean`
-              and `variance`. Its mean may differ from the argument (zero inflation): SIID and VISTA divide by the factor
+              and `variance`. Its mean must be finite and > 0, and may differ from the argument (zero inflation): SIID and VISTA divide by the factor
               between them (`of_mean`), so that their rate is the mean of the counts. `log_prob` must be differentiable by
               all arguments; `ppl_st.testing.check_likelihood` tests that and much more.
 
@@ -200,6 +200,7 @@ def _try(likelihood: Likelihood) -> None:
         shapes = {"batch_shape": torch.Size(d.batch_shape), "event_shape": torch.Size(d.event_shape)}
         for asked in ("mean", "variance"):
             shapes[asked] = getattr(d, asked).shape
+        expected = d.mean
         asked = "log_prob"
         log_p = d.log_prob(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 1.0]]))
         (slope,) = torch.autograd.grad(log_p.sum(), mean)
@@ -219,4 +220,9 @@ def _try(likelihood: Likelihood) -> None:
     if not (log_p.isfinite().all() and slope.isfinite().all()):
         raise UserError(
             f"likelihood {likelihood.name!r}: log_prob or its gradient by the mean is not finite at the prior's location"
+        )
+    if not (expected.isfinite() & (expected > 0)).all():
+        raise UserError(
+            f"likelihood {likelihood.name!r}: its mean is not finite and positive at the prior's location; SIID and VISTA need one, because they "
+            "divide by what the counts of mean 1 have on average: choose a likelihood that has a mean"
         )

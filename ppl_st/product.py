@@ -45,9 +45,11 @@ DENSE_ABOVE = 0.3
 
 
 def csr_tensor(matrix: sp.csr_matrix) -> Tensor:
-    """A scipy CSR matrix as a torch sparse CSR tensor of float32."""
+    """A scipy CSR matrix as a torch sparse CSR tensor of float32, a copy; entries stored twice are added up."""
     matrix = sp.csr_matrix(matrix, dtype=np.float32)
-    matrix.sort_indices()
+    if not matrix.has_canonical_format:
+        matrix = matrix.copy()  # the arrays are still the caller's
+        matrix.sum_duplicates()
     crow, col = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
     with warnings.catch_warnings():  # torch calls its CSR layout a beta
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)

@@ -114,6 +114,11 @@ def _pattern_rates(counts: Counts, activity: Tensor, loadings: Tensor) -> Tensor
     return torch.sparse.sampled_addmm(pattern, activity.contiguous(), loadings.contiguous(), beta=0.0).values()
 
 
+def _poisson_hits(x: Tensor, rate: Tensor) -> Tensor:
+    """x log rate - log x! in float64, where the two cancel for large counts; flat tensors."""
+    return rate.clamp(min=MEAN_FLOOR).double().log_().mul_(x).sub_(log_factorial(x))
+
+
 class PoissonSparse(torch.autograd.Function):
     """log p of each row of CSR counts, float64 [n]."""
 
@@ -121,7 +126,7 @@ class PoissonSparse(torch.autograd.Function):
     def forward(ctx: Any, counts: Counts, activity: Tensor, loadings: Tensor) -> Tensor:
         rate = _pattern_rates(counts, activity, loadings)
         x = counts.data.to(rate.dtype)
-        terms = x * rate.clamp(min=MEAN_FLOOR).log() - log_factorial(x.double())
+        terms = _poisson_hits(counts.data.double(), rate)
         ctx.counts = counts
         ctx.save_for_backward(activity, loadings, floored_ratio(x, rate))
         return _row_sums(terms, counts.crow) - activity.double() @ loadings.sum(1, dtype=torch.float64)
@@ -153,10 +158,8 @@ class PoissonKernel:
 
     def value(self, rows: slice, rate: Tensor, gene: None) -> Tensor:
         """log p of each row, float64 [r]."""
-        x = self.counts.block(rows, rate.dtype)
-        terms = rate.clamp(min=MEAN_FLOOR).log_().mul_(x)
-        terms -= log_factorial(x.reshape(-1).double()).view_as(x)
-        return terms.sum(1, dtype=torch.float64) - rate.sum(1, dtype=torch.float64)
+        terms = _poisson_hits(self.counts.block(rows, torch.float64).reshape(-1), rate.reshape(-1)).view_as(rate)
+        return terms.sum(1) - rate.sum(1, dtype=torch.float64)
 
     def slopes(self, rows: slice, rate: Tensor, gene: None, want: bool) -> tuple[Tensor, None]:
         """Derivatives by rate, [r, G], and by gene."""
@@ -226,7 +229,9 @@ class NegativeBinomialKernel:
             return self._slopes_at_hits(rows, rate, theta, want)
         x, place, tail = self._places(rows, rate.dtype, self.tables)
         total = theta + rate
-        by_rate = floored_ratio(x, rate).sub_((x + theta) / total)
+        by_rate = ((x - rate) / rate.clamp(min=MEAN_FLOOR)).mul_(theta / total)  # x / rate - (x + theta) / total, of which little may be left
+        if rate.min() < MEAN_FLOOR:
+            by_rate = torch.where(rate < MEAN_FLOOR, -(x + theta) / total, by_rate)
         if not want:
             return by_rate, None
         u = (x - rate) / total

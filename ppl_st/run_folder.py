@@ -18,7 +18,7 @@ and ``manifest.json``.
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,54 @@ from ppl_st.inference.svi import Pair
 from ppl_st.io import atomic, storable, write_adata
 from ppl_st.pairs import read_like
 
+INPUTS = ("target.h5ad", "reference.h5ad", "profiles.h5ad", "sections.npz", "genes.txt", "manifest.json", "config.toml")
+
 
 def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], target: Counts, reference: Counts) -> None:
-    """Begin a run folder: everything that a resumed fit needs except the state."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, counts in (("target", target), ("reference", reference)):
-        write_counts(counts, folder / f"{name}.h5ad")
+    """Begin a run folder, or leave none behind: everything that a resumed fit needs except the state."""
+    tables = {"target": target, "reference": reference}
     if getattr(config, "profiles", None) is not None:  # SIID's third file
-        profiles = read_like(config.profiles, role="profiles", layer=config.layer, gene_key=config.gene_key)
-        write_counts(profiles, folder / "profiles.h5ad")
-    lines = [
-        f"{gene}\t{int(known)}"
-        for gene, known in zip(reference.genes, np.isin(reference.genes, target.genes), strict=True)
-    ]
-    write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *lines]) + "\n")
-    write_json(folder / "manifest.json", manifest)
-    configs.write(config, folder / "config.toml")  # last: a folder that has it can be resumed
+        tables["profiles"] = read_like(config.profiles, role="profiles", layer=config.layer, gene_key=config.gene_key)
+    with inputs_of(folder, tables):
+        lines = [
+            f"{gene}\t{int(known)}"
+            for gene, known in zip(reference.genes, np.isin(reference.genes, target.genes), strict=True)
+        ]
+        write_text(folder / "genes.txt", "\n".join(["# gene\tmeasured in the target", *lines]) + "\n")
+        write_json(folder / "manifest.json", manifest)
+        configs.write(config, folder / "config.toml")  # last: a folder that has it can be resumed
+
+
+@contextmanager
+def inputs_of(folder: Path, tables: Mapping[str, Counts]) -> Iterator[None]:
+    """A new run folder with a file per role, all of which are checked before anything is written; the block writes the rest of `INPUTS`.
+
+    After an error the files, and the folders made for them, go again: they would be in the way of the next try.
+    """
+    for role, counts in tables.items():
+        storable(counts.obs, role)
+    made = [one for one in (folder, *folder.parents) if not one.exists()]  # innermost first
+    new = [folder / name for name in INPUTS if not (folder / name).exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for role, counts in tables.items():
+            write_counts(counts, folder / f"{role}.h5ad")
+        yield
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, up to the first that holds something."""
+    for one in folders:
+        if not one.is_dir():
+            continue
+        if any(one.iterdir()):
+            break
+        one.rmdir()
 
 
 def write_counts(counts: Counts, path: Path) -> None:
@@ -144,10 +176,7 @@ def begun(folder: Path | None, record: dict[str, Any]) -> Iterator[None]:
     except BaseException:
         if not (folder / "scores.csv").exists():
             (folder / "evaluation.json").unlink(missing_ok=True)
-            for one in made:
-                if any(one.iterdir()):
-                    break
-                one.rmdir()
+            _remove_empty(made)
         raise
 
 

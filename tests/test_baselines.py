@@ -270,3 +270,26 @@ def test_smoothing_stays_within_its_section():
     assert crossing[0] == 0 and crossing[1] > 0
     with pytest.raises(UserError, match="no obs column 'slice'"):
         baselines.Split(target, reference, GENES[12:13], 0, "slice")
+
+
+@pytest.mark.parametrize("name", [name for name, one in baselines.REFERENCE_BASELINES.items() if one.scale == "log"])
+def test_estimates_from_a_reference_are_at_the_depth_of_the_target(name: str) -> None:
+    rng = np.random.default_rng(7)
+    profile = rng.dirichlet(np.full(40, 2.0))
+    xy = rng.uniform(size=(300, 2))
+    target = counts(rng.poisson(100 * profile[:32], (300, 32)), GENES[:32], xy)
+    split = baselines.Split(target, counts(rng.poisson(2000 * profile, (200, 40)), GENES), HELD_OUT)
+    found = np.expm1(baselines.REFERENCE_BASELINES[name].estimate(split)).mean(0)
+    np.testing.assert_allclose(found / (100 * profile[32:]), 1, atol=0.15)  # at the reference's depth: 20
+
+
+def test_a_cell_alone_in_its_section_keeps_its_own_value() -> None:
+    split, _ = simulated(spots=True)
+    split.target.obs["slide"] = ["alone"] + ["rest"] * 699
+    split = baselines.Split(split.target, split.reference, HELD_OUT, 0, "slide")
+    for smooth, own in (
+        (baselines.ridge_z_smooth, baselines.ridge_z),
+        (baselines.spot_copy_smooth, baselines.spot_copy),
+        (baselines.spot_copy_total_smooth, baselines.spot_copy_total),
+    ):
+        np.testing.assert_allclose(smooth(split)[0], own(split)[0], rtol=1e-5)

@@ -210,6 +210,15 @@ def test_a_label_that_is_missing_is_refused() -> None:
             labels_of(read_counts(adata, role="target"), "slide", "target", "library_key")
 
 
+@pytest.mark.parametrize("kind", ["int64", "float64", "Int64", "Float32", "category"])
+def test_whole_numbers_are_the_same_labels_in_any_column(kind: str) -> None:
+    adata = make()
+    adata.obs["slide"] = pd.Series([1.0, 20.0] * 10, adata.obs_names).astype(kind)
+    assert labels_of(read_counts(adata, role="target"), "slide", "target", "library_key").tolist() == ["1", "20"] * 10
+    adata.obs["slide"] = [1.0, 1.5] * 10
+    assert labels_of(read_counts(adata, role="target"), "slide", "target", "library_key").tolist() == ["1.0", "1.5"] * 10
+
+
 def test_empty_rows_and_matrices() -> None:
     values = np.ones((20, 8))
     values[4], values[:, 6] = 0, 0

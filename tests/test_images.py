@@ -11,6 +11,8 @@ from PIL import Image
 from ppl_st import images
 from ppl_st.annotations import regions_from_geojson, regions_from_image, regions_from_spots
 from ppl_st.errors import UserError
+from ppl_st.prepare import xfuse_frame
+from ppl_st.prepare.xfuse_frame import inside_share
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,29 @@ def test_a_pyramid_is_read_from_the_smallest_sufficient_level(picture, tmp_path)
         file.write(np.full((75, 105, 3), 7, np.uint8), tile=(64, 64), photometric="rgb", subfiletype=1)  # shows which was read
     assert (images.read_image(path, scale=0.5) == 7).all() and (images.read_image(path, scale=1 / 3) == 7).all()
     assert (images.read_image(path, scale=1) == picture).all()
+
+
+@pytest.mark.parametrize(("name", "scale"), [("a.jpg", 0.124), ("a.tif", 0.124), ("a.tif", 0.0493)])
+def test_a_shrunk_image_is_not_stretched_by_the_rest_of_a_block(name, scale, tmp_path):
+    tall = np.full((1801, 101, 3), 255, np.uint8)
+    tall[1690:1750] = 0  # near the end, where the shift was largest
+    path = tmp_path / name
+    tifffile.imwrite(path, tall, photometric="rgb") if name.endswith("tif") else Image.fromarray(tall).save(path, quality=98)
+    small = images.read_image(path, scale=scale)
+    dark = 255.0 - small[:, small.shape[1] // 2, 0]
+    dark[dark < 20] = 0
+    center = (dark * (np.arange(len(dark)) + 0.5)).sum() / dark.sum()
+    assert center == pytest.approx(1720 * len(small) / 1801, abs=0.3)  # whole pixels are weighted
+
+
+def test_white_is_zero_is_inverted_by_full_scale_not_by_the_largest_value(tmp_path):
+    gray = np.array([[0, 100], [50, 200]], np.uint8)
+    for depth, stored in ((8, gray), (16, gray.astype(np.uint16) * 257)):
+        tifffile.imwrite(tmp_path / "white.tif", stored, photometric="miniswhite")
+        assert (images.read_image(tmp_path / "white.tif")[..., 0] == 255 - gray).all(), depth
+    bits = np.array([[True, True], [True, True]])
+    tifffile.imwrite(tmp_path / "bits.tif", bits, photometric="miniswhite")
+    assert (images.read_image(tmp_path / "bits.tif") == 0).all()
 
 
 def test_a_large_tiled_file_needs_little_memory(tmp_path):
@@ -176,6 +201,24 @@ def test_discs_of_many_spots_are_fast_and_ids_are_whole_numbers():
     grid = np.stack(np.meshgrid(np.arange(5, 1000, 10.0), np.arange(5, 1000, 10.0)), -1).reshape(-1, 2)
     label = images.label_spots((1000, 1000), grid, 3.0)
     assert label.max() == len(grid) == 10_000 and len(np.unique(np.bincount(label.ravel())[1:])) == 1
+
+
+def test_shares_of_discs_in_the_image_need_little_memory(monkeypatch):
+    import tracemalloc
+
+    xy = np.random.default_rng(0).uniform(0, 1, (4000, 2)) * [300, 200]
+    monkeypatch.setattr(xfuse_frame, "BLOCK", 100)
+    tracemalloc.start()
+    share = inside_share(xy, 20.0, (200, 300))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # all grids at once: 25 MB
+    steps = (np.arange(20) + 0.5) / 10 - 1
+    grid = 20 * np.array([(a, b) for a in steps for b in steps if a * a + b * b <= 1])
+    at = xy[:500, None] + grid
+    np.testing.assert_allclose(share[:500], ((at >= 0) & (at < [300, 200])).all(2).mean(1))
+    assert share.min() < 0.5 and (share == 1).any()
+    assert inside_share(np.array([[-50.0, 10.0], [20.0, 20.0], [0.0, 100.0]]), 20.0, (200, 300)).tolist() == [0.0, 1.0, 0.5]
 
 
 def test_overlay_shows_spots_outside_the_image(tmp_path, picture):

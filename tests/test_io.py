@@ -179,6 +179,23 @@ def test_dates_intervals_and_numbered_columns_are_stored_as_text(tmp_path: Path,
     assert str(found["day"].iloc[0]).startswith("2026-01-02") and found["day"].isna().sum() == 10
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["a", "a"], "target: obs has several columns named 'a' .*rename all but one"),
+        ([1, "1"], "target: obs has several columns named '1'"),
+        (["a", "_index"], "target: obs column '_index' has the name that files keep .*rename it"),
+        (["a", "mixed"], r"target: obs column 'mixed' holds a bool \(True\)"),
+    ],
+)
+def test_columns_that_no_file_can_hold_are_refused_by_name(columns: list[object], message: str) -> None:
+    table = pd.DataFrame(np.ones((4, 2)), columns=columns)
+    if "mixed" in columns:
+        table["mixed"] = [True, None] * 2
+    with pytest.raises(UserError, match=message):
+        storable(table, "target")
+
+
 def test_write_refuses_an_unknown_suffix(tmp_path: Path, adata: anndata.AnnData) -> None:
     with pytest.raises(UserError, match=r"name the output \*\.h5ad or \*\.zarr"):
         write_adata(adata, tmp_path / "a.csv")

@@ -320,6 +320,32 @@ def test_counts_that_are_integers_or_fractions_without_validation():
     assert half.item() == pytest.approx(want, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        Poisson,
+        lambda m: Poisson(log_mean=m),
+        lambda m: NegativeBinomial(m, 2.7),
+        lambda m: NegativeBinomial(m, log_theta=0.9),
+        lambda m: NegativeBinomial(m, torch.tensor(0.5, dtype=torch.float64)),
+        lambda m: Gaussian(m, 1.7),
+    ],
+)
+def test_parameters_that_are_integers_are_as_if_they_were_floats(make):
+    x = torch.tensor([0.0, 1.0, 2.0])
+    got, want = make(torch.tensor([1, 2, 3])), make(torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(got.log_prob(x), want.log_prob(x))
+    assert got.sample().dtype == want.sample().dtype
+
+
+@pytest.mark.parametrize("given", ["mean", "log_mean"])
+def test_no_cells_at_all_have_no_log_prob(given):
+    none = torch.zeros(0, 5, requires_grad=True)
+    for d in (Poisson(**{given: none}), NegativeBinomial(**{given: none}, theta=torch.ones(5))):
+        found = d.log_prob(torch.zeros(0, 5))
+        assert found.shape == (0, 5) and torch.autograd.grad(found.sum(), none)[0].shape == (0, 5)
+
+
 def test_mask_and_to_event():
     x, mean = torch.tensor([[0.0, 2.0], [1.0, 9.0]]), torch.rand(2, 2)
     d = NegativeBinomial(mean, torch.rand(2))

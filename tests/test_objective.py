@@ -68,6 +68,21 @@ def test_what_the_guide_drew_is_kept_without_its_graph(kind):
     assert all(torch.equal(value, nodes[name]["value"]) and not value.requires_grad for name, value in elbo.drawn.items())
 
 
+def test_a_guide_without_reparameterised_draws_is_refused_by_closed_form_kl():
+    logit = torch.tensor(0.0, requires_grad=True)
+
+    def switched(batch):
+        pyro.sample("x", dist.Normal(4 * pyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=batch)
+
+    def switch(batch):
+        pyro.sample("z", dist.Bernoulli(logits=logit))
+
+    with pyro.validation_enabled(True):
+        estimator("trace", 1).differentiable_loss(switched, switch, torch.tensor(4.0))
+        with pytest.raises(NotImplementedError, match="fully reparameterized"):
+            estimator("meanfield", 1).differentiable_loss(switched, switch, torch.tensor(4.0))
+
+
 def test_the_norm_of_all_tensors_together():
     assert total_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]) == pytest.approx(5.0)
     assert total_norm([]) == 0.0

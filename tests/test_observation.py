@@ -95,6 +95,25 @@ def not_finite(mean, log_rate=(0.0, 1.0)):
     return dist.Poisson(mean * float("inf"))
 
 
+class MeanOf(NegativeBinomial):
+    value = float("inf")
+
+    @property
+    def mean(self):
+        return torch.full(self.batch_shape, self.value)
+
+
+def infinite_mean(mean, log_theta=(0.0, 1.0)):
+    return MeanOf(mean, log_theta=log_theta)
+
+
+def no_mean(mean, log_theta=(0.0, 1.0)):
+    class Zero(MeanOf):
+        value = 0.0
+
+    return Zero(mean, log_theta=log_theta)
+
+
 def two_parameters(mean, log_theta=(0.0, 1.0), log_other=(0.0, 1.0)):
     return NegativeBinomial(mean, log_theta=log_theta + log_other)
 
@@ -124,6 +143,8 @@ def test_built_in_names_and_their_priors():
         (one_event, r"event_shape \(3,\)"),
         (plain_torch, "to_event fails"),
         (not_finite, "not finite"),
+        (infinite_mean, "mean is not finite and positive at the prior's location; SIID and VISTA need one"),
+        (no_mean, "mean is not finite and positive"),
     ],
 )
 def test_what_a_method_cannot_use_is_refused_with_the_reason(function, message):

@@ -15,7 +15,7 @@ import zarr
 
 import ppl_st.api as api
 from posterior_problems import FAST, small_run, small_sim
-from ppl_st import refit
+from ppl_st import refit, run_folder
 from ppl_st.calibration import LEVELS
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
@@ -52,6 +52,27 @@ def test_run_folder_is_complete_and_readable_by_eye(run):
     record = json.loads((run.folder / "fit.json").read_text())
     assert record["status"] == "done" and record["steps"] == 4 and len(record["losses"]) == 4
     torch.load(run.folder / "state.pt", weights_only=True)  # no code in it
+
+
+def test_a_folder_that_cannot_be_begun_is_left_empty_for_the_next_try(run, tmp_path, monkeypatch):
+    folder, obs = tmp_path / "new" / "run", run.reference.obs
+    odd = replace(run.reference, obs=obs.assign(odd=[True] + [None] * (len(obs) - 1)))
+    with pytest.raises(UserError, match=r"reference: obs column 'odd' holds a bool"):
+        write_inputs(folder, run.config, run.manifest, run.target, odd)
+    assert not (tmp_path / "new").exists()
+
+    def full(path, content):
+        raise UserError("no space left")
+
+    monkeypatch.setattr(run_folder, "write_json", full)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine").touch()
+    with pytest.raises(UserError, match="no space left"):
+        write_inputs(folder, run.config, run.manifest, run.target, run.reference)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mine"]
+    monkeypatch.undo()
+    write_inputs(folder, run.config, run.manifest, run.target, run.reference)
+    assert (folder / "config.toml").is_file()
 
 
 def test_load_refuses_what_is_no_finished_run(run, tmp_path):

@@ -113,6 +113,9 @@ def test_sections_share_genes_and_know_their_levels():
     b.obs["patient"] = None
     data, _ = problem([slides[0], slide(b, other, "two"), slide(a, image, "three")], Input(covariates=("patient",)), quiet)
     assert data.covariates == {}  # one known level: nothing to learn
+    a.obs["patient"], b.obs["patient"] = 1, [1.0, np.nan] + [1.0] * (b.n_obs - 2)
+    data, _ = problem([slide(a, image, "one"), slide(b, other, "two")], Input(covariates=("patient",)), quiet)
+    assert data.covariates == {}  # "1" and "1.0" are one patient
     a.obs["patient"] = ["p1", "p2"] * (a.n_obs // 2) + ["p1"] * (a.n_obs % 2)
     with pytest.raises(UserError, match=r"2 values .* within one section"):
         problem([slide(a, image, "one")], Input(covariates=("patient",)), quiet)

@@ -286,3 +286,36 @@ def test_csr_tensor_multiplies_and_is_a_copy(index):
     np.testing.assert_allclose(dense.grad.numpy()[:, 0], np.asarray(matrix.sum(axis=0)).ravel())
     tensor.values().zero_()
     assert matrix.data.min() > 0
+
+
+def test_csr_tensor_adds_up_entries_stored_twice_and_leaves_the_callers_arrays():
+    parts = np.array([1.0, 2.0, 4.0], np.float32), np.array([3, 1, 3]), np.array([0, 3])
+    matrix = scipy.sparse.csr_matrix(tuple(part.copy() for part in parts), shape=(1, 5))
+    tensor = csr_tensor(matrix)
+    assert tensor.values().tolist() == [2.0, 5.0] and tensor.col_indices().tolist() == [1, 3]
+    for own, given in zip((matrix.data, matrix.indices, matrix.indptr), parts, strict=True):
+        np.testing.assert_array_equal(own, given)
+
+
+@pytest.mark.parametrize("form", ["sparse", "blocks"])
+def test_large_poisson_counts_lose_nothing_in_float32(form):
+    """x log(rate) and log x! cancel: at counts of 1e6 float32 left an error of 1.6 of -42."""
+    rate = torch.full((1, 6), 1e6)
+    counts = torch.poisson(rate.expand(50, 6))
+    wide = torch.cat([counts, torch.zeros(50, 54)], 1) if form == "sparse" else counts
+    loadings = torch.cat([rate, torch.full((1, wide.shape[1] - 6), 1e-6)], 1)
+    got = ProductPoisson(torch.ones(50, 1), loadings).log_prob(csr_tensor(scipy.sparse.csr_matrix(wide.numpy())))
+    want = Poisson(loadings.double().expand(wide.shape)).log_prob(wide.double()).sum(1)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)
+
+
+def test_slopes_from_tables_are_right_where_a_gene_is_overdispersed():
+    """x / mu - (x + theta) / (mu + theta) cancels when theta is far below mu and x."""
+    leaves = [torch.rand(300, 3) * 1000 + 1, torch.rand(3, 10), torch.full((10,), -9.0)]
+    counts = torch.poisson(torch.full((300, 10), 3.0))
+    slopes = []
+    for form, dtype in ((ProductNegativeBinomial, torch.float32), (lambda a, b, t: NegativeBinomial(a @ b, log_theta=t).to_event(1), torch.float64)):
+        own = [a.to(dtype).requires_grad_() for a in leaves]
+        slopes.append(torch.autograd.grad(form(*own).log_prob(counts.to(dtype)).sum(), own[:2]))
+    for a, b in zip(*slopes, strict=True):
+        assert ((a - b).abs() / b.abs()).max() < 1e-4

@@ -8,6 +8,7 @@ import torch
 
 from ppl_st.errors import UserError
 from ppl_st.inference import monitor
+from ppl_st.inference.settings import unfinished_warmup
 from ppl_st.inference.svi import FitConfig, fit
 from svi_pairs import NET, Rows, empty_store, net_pair, net_rows, normal_pair, same
 
@@ -49,6 +50,14 @@ def test_impossible_settings_are_refused(wrong):
 def test_settings_that_do_not_fit_the_pair_or_machine_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
         fit(net_pair(), net_rows(), replace(NET, **setting))
+
+
+def test_a_warm_up_that_does_not_end_is_said_unless_the_preset_means_it():
+    short, long = FitConfig(steps=100, kl_warmup_steps=200), FitConfig(steps=4000, kl_warmup_steps=8000)
+    line = "warning: the fit ends at KL weight 0.50: kl_warmup_steps=200 of steps=100"
+    assert unfinished_warmup(short, 100, FitConfig()) == unfinished_warmup(short, 100, long) == [line]
+    assert unfinished_warmup(long, 4000, long) == unfinished_warmup(FitConfig(steps=100, kl_warmup_steps=100), 100, long) == []
+    assert unfinished_warmup(long, 400, long) == ["warning: the fit ends at KL weight 0.05: kl_warmup_steps=8000 of steps=400"]
 
 
 def test_early_stop_when_the_smoothed_loss_stands_still():

@@ -51,6 +51,7 @@ def test_a_panel_too_small_to_choose_on_is_told_what_it_does_not_get():
     world, said = simulated(n_cells=80, n_reference=60, n_genes=20, n_panel=8), []
     ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=["fit.steps=2"], say=said.append)
     assert any("8 shared genes: too few" in line and "have no share" in line for line in said)
+    assert "warning: the fit ends at KL weight 0.10: kl_warmup_steps=20 of steps=2" in said
 
 
 def test_settings_that_contradict_each_other_are_said(world):

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from ppl_st.annotations import Regions, regions_from_geojson, regions_from_image, regions_from_spots
-from ppl_st.data import Counts
+from ppl_st.data import Counts, as_text
 from ppl_st.errors import UserError
 from ppl_st.images import (
     Slide,
@@ -249,7 +249,7 @@ def _level(slide: Slide, key: str) -> str | None:
     if key not in slide.counts.obs:
         has = ", ".join(map(str, slide.counts.obs.columns[:5])) or "none"
         raise UserError(f"target ({slide.counts.source}): no obs column {key!r} (input.covariates); it has {has}")
-    values = slide.counts.obs[key].dropna().astype(str).unique()
+    values = as_text(slide.counts.obs[key]).unique()
     if len(values) > 1:
         raise UserError(
             f"target ({slide.counts.source}): obs[{key!r}] has {len(values)} values ({', '.join(values[:3])}, ...) within one section; a covariate "
