@@ -195,14 +195,13 @@ def initialise(pair: Pair, data: Data, seed: int, chain: int, process: Field | N
             size = np.append(np.ones(d - 1), 1 / max(float(sd[d - 1]), 1e-6))
             encoder *= size
             covariance = covariance[:d, :d] * np.outer(size, size) * n / max(n - 1, 1)
-            own = np.maximum(np.einsum("dg,de,eg->g", found.decoder, covariance[:-1, :-1], found.decoder), 1e-12)
-            decoder = np.vstack([found.decoder, hyper.common * np.sqrt(own)])
+            decoder = np.vstack([found.decoder, np.full(len(share), hyper.common)])
             spread = np.sqrt(np.maximum(np.einsum("dg,de,eg->g", decoder, covariance, decoder), 1e-12))
             for name, value in (("gram", found.gram), ("cross", found.cross), ("loadings", loadings), ("encoder", encoder)):
                 _write(getattr(guide, name), value)
             _write(guide.reference_encoder, np.pad(found.encoder, ((0, 0), (0, 1))))
             _write(model.decoder, decoder / spread)  # score of unit sd over the target's cells
-            _write(model.map_sd, np.sqrt(own))
+            _write(model.map_sd, spread)
             _write(model.reference_slope, found.scale * spread)
             _write(model.reference_log_theta, theta_of_zeros(data))
             _write(guide.log_scale, np.log(SPREAD * np.maximum(size * sd[:d], 1e-3)))

@@ -12,8 +12,8 @@ as rise above the noise (Marchenko and Pastur 1967). Given the visible genes V, 
 x^ = u L_P'. A share ``denoise`` of the panel that the map reads is x^ instead of x. The depth of a cell is the total of all A genes.
 
 WHAT GENES HAVE IN COMMON. In the target the genes of a cell rise and fall together more than the reference can know (depth beyond the total, size,
-quality, density). One more coordinate holds it, the mean of the visible z-scores, standardised; every gene's score is (prediction of the map in
-units of its sd over the target) + ``common`` x this coordinate. The reference is decoded without it.
+quality, density). One more coordinate holds it, the mean of the visible z-scores, standardised; every gene's score is prediction of the map +
+``common`` x this coordinate, so that it says the more of a gene the less the map does. The reference is decoded without it.
 
 WEIGHTS. Reference and target differ in composition (a neuron-enriched reference, a tissue with glia). Each reference cell is weighted by the
 density ratio target / reference of its neighborhood in the space of predictions, by k nearest neighbors, a few damped rounds. Every chain

@@ -45,7 +45,7 @@ class Config:
     reweight: bool | Literal["auto"] = "auto"  # weight the reference towards the target's composition
     # share of the panel read off the directions of all genes of the target (closed map)
     denoise: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})
-    # weight of what all genes of a spatial cell have in common (closed map)
+    # weight of what all genes of a spatial cell have in common, in standard deviations of a gene's log-normalised counts (closed map)
     common: float | Literal["auto"] = field(default="auto", metadata={"ge": 0})
     # share of the process over the reference's cells in the score of an unmeasured gene (closed map)
     process: float | Literal["auto"] = field(default="auto", metadata={"ge": 0, "le": 1})

@@ -57,7 +57,7 @@ from ppl_st.observation import Likelihood
 Say = Callable[[str], None]
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 MIXES = (0.0, 0.3, 0.5, 0.7)
-COMMONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+COMMONS = (0.0, 0.1, 0.2, 0.3, 0.45)  # in sds of a gene's z-score
 DENOISES = (0.0, 0.5, 1.0)
 FOLDS = 8
 JUDGED = 60  # inner genes of a fold, at most
@@ -79,7 +79,7 @@ class Hyper(NamedTuple):
     reweight: bool
     denoise: float  # share of the panel that is read off the directions of all genes of the target
     mix: float  # share of the neighbors' mean state
-    common: float  # weight of what all genes have in common
+    common: float  # weight of what all genes have in common, in sds of a gene's z-score
     share: float  # of the process over the reference's cells
     depth: list[float]  # exponent of a cell's total in the rate of a gene: mean, slope by covariate
     bend: float  # of a gene's score in its log rate
@@ -105,14 +105,9 @@ class _Scores(NamedTuple):
     around: Floats
 
     def parts(self, denoise: float, mix: float) -> tuple[Floats, Floats]:
-        """Standardised scores of the map and of what genes have in common, [rows, genes] each."""
+        """What the map says of the genes' z-scores, and what genes have in common, of unit sd, [rows, genes] each."""
         plain, smooth, common = (1 - mix) * self.own + mix * self.around
-        return _standardised((1 - denoise) * plain + denoise * smooth), _standardised(common)
-
-    def spread(self, denoise: float, mix: float) -> Floats:
-        """Standard deviation of what the map says of every gene [genes], in those of its z-scores."""
-        plain, smooth, _ = (1 - mix) * self.own + mix * self.around
-        return np.asarray(((1 - denoise) * plain + denoise * smooth).std(0))
+        return (1 - denoise) * plain + denoise * smooth, _standardised(common)
 
 
 def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], seed: int, say: Say) -> Hyper:
@@ -171,16 +166,15 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
             states.setdefault(key, []).append(score)
             for denoise, mix in itertools.product(options("denoise", DENOISES), mixes):
                 x, common = score.parts(denoise, mix)
-                r = _correlation(truth[:, genes], x) + commons * _correlation(truth[:, genes], common)
-                r /= np.sqrt(np.maximum(1 + commons**2 + 2 * commons * _correlation(x, common), 1e-12))  # [commons, genes] of x + weight x common
+                relative = commons / np.maximum(x.std(0), 1e-9)  # [commons, genes]
+                r = _correlation(truth[:, genes], x) + relative * _correlation(truth[:, genes], common)
+                r /= np.sqrt(np.maximum(1 + relative**2 + 2 * relative * _correlation(x, common), 1e-12))  # of x + weight x common
                 for weight, one in zip(commons[:, 0], r, strict=True):
                     correlations.setdefault((*key, denoise, mix, float(weight), 0.0), []).append(one)
     means = {key: float(np.mean(np.concatenate(value))) for key, value in correlations.items()}
     best = max(means, key=lambda key: means[key])
-    predicted = []
-    for score in states[best[0], best[1]]:
-        x, common = score.parts(*best[2:4])
-        predicted.append(_standardised(x + best[4] * common))
+    natural = [x + best[4] * common for x, common in (score.parts(*best[2:4]) for score in states[best[0], best[1]])]
+    predicted = [_standardised(x) for x in natural]
     mixed_curves = [(1 - best[3]) * own + best[3] * around for own, around in curves]
     steps = [_standardised(curve) for curve in mixed_curves]
 
@@ -209,7 +203,7 @@ def learn(data: Data, likelihood: Likelihood, fixed: dict[str, float | None], se
         total = np.log(totals_of(data.measured[rows][:, seen]) / shares_of_counts[seen].sum())
         depth.append(np.repeat(total[:, None], x.shape[1], 1))
     mixed = [standard_places((1 - chosen["mix"]) * own + chosen["mix"] * around) for own, around in places]
-    sizes = np.concatenate([score.spread(*best[2:4]) for score in states[best[0], best[1]]])
+    sizes = np.concatenate([x.std(0) for x in natural])
     curve_sizes = np.concatenate([curve.std(0) for curve in mixed_curves]) if curves else 0 * sizes
     signal = log_signal(torch.from_numpy(sizes), torch.from_numpy(curve_sizes), share).numpy()
     return _hyper_priors(data, likelihood, chosen, judged, with_process(share), signal, depth, mixed, rows, candidates, seed, say)
@@ -222,8 +216,8 @@ def levels_of(data: Data) -> tuple[Floats, Floats]:
 
 
 def log_signal(own: torch.Tensor, curve: torch.Tensor, share: float) -> torch.Tensor:
-    """Log signal [genes]: the sd, over the target's cells, of what map (``own``) and process (``curve``) say of a gene's z-scores. Both shrink what
-    they do not know, so it tells how much of the gene they know, which scores of unit sd do not."""
+    """Log signal [genes]: the sd, over the target's cells, of what map and common coordinate (``own``) and the process (``curve``) say of a gene's
+    z-scores. They shrink what they do not know, so it tells how much of the gene they know, which scores of unit sd do not."""
     return ((1 - share) * own + share * curve + LEAST_SIGNAL).log()
 
 

@@ -60,7 +60,7 @@ class Model(PyroModule):
     own: Tensor  # [G] weights of the closed map and of the process in a gene's score, and the latter's mean (`process.py`)
     beside: Tensor  # [G]
     center: Tensor  # [G]
-    map_sd: Tensor  # [G] what the closed map, and the process, say of the gene's z-scores: sd over the target's cells (`inner.log_signal`)
+    map_sd: Tensor  # [G] of what the closed map, and the process, say of a gene's z-scores, over the target's cells (`inner.log_signal`)
     curve_sd: Tensor  # [G]
     levels: Tensor  # [2, knots, G] (`levels.py`)
     DIMS = {"log_gain": ("genes",), "slope": ("genes",), "log_theta": ("genes",), "gate_logits": ("genes",), "gene_key": ()}  # noqa: RUF012
