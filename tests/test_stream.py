@@ -150,6 +150,16 @@ def test_what_the_run_was_fitted_on_is_never_replaced(run, tmp_path):
     assert list(tmp_path.rglob("*")) == [tmp_path / "cells.zarr"]
 
 
+def test_a_file_has_the_suffix_of_its_format(run, tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*x\.csv: unknown suffix '\.csv'; name the output \*\.h5ad or \*\.zarr"):
+        run.write(tmp_path / "x.csv", draws=2)
+    with pytest.raises(UserError, match=r"cannot write .*w\.h5ad: unknown suffix '\.h5ad'; name the output \*\.zarr"):
+        run.write_samples(tmp_path / "w.h5ad", None, 2)
+    with pytest.raises(UserError, match=r"unknown suffix ''"):
+        stream.write_whole(run.predict(draws=2), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_are_those_that_predict_draws(run, tmp_path):
     run.write_samples(tmp_path / "s.zarr", None, 4, seed=2)
     table = run.predict(draws=2, samples=4, seed=2)
