@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ppl_st import config as configs
 from ppl_st import run_folder
+from ppl_st.asked import whole
 from ppl_st.data import Counts, read_genes
 from ppl_st.errors import UserError
 from ppl_st.image_run import ImageRun, read_sections, spots_of, write_inputs
@@ -100,6 +101,8 @@ def fit(
     Interrupted
         After SIGTERM or Ctrl-C; with ``out`` the state is saved and ``resume=True`` goes on.
     """
+    whole("seed", seed, 0)
+    whole("seeds", seeds, 1)
     module = load_method(method)
     folder = None if out is None else Path(out)
     talk = say or (lambda line: None)

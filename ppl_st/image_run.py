@@ -43,7 +43,7 @@ SAMPLED = 2**15  # pixels of a section on which the colors of summaries are foun
 PIXELS, GENES = 2048, 64  # of the blocks in which maps are computed, at most: they stay in the processor's cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageRun(Run):
     """See the module's docstring. ``target`` holds the rows of all sections of ``data`` in their order, virtual measurements left out.
 

@@ -63,6 +63,8 @@ def read_adata(source: str | Path | anndata.AnnData, *, role: str) -> anndata.An
     """
     if isinstance(source, anndata.AnnData):
         return source
+    if not isinstance(source, str | Path):
+        raise UserError(f"{role}: a {type(source).__name__} is no AnnData; make one of it (anndata.AnnData), or give a file")
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix not in (".h5ad", ".zarr"):

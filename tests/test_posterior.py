@@ -195,7 +195,7 @@ def test_score_table(run, sim):
     pd.testing.assert_frame_equal(run.score(more, draws=20), table)
     with pytest.raises(UserError, match=r"1 of 1 genes cannot be predicted by this run, e\.g\. BLANK_1"):
         run.score(blank)
-    with pytest.raises(UserError, match="no gene is left to predict"):
+    with pytest.raises(UserError, match="no gene is left to predict, the fit was shown its 30 genes; give counts of held-out genes"):
         run.score(sim.target, draws=5)
     wrong = sim.truth.copy()
     wrong.X = sp.csr_matrix(sim.truth.X.toarray()[::-1])
@@ -289,6 +289,27 @@ def test_a_run_keeps_the_order_of_its_genes(run, sim, tmp_path):
 def test_run_in_memory_has_no_folder(sim):
     run = api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST)
     assert run.folder is None and run.record["status"] == "done"
+    assert repr(run) == "<siid run: 250 cells or spots x 40 genes, 30 measured and 10 unmeasured, in memory>"
+
+
+def test_a_run_is_shown_in_one_line(run):
+    assert repr(run) == f"<siid run: 250 cells or spots x 40 genes, 30 measured and 10 unmeasured, in {run.folder}>"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"seeds": 0}, "seeds=0: give 1 or more"),
+        ({"seed": -1}, "seed=-1: give 0 or more"),
+        ({"seeds": 2.0}, r"seeds=2\.0: is a float"),
+        ({"target": pd.DataFrame(np.eye(3))}, r"target: a DataFrame is no AnnData; make one of it"),
+        ({"hold_out": {"gene0003"}}, "--hold-out: is a set"),
+        ({"hold_out": [f"gene{g:04d}" for g in range(27)]}, "--hold-out: hiding 27 of the 30 genes that .* leaves 3, but a fit needs 5: hide fewer"),
+    ],
+)
+def test_what_a_fit_cannot_use_is_refused_by_name(sim, options, said):
+    with pytest.raises(UserError, match=said):
+        api.fit("siid", **{"target": sim.target, "reference": sim.reference, "overrides": FAST} | options)
 
 
 def test_hold_out(sim):

@@ -292,6 +292,35 @@ def test_without_an_unmeasured_gene_names_are_asked_for(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"draws": 20.0}, r"draws=20\.0: is a float; give a whole number"),
+        ({"draws": -2}, "draws=-2: a predictive needs 2 or more"),
+        ({"seed": -1}, "seed=-1: give 0 or more"),
+        ({"memory_gb": 0}, "memory_gb=0: give a number of gigabytes above 0"),
+        ({"memory_gb": "2"}, "memory_gb='2'"),
+        ({"genes": {"gene0035"}}, r"the list of genes: is a set, which has no order; give a list"),
+        ({"genes": ["gene0035", "gene0036", "gene0035"]}, "the list of genes: 1 genes are named more than once, e.g. gene0035"),
+        ({"samples": -1}, "samples=-1: give 0 or more"),
+    ],
+)
+def test_numbers_and_genes_are_checked_alike_by_all_that_predicts(run, sim, tmp_path, options, said):
+    asks = [run.predict]
+    if "samples" not in options:
+        asks += [lambda **more: run.write(tmp_path / "p.h5ad", **more), lambda **more: run.score(sim.truth, **more)]
+    for ask in asks:
+        with pytest.raises(UserError, match=said):
+            ask(**options)
+    samples = {"genes": None, "draws": 2} | options
+    if "samples" not in options:
+        with pytest.raises(UserError, match=said.replace("a predictive needs 2 or more", "give 1 or more")):
+            run.write_samples(tmp_path / "s.zarr", **samples)
+    with pytest.raises(UserError, match="draws=0: give 1 or more"):
+        run.write_samples(tmp_path / "s.zarr", None, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_table_in_memory_is_written_so_that_xarray_opens_it_lazily(tmp_path):
     share = np.random.default_rng(0).random((5, 3)).astype(np.float32)
     share[0] = 0.0  # zeros are values, not gaps
