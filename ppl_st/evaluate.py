@@ -150,7 +150,7 @@ def evaluate(
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
         record |= {"folds": str(folds) if truth is None else None, "max_folds": max_folds, "draws": draws}
-    pair = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots, spots))
+    pair = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots, spots), say=talk)
     cells, other = map(as_given, pair)
     if baselines and cells.xy is None:
         where = f"evaluate: target ({cells.source}) has no obsm['spatial'], which the baselines need"
