@@ -146,7 +146,7 @@ def fit(
         return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
     assert reference is not None
     spots = METHODS[method].reference == "spots"
-    pair = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
+    pair = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots), say=talk)
     cells, other = map(as_given, pair)
     if cells.xy is None:
         talk(f"target ({cells.source}): no coordinates (obsm['spatial']): neighbors in space cannot inform its cells")
@@ -157,9 +157,10 @@ def fit(
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
     manifest = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
     manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
-    if folder is not None:
-        run_folder.write_inputs(folder, settings, manifest, cells, other)
-    return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
+    with run_folder.fresh(folder):
+        if folder is not None:
+            run_folder.write_inputs(folder, settings, manifest, cells, other)
+        return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -242,9 +243,10 @@ def fit_sections(
 ) -> ImageRun:
     """Fit a method of images to checked sections (`ppl_st.prepare.xfuse.problem`) whose rows are ``spots``."""
     _on_cpu(settings.fit.device)
-    if folder is not None:
-        write_inputs(folder, settings, manifest, spots, data)
-    run = train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
+    with run_folder.fresh(folder):
+        if folder is not None:
+            write_inputs(folder, settings, manifest, spots, data)
+        run = train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
     assert isinstance(run, ImageRun)
     return run
 

@@ -19,6 +19,7 @@ from ppl_st import refit, run_folder
 from ppl_st.calibration import LEVELS
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
+from ppl_st.models import siid
 from ppl_st.pairs import read_pair
 from ppl_st.posterior import Run
 from ppl_st.prepare import load_prepare
@@ -73,6 +74,38 @@ def test_a_folder_that_cannot_be_begun_is_left_empty_for_the_next_try(run, tmp_p
     monkeypatch.undo()
     write_inputs(folder, run.config, run.manifest, run.target, run.reference)
     assert (folder / "config.toml").is_file()
+
+
+@pytest.mark.parametrize("error", [UserError("no"), ValueError("no")])
+def test_a_start_that_refuses_the_data_leaves_nothing_in_the_way_of_the_next_try(sim, tmp_path, monkeypatch, error):
+    def refuse(*arguments):
+        assert (tmp_path / "new" / "run" / "config.toml").is_file()
+        raise error
+
+    monkeypatch.setattr(siid, "start", refuse)
+    ask = {"target": sim.target, "reference": sim.reference, "overrides": FAST, "out": tmp_path / "new" / "run"}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^no$"):
+            api.fit("siid", **ask)
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new" / "run").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^no$"):
+        api.fit("siid", **ask)
+    assert list((tmp_path / "new").rglob("*")) == [tmp_path / "new" / "run"]
+
+
+def test_what_has_begun_or_is_resumed_keeps_its_folder(sim, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("no")
+
+    monkeypatch.setattr(api, "run_svi", refuse)
+    with pytest.raises(ValueError, match=r"^no$"):
+        api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST, out=tmp_path / "run")
+    (tmp_path / "run" / "fit.json").unlink()  # as if it had been stopped before
+    monkeypatch.setattr(siid, "start", refuse)
+    with pytest.raises(ValueError, match=r"^no$"):
+        api.fit("siid", out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.toml").is_file() and (tmp_path / "run" / "target.h5ad").is_file()
 
 
 def test_load_refuses_what_is_no_finished_run(run, tmp_path):
