@@ -71,7 +71,8 @@ class Run:
     def __repr__(self) -> str:
         known, every = int(self.measured.sum()), len(self.genes)
         where = "in memory" if self.folder is None else f"in {self.folder}"
-        return f"<{self.method} run: {len(self.target.names)} cells or spots x {every} genes, {known} measured and {every - known} unmeasured, {where}>"
+        size = f"{len(self.target.names)} cells or spots x {every} genes"
+        return f"<{self.method} run: {size}, {known} measured and {every - known} unmeasured, {where}>"
 
     @property
     def genes(self) -> NDArray[np.str_]:
