@@ -37,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppl_st.errors import UserError
+from ppl_st.asked import refuse_draws
 from ppl_st.inference.pair import Pair
 from ppl_st.inference.randomness import rng_scope
 from ppl_st.inference.threads import one_ahead
@@ -112,10 +112,9 @@ def draw_globals(chains: Sequence[Pair], draws: int, seed: int) -> list[dict[str
 def fits_of_draws(predictor: Predictor, chains: Sequence[Pair], draws: int) -> NDArray[np.int64] | None:
     """Number of the fit behind every draw, [draws], counted from 0; None if it is the same one, or if no fit has two draws.
 
-    Raises `UserError` where there are not two draws, which have no spread and no fair CRPS.
+    Raises `UserError` where there are not two draws.
     """
-    if draws < 2:
-        raise UserError(f"draws={draws}: a predictive needs 2 or more (100 are sensible)")
+    refuse_draws(draws)
     fits = np.asarray(getattr(predictor, "fits", range(len(chains))))
     number, of = np.unique(fits[np.arange(draws) % len(fits)], return_inverse=True)
     return of if 1 < len(number) < draws else None

@@ -103,6 +103,6 @@ def load_method(name: str) -> ModuleType:
     """
     if name not in METHODS:
         close = get_close_matches(name.lower(), METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise UserError(f"unknown method {name!r}{hint} Available: {', '.join(METHODS)} (see `ppl-st methods`)")
     return import_module(METHODS[name].module)

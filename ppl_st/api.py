@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ppl_st import config as configs
 from ppl_st import run_folder
+from ppl_st.asked import whole
 from ppl_st.data import Counts, read_genes
 from ppl_st.errors import UserError
 from ppl_st.image_run import ImageRun, read_sections, spots_of, write_inputs
@@ -100,6 +101,8 @@ def fit(
     Interrupted
         After SIGTERM or Ctrl-C; with ``out`` the state is saved and ``resume=True`` goes on.
     """
+    whole("seed", seed, 0)
+    whole("seeds", seeds, 1)
     module = load_method(method)
     folder = None if out is None else Path(out)
     talk = say or (lambda line: None)
@@ -143,7 +146,7 @@ def fit(
         return fit_sections(method, data, spots_of(data, kept), settings, manifest, folder, progress, talk)
     assert reference is not None
     spots = METHODS[method].reference == "spots"
-    pair = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots))
+    pair = read_pair(targets[0], reference, layer=settings.layer, gene_key=settings.gene_key, need_spatial=(spots, spots), say=talk)
     cells, other = map(as_given, pair)
     if cells.xy is None:
         talk(f"target ({cells.source}): no coordinates (obsm['spatial']): neighbors in space cannot inform its cells")
@@ -154,9 +157,10 @@ def fit(
     data, cells, other = load_prepare(method).problem(cells, other, settings, talk)
     manifest = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
     manifest |= {"method": method, "preset": preset, "overrides": list(overrides)}
-    if folder is not None:
-        run_folder.write_inputs(folder, settings, manifest, cells, other)
-    return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
+    with run_folder.fresh(folder):
+        if folder is not None:
+            run_folder.write_inputs(folder, settings, manifest, cells, other)
+        return train(method, module, settings, data, cells, other, manifest, folder, None, progress, talk)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -239,9 +243,10 @@ def fit_sections(
 ) -> ImageRun:
     """Fit a method of images to checked sections (`ppl_st.prepare.xfuse.problem`) whose rows are ``spots``."""
     _on_cpu(settings.fit.device)
-    if folder is not None:
-        write_inputs(folder, settings, manifest, spots, data)
-    run = train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
+    with run_folder.fresh(folder):
+        if folder is not None:
+            write_inputs(folder, settings, manifest, spots, data)
+        run = train(method, load_method(method), settings, data, spots, spots, manifest, folder, None, progress, say)
     assert isinstance(run, ImageRun)
     return run
 

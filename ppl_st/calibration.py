@@ -20,7 +20,7 @@ from ppl_st.errors import UserError
 
 __all__ = [
     "GRID", "LEVELS", "Coverage", "RiskCoverage", "coverage", "coverage_table", "interval_coverage", "pit_bounds", "pit_histogram", "randomised_pit",
-    "risk_coverage", "variance_decomposition",
+    "risk_coverage", "score_columns", "variance_decomposition",
 ]  # fmt: skip
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -35,6 +35,24 @@ class Coverage(NamedTuple):
     levels: np.ndarray
     per_gene: np.ndarray
     overall: np.ndarray
+
+
+def score_columns(scores: Any, truth: Any, genes: pd.Index, ends: np.ndarray | None, maps: np.ndarray | None) -> pd.DataFrame:
+    """Table [genes] of `ppl_st.posterior.Run.score` from the `ppl_st.inference.predict.Scores` of a sparse truth [cells, genes].
+
+    ``ends`` and ``maps``, of a recalibrated run: `ppl_st.conformal.Recalibration.ends_of` and ``maps_of`` these genes.
+    """
+    table = pd.DataFrame(index=genes)
+    table["mean_count"] = np.asarray(truth.mean(0)).ravel()
+    table["log_score"] = scores.log_prob.mean(0, dtype=np.float64)
+    table["crps"] = scores.crps.mean(0, dtype=np.float64)
+    covered = coverage(scores.pit_low, scores.pit_high, LEVELS)
+    for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
+        table[f"coverage_{round(100 * level)}"] = per_gene
+    if ends is not None and maps is not None and scores.corrected_crps is not None:
+        table["recalibrated_crps"] = scores.corrected_crps.mean(0, dtype=np.float64)
+        table["recalibrated_coverage"] = interval_coverage(scores.pit_low, scores.pit_high, ends)
+    return table
 
 
 def pit_bounds(draws: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -159,16 +159,18 @@ def fit(
         overrides=overrides or (), seed=seed, seeds=seeds, device=device, out=out, resume=resume,
         progress=progress(quiet), say=speaker(quiet), command=command_line(),
     )  # fmt: skip
-    known = int(run.measured.sum())
-    unknown = len(run.genes) - known
-    typer.echo(f"{out}: {known} measured and {unknown} unmeasured genes; next: ppl-st predict {shlex.quote(str(out))} --out imputed.h5ad")
+    known, unknown = int(run.measured.sum()), int((~run.measured).sum())
+    more = f"next: ppl-st predict {shlex.quote(str(out))} --out imputed.h5ad"
+    if not unknown and METHODS[method].reference != "image":
+        more = "no gene is left to impute (--hold-out hides some from a fit)"
+    typer.echo(f"{out}: {known} measured and {unknown} unmeasured genes; {more}")
 
 
 @app.command()
 def predict(
     runs: Annotated[list[Path], typer.Argument(help="Run folder; several (recalibrated) are stacked.")],
     out: Annotated[Path, typer.Option("--out", help="Output .h5ad or .zarr.")],
-    genes: Annotated[Path | None, typer.Option("--genes", help="Gene list; default: unmeasured.")] = None,
+    genes: Annotated[Path | None, typer.Option("--genes", help="Gene list; default: unmeasured (--turned: all).")] = None,
     target: Annotated[Path | None, typer.Option("--target", help="Other cells of the same panel.")] = None,
     draws: Draws = 100,
     samples: Annotated[int, typer.Option("--samples", min=0, help="Also K joint count draws.")] = 0,
@@ -252,6 +254,7 @@ def predict(
         say("forecasts are mixed uncorrected: no layers lower and upper; in Python ppl_st.recalibrate(ppl_st.stack.stack(runs)) makes them")
     if turned:
         fitted = fitted.turned()
+        names = fitted.genes if names is None else names
     if as_reference:
         fitted = fitted.as_reference(None if as_reference == "all" else as_reference)
     if proportions:
@@ -319,6 +322,8 @@ def evaluate(
     from ppl_st.models import METHODS
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--methods {methods!r}: names no method; give one or more of {', '.join(METHODS)}, with commas between")
     images = any(name in METHODS and METHODS[name].reference == "image" for name in names)
     genes = {"reference": reference, "folds": folds, "truth": truth, "max-folds": max_folds}
     spots = {"holdout-spots": holdout_spots, "holdout-section": holdout_section or None, "top-genes": top_genes}
@@ -355,7 +360,7 @@ def evaluate(
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Evaluation folders and run folders.")],
     truth: Annotated[Path | None, typer.Option("--truth", help="Counts that judge the runs' held-out genes.")] = None,
-    metric: Annotated[str, typer.Option("--metric", help="What ranks.")] = "log_score",
+    metric: Annotated[str, typer.Option("--metric", help="What ranks: log_score, crps, log_pcc, raw_pcc, ...")] = "log_score",
     out: Annotated[Path | None, typer.Option("--out", help="Also write the table as .csv.")] = None,
     draws: Draws = 100,
     seed: Seed = 0,

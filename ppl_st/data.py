@@ -8,7 +8,7 @@ Not done here: normalisation, gene or cell selection by quality, anything dense 
 the caller's AnnData.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -98,6 +98,7 @@ def read_counts(
     gene_key: str | None = None,
     drop_empty: bool = False,
     file: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Counts:
     """Read raw counts and check every stored value, every name and every coordinate.
 
@@ -113,6 +114,7 @@ def read_counts(
     drop_empty : drop rows without a single count. By default they stay: every row of the target gets its
         prediction.
     file : where an AnnData was read from, named in errors.
+    say : gets a line where a third coordinate, the same (or none) for all cells, is left out.
 
     Raises
     ------
@@ -134,7 +136,7 @@ def read_counts(
     matrix = matrix.astype(np.float32, copy=False)
     if matrix.nnz == 0:
         raise UserError(f"{where}, {key}: all {len(names)} x {len(genes)} values are zero; check the layer and the filter that made it")
-    xy = _coordinates(adata, names, where, need_spatial)
+    xy = _coordinates(adata, names, where, need_spatial, say)
     counts = Counts(matrix, genes, names, xy, adata.obs.copy(), file, key)
     return counts.take_rows(~counts.empty_rows) if drop_empty and counts.empty_rows.any() else counts
 
@@ -269,7 +271,7 @@ def _remedy(adata: anndata.AnnData, key: str) -> str:
 
 
 def _coordinates(
-    adata: anndata.AnnData, names: NDArray[np.str_], where: str, needed: bool
+    adata: anndata.AnnData, names: NDArray[np.str_], where: str, needed: bool, say: Callable[[str], None]
 ) -> NDArray[np.float64] | None:
     """obsm["spatial"] as [n, 2] float64; without need, what is absent or malformed is None."""
     if "spatial" not in adata.obsm:
@@ -287,6 +289,9 @@ def _coordinates(
     except (TypeError, ValueError):
         xy = np.empty((0, 0))
         problem = f"obsm['spatial'] has values of type {raw.dtype}, not numbers; store x and y as numbers"
+    if xy.ndim == 2 and xy.shape[1] == 3 and len(np.unique(xy[~np.isnan(xy[:, 2]), 2])) < 2:
+        say(f"{where}: obsm['spatial'] has a third column that is the same for all cells; its first two, x and y, are used")
+        xy = xy[:, :2]
     if not problem and (xy.ndim != 2 or xy.shape[1] != 2):
         problem = f"obsm['spatial'] has shape {xy.shape}, not ({len(names)}, 2); keep the two columns x and y"
     elif not problem and not np.isfinite(xy).all():

@@ -25,12 +25,12 @@ import pandas as pd
 from ppl_st import calibration_plots, compositions, metrics, plots
 from ppl_st.api import fit
 from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split
-from ppl_st.calibration import coverage
+from ppl_st.calibration import LEVELS, coverage
 from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.io import atomic, write_adata
 from ppl_st.models import METHODS, load_method
-from ppl_st.posterior import LEVELS, Run
+from ppl_st.posterior import Run
 from ppl_st.report import Section, Table, write_report
 from ppl_st.report_run import BROWSED, browser_of
 from ppl_st.simulate import Simulation, checkerboard, spatial_field

@@ -150,7 +150,7 @@ def evaluate(
         record = configs.manifest(seed=seed, device=device, inputs=inputs, command=command)
         record |= {"methods": list(methods), "preset": preset, "overrides": list(overrides)}
         record |= {"folds": str(folds) if truth is None else None, "max_folds": max_folds, "draws": draws}
-    pair = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots, spots))
+    pair = read_pair(target, reference, layer=layer, gene_key=gene_key, need_spatial=(spots, spots), say=talk)
     cells, other = map(as_given, pair)
     if baselines and cells.xy is None:
         where = f"evaluate: target ({cells.source}) has no obsm['spatial'], which the baselines need"
@@ -236,7 +236,7 @@ def read_folds(path: str | Path) -> dict[str, NDArray[np.str_]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--folds {path}: cannot be read ({error}); give a number, or a text file of lines gene<TAB>fold") from error
+        raise UserError(f"folds ({path}): cannot be read ({error}); give a number, or a text file of lines gene<TAB>fold") from error
     found: dict[str, list[str]] = {}
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -244,13 +244,13 @@ def read_folds(path: str | Path) -> dict[str, NDArray[np.str_]]:
             continue
         gene, _, fold = (part.strip() for part in line.partition("\t"))
         if not (gene and fold):
-            raise UserError(f"--folds {path}, line {number}: {line!r} is not gene<TAB>fold")
+            raise UserError(f"folds ({path}), line {number}: {line!r} is not gene<TAB>fold")
         if gene in seen:
-            raise UserError(f"--folds {path}, line {number}: {gene} is already in line {seen[gene]}")
+            raise UserError(f"folds ({path}), line {number}: {gene} is already in line {seen[gene]}")
         seen[gene] = number
         found.setdefault(fold, []).append(gene)
     if not found:
-        raise UserError(f"--folds {path}: names no gene; write lines gene<TAB>fold")
+        raise UserError(f"folds ({path}): names no gene; write lines gene<TAB>fold")
     labels = sorted(found, key=lambda label: (not label.isdigit(), label.zfill(9)))
     return {label: np.sort(np.array(found[label])) for label in labels}
 
@@ -300,7 +300,7 @@ def _tasks(
         unknown = np.setdiff1d(np.concatenate(list(parts.values())), shared)
         if unknown.size:
             shown = f"{unknown.size} genes are not shared by target and reference, e.g. {', '.join(unknown[:3])}"
-            raise UserError(f"--folds {folds}: {shown}; list shared genes only")
+            raise UserError(f"folds ({folds}): {shown}; list shared genes only")
     keep = np.ones(len(cells.names), dtype=bool)
     for genes in parts.values():
         training = shared[~np.isin(shared, genes)]

@@ -67,6 +67,8 @@ def predict_places(
     for option, value in (("scale", scale), ("mask", mask)):
         if value is not None and image is None:
             raise UserError(f"--{option} is of a new image; give one with --image")
+    if section is not None and image is None:
+        run.section(section)  # says which there are
     names = None if genes is None else list(read_genes(genes))
     if want == "differential":
         first, comma, second = (regions or "").partition(",")

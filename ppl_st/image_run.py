@@ -28,7 +28,7 @@ from ppl_st.data import Counts, read_counts
 from ppl_st.errors import UserError
 from ppl_st.image_maps import Activities, ome
 from ppl_st.images import Source, label_image, nearest
-from ppl_st.io import atomic, refuse_inputs
+from ppl_st.io import atomic, refuse_inputs, refuse_suffix
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.posterior import Run
 from ppl_st.prepare.xfuse import new_image, refuse_cut, section_at
@@ -43,7 +43,7 @@ SAMPLED = 2**15  # pixels of a section on which the colors of summaries are foun
 PIXELS, GENES = 2048, 64  # of the blocks in which maps are computed, at most: they stay in the processor's cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageRun(Run):
     """See the module's docstring. ``target`` holds the rows of all sections of ``data`` in their order, virtual measurements left out.
 
@@ -160,6 +160,7 @@ class ImageRun(Run):
         import zarr
         from zarr.codecs import BloscCodec
 
+        refuse_suffix(path, (".zarr",))
         refuse_inputs(path, self.manifest)
         one = self.section(section)
         index = self._index(genes)

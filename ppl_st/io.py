@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -63,6 +63,8 @@ def read_adata(source: str | Path | anndata.AnnData, *, role: str) -> anndata.An
     """
     if isinstance(source, anndata.AnnData):
         return source
+    if not isinstance(source, str | Path):
+        raise UserError(f"{role}: a {type(source).__name__} is no AnnData; make one of it (anndata.AnnData), or give a file")
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix not in (".h5ad", ".zarr"):
@@ -122,9 +124,7 @@ def write_adata(adata: anndata.AnnData, path: str | Path) -> None:
         For an unknown suffix, and for a path that cannot be written (see `atomic`).
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".h5ad", ".zarr"):
-        raise UserError(f"cannot write {path}: unknown suffix {suffix!r}; name the output *.h5ad or *.zarr")
+    suffix = refuse_suffix(path)
     with atomic(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Turning strings into categories would change the caller's obs and var in place.
@@ -134,6 +134,14 @@ def write_adata(adata: anndata.AnnData, path: str | Path) -> None:
         with hdf5_target(temporary) as target, h5py.File(target, "w") as file:
             options = {"compression": "gzip", "compression_opts": 1}
             anndata.io.write_elem(file, "/", adata, dataset_kwargs=options)
+
+
+def refuse_suffix(path: str | Path, known: Sequence[str] = (".h5ad", ".zarr")) -> str:
+    """The suffix of an output; the format follows it, so another one than these is refused."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in known:
+        raise UserError(f"cannot write {path}: unknown suffix {suffix!r}; name the output *{' or *'.join(known)}")
+    return suffix
 
 
 def storable(table: pd.DataFrame, role: str = "") -> pd.DataFrame:

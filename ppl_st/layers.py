@@ -35,8 +35,10 @@ def with_layers(counts: Counts, source: str | Path | ad.AnnData, layers: Sequenc
     Raises
     ------
     UserError
-        A layer that is not there or holds no counts, or a gene whose name has a layer's ending already.
+        A layer that is named twice, is not there or holds no counts, or a gene whose name has a layer's ending already.
     """
+    if twice := [name for k, name in enumerate(layers) if name in layers[:k]]:
+        raise UserError(f"reference ({counts.source}): reference_layers names {twice[0]!r} twice; name each layer once")
     taken = [gene for gene in counts.genes if gene.rsplit(":", 1)[-1] in layers and ":" in gene]
     if taken:
         raise UserError(f"reference ({counts.source}): gene {taken[0]!r} looks like a gene of a layer (reference_layers); rename it")

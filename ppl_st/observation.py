@@ -12,8 +12,9 @@ The contract. A likelihood is a function from a mean and parameters per gene to 
               prior, Normal(location, scale): a positive parameter is given by its logarithm, a probability by its
               log-odds, and transformed in the function.
     returns   a Pyro distribution over counts, batch shape [..., g], no event shape, with `log_prob`, `sample`, `mean`
-              and `variance`. Its mean must be finite and > 0, and may differ from the argument (zero inflation): SIID and VISTA divide by the factor
-              between them (`of_mean`), so that their rate is the mean of the counts. `log_prob` must be differentiable by
+              and `variance`, whose `support` (if it tells one) is of integers >= 0. Its mean must be finite and > 0, and may differ from
+              the argument (zero inflation): SIID and VISTA divide by the factor between them (`of_mean`),
+              so that their rate is the mean of the counts. `log_prob` must be differentiable by
               all arguments; `ppl_st.testing.check_likelihood` tests that and much more.
 
 What a method does with the parameters. Each is a global site of its own name with the prior Normal(a + b z_g, s), z_g a
@@ -195,6 +196,8 @@ def _try(likelihood: Likelihood) -> None:
     asked = "calling it"
     try:
         d = likelihood(mean, parameters)
+        if d is None:
+            raise TypeError("it returned None, not a distribution; end it with `return`")
         for asked in ("to_event", "mask", "expand"):  # what Pyro adds to torch's distributions
             getattr(d, asked)
         shapes = {"batch_shape": torch.Size(d.batch_shape), "event_shape": torch.Size(d.event_shape)}
@@ -226,3 +229,16 @@ def _try(likelihood: Likelihood) -> None:
             f"likelihood {likelihood.name!r}: its mean is not finite and positive at the prior's location; SIID and VISTA need one, because they "
             "divide by what the counts of mean 1 have on average: choose a likelihood that has a mean"
         )
+    if not _of_counts(d):
+        raise UserError(
+            f"likelihood {likelihood.name!r}: {type(d).__name__} has support {d.support}, which holds more than the counts 0, 1, 2, ...; return a "
+            "distribution over these, such as pyro.distributions.NegativeBinomial"
+        )
+
+
+def _of_counts(d: Any) -> bool:
+    """Whether the support of a distribution over [2, 3] values is of integers >= 0; what does not tell is believed."""
+    try:
+        return not any(bool(d.support.check(torch.full((2, 3), odd)).any()) for odd in (-1.0, 0.5))
+    except Exception:  # constraints of all kinds of authors
+        return True

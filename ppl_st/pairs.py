@@ -1,5 +1,6 @@
 """Files that are read by one ``layer`` and one ``gene_key`` although they need not look alike: target and reference, and what judges a run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -22,8 +23,10 @@ def read_pair(
     layer: str | None = None,
     gene_key: str | None = None,
     need_spatial: tuple[bool, bool] = (True, True),
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Counts, Counts]:
     """Target and reference; ``need_spatial``: whether coordinates of the one, of the other may not be absent; those of the target must be sound.
+    ``say`` gets what `read_counts` says.
 
     ``gene_key`` names the genes of each that has such a column in ``var``; the other keeps its ``var_names``.
 
@@ -38,7 +41,7 @@ def read_pair(
         own = _own_key(adata, layer, gene_key)
         named |= own is not None
         needed |= role == "target" and "spatial" in adata.obsm
-        found.append(read_counts(adata, role=role, layer=layer, gene_key=own, need_spatial=needed, file=_file(source)))
+        found.append(read_counts(adata, role=role, layer=layer, gene_key=own, need_spatial=needed, file=_file(source), say=say))
     if not named:
         raise UserError(
             f"gene_key {gene_key!r}: neither target ({found[0].source}) nor reference ({found[1].source}) has such a column in var; name a column "

@@ -190,10 +190,19 @@ def _columns(names: list[str], genes: Any) -> list[int]:
 def log_fold_change(counts: Any, group: Any) -> Statistic:
     """log(mean count in the group / mean count outside), [genes], with its delta-method variance.
 
-    ``counts`` [cells, genes], ``group`` [cells] bool. A gene's own level cancels. Both means are floored at half a count in all cells of both sides.
+    ``counts`` [cells, genes], ``group`` [cells] bool (or 0 and 1) in the order of their rows, which the index of a Series does not change. A gene's
+    own level cancels. Both means are floored at half a count in all cells of both sides.
     """
-    x, inside = _counts(counts), np.asarray(group, dtype=bool)
-    if inside.shape != x.shape[:1] or min(inside.sum(), (~inside).sum()) < 2:
+    x, marks = _counts(counts), np.asarray(group)
+    known = list({repr(value): value for value in marks.ravel().tolist()}.values())  # nan once
+    if marks.shape != x.shape[:1] or not all(isinstance(value, bool | int | float) and value in (0, 1) for value in known):
+        shown = ", ".join(map(repr, known[:3])) + (", ..." if len(known) > 3 else "")
+        raise UserError(
+            f"log_fold_change: group has shape {marks.shape}, type {marks.dtype} and values {shown or 'none'}; need True or False for each of the "
+            f"{len(x)} cells, as labels == 'B cells' gives them"
+        )
+    inside = marks.astype(bool)
+    if min(inside.sum(), (~inside).sum()) < 2:
         raise UserError(f"log_fold_change: group marks {int(inside.sum())} of {len(x)} cells; both sides need two or more")
     value, variance = np.zeros(x.shape[1]), np.zeros(x.shape[1])
     for sign, side in ((1, inside), (-1, ~inside)):

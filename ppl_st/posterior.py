@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ppl_st.calibration import LEVELS, coverage, interval_coverage
+from ppl_st.asked import gene_list, refuse_draws, whole
+from ppl_st.calibration import score_columns
 from ppl_st.conformal import KNOTS, Inner, Recalibration, inner_rows, pit_curves
 from ppl_st.data import Counts, matched, shared_total
 from ppl_st.errors import UserError
-from ppl_st.inference.predict import Scores, Summary, count_draws, posterior_predictive, predictive_blocks
+from ppl_st.inference.predict import Summary, count_draws, posterior_predictive, predictive_blocks
 from ppl_st.inference.svi import Pair
 from ppl_st.io import refuse_inputs
 from ppl_st.pairs import read_like
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A fitted method on its data.
 
@@ -67,6 +67,12 @@ class Run:
     folder: Path | None = None
     inner: Inner | None = None
     recalibration: Recalibration | None = None
+
+    def __repr__(self) -> str:
+        known, every = int(self.measured.sum()), len(self.genes)
+        where = "in memory" if self.folder is None else f"in {self.folder}"
+        size = f"{len(self.target.names)} cells or spots x {every} genes"
+        return f"<{self.method} run: {size}, {known} measured and {every - known} unmeasured, {where}>"
 
     @property
     def genes(self) -> NDArray[np.str_]:
@@ -133,6 +139,7 @@ class Run:
             on average) and ``var["nominal_level"]``.
             Of a method with metagenes also ``varm``, their profiles; ``uns["units"]`` says what each table is.
         """
+        refuse_draws(draws, seed, memory_gb, samples)
         run, data, counts = self._other(target)
         index = self._index(genes)
         predictor = run.module.Predictor(run.pair, data, run.config, run.spec)
@@ -145,7 +152,7 @@ class Run:
         result = run._table(summary, index, counts, ends)
         result.uns["ppl_st"] = json.dumps(self.manifest | {"draws": draws})
         if scores is not None and observed is not None:
-            result.var = result.var.join(_score_columns(scores, observed, result.var_names, ends, maps))
+            result.var = result.var.join(score_columns(scores, observed, result.var_names, ends, maps))
             for name in ("log_prob", "pit_low", "pit_high"):
                 result.layers[name] = getattr(scores, name)
         if samples:
@@ -175,6 +182,7 @@ class Run:
 
         ``say`` gets lines about size and progress.
         """
+        refuse_draws(draws, seed, memory_gb)
         run, data, counts = self._other(target)
         index = self._index(genes)
         predictor = run.module.Predictor(run.pair, data, run.config, run.spec)
@@ -195,6 +203,8 @@ class Run:
         memory_gb: float = 1.0,
     ) -> None:
         """Write ``count[sample, cell, gene]``, joint posterior predictive draws, as a zarr store, block by block."""
+        whole("draws", draws, 1)
+        refuse_draws(2, seed, memory_gb)
         run, data, counts = self._other(target)
         index = self._index(genes)
         predictor = run.module.Predictor(run.pair, data, run.config, run.spec)
@@ -219,12 +229,14 @@ class Run:
             predictive probability, nats), crps (counts), coverage_50/80/90/95 (expected randomised coverage of the central interval); of a
             recalibrated run also recalibrated_crps (of the corrected predictive) and recalibrated_coverage (of the interval lower, upper).
         """
+        refuse_draws(draws, seed, memory_gb)
         known = self.counts_of(truth)
         ours = known.genes[np.isin(known.genes, self.genes)]  # a target's blanks, say, are unknown to the reference
         ours = ours if len(ours) else known.genes  # `_index` names some
         unseen = ours if self.measured.all() else ours[~np.isin(ours, self.target.genes)]
         if genes is None and not len(unseen):
-            raise UserError(f"truth ({known.source}): no gene is left to predict, the fit was shown all that the run knows; name genes with --genes")
+            what = f"no gene is left to predict, the fit was shown its {len(ours)} genes; give counts of held-out genes, or name some (genes=[...])"
+            raise UserError(f"truth ({known.source}): {what}")
         index = self._index(unseen if genes is None else genes)
         predictor = self.module.Predictor(self.pair, self.data, self.config, self.spec)
         observed, names = matched(known, self.target, self.genes[index]), pd.Index(self.genes[index], name="gene")
@@ -236,7 +248,7 @@ class Run:
             if scores is not None and len(rows):
                 own = (None if values is None else values[:, part] for values in (ends, maps))
                 share = len(rows) / predictor.n_cells
-                parts[part.start] = parts.get(part.start, 0.0) + share * _score_columns(scores, observed[rows, part], names[part], *own)
+                parts[part.start] = parts.get(part.start, 0.0) + share * score_columns(scores, observed[rows, part], names[part], *own)
         return pd.concat([parts[start] for start in sorted(parts)])
 
     def counts_of(self, source: str | Path | ad.AnnData | Counts, *, role: str = "truth") -> Counts:
@@ -377,13 +389,13 @@ class Run:
 
     def _index(self, genes: Sequence[str] | NDArray[np.str_] | None) -> NDArray[np.int64]:
         index = np.flatnonzero(~self.measured)
-        genes = [genes] if isinstance(genes, str) else genes
+        genes = None if genes is None else gene_list(genes, "the list of genes")
         if genes is not None and not len(genes):
             raise UserError("the list of genes is empty; name one or more, or leave it out for every gene that the target did not measure")
         if genes is not None:
-            index = pd.Index(self.genes).get_indexer(pd.Index(np.asarray(genes, dtype=str)))
+            index = pd.Index(self.genes).get_indexer(pd.Index(genes))
             if (index < 0).any():
-                missing = np.asarray(genes, dtype=str)[index < 0]
+                missing = genes[index < 0]
                 raise UserError(
                     f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
                     f"{len(self.genes)} genes of its reference (genes.txt in its folder)"
@@ -426,23 +438,3 @@ def _factor(counts: Counts, genes: NDArray[np.str_]) -> NDArray[np.float64]:
     total = shared_total(counts, genes)
     positive = total > 0
     return np.where(positive, np.median(total[positive]) / np.where(positive, total, 1.0), 1.0)
-
-
-def _score_columns(
-    scores: Scores,
-    truth: sp.csr_matrix,
-    genes: pd.Index,
-    ends: NDArray[np.float64] | None,
-    maps: NDArray[np.float64] | None,
-) -> pd.DataFrame:
-    table = pd.DataFrame(index=genes)
-    table["mean_count"] = np.asarray(truth.mean(0)).ravel()
-    table["log_score"] = scores.log_prob.mean(0, dtype=np.float64)
-    table["crps"] = scores.crps.mean(0, dtype=np.float64)
-    covered = coverage(scores.pit_low, scores.pit_high, LEVELS)
-    for level, per_gene in zip(LEVELS, covered.per_gene, strict=True):
-        table[f"coverage_{round(100 * level)}"] = per_gene
-    if ends is not None and maps is not None and scores.corrected_crps is not None:
-        table["recalibrated_crps"] = scores.corrected_crps.mean(0, dtype=np.float64)
-        table["recalibrated_coverage"] = interval_coverage(scores.pit_low, scores.pit_high, ends)
-    return table

@@ -290,8 +290,19 @@ def _evaluation(folder: Path) -> list[Section]:
     return [Section("Scores", text, tables, figures)]
 
 
+def is_of_sweep(table: Path) -> bool:
+    """Whether a ``scores.csv`` or ``summary.csv`` is that of a sweep: it has variants."""
+    with open(table, encoding="utf-8") as lines:
+        return "variant" in lines.readline().strip().split(",")
+
+
 def read_scores(folder: Path) -> pd.DataFrame:
-    """``scores.csv`` of an evaluation, a row per method and gene; gene and fold are text, also where they read "nan"."""
+    """``scores.csv`` of an evaluation, a row per method and gene; gene and fold are text, also where they read "nan".
+
+    That of a sweep is refused.
+    """
+    if is_of_sweep(folder / "scores.csv"):
+        raise UserError(f"{folder}: is a sweep; give one or several of its evaluations, {folder}/<variant>/seed<k>")
     return pd.read_csv(folder / "scores.csv", converters={"gene": str, "fold": str})
 
 

@@ -75,6 +75,23 @@ def inputs_of(folder: Path, tables: Mapping[str, Counts]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def fresh(folder: Path | None) -> Iterator[None]:
+    """A fit that begins in ``folder``, where nothing was: its inputs go again where its start refuses the data, so that the next try is not refused.
+
+    From ``fit.json`` on the fit has begun; and what is interrupted before it can be resumed.
+    """
+    made = [] if folder is None else [one for one in (folder, *folder.parents) if not one.exists()]  # innermost first
+    try:
+        yield
+    except ValueError:  # UserError is one
+        if folder is not None and not (folder / "fit.json").exists():
+            for name in INPUTS:
+                (folder / name).unlink(missing_ok=True)
+            _remove_empty(made)
+        raise
+
+
 def _remove_empty(folders: Iterable[Path]) -> None:
     """Remove folders, innermost first, up to the first that holds something."""
     for one in folders:

@@ -106,8 +106,8 @@ def stack(runs: Sequence[Run]) -> Run:
     Raises
     ------
     UserError
-        Fewer than two runs, a run of a method of images, other cells, other genes hidden, a run that is not recalibrated or was recalibrated in
-        another way, no gene in common.
+        Fewer than two runs, a run given twice or of a method of images, other cells, other genes hidden, a run that is not recalibrated or was
+        recalibrated in another way, no gene in common.
     """
     if len(runs) < 2:
         raise UserError(f"stack: {len(runs)} run; give two or more")
@@ -119,6 +119,9 @@ def stack(runs: Sequence[Run]) -> Run:
             raise UserError(f"stack: {name} was fitted on other cells than {names[0]}; fit both on the same target")
         if run.inner is None:
             raise UserError(f"stack: {name} has no scores of held-out genes; first: ppl-st recalibrate {shlex.quote(str(run.folder or 'RUN'))}")
+    same = [id(run) if run.folder is None else run.folder.resolve() for run in runs]
+    if twice := [name for k, name in enumerate(names) if same[k] in same[:k]]:
+        raise UserError(f"stack: {twice[0]} is given twice, which would count it twice; name each run once")
     common = _common([run.genes for run in runs])
     seen = [np.isin(common, run.genes[run.measured]) for run in runs]
     for own, name in zip(seen, names, strict=True):

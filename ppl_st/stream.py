@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ppl_st.inference.predict import QUANTILES, Summary, fits_of_draws, predictive_blocks
-from ppl_st.io import atomic, free_bytes, hdf5_target, refuse_inputs, storable
+from ppl_st.io import atomic, free_bytes, hdf5_target, refuse_inputs, refuse_suffix, storable
 
 if TYPE_CHECKING:
     from ppl_st.posterior import Run
@@ -117,6 +117,7 @@ def write_prediction(
     say: Callable[[str], None],
 ) -> tuple[int, int]:
     """Write the summaries of the genes ``index`` in the cells of ``counts`` (``own``: those of the fit); see `ppl_st.posterior.Run.write`."""
+    refuse_suffix(path)
     refuse_inputs(path, run.manifest)
     n, several = predictor.n_cells, fits_of_draws(predictor, predictor.chains, draws) is not None
     moments = np.zeros((4, len(index)))  # per gene: sums of the rate, its square, its variance, the part of that between fits
@@ -240,6 +241,7 @@ def write_table(
         Of the AnnData, [g] rows.
     """
     path = Path(path)
+    refuse_suffix(path)
     names, n, g = list(layers), len(obs), len(genes)
     rows, columns = _chunk(n, g)
     with atomic(path) as temporary, _store(temporary) as store:
@@ -279,6 +281,7 @@ def write_samples(
     """
     import zarr
 
+    refuse_suffix(path, (".zarr",))
     refuse_inputs(path, manifest)
     path = Path(path)
     rows = _chunk(len(cells), len(genes))[0]

@@ -41,16 +41,25 @@ import tomli_w
 from ppl_st import config as configs
 from ppl_st.compare import METRICS
 from ppl_st.errors import UserError
-from ppl_st.evaluate import evaluate
+from ppl_st.evaluate import evaluate, read_folds
 from ppl_st.io import atomic
 from ppl_st.metrics import bootstrap_mean
 from ppl_st.models import load_method
-from ppl_st.report import read_json, read_scores
+from ppl_st.report import is_of_sweep, read_json, read_scores
 
 __all__ = ["read_spec", "summarise", "sweep"]
 
-KNOWN = {"method", "target", "reference", "truth", "folds", "max_folds", "draws", "preset", "seeds", "variants", "grid"}
+FILE, COUNT = "the name of a file in quotes", "a whole number"
+# Key -> types of its value, the least number, what to give.
+KEYS: dict[str, tuple[tuple[type, ...], int, str]] = {
+    "method": ((str,), 0, "the name of a method in quotes"), "target": ((str,), 0, FILE), "reference": ((str,), 0, FILE), "truth": ((str,), 0, FILE),
+    "folds": ((int, str), 2, f"{COUNT}, 2 or more, or {FILE}"), "max_folds": ((int,), 1, f"{COUNT}, 1 or more"),
+    "draws": ((int,), 2, f"{COUNT}, 2 or more"), "preset": ((str,), 0, "the name of a preset in quotes"),
+    "seeds": ((list,), 0, "a list of different whole numbers, such as [0, 1, 2]"), "variants": ((dict,), 0, "tables, as [variants.default]"),
+    "grid": ((dict,), 0, "a table of lists"),
+}  # fmt: skip
 FIRST = "default"  # variant of a sweep that has a grid only
+OTHERS = ("evaluation.json", "log_prob.npz", "config.toml", "manifest.json")  # files of an evaluation or a run, which no sweep has at its top
 
 
 def read_spec(path: str | Path) -> dict[str, Any]:
@@ -59,20 +68,22 @@ def read_spec(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     UserError
-        Unreadable, unknown or missing keys, or a name that cannot be a folder.
+        Unreadable, unknown or missing keys, a value of the wrong type or out of range, or a name that cannot be a folder.
     """
     path = Path(path)
     spec = configs.read_toml(path)
-    unknown, missing = sorted(set(spec) - KNOWN), [key for key in ("method", "target", "reference") if key not in spec]
+    unknown, missing = sorted(set(spec) - set(KEYS)), [key for key in ("method", "target", "reference") if key not in spec]
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]!r} is missing"
-        raise UserError(f"{path}: {what}; a sweep has {', '.join(sorted(KNOWN))}")
+        raise UserError(f"{path}: {what}; a sweep has {', '.join(sorted(KEYS))}")
+    for key, value in spec.items():
+        _check(path, key, key, value)
     if "truth" in spec and (beside := [key for key in ("folds", "max_folds") if key in spec]):
         raise UserError(f"{path}: truth names the genes that are judged, so there are no folds; leave out {' and '.join(beside)}, or truth")
     spec = {"folds": 5, "max_folds": None, "draws": 50, "preset": "default", "seeds": [0], "truth": None, "grid": {}} | spec
     seeds = spec["seeds"]
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UserError(f"{path}: seeds = {seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
+    if not seeds or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: seeds = {seeds!r}; give {KEYS['seeds'][2]}")
     for key in ("target", "reference", "truth", "folds"):
         if isinstance(spec[key], str):
             spec[key] = path.parent / spec[key]
@@ -89,11 +100,19 @@ def read_spec(path: str | Path) -> dict[str, Any]:
     for name, settings in variants.items():
         if not isinstance(settings, dict) or not name or name.startswith(".") or set(name) & set("/\\\0"):
             raise UserError(f"{path}: variants.{name}: give a table of settings under a name that can be a folder")
+        _check(path, f"variants.{name}.preset", "preset", settings.get("preset", spec["preset"]))
         if isinstance(settings.get("profiles"), str) and settings["profiles"] != "none":
             variants[name] = settings | {"profiles": str(path.parent / settings["profiles"])}
     if len(variants) < 2:
         raise UserError(f"{path}: {len(variants)} variant; name at least two under [variants], or a [grid]")
     return spec | {"variants": variants}
+
+
+def _check(path: Path, name: str, key: str, value: Any) -> None:
+    """Refuse a value of ``name`` that is none for the key of `KEYS`."""
+    kinds, least, what = KEYS[key]
+    if type(value) not in kinds or (isinstance(value, int) and value < least):
+        raise UserError(f"{path}: {name} = {value!r}; give {what}")
 
 
 def sweep(
@@ -105,9 +124,21 @@ def sweep(
     say: Callable[[str], None] | None = None,
     command: str | None = None,
 ) -> pd.DataFrame:
-    """Evaluate every variant of ``spec`` (file) for every seed into ``out``, and return `summarise` of it."""
+    """Evaluate every variant of ``spec`` (file) for every seed into ``out``, and return `summarise` of it.
+
+    Raises
+    ------
+    UserError
+        What `read_spec` and `ppl_st.evaluate` refuse, or a folder that holds something else than a sweep.
+    """
     talk, folder = say or (lambda line: None), Path(out)
     plan = read_spec(spec)
+    _refuse_others(folder)
+    if isinstance(plan["folds"], Path):
+        try:
+            read_folds(plan["folds"])
+        except UserError as error:
+            raise UserError(f"{spec}: {error}") from None
     presets = load_method(plan["method"]).PRESETS
     for name, settings in plan["variants"].items():  # a mistake in the last variant is said before the first is fitted
         preset, overrides = _settings(settings, plan["preset"])
@@ -201,6 +232,15 @@ def _overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _toml(value: Any) -> str:
     return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder that is an evaluation or a run: its tables would be overwritten."""
+    other = [name for name in OTHERS if (folder / name).exists()]
+    tables = [folder / name for name in ("scores.csv", "summary.csv")]
+    other += [table.name for table in tables if table.is_file() and not is_of_sweep(table)]
+    if other:
+        raise UserError(f"{folder}: holds an evaluation or a run ({', '.join(other)}), no sweep, and stays as it is; choose another --out")
 
 
 def _refuse_other(place: Path, plan: Mapping[str, Any], preset: str, overrides: list[str]) -> None:

@@ -138,7 +138,7 @@ def knobs_of(protocol: Callable[..., Any], name: str, items: list[str]) -> dict[
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in defaults:
             close = get_close_matches(key, defaults, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UserError(f"--set {item!r}: no such knob of {name}{hint} Knobs: {', '.join(defaults)}")
         kind = type(defaults[key])
         try:

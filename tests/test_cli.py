@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -184,7 +185,9 @@ def test_demo_refuses_an_unknown_method(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "sid"], "did you mean 'siid'"),
+        (["fit", "sid"], "did you mean 'siid'? Available: siid, "),
+        (["fit", "nope"], "unknown method 'nope'. Available: siid, "),
+        (["evaluate", "--methods", " ,"], "--methods ' ,': names no method; give one or more of siid, vista, "),
         (["fit", "siid"], "needs target and reference"),
         (["fit", "siid", "--target", "no.h5ad", "--reference", "no.h5ad"], "no such file: no.h5ad"),
         (["fit", "siid", "--resume"], "not a run folder"),
@@ -232,6 +235,13 @@ def test_a_used_run_folder_is_refused_and_a_finished_one_resumes(folder):
 def test_the_next_command_can_be_copied(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run z")
     assert f"next: ppl-st predict '{tmp_path / 'run z'}' --out" in ok("fit", "siid", "--resume", "--out", tmp_path / "run z").output
+
+
+def test_a_fit_with_nothing_left_to_impute_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppl_st.api, "fit", lambda *arguments, **options: SimpleNamespace(measured=np.ones(3, bool), genes=np.array(["a", "b", "c"])))
+    said = ok("fit", "siid", "--out", tmp_path / "run").output
+    assert "3 measured and 0 unmeasured genes; no gene is left to impute (--hold-out hides some from a fit)" in said and "predict" not in said
+    assert "next: ppl-st predict" in ok("fit", "xfuse", "--out", tmp_path / "run").output
 
 
 def test_a_device_that_is_not_there_leaves_nothing_and_a_resumed_run_may_change_it(folder, tmp_path):

@@ -186,9 +186,14 @@ def test_coordinates() -> None:
     with pytest.raises(UserError, match=r"no obsm\['spatial'\] \(obsm has X_pca\)"):
         read_counts(adata, role="target")
     assert read_counts(adata, role="reference", need_spatial=False).xy is None
-    adata.obsm["spatial"] = np.zeros((20, 3))
+    adata.obsm["spatial"] = np.arange(60).reshape(20, 3)
     with pytest.raises(UserError, match=r"shape \(20, 3\), not \(20, 2\)"):
         read_counts(adata, role="target")
+    said: list[str] = []
+    for third in (np.full(20, 7.0), np.full(20, np.nan)):
+        adata.obsm["spatial"] = np.column_stack([np.arange(40).reshape(20, 2), third])
+        assert np.array_equal(read_counts(adata, role="target", say=said.append).xy, np.arange(40).reshape(20, 2))
+    assert len(said) == 2 and "target (AnnData): obsm['spatial'] has a third column that is the same for all cells" in said[1]
     xy = np.zeros((20, 2))
     xy[[3, 7]] = np.nan
     adata.obsm["spatial"] = xy

@@ -10,6 +10,7 @@ import tifffile
 import xarray as xr
 import zarr
 
+from ppl_st import api
 from ppl_st.checks import predictive_checks
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.data import Counts
@@ -162,6 +163,24 @@ def test_a_folder_that_can_be_resumed_is_whole_and_keeps_the_users_scale(run, tm
     monkeypatch.setattr("ppl_st.config.write", lambda config, path: whole.intersection_update(one.name for one in path.parent.iterdir()))
     write_inputs(tmp_path, run.config, {}, run.target, run.data)
     assert len(whole) == 4
+
+
+def test_an_unknown_section_is_named_beside_those_there_are(run, tmp_path):
+    for want in ("spots", "areas"):
+        with pytest.raises(UserError, match="no section 'nope'; the run has a, b"):
+            ask(run, tmp_path / "x.h5ad", want, section="nope")
+    with pytest.raises(UserError, match="which spots"):
+        ask(run, tmp_path / "x.h5ad", section="a")
+
+
+def test_sections_whose_start_is_refused_leave_no_folder(run, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise UserError("no")
+
+    monkeypatch.setattr(xfuse, "start", refuse)
+    with pytest.raises(UserError, match=r"^no$"):
+        api.fit_sections("xfuse", run.data, run.target, run.config, {}, tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_pixels_of_a_map_lie_where_those_of_the_file_do(run):

@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "product_math": {"likelihood_math"},
     "product": {"product_math", "likelihoods", "count_likelihoods", "likelihood_math", "sampling"},
     "factors": set(),
+    "asked": set(),
     "networks": set(),
     "io": set(),
     "data": {"io"},
@@ -43,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "spatialdata_zarr": {"data", "images", "spatial"},
     "simulate": {"likelihoods"},
     "config": {"io"},
-    "inference": {"io", "data", "sampling"},  # the writer of files and row blocks; never a named method
+    "inference": {"io", "data", "sampling", "asked"},  # the writer of files and row blocks; never a named method
     "observation": {"likelihoods", "count_likelihoods"},  # a likelihood by its name
     "models": {
         "observation", "likelihoods", "likelihood_math", "count_likelihoods", "real_likelihoods", "directional", "product", "sampling", "factors",
@@ -63,11 +64,11 @@ ROOMS: dict[str, set[str]] = {
     "image_plots": {"io"},
     "image_maps": {"io", "models"},
     "image_run": {"io", "data", "config", "image_maps", "images", "slides", "models", "prepare", "posterior", "run_folder"},
-    "prepare": {"data", "pairs", "spatial", "radius", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
+    "prepare": {"asked", "data", "pairs", "spatial", "radius", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "pairs", "config", "conformal", "inference"},
     "style": {"data"},  # a run seen as its reference
-    "posterior": {"io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream", "style"},
+    "posterior": {"asked", "io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream", "style"},
     "export": {"io", "data", "inference"},
     "testing": {"inference"},  # any distribution, any pair: no likelihood and no method of ours
     "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},

@@ -60,6 +60,8 @@ def test_refusals(world):
     made, _ = world
     with pytest.raises(UserError, match="no layer 'nascent'"):
         ppl_st.fit("vista", target=made.target, reference=made.reference, overrides=['reference_layers=["nascent"]', "fit.steps=2"])
+    with pytest.raises(UserError, match="reference_layers names 'spliced' twice; name each layer once"):
+        ppl_st.fit("vista", target=made.target, reference=made.reference, overrides=['reference_layers=["spliced", "spliced"]', "fit.steps=2"])
     run = ppl_st.fit("vista", target=made.target, reference=made.reference, overrides=["penalty=3", "reweight=false", "process=0", "fit.steps=2"])
     with pytest.raises(UserError, match="reference_layers"):
         as_layers(run.predict(list(made.reference.var_names[:3]), draws=4), LAYERS)

@@ -114,6 +114,26 @@ def no_mean(mean, log_theta=(0.0, 1.0)):
     return Zero(mean, log_theta=log_theta)
 
 
+def of_reals(mean, log_sd=(0.0, 1.0)):
+    return dist.Normal(mean, log_sd.exp())
+
+
+def nothing(mean, log_theta=(0.0, 1.0)):
+    NegativeBinomial(mean, log_theta=log_theta)
+
+
+def untold(mean, log_rate=(0.0, 1.0)):
+    class Untold(dist.Poisson):
+        support = None
+
+    return Untold(mean * log_rate.exp(), validate_args=False)
+
+
+def mixed(mean, log_rate=(0.0, 1.0)):
+    components = (mean * log_rate.exp()).unsqueeze(-1) * torch.tensor([0.5, 1.5])
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones_like(components)), dist.Poisson(components))
+
+
 def two_parameters(mean, log_theta=(0.0, 1.0), log_other=(0.0, 1.0)):
     return NegativeBinomial(mean, log_theta=log_theta + log_other)
 
@@ -145,6 +165,8 @@ def test_built_in_names_and_their_priors():
         (not_finite, "not finite"),
         (infinite_mean, "mean is not finite and positive at the prior's location; SIID and VISTA need one"),
         (no_mean, "mean is not finite and positive"),
+        (of_reals, r"of_reals': Normal has support Real\(\), which holds more than the counts 0, 1, 2, "),
+        (nothing, "calling it fails .* it returned None, not a distribution"),
     ],
 )
 def test_what_a_method_cannot_use_is_refused_with_the_reason(function, message):
@@ -152,6 +174,11 @@ def test_what_a_method_cannot_use_is_refused_with_the_reason(function, message):
     with pytest.raises(UserError, match=message):
         find(name_of(function), ("activity",))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("function", [mixed, untold, own_nb])
+def test_a_law_of_counts_or_of_untold_support_is_taken(function):
+    assert len(find(name_of(function)).priors) == 1
 
 
 def test_names_of_siids_own_effects_are_taken():

@@ -98,6 +98,15 @@ def test_a_target_may_lack_coordinates_where_the_method_does_without_but_not_hav
         api.fit("spaim", target=bare, reference=world.reference)
 
 
+def test_a_third_coordinate_that_is_left_out_is_said():
+    world = checkerboard(seed=2, n_cells=100, side=4, squares=4, n_types=2, n_genes=30, n_panel=20)
+    said = []
+    world.target.obsm["spatial"] = np.column_stack([world.target.obsm["spatial"], np.zeros(100)])
+    with pytest.raises(UserError, match="--hold-out"):  # after the files were read
+        api.fit("siid", target=world.target, reference=world.reference, hold_out=["nope"], say=said.append)
+    assert any("third column" in line for line in said)
+
+
 @pytest.mark.parametrize("method", ["siid", "vista", "spaim", "spagene"])
 def test_a_cell_without_a_section_and_a_held_out_gene_that_cannot_be_predicted_are_refused(method):
     world = checkerboard(seed=2, n_cells=100, side=4, squares=4, n_types=2, n_genes=30, n_panel=20)

@@ -62,6 +62,27 @@ def test_fold_change_is_the_ratio_of_means_and_its_variance_that_of_resampled_ce
         log_fold_change(x, np.ones(60))
 
 
+@pytest.mark.parametrize(
+    "group, said",
+    [
+        (np.arange(60) % 3, r"shape \(60,\), type int64 and values 0, 1, 2; .* each of the 60 cells"),
+        (np.arange(60) < 30.5, None),
+        (np.arange(60) % 2, None),
+        (np.where(np.arange(60) % 2, 1.0, np.nan), r"type float64 and values nan, 1\.0;"),
+        (np.where(np.arange(60) % 2, "T", "B"), r"values 'B', 'T'; .*labels == 'B cells'"),
+        ((np.arange(60) % 2 == 0).astype(object), None),
+        (np.ones(59, bool), r"shape \(59,\), type bool and values True"),
+    ],
+)
+def test_a_group_is_true_or_false_for_every_cell(group, said):
+    x = np.random.default_rng(0).poisson(3.0, (60, 2))
+    if said is None:
+        assert np.isfinite(log_fold_change(x, group).estimate).all()
+        return
+    with pytest.raises(UserError, match=f"log_fold_change: group has .*{said}"):
+        log_fold_change(x, group)
+
+
 def test_a_gene_that_hardly_anybody_has_does_not_differ():
     """A floor of its own for either side called it higher in the smaller one."""
     rng, group = np.random.default_rng(5), np.arange(6030) < 30

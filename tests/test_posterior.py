@@ -19,6 +19,7 @@ from ppl_st import refit, run_folder
 from ppl_st.calibration import LEVELS
 from ppl_st.conformal import KNOTS, Recalibration
 from ppl_st.errors import UserError
+from ppl_st.models import siid
 from ppl_st.pairs import read_pair
 from ppl_st.posterior import Run
 from ppl_st.prepare import load_prepare
@@ -73,6 +74,38 @@ def test_a_folder_that_cannot_be_begun_is_left_empty_for_the_next_try(run, tmp_p
     monkeypatch.undo()
     write_inputs(folder, run.config, run.manifest, run.target, run.reference)
     assert (folder / "config.toml").is_file()
+
+
+@pytest.mark.parametrize("error", [UserError("no"), ValueError("no")])
+def test_a_start_that_refuses_the_data_leaves_nothing_in_the_way_of_the_next_try(sim, tmp_path, monkeypatch, error):
+    def refuse(*arguments):
+        assert (tmp_path / "new" / "run" / "config.toml").is_file()
+        raise error
+
+    monkeypatch.setattr(siid, "start", refuse)
+    ask = {"target": sim.target, "reference": sim.reference, "overrides": FAST, "out": tmp_path / "new" / "run"}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^no$"):
+            api.fit("siid", **ask)
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new" / "run").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^no$"):
+        api.fit("siid", **ask)
+    assert list((tmp_path / "new").rglob("*")) == [tmp_path / "new" / "run"]
+
+
+def test_what_has_begun_or_is_resumed_keeps_its_folder(sim, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("no")
+
+    monkeypatch.setattr(api, "run_svi", refuse)
+    with pytest.raises(ValueError, match=r"^no$"):
+        api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST, out=tmp_path / "run")
+    (tmp_path / "run" / "fit.json").unlink()  # as if it had been stopped before
+    monkeypatch.setattr(siid, "start", refuse)
+    with pytest.raises(ValueError, match=r"^no$"):
+        api.fit("siid", out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.toml").is_file() and (tmp_path / "run" / "target.h5ad").is_file()
 
 
 def test_load_refuses_what_is_no_finished_run(run, tmp_path):
@@ -195,7 +228,7 @@ def test_score_table(run, sim):
     pd.testing.assert_frame_equal(run.score(more, draws=20), table)
     with pytest.raises(UserError, match=r"1 of 1 genes cannot be predicted by this run, e\.g\. BLANK_1"):
         run.score(blank)
-    with pytest.raises(UserError, match="no gene is left to predict"):
+    with pytest.raises(UserError, match="no gene is left to predict, the fit was shown its 30 genes; give counts of held-out genes"):
         run.score(sim.target, draws=5)
     wrong = sim.truth.copy()
     wrong.X = sp.csr_matrix(sim.truth.X.toarray()[::-1])
@@ -289,6 +322,27 @@ def test_a_run_keeps_the_order_of_its_genes(run, sim, tmp_path):
 def test_run_in_memory_has_no_folder(sim):
     run = api.fit("siid", target=sim.target, reference=sim.reference, overrides=FAST)
     assert run.folder is None and run.record["status"] == "done"
+    assert repr(run) == "<siid run: 250 cells or spots x 40 genes, 30 measured and 10 unmeasured, in memory>"
+
+
+def test_a_run_is_shown_in_one_line(run):
+    assert repr(run) == f"<siid run: 250 cells or spots x 40 genes, 30 measured and 10 unmeasured, in {run.folder}>"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"seeds": 0}, "seeds=0: give 1 or more"),
+        ({"seed": -1}, "seed=-1: give 0 or more"),
+        ({"seeds": 2.0}, r"seeds=2\.0: is a float"),
+        ({"target": pd.DataFrame(np.eye(3))}, r"target: a DataFrame is no AnnData; make one of it"),
+        ({"hold_out": {"gene0003"}}, "--hold-out: is a set"),
+        ({"hold_out": [f"gene{g:04d}" for g in range(27)]}, "--hold-out: hiding 27 of the 30 genes that .* leaves 3, but a fit needs 5: hide fewer"),
+    ],
+)
+def test_what_a_fit_cannot_use_is_refused_by_name(sim, options, said):
+    with pytest.raises(UserError, match=said):
+        api.fit("siid", **{"target": sim.target, "reference": sim.reference, "overrides": FAST} | options)
 
 
 def test_hold_out(sim):

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import ppl_st
+from ppl_st.cli import app
 from ppl_st.errors import UserError
 from ppl_st.inference.ensemble import chains_of
 from ppl_st.inference.settings import learning_rate
@@ -76,6 +78,13 @@ def test_the_other_direction_gives_reference_cells_on_the_targets_platform(run, 
         other.arviz_groups()
     with pytest.raises(UserError, match="translates in one direction only"):
         ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=4", "process=0", "smoothing=0"]).turned()
+
+
+def test_predict_turned_gives_all_genes_of_the_other_direction(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ppl_st.api.load", lambda path: run)
+    done = CliRunner().invoke(app, ["predict", "run", "--turned", "--draws", "2", "--out", str(tmp_path / "x.h5ad")])
+    assert done.exit_code == 0, done.output
+    assert f"x.h5ad: {len(run.reference.names)} x {len(run.target.genes)}" in done.output.replace("\n", "")
 
 
 @pytest.mark.parametrize(("preset", "settings"), [("default", ["process=0.4", "smoothing=0.25"]), ("network", ["checkpoints=2"])])

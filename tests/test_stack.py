@@ -152,6 +152,8 @@ def test_what_cannot_be_stacked_is_refused(world, runs):
     other = api.fit("spaim", target=world.target[:150].copy(), reference=world.reference, overrides=["clusters=8", "process=0"], seed=0)
     with pytest.raises(UserError, match="first: ppl-st recalibrate"):
         stack([other, other])
+    with pytest.raises(UserError, match=r"stack: spaim .* is given twice, .*; name each run once"):
+        stack([runs[0], runs[1], replace(runs[1], record={})])
     with pytest.raises(UserError, match="other cells"):
         stack([runs[0], other])
     blind = replace(runs[1], target=runs[1].target.take_genes(runs[1].target.genes[1:]))

@@ -150,6 +150,16 @@ def test_what_the_run_was_fitted_on_is_never_replaced(run, tmp_path):
     assert list(tmp_path.rglob("*")) == [tmp_path / "cells.zarr"]
 
 
+def test_a_file_has_the_suffix_of_its_format(run, tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*x\.csv: unknown suffix '\.csv'; name the output \*\.h5ad or \*\.zarr"):
+        run.write(tmp_path / "x.csv", draws=2)
+    with pytest.raises(UserError, match=r"cannot write .*w\.h5ad: unknown suffix '\.h5ad'; name the output \*\.zarr"):
+        run.write_samples(tmp_path / "w.h5ad", None, 2)
+    with pytest.raises(UserError, match=r"unknown suffix ''"):
+        stream.write_whole(run.predict(draws=2), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_are_those_that_predict_draws(run, tmp_path):
     run.write_samples(tmp_path / "s.zarr", None, 4, seed=2)
     table = run.predict(draws=2, samples=4, seed=2)
@@ -279,6 +289,35 @@ def test_without_an_unmeasured_gene_names_are_asked_for(run, tmp_path):
     for ask in (*single, lambda: run.score(run.target, genes=run.target.genes[:2], draws=1)):
         with pytest.raises(UserError, match=r"draws=[01]: a predictive needs 2 or more"):
             ask()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"draws": 20.0}, r"draws=20\.0: is a float; give a whole number"),
+        ({"draws": -2}, "draws=-2: a predictive needs 2 or more"),
+        ({"seed": -1}, "seed=-1: give 0 or more"),
+        ({"memory_gb": 0}, "memory_gb=0: give a number of gigabytes above 0"),
+        ({"memory_gb": "2"}, "memory_gb='2'"),
+        ({"genes": {"gene0035"}}, r"the list of genes: is a set, which has no order; give a list"),
+        ({"genes": ["gene0035", "gene0036", "gene0035"]}, "the list of genes: 1 genes are named more than once, e.g. gene0035"),
+        ({"samples": -1}, "samples=-1: give 0 or more"),
+    ],
+)
+def test_numbers_and_genes_are_checked_alike_by_all_that_predicts(run, sim, tmp_path, options, said):
+    asks = [run.predict]
+    if "samples" not in options:
+        asks += [lambda **more: run.write(tmp_path / "p.h5ad", **more), lambda **more: run.score(sim.truth, **more)]
+    for ask in asks:
+        with pytest.raises(UserError, match=said):
+            ask(**options)
+    samples = {"genes": None, "draws": 2} | options
+    if "samples" not in options:
+        with pytest.raises(UserError, match=said.replace("a predictive needs 2 or more", "give 1 or more")):
+            run.write_samples(tmp_path / "s.zarr", **samples)
+    with pytest.raises(UserError, match="draws=0: give 1 or more"):
+        run.write_samples(tmp_path / "s.zarr", None, 0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from ppl_st import sweep as sw
 from ppl_st.cli import app
+from ppl_st.compare import compare
 from ppl_st.errors import UserError
 from ppl_st.io import write_adata
+from ppl_st.report_run import report_folder
 from ppl_st.simulate import spatial_field
 
 SPEC = """
@@ -142,6 +144,19 @@ def test_a_grid_takes_dotted_keys(folder, grid):
         ("folds = 3", 'folds = 3\ntruth = "t.h5ad"', "no folds; leave out folds and max_folds"),
         ('gain = "none"', 'gain = "nonee"', "variant 'level'.*gain"),
         ('"target.h5ad"', '"nowhere.h5ad"', "no such file.*nowhere"),
+        ("max_folds = 1", "max_folds = 0", r"bad\.toml: max_folds = 0; give a whole number, 1 or more"),
+        ("max_folds = 1", 'max_folds = "2"', r"bad\.toml: max_folds = '2'; give a whole"),
+        ("folds = 3", "folds = 4.5", r"bad\.toml: folds = 4\.5; give a whole number, 2 or more, or the name of a file"),
+        ("folds = 3", "folds = 1", r"bad\.toml: folds = 1; give"),
+        ("folds = 3", 'folds = "x"', r"bad\.toml: folds \(.*x\): cannot be read"),
+        ('"target.h5ad"', "3", r"bad\.toml: target = 3; give the name of a file"),
+        ("draws = 8", "draws = 20.5", r"bad\.toml: draws = 20\.5; give"),
+        ("draws = 8", "draws = 0", r"bad\.toml: draws = 0; give a whole number, 2 or more"),
+        ("draws = 8", "draws = true", r"bad\.toml: draws = True; give"),
+        ("draws = 8", "draws = 1", r"bad\.toml: draws = 1; give"),
+        (SPEC[SPEC.index("[variants.d") :], 'variants = ["a"]', r"bad\.toml: variants = \['a'\]; give tables"),
+        ("[0, 1]", "[1, 1]", r"bad\.toml: seeds = \[1, 1\]; give a list of different"),
+        ('gain = "none"', "preset = 3", r"bad\.toml: variants\.level\.preset = 3; give the name of a preset"),
     ],
 )
 def test_refusals_name_the_key(folder, old, new, message):
@@ -157,6 +172,23 @@ def test_paths_are_taken_from_the_folder_of_the_specification(folder):
     plan = sw.read_spec(folder / "paths.toml")
     assert plan["folds"] == folder / "folds.tsv" and plan["variants"]["level"]["profiles"] == str(folder / "types.h5ad")
     assert plan["variants"]["given"] == {"profiles": "none"} and plan["variants"]["default"] == {"fit": {"steps": 2}}
+
+
+@pytest.mark.parametrize("left", ["scores.csv", "summary.csv", "evaluation.json", "log_prob.npz", "config.toml", "manifest.json"])
+def test_an_evaluation_or_a_run_is_left_as_it_is(folder, monkeypatch, tmp_path, left):
+    monkeypatch.setattr(sw, "evaluate", None)
+    (tmp_path / left).write_text("method,kind,fold,gene\n")
+    with pytest.raises(UserError, match=rf"holds an evaluation or a run \({left}\), no sweep, .*another --out"):
+        sw.sweep(folder / "spec.toml", out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+def test_a_sweep_is_reported_and_compared_by_its_evaluations(tmp_path):
+    for name in ("scores.csv", "summary.csv"):
+        (tmp_path / name).write_text("variant,method,kind,fold,gene,log_score,seed\ndefault,spaim,method,0,g,-1.0,0\n")
+    for refused in (lambda: compare([tmp_path]), lambda: report_folder(tmp_path, tmp_path / "r.html")):
+        with pytest.raises(UserError, match=r"is a sweep; give one or several of its evaluations, .*/<variant>/seed<k>"):
+            refused()
 
 
 @pytest.mark.parametrize("left", [["config.toml", "evaluation.json"], ["notes.txt"]])

@@ -11,7 +11,7 @@ import torch
 
 from ppl_st.errors import UserError
 from ppl_st.likelihoods import Poisson
-from ppl_st.testing import means, positive, shapes, sparse_counts, tables
+from ppl_st.testing import Subject, means, positive, shapes, sparse_counts, tables
 from ppl_st.testing.exact import surprise, table
 from seeded import own_seed
 
@@ -33,6 +33,15 @@ def test_the_chernoff_bound_bounds_and_bites():
         assert 0.5 * tail < surprise(*three, mean, 4000) < 100 * tail**0.97
     point = only(dist.Delta(torch.tensor([2.0], dtype=torch.float64)))
     assert surprise(*point, 2.0, 10) == 1 and surprise(*point, 2.1, 10) == 0
+
+
+def test_a_subject_says_what_is_wrong_with_it_once():
+    with pytest.raises(UserError, match="likelihood: unknown support 'counts'; there are 'count', 'real', 'positive', 'sphere'"):
+        Subject(Poisson, {"mean": means()}, support="counts")
+    with pytest.raises(UserError, match=r"`make` does not take the parameters men \(.*\); name them as its arguments"):
+        Subject(lambda mean: Poisson(mean), {"men": means()})
+    with pytest.raises(UserError, match="parameters mean, theta"):
+        Subject(lambda mean: Poisson(mean), {"mean": means()}, domain={"mean": means(), "theta": positive(1, 2)})
 
 
 @hypothesis.settings(max_examples=50, derandomize=True, database=None, deadline=None)

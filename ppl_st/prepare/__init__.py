@@ -19,6 +19,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from ppl_st.asked import gene_list
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.spatial import sections
@@ -52,8 +53,8 @@ def refuse_few_genes(what: str, shared: int, hidden: int) -> None:
 
 
 def hold_out_genes(target: Counts, reference: Counts, genes: Sequence[str] | NDArray[np.str_]) -> Counts:
-    """The target without ``genes``; asking to hold out a gene that one side does not have is an error."""
-    held = np.asarray(genes, dtype=str)
+    """The target without ``genes``; asking to hold out a gene that one side does not have, or too many for a fit, is an error."""
+    held = gene_list(genes, "--hold-out")
     missing = held[~np.isin(held, target.genes)]
     if len(missing):
         shown = ", ".join(missing[:3])
@@ -66,6 +67,12 @@ def hold_out_genes(target: Counts, reference: Counts, genes: Sequence[str] | NDA
         raise UserError(
             f"--hold-out: {len(unknown)} of {len(held)} genes are not in the reference ({reference.source}), e.g. {', '.join(unknown[:3])}; they "
             "could not be predicted: leave them out of the list"
+        )
+    shared = int(np.isin(target.genes, reference.genes).sum())
+    if shared - len(held) < MIN_SHARED <= shared:
+        raise UserError(
+            f"--hold-out: hiding {len(held)} of the {shared} genes that target and reference share leaves {shared - len(held)}, but a fit needs "
+            f"{MIN_SHARED}: hide fewer"
         )
     return target.take_genes(target.genes[~np.isin(target.genes, held)])
 

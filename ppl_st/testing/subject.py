@@ -1,13 +1,17 @@
 """What a law is about: a likelihood with its claims, in rows of parameters; and how a broken law is told."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_st.errors import UserError
+
+Support = Literal["count", "real", "positive", "sphere"]
 BOTH = (torch.float64, torch.float32)
 Row = Mapping[str, Any]  # one set of parameters, {"mean": 2.0, "theta": 1.0}
 Rows = Sequence[Row]
@@ -38,7 +42,7 @@ class Subject:
 
     make: Callable[..., Any]
     parameters: Mapping[str, Any]  # name -> strategy; a range in which sums and draws are feasible
-    support: Literal["count", "real", "positive", "sphere"] = "count"
+    support: Support = "count"
     name: str = "likelihood"
     domain: Mapping[str, Any] | None = None  # strategies over the whole declared domain; default `parameters`
     values: Any = None  # strategy of observations; the default follows `support`
@@ -46,6 +50,20 @@ class Subject:
     sum_of: Callable[[dict[str, Any], float], Row] | None = None  # (row, c) -> row whose c = a + b is X_a + X_b
     thinned: Callable[[dict[str, Any], float], Row] | None = None  # (row, share) -> row of counts kept with p
     mixed_rate: Callable[..., Any] | None = None  # parameters -> distribution of the rate of a Poisson
+
+    def __post_init__(self) -> None:
+        if self.support not in get_args(Support):
+            raise UserError(f"{self.name}: unknown support {self.support!r}; there are {', '.join(map(repr, get_args(Support)))}")
+        try:
+            signature = inspect.signature(self.make)
+        except (TypeError, ValueError):  # of some things written in C
+            return
+        for names in (self.parameters, self.domain or self.parameters):
+            try:
+                signature.bind(**dict.fromkeys(names))
+            except TypeError as error:
+                given = ", ".join(names) or "none"
+                raise UserError(f"{self.name}: `make` does not take the parameters {given} ({error}); name them as its arguments") from None
 
     def at(self, row: Row, dtype: torch.dtype = torch.float64) -> Any:
         """The distribution of one set of parameters, batch shape ()."""
