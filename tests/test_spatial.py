@@ -221,6 +221,19 @@ def sections_of_two() -> tuple[ad.AnnData, ad.AnnData]:
     return target, reference
 
 
+def test_spots_that_stay_where_they_are_have_the_radius_that_fits_there() -> None:
+    """Of several sections the radius that fits best after a shift was used for spots that were not shifted, as it is not of one."""
+    target, reference = (table[table.obs["slide"] == "0"].copy() for table in sections_of_two())
+    found, said = [], []
+    for key in (None, "half"):
+        for table in (target, reference):
+            table.obs["half"] = np.where(table.obsm["spatial"][:, 1] < 700, "a", "b")
+        counts = read_counts(target, role="target"), read_counts(reference, role="reference")
+        data = load_prepare("siid").problem(*counts, Config(align=False, library_key=key), said.append)[0]
+        found.append(float((np.diff(data.mapping.indptr) > 0).mean()))
+    assert found[1] == pytest.approx(found[0], rel=0.1) and sum("not moved: align=false" in line for line in said) >= 2, (found, said)
+
+
 def test_siid_aligns_every_section_and_says_what_speaks_against_one_frame() -> None:
     """With radius= no shift was looked for, and one shift for all sections was none where two are off to either side."""
 

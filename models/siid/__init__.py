@@ -57,11 +57,12 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
-from ppl_st.models.siid.activity import Local, LocalPosterior, aggregate
+from ppl_st.models.siid.activity import Local, aggregate
 from ppl_st.models.siid.batches import Batch, Batches, Data
 from ppl_st.models.siid.hyper import Hyper, default_hyper, learn_hyper, local_steps, start_parameters, subset
 from ppl_st.models.siid.model import PRESETS, Config, Guide, Model, Spec, build, initialise, random_start, sides
 from ppl_st.models.siid.regional import gamma_at, interpolation, regional_posterior, shared_normals, squares
+from ppl_st.models.siid.spread import bootstrap, ends, mixed, shortfall, widened
 from ppl_st.models.siid.warm_start import EM_CELLS, STREAMED, STRIDE, run_em, sweep_on
 from ppl_st.sampling import standard_gamma
 
@@ -70,7 +71,6 @@ __all__ = [
     "batches", "build", "empty", "factor_names", "proportions", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
-BOOTSTRAP_STEPS = 30  # sweeps from the posterior mean in one draw of the spots' proportions
 CONVERGED = 3  # compositions are read off after so many times the sweeps of imputation, which stops early
 NEGLIGIBLE = 0.05  # counts: a factor with fewer in a cell adds less than this to the variance of the cell's counts
 SAME_FACTORS = 0.9  # share of the average cell from which two chains are said to have found the same factors
@@ -288,7 +288,8 @@ def proportions(
 
     A draw weighs every count by Gamma(count, 1) / count (weighted likelihood bootstrap), draws the profiles from the guide of its chain and solves
     for the activities again: unlike independent gamma posteriors of the activities it keeps the trade-off between factors that explain the same
-    counts. Chains that found the same factors (`_same_factors`) take turns: what differs between fits is uncertainty too.
+    counts. Chains that found the same factors (`_same_factors`) take turns: what differs between fits is uncertainty too. Draws are spread by what
+    such intervals miss in a copy of the counts whose proportions are known (`spread.py`).
     """
     chains, orders = _same_factors(chains_of(pair), data, config)
     guides = [sides(chain)[1] for chain in chains]
@@ -302,19 +303,21 @@ def proportions(
         means = [guide.local_posterior(batch, CONVERGED * config.predict_steps) for guide in guides[:draws]]
         for d in range(draws):
             c = d % len(chains)
-            local = means[c]
             if config.cells == "conjugate":
                 log_phi = drawn[d].get("log_phi", torch.zeros_like(guides[c].measured))
                 with torch.no_grad(), rng_scope(seed, "proportions", b, d):
-                    again = batch._replace(counts=_reweighted(batch.counts), spot_counts=_reweighted(batch.spot_counts))
-                    local = LocalPosterior(again).refine(
-                        local, guides[c].conditioning(drawn[d]["xi"], log_phi), BOOTSTRAP_STEPS
-                    )
-            mixed = aggregate(batch, local.capture[:, None] * local.activity)[:, orders[c]]
-            spots[d] = (mixed / mixed.sum(1, keepdim=True).clamp_min(1e-8)).numpy()
+                    share = bootstrap(batch, means[c], guides[c].conditioning(drawn[d]["xi"], log_phi))
+            else:
+                share = mixed(batch, means[c])
+            spots[d] = share[:, orders[c]].numpy()
         rows = batch.spots.numpy()  # each holds a cell
-        found["mean"][rows], found["sd"][rows] = spots.mean(0), spots.std(0)
-        found["q05"][rows], found["q95"][rows] = np.quantile(spots, [0.05, 0.95], axis=0)
+        found["mean"][rows] = spots.mean(0)
+        if config.cells == "conjugate":
+            known = guides[0].conditioning(guides[0].mean_logits().detach(), guides[0].log_phi_loc.detach())
+            steps = local_steps(CONVERGED * config.predict_steps, guides[0].spec.hyper.sweeps)
+            with torch.no_grad(), rng_scope(seed, "copy", b):
+                spots = widened(spots, shortfall(batch, means[0], known, steps, spots, len(chains)))
+        found["sd"][rows], (found["q05"][rows], found["q95"][rows]) = spots.std(0), ends(spots)
     return found, torch.softmax(guides[0].mean_logits().detach(), -1).numpy()
 
 
@@ -337,10 +340,3 @@ def _same_factors(chains: list[Pair], data: Data, config: Config) -> tuple[list[
             kept.append(chain)
             orders.append(torch.from_numpy(order))
     return kept, orders
-
-
-def _reweighted(counts: Tensor) -> Tensor:
-    values = standard_gamma(counts.values())
-    return torch.sparse_csr_tensor(
-        counts.crow_indices(), counts.col_indices(), values, size=counts.shape, check_invariants=False
-    )

@@ -52,7 +52,8 @@ def problem(
     pitch = spot_pitch(spot_xy)
     if radius is None:
         radius, info = infer_radius(cell_xy, spot_xy, target.matrix, sp.csr_matrix(reference.matrix[:, panel]))
-        say(info.reason)
+        radius = radius if config.align else info.radius_unshifted
+        say(info.reason + ("" if config.align or not any(info.shift) else " (not moved: align=false)"))
         spot_xy = spot_xy + (np.array(info.shift) if config.align else 0.0)
     mapping = cell_to_spot(cell_xy, spot_xy, radius=radius, k=config.map_neighbors, sigma=config.map_sigma)
     say(
