@@ -113,6 +113,10 @@ def test_the_effect_of_a_location_keeps_the_mean_and_has_one_sd_on_the_root(star
         model.log_nugget[0] = np.log(0.1)
         summed = torch.tensor([0.25, 1.0, 16.0, 1e-4]).repeat_interleave(20_000)[:, None] * torch.tensor([0.4, 0.3, 0.2, 0.1])
         noisy = model.with_nugget(summed, torch.randn(len(summed), 5))
+        model.log_nugget[0], model.log_nugget[1:] = -10.0, np.log(0.4)
+        some, sizes = summed[:60_000], (None, torch.full((60_000,), 16.0))
+        spread = [(model.with_nugget(some, torch.randn(len(some), 5), size) / some).log().std(0) for size in sizes]
+        torch.testing.assert_close(spread[1] / spread[0], torch.full((4,), 0.25), rtol=0.1, atol=0)  # an area of 16 spots is no single spot
     total = noisy.sum(1).unflatten(0, (4, -1))
     torch.testing.assert_close(total.mean(1), torch.tensor([0.25, 1.0, 16.0, 1e-4]), rtol=0.04, atol=0.0)
     torch.testing.assert_close(total[:3].sqrt().std(1), torch.full((3,), 0.05), rtol=0.05, atol=0.0)

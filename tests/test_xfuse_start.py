@@ -16,6 +16,7 @@ from ppl_st.inference.predict import draw_globals, posterior_predictive
 from ppl_st.inference.svi import fit
 from ppl_st.models import xfuse
 from ppl_st.models.xfuse import warm_start
+from ppl_st.models.xfuse.closed import Smoother
 from ppl_st.models.xfuse.data import Input
 from ppl_st.models.xfuse.model import LENGTHS, lattices_over, points_of, sides, spatial_field
 from ppl_st.models.xfuse.patches import tissue
@@ -35,7 +36,7 @@ from ppl_st.models.xfuse.warm_start import (
 )
 from ppl_st.prepare.xfuse import problem
 from ppl_st.shapes import shapes
-from xfuse_sections import SMALL, quiet, settings, start_of, two_sections
+from xfuse_sections import SMALL, data_of, quiet, section, settings, start_of, two_sections
 
 data = pytest.fixture(two_sections, scope="module")
 started = pytest.fixture(start_of, scope="module")
@@ -197,7 +198,7 @@ def test_the_start_is_less_sure_of_shares_where_counts_are_few(data, started):
             torch.manual_seed(seed)
             pair, spots = xfuse.build(config, spec), gather(one, tissues)
             constant_start(pair, spots, tissues, np.random.default_rng(seed))
-            data_start(pair, spots, Kernel(), np.random.default_rng(seed), quiet)
+            data_start(pair, spots, tissues, Kernel(), np.random.default_rng(seed), quiet)
             model, guide = sides(pair)
             sd = (guide.image_weights_log_sd.exp() * model.amplitude[0].exp())[:, 1:]
             spread.append(float(sd.min(0).values.mean().detach()))  # of the direction that the spots say most about
@@ -211,7 +212,7 @@ def closed(data, spec, seed=0):
     torch.manual_seed(seed)
     pair, spots = xfuse.build(settings(), spec), gather(data, tissues)
     constant_start(pair, spots, tissues, np.random.default_rng(seed))
-    data_start(pair, spots, Kernel(), np.random.default_rng(seed), quiet)
+    data_start(pair, spots, tissues, Kernel(), np.random.default_rng(seed), quiet)
     return sides(pair)
 
 
@@ -227,12 +228,14 @@ def recounted(data, seed=0, *, left=1.0, **effects):
     return data._replace(sections=tuple(sections))
 
 
-def test_spots_beyond_those_of_the_closed_forms_count_as_much(data, started, monkeypatch):
-    """Half of the spots stand for all: the direction they say most about is as sure (it was log 2 / 2 = .35 less), no effect is left at 0."""
-    spec, gaps = started[1], []
+def test_spots_beyond_those_of_the_closed_forms_count_as_much(monkeypatch):
+    """Half of the spots stand for all: the direction they say most about is nearly as sure (.19 less, as fewer spots leave more noise; .53 where
+    they stand for themselves), no effect is left at 0."""
+    data = data_of(section(size=(128, 160)), section("b", seed=1, size=(140, 132), code=1))
+    spec, gaps = start_of(data)[1], []
     for seed in range(3):
         found = []
-        for most in (60, 30):
+        for most in (sum(spec.rows), sum(spec.rows) // 2):
             monkeypatch.setattr(warm_start, "MOST_SPOTS", most)
             model, guide = closed(recounted(data, 5, left=10.0), spec, seed)
             found.append(float((guide.image_weights_log_sd[:, 0].min() + model.amplitude[0, 0]).detach()))
@@ -240,7 +243,7 @@ def test_spots_beyond_those_of_the_closed_forms_count_as_much(data, started, mon
             own[torch.tensor(spec.rows).cumsum(0) - 1] = False  # the virtual measurements
             assert bool((guide.location_loc[own, 0] != 0).all()) and not bool(guide.location_loc[~own, 0].any())
         gaps.append(found[1] - found[0])
-    assert abs(np.mean(gaps)) < 0.2, gaps
+    assert abs(np.mean(gaps)) < 0.35, gaps
 
 
 def test_effects_on_the_scale_are_what_counting_does_not_explain(data, started):
@@ -318,14 +321,48 @@ def test_presets_run(data, preset):
     xfuse.empty(config, stored, data, 1).model.load_state_dict(pair.model.state_dict())
 
 
+def test_regression_on_fewer_functions_than_rows_is_that_on_their_gram_matrices():
+    rng = np.random.default_rng(0)
+    space, image, y = rng.standard_normal((60, 20)), rng.standard_normal((60, 12)) @ rng.standard_normal((12, 15)), rng.standard_normal((60, 4))
+    y[:, :2] += space[:, :3] @ rng.standard_normal((3, 2))
+    wide = [np.linalg.cholesky(part @ part.T + 1e-9 * np.eye(60)) for part in (space, image)]
+    few, many = (Smoother(*parts) for parts in ((space, image), wide))
+    assert few.few and not many.few
+    few, many = few(y), many(y)
+    for name in ("fitted", "parts", "noise"):
+        np.testing.assert_allclose(getattr(few, name), getattr(many, name), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(space.T @ few.dual[0], space.T @ many.dual[0], rtol=1e-3, atol=1e-3)
+
+
+def test_functions_of_the_image_are_means_over_the_pixels_of_a_spot():
+    data = two_sections()
+    tissues = [tissue(one) for one in data.sections]
+    model, spots = xfuse.sides(xfuse.build(settings(), xfuse._spec(data, 2.0, 1.0, 1.0)))[0], gather(data, tissues)
+    image, (first, *_) = warm_start.basis(model, spots, tissues)[1], np.flatnonzero(spots.section == 1)
+    inside = tissues[1].features[:-1, tissues[1].label == spots.row[first] + 1]
+    mean = torch.cos(inside.T @ model.frequency + model.phase).mean(0) * np.sqrt(2 / model.config.functions)
+    np.testing.assert_allclose(image[first], mean, atol=1e-5)
+    assert np.abs(image[first] - np.cos(spots.features[first] @ model.frequency.numpy() + model.phase.numpy()) * np.sqrt(2 / 32)).max() > 0.01
+
+
+def test_spots_that_failed_teach_the_steps_nothing():
+    """They kept an effect near 0 and pulled fields and rates down."""
+    data = two_sections()
+    counts = data.sections[0].counts.toarray()
+    counts[4] = 0
+    data = data._replace(sections=(data.sections[0]._replace(counts=sp.csr_matrix(counts)), data.sections[1]))
+    first = xfuse.batches(data, settings(), 0).tissues[0]
+    assert not (first.label == 5).any() and (data.sections[0].label == 5).any() and set(np.unique(first.label)) == set(range(len(counts) + 1)) - {5}
+
+
 def test_the_basis_is_made_in_blocks_of_columns(monkeypatch):
     data = two_sections()
     spec = xfuse._spec(data, 0.6, 1.0, 1.0)  # short lengths: many points
     model = xfuse.sides(xfuse.build(settings(), spec))[0]
-    spots = gather(data, [tissue(one) for one in data.sections])
-    points = sum(map(points_of, spec.lattices))
+    tissues = [tissue(one) for one in data.sections]
+    spots, points = gather(data, tissues), sum(map(points_of, spec.lattices))
     monkeypatch.setattr(warm_start, "COLUMNS", points)
-    whole = warm_start.basis(model, spots)[0]
+    whole = warm_start.basis(model, spots, tissues)[0]
     widths = []
 
     def spy(lattices, weights, where):
@@ -334,5 +371,5 @@ def test_the_basis_is_made_in_blocks_of_columns(monkeypatch):
 
     monkeypatch.setattr(warm_start, "COLUMNS", 100)
     monkeypatch.setattr(warm_start, "spatial_field", spy)
-    np.testing.assert_allclose(warm_start.basis(model, spots)[0], whole, atol=1e-6)
+    np.testing.assert_allclose(warm_start.basis(model, spots, tissues)[0], whole, atol=1e-6)
     assert max(widths) == 100 and sum(widths) == points == whole.shape[1] and (whole != 0).any(0).all()

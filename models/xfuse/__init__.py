@@ -50,6 +50,7 @@ from ppl_st.inference.ensemble import chains_of, ensemble
 from ppl_st.inference.predict import draw_globals
 from ppl_st.inference.svi import Pair, rng_scope
 from ppl_st.inference.threads import torch_threads
+from ppl_st.models.xfuse import warm_start
 from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.models.xfuse.metagenes import profiles as metagene_profiles
 from ppl_st.models.xfuse.metagenes import rounds
@@ -66,7 +67,6 @@ from ppl_st.models.xfuse.model import (
     sides,
 )
 from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
-from ppl_st.models.xfuse.warm_start import UNIT, constant_start, data_start, gather, learn_kernel, without_failed
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
@@ -80,20 +80,20 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         rng = np.random.default_rng([seed, 21])
         axes = _axes(data, config.condition)
         tissues = _tissues(data, axes, config)
-        spots = gather(data, tissues)
-        working = without_failed(spots, say) if config.fields else spots
-        kernel = learn_kernel(working, rng) if config.fields else None
+        spots = warm_start.gather(data, tissues)
+        working = warm_start.without_failed(spots, say) if config.fields else spots
+        kernel = warm_start.learn_kernel(working, rng) if config.fields else None
         lengths = (kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)
-        spec = _spec(data, *lengths, UNIT / float(spots.size.mean()) if config.fields else 1.0)
+        spec = _spec(data, *lengths, warm_start.UNIT / float(spots.size.mean()) if config.fields else 1.0)
         with rng_scope(seed, "start"):
             pair = build(config, spec)
         if axes is not None:
             guide = sides(pair)[1]
             guide.center.copy_(torch.from_numpy(axes[0]))
             guide.axes.copy_(torch.from_numpy(axes[1]))
-        constant_start(pair, spots, tissues, rng)
+        warm_start.constant_start(pair, spots, tissues, rng)
         if kernel:
-            data_start(pair, working, kernel, rng, say)
+            warm_start.data_start(pair, working, tissues, kernel, rng, say)
     return ensemble([pair]), spec
 
 
@@ -170,8 +170,9 @@ def spec_from(stored: dict[str, Any]) -> Spec:
 
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
-    """Minibatches of patches."""
+    """Minibatches of patches; spots that failed, which the start has left out, are not measurements there either."""
     tissues = _tissues(data, _axes(data, config.condition), config)
+    tissues = warm_start.measured(data, tissues) if config.fields else tissues
     return Batches(tissues, config.patch, config.batch_patches, config.augment, seed, config.hide)
 
 
@@ -239,9 +240,8 @@ class Predictor:
         self.models, self.guides = zip(*(sides(chain) for chain in self.chains), strict=True)
         if len(data.genes) != spec.genes:
             raise UserError(f"xfuse: the sections have {len(data.genes)} genes and the fit {spec.genes}; give sections made for this fit")
-        self.owners = np.concatenate(
-            [np.full(len(rows), n) for n, rows in enumerate(map(_real_rows, data.sections))] or [np.zeros(0)]
-        ).astype(np.int64)
+        owners = [np.full(len(rows), n) for n, rows in enumerate(map(_real_rows, data.sections))]
+        self.owners = np.concatenate(owners or [np.zeros(0)]).astype(np.int64)
         self.n_cells = len(self.owners)
         self.canvas: dict[tuple[int, int], _Canvas] = {}
         self.summed: dict[int, tuple[Any, Tensor, Tensor, dict[str, Tensor]]] = {}  # by draw: of the section that is being predicted
@@ -303,7 +303,8 @@ class Predictor:
             summed = aggregate(flat, torch.where(location < 0, number, location), number)
             noisy = summed
             if self.config.nugget:  # of a new measurement there
-                noisy = self.models[chain].with_nugget(summed, torch.randn(number, 1 + self.config.metagenes))
+                many = torch.from_numpy(local.tissue.size * (self.spec.unit / warm_start.UNIT)).float() if self.config.fields else None  # spots large
+                noisy = self.models[chain].with_nugget(summed, torch.randn(number, 1 + self.config.metagenes), many)
             self.summed[id(drawn)] = drawn, summed, noisy, full
         _, summed, noisy, full = self.summed[id(drawn)]
         first = int(np.searchsorted(self.owners, section))

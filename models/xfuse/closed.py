@@ -10,6 +10,7 @@ __all__ = ["Smooth", "Smoother", "logits_of", "nmf", "project"]
 SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
 NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
+TINY = 1e-10  # of the largest eigenvalue: below, there is none
 Array = NDArray[np.float64]
 
 
@@ -23,30 +24,46 @@ class Smooth(NamedTuple):
 
 
 class Smoother:
-    """Regression with Gram matrices of space and image, scaled to trace n."""
+    """Regression on functions of space [n, P] and of the image [n, J], whose Gram matrices are scaled to trace n.
+
+    With B = (sqrt(share) space, sqrt(1 - share) image) the eigenvectors of B B' are found as those V of B' B where functions are fewer than rows,
+    U = B V / sqrt(values). What of a column lies outside of their span is noise.
+    """
 
     def __init__(self, space: Array, image: Array) -> None:
-        self.grams = [gram * len(gram) / np.trace(gram) for gram in (space, image)]
-        self.spectra = []
+        n = len(space)
+        self.functions = [part * np.sqrt(n / np.square(part).sum()) for part in (space, image)]
+        self.together, self.spectra = np.hstack(self.functions), []
+        self.few = self.together.shape[1] < n
+        grams = [self.together.T @ self.together] if self.few else [part @ part.T for part in self.functions]
         for share in SPACE_SHARES:
-            values, vectors = np.linalg.eigh(share * self.grams[0] + (1 - share) * self.grams[1])
+            if self.few:
+                root = np.repeat(np.sqrt([share, 1 - share]), [part.shape[1] for part in self.functions])
+                values, vectors = np.linalg.eigh(root[:, None] * grams[0] * root)
+                seen = values > TINY * values[-1]
+                values, vectors = values[seen], root[:, None] * vectors[:, seen] / np.sqrt(values[seen])
+            else:
+                values, vectors = np.linalg.eigh(share * grams[0] + (1 - share) * grams[1])
             self.spectra.append((share, np.maximum(values, 0.0), vectors))
 
     def __call__(self, y: Array) -> Smooth:
         """Columns of y [n, k], each without its mean."""
         n, k = y.shape
+        inside = self.together.T @ y if self.few else y
         evidence, fits = [], []
         for share, values, vectors in self.spectra:
-            rotated = vectors.T @ y
-            spectrum = (1 - NOISE_SHARES)[:, None] * values + NOISE_SHARES[:, None]  # [s, n]
-            variance = np.maximum((rotated[None] ** 2 / spectrum[..., None]).mean(1), 1e-12)  # [s, k] by maximum likelihood
-            log_p = -0.5 * n * np.log(variance) - 0.5 * np.log(spectrum).sum(1)[:, None]
+            rotated = vectors.T @ inside  # U'y [r, k]
+            spectrum = (1 - NOISE_SHARES)[:, None] * values + NOISE_SHARES[:, None]  # [s, r]
+            outside = np.maximum(np.square(y).sum(0) - np.square(rotated).sum(0), 0.0) / NOISE_SHARES[:, None]  # [s, k]
+            variance = np.maximum(((rotated[None] ** 2 / spectrum[..., None]).sum(1) + outside) / n, 1e-12)  # [s, k] by maximum likelihood
+            log_det = np.log(spectrum).sum(1) + (n - len(values)) * np.log(NOISE_SHARES)
+            log_p = -0.5 * n * np.log(variance) - 0.5 * log_det[:, None]
             evidence.append(log_p)
             fits.append((share, variance, rotated, spectrum, vectors))
         log_p = np.stack(evidence)  # [mixes, s, k]
         weight = np.exp(log_p - log_p.max((0, 1)))
         weight /= weight.sum((0, 1))
-        dual, parts, noise = np.zeros((2, n, k)), np.zeros((2, k)), np.zeros(k)
+        dual, parts, noise = np.zeros((2, *inside.shape)), np.zeros((2, k)), np.zeros(k)
         for w, (share, variance, rotated, spectrum, vectors) in zip(weight, fits, strict=True):
             signal = 1 - NOISE_SHARES[:, None]
             mean = vectors @ (rotated * ((w * signal).T @ (1 / spectrum)).T)  # sum over noise shares
@@ -54,8 +71,9 @@ class Smoother:
                 dual[part] += size * mean
                 parts[part] += size * (w * signal * variance).sum(0)
             noise += (w * variance * NOISE_SHARES[:, None]).sum(0)
-        fitted = self.grams[0] @ dual[0] + self.grams[1] @ dual[1]
-        return Smooth(fitted, dual, parts, noise)
+        dual = self.together @ dual if self.few else dual
+        fitted = sum(part @ (part.T @ one) for part, one in zip(self.functions, dual, strict=True))
+        return Smooth(np.asarray(fitted), dual, parts, noise)
 
 
 def nmf(x: Array, factors: int, rng: np.random.Generator, sweeps: int = 200) -> tuple[Array, Array]:

@@ -252,19 +252,18 @@ class Model(PyroModule):
         scale: Tensor | float = self.spec.unit
         if fields is not None:
             out, scale = out + fields[:, :-1], scale * fields[:, -1:].exp()
-        a = out[:, 1:]
-        if not bool(self.active.all()):
-            a = a.masked_fill(~self.active, -torch.inf)
+        a = out[:, 1:] if bool(self.active.all()) else out[:, 1:].masked_fill(~self.active, -torch.inf)
         return scale * F.softplus(out[:, :1]) * torch.softmax(a, 1)
 
-    def with_nugget(self, summed: Tensor, effect: Tensor) -> Tensor:
+    def with_nugget(self, summed: Tensor, effect: Tensor, spots: Tensor | None = None) -> Tensor:
         """Summed activities B [rows, M] with standard normal effects [rows, 1 + M] of their locations; the mean stays as it is.
 
-        The sd of the scale's effect is sd_0 / sqrt(sum_m B_m), that is, constant for the root of a depth; at most `MOST_EFFECT`.
+        The sd of the scale's effect is sd_0 / sqrt(sum_m B_m), that is, constant for the root of a depth; at most `MOST_EFFECT`. Of effects on
+        metagenes a spot has one, a location as large as some ``spots`` [rows] the mean of so many.
         """
         sd = self.log_nugget.clamp(-6.0, 0.5).exp()
-        depth = summed.sum(1, keepdim=True).clamp_min(1e-6)
-        sd = torch.cat([(sd[0] / depth.sqrt()).clamp_max(MOST_EFFECT), sd[1:].expand(len(summed), -1)], 1)
+        depth, number = summed.sum(1, keepdim=True).clamp_min(1e-6), torch.ones(len(summed)) if spots is None else spots.clamp_min(1)
+        sd = torch.cat([(sd[0] / depth.sqrt()).clamp_max(MOST_EFFECT), sd[1:] / number.sqrt()[:, None]], 1)
         log = sd * effect - 0.5 * sd**2
         return summed * (log[:, :1] + log[:, 1:]).exp()
 

@@ -42,12 +42,13 @@ from ppl_st.models.xfuse.data import Data
 from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, points_of, sides, spatial_field
 from ppl_st.models.xfuse.patches import Tissue, color_of, pitch_of
 
-__all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "normal_scores", "without_failed"]
+__all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "measured", "normal_scores", "without_failed"]
 
 COMPONENTS = 25
 FAILED = 0.02  # of its section's median depth
 MOST_FAILED = 0.05  # of all spots; where more are empty it is the tissue that is
-MOST_SPOTS = 1500  # or a few more, on which closed forms are solved: their cost grows with the cube
+MOST_SPOTS = 3000  # or a few more, on which closed forms are solved: their cost grows with the cube, or with that of the functions, if fewer
+PIXELS = 2**15  # whose functions are computed at once
 COLUMNS = 256  # points of a lattice whose functions are made at once
 ODDS = np.linspace(-5.0, 12.0, 35)  # they grow with the counts of a spot, so that deep spots need high ones
 RARE = 5.0  # above, the likelihood is followed only for genes for which it still rises, and that several spots show
@@ -145,6 +146,16 @@ def without_failed(spots: Spots, say: Callable[[str], None]) -> Spots:
     return Spots._make(part[keep] for part in spots)
 
 
+def measured(data: Data, tissues: Sequence[Tissue]) -> list[Tissue]:
+    """The tissues without the labels of spots that failed: what the start has left out teaches the steps nothing."""
+    spots, found = gather(data, tissues), []
+    kept = without_failed(spots, lambda line: None)
+    for n, one in enumerate(tissues):
+        failed = np.setdiff1d(spots.row[spots.section == n], kept.row[kept.section == n]) + 1
+        found.append(one._replace(label=one.label.masked_fill(torch.isin(one.label, torch.from_numpy(failed)), 0)))
+    return found
+
+
 def normal_scores(x: Array) -> Array:
     """Columns [n, k] with the ranks of x and the values of a standard normal."""
     return np.asarray(ndtri((rankdata(x, axis=0) - 0.5) / len(x)))
@@ -206,7 +217,9 @@ def constant_start(pair: Pair, spots: Spots, tissues: Sequence[Tissue], rng: np.
         _write(guide.metagenes_loc, 0.01 * rng.standard_normal(tuple(guide.metagenes_loc.shape)))
 
 
-def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generator, say: Callable[[str], None]) -> None:
+def data_start(
+    pair: Pair, spots: Spots, tissues: Sequence[Tissue], kernel: Kernel, rng: np.random.Generator, say: Callable[[str], None]
+) -> None:
     """Steps 3 to 5."""
     model, guide = sides(pair)
     whole, used = spots, MOST_SPOTS / len(spots.section)
@@ -217,8 +230,8 @@ def data_start(pair: Pair, spots: Spots, kernel: Kernel, rng: np.random.Generato
     stands_for = (np.bincount(whole.section) / np.maximum(np.bincount(spots.section), 1))[spots.section]  # spots of its section
     _, depth, mean = _depth(spots)
     left, values, right = _components(residual := residuals(spots), COMPONENTS)
-    basis_space, basis_image = rotate(model, spots, *basis(model, spots))
-    smoother = Smoother(basis_space @ basis_space.T, basis_image @ basis_image.T)
+    basis_space, basis_image = rotate(model, spots, *basis(model, spots, tissues))
+    smoother = Smoother(basis_space, basis_image)
     columns = np.column_stack([np.sqrt(depth), left * values])
     center = _by_section(columns, spots.section)
     regressed = smoother(columns - center)
@@ -411,8 +424,9 @@ def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Arra
     return space, image
 
 
-def basis(model: Model, spots: Spots) -> tuple[Array, Array]:
-    """The model's basis functions at the spots: spatial [n, points of all lattices], image [n, J]; prior variance 1 each in sum."""
+def basis(model: Model, spots: Spots, tissues: Sequence[Tissue]) -> tuple[Array, Array]:
+    """The model's basis functions at the spots: spatial, at their middles [n, points of all lattices], of the image, as the model has them means over
+    the pixels (functions of the mean features vary more) [n, J]; prior variance 1 each in sum."""
     offsets = np.cumsum([0, *map(points_of, model.spec.lattices)])
     space = np.zeros((len(spots.section), offsets[-1]))
     for n, lattices in enumerate(model.spec.lattices):
@@ -422,5 +436,14 @@ def basis(model: Model, spots: Spots) -> tuple[Array, Array]:
             some = torch.eye(points, min(COLUMNS, points - first)).roll(first, 0)
             values = spatial_field(lattices, some, where)[..., 0]  # [some, s]
             space[mine, offsets[n] + first : offsets[n] + first + len(values)] = values.T.numpy()
-    image = np.cos(spots.features @ model.frequency.double().numpy() + model.phase.double().numpy())
+    image = np.zeros((len(spots.section), model.config.functions))
+    for n, one in enumerate(tissues):
+        mine, place = np.flatnonzero(spots.section == n), np.full(len(one.size) + 1, -1)
+        place[spots.row[mine] + 1] = mine
+        at, features = place[one.label.numpy().ravel()], one.features[:-1].flatten(1)
+        pixels = np.flatnonzero(at >= 0)
+        for some in np.split(pixels, range(PIXELS, len(pixels), PIXELS)):
+            waves = torch.cos(features[:, torch.from_numpy(some)].T @ model.frequency + model.phase).numpy()
+            image += sp.csr_matrix((np.ones(len(some)), (at[some], np.arange(len(some)))), (len(image), len(some))) @ waves
+        image[mine] /= one.size[spots.row[mine]][:, None]
     return space, image * math.sqrt(2 / model.config.functions)

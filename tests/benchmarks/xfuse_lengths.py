@@ -55,8 +55,8 @@ def counts_at(asked, seen, lengths, kernel, genes):
         space = sum(np.exp(-apart / 2 / (kernel.length_space * length) ** 2) for length in lengths) / len(lengths)
         return space, np.exp(-cdist(spots.features, seen.features, "sqeuclidean") / 2 / kernel.length_image**2)
 
-    among = grams(seen)  # of trace n already
-    found = warm_start.Smoother(*among)(columns - center[seen.section])
+    roots = [np.linalg.cholesky(gram + 1e-9 * np.eye(len(gram))) for gram in grams(seen)]  # of trace n already
+    found = warm_start.Smoother(*roots)(columns - center[seen.section])
     smooth = sum(gram @ dual for gram, dual in zip(grams(asked), found.dual, strict=True)) + center[asked.section]
     root = np.maximum(smooth[:, 0], warm_start.LEAST_ROOT * center[asked.section, 0])
     rate = (root**2 + found.noise[0])[:, None] * mean
