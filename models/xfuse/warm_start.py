@@ -442,8 +442,8 @@ def basis(model: Model, spots: Spots, tissues: Sequence[Tissue]) -> tuple[Array,
         place[spots.row[mine] + 1] = mine
         at, features = place[one.label.numpy().ravel()], one.features[:-1].flatten(1)
         pixels = np.flatnonzero(at >= 0)
-        for some in np.split(pixels, range(PIXELS, len(pixels), PIXELS)):
-            waves = torch.cos(features[:, torch.from_numpy(some)].T @ model.frequency + model.phase).numpy()
-            image += sp.csr_matrix((np.ones(len(some)), (at[some], np.arange(len(some)))), (len(image), len(some))) @ waves
+        for part in np.split(pixels, range(PIXELS, len(pixels), PIXELS)):
+            waves = torch.cos(features[:, torch.from_numpy(part)].T @ model.frequency + model.phase).numpy()
+            image += sp.csr_matrix((np.ones(len(part)), (at[part], np.arange(len(part)))), (len(image), len(part))) @ waves
         image[mine] /= one.size[spots.row[mine]][:, None]
     return space, image * math.sqrt(2 / model.config.functions)
