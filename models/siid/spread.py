@@ -16,7 +16,7 @@ from ppl_st.sampling import poisson, standard_gamma
 
 STEPS = 30  # of the local posterior of a bootstrap, from the posterior of the counts themselves
 COPIES = 40  # bootstraps of the copy
-LEVEL, LEAST = 0.9, 0.01  # of intervals; of a share that is counted
+LEVEL, LEAST = 0.9, 0.01  # of intervals; shares that are judged lie so far from 0 and 1
 FACTORS = np.arange(1.0, 4.0, 0.05)
 
 
@@ -48,6 +48,9 @@ def shortfall(batch: Batch, local: Local, known: Globals, steps: int, draws: NDA
     """The factor for ``draws`` [S, s, h] of chains that took turns, by the first one's posterior ``local`` given ``known``. What chains disagree
     about is in the draws already."""
     truth = mixed(batch, local).numpy()
+    judged = (truth > LEAST) & (truth < 1 - LEAST)  # no draw reaches the 1 of a spot of one factor
+    if not judged.any():
+        return 1.0
     cells = poisson(local.activity @ known.panel_profiles)
     spots = poisson(aggregate(batch, local.capture[:, None] * local.activity) @ known.profiles)
     copy = batch._replace(counts=cells.to_sparse_csr(), spot_counts=spots.to_sparse_csr(), total=cells.sum(1))
@@ -56,7 +59,7 @@ def shortfall(batch: Batch, local: Local, known: Globals, steps: int, draws: NDA
 
     def held(factor: float) -> float:
         low, high = ends(widened(found, factor))
-        return float(((truth >= low) & (truth <= high))[truth > LEAST].mean())
+        return float(((truth >= low) & (truth <= high))[judged].mean())
 
     factor = next((one for one in FACTORS if held(one) >= LEVEL), FACTORS[-1])
     own = np.mean([draws[c::chains].var(0).mean() for c in range(min(chains, len(draws)))])
