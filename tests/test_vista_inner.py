@@ -168,6 +168,8 @@ def test_genes_of_which_the_map_says_little_have_flatter_slopes():
     settings = ["penalty=3", "reweight=false", "fit.steps=4", "graph=none", "process=0.5"]
     run = ppl_st.fit("vista", target=world.target, reference=world.reference, overrides=settings)
     model, new = sides(chains_of(run.pair)[0])[0], ~run.measured
+    common = model.decoder[-1] * model.map_sd  # scores have unit sd; of what genes have in common all have as much, the less the map says
+    torch.testing.assert_close(common, torch.full_like(common, run.spec.hyper.common), rtol=1e-4, atol=1e-6)
     slope = model.priors()["slope"][0].numpy()
     known, unknown = (slope[new & (alone[np.searchsorted(genes, run.genes)] == one)] for one in (False, True))
     assert run.spec.hyper.slope[2] > 0.1 and np.median(unknown) < 0.6 * np.median(known), (run.spec.hyper.slope, np.median(known), np.median(unknown))

@@ -152,7 +152,8 @@ def measured(data: Data, tissues: Sequence[Tissue]) -> list[Tissue]:
     kept = without_failed(spots, lambda line: None)
     for n, one in enumerate(tissues):
         failed = np.setdiff1d(spots.row[spots.section == n], kept.row[kept.section == n]) + 1
-        found.append(one._replace(label=one.label.masked_fill(torch.isin(one.label, torch.from_numpy(failed)), 0)))
+        kept_label = one.label.masked_fill(torch.isin(one.label, torch.from_numpy(failed)), 0) if len(failed) else one.label
+        found.append(one._replace(label=kept_label))
     return found
 
 
