@@ -229,7 +229,7 @@ def recounted(data, seed=0, *, left=1.0, **effects):
 
 
 def test_spots_beyond_those_of_the_closed_forms_count_as_much(data, started, monkeypatch):
-    """Half of the spots stand for all: for its noise the direction they say most about is as sure (it was log 2 / 2 = .35 less), no effect is at 0."""
+    """Half of the spots stand for all: for its noise the direction they say most about is as sure (it was log 2 / 2 = .35 less), no effect is 0."""
     spec, gaps, noises = started[1], [], []
 
     class Spy(Smoother):
