@@ -95,7 +95,7 @@ def predict_places(
             import zarr
 
             stored: Any = zarr.open_group(str(out), mode="r")["novelty"]
-            yield _unlike(np.asarray(stored))
+            yield _unlike(np.asarray(stored)) + _over(seen)
         if pictures is not None:
             from ppl_st.image_plots import map_pictures
 
@@ -120,7 +120,7 @@ def predict_places(
         unlike = seen.novelty()
         column, row = (seen.data.sections[0].centers // NOVELTY_TILE).astype(int).T
         seen = replace(seen, target=replace(seen.target, obs=seen.target.obs.assign(novelty=unlike[row, column])))
-        yield _unlike(unlike)
+        yield _unlike(unlike) + _over(seen)
     rows, columns = seen.write(out, names, draws=draws, seed=seed, memory_gb=memory_gb, say=say)
     yield f"{out}: {rows} x {columns}"
     if samples:
@@ -134,6 +134,12 @@ def _unlike(novelty: NDArray[np.float64]) -> str:
     known = novelty[np.isfinite(novelty)]
     median, share = (np.median(known), np.mean(known > UNLIKE)) if len(known) else (np.nan, 0.0)
     return f"novelty: median {median:.2f}; {share:.0%} of the tiles above {UNLIKE}"
+
+
+def _over(seen: ImageRun) -> str:
+    """Words about the section of the fit that a new image lies over."""
+    over = seen.lies_over()
+    return "" if over is None else f"; lies over {over[0]}, whose spots have a say (correlation {over[1]:.2g})"
 
 
 def write_shapes(out: Path, knobs: dict[str, Any], seed: int) -> Iterator[str]:

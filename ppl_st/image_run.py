@@ -5,6 +5,7 @@
     run.areas() / run.cells(labels)     ... at the annotated regions, or at the cells of a label image
     run.maps("maps.zarr", genes)        mean and sd of every pixel, OME-Zarr
     run.novelty()                       how unlike the fit's images every tile of this one is
+    run.lies_over()                     the section of the fit that this image lies over, if they are serial sections
     run.differential("tumor", "stroma") posterior log2 fold changes between annotated regions
     run.summary()                       the activities' principal components as colors, the same in all sections
 
@@ -198,6 +199,15 @@ class ImageRun(Run):
                 origin=[float(v) for v in one.origin], manifest=json.dumps(self.manifest),
             )  # fmt: skip
         return shape
+
+    def lies_over(self, *, section: str | None = None) -> tuple[str, float] | None:
+        """The section of the fit that this one, or a new image, lies over (serial sections), and the correlation of their images; None: over none.
+
+        By as much the spatial fields of the two correlate: what the spots of one say holds for the other at the same place of the tissue.
+        """
+        one = self.data._replace(sections=(self.section(section),))
+        found: tuple[str, float] | None = self.module.lies_over(self.module.Predictor(self.pair, one, self.config, self.spec), 0)
+        return found
 
     def novelty(self, *, section: str | None = None) -> NDArray[np.float64]:
         """Of every tile of `NOVELTY_TILE` pixels a side: the share of the fit's tiles whose image the model explains better [tiles y, tiles x].

@@ -68,7 +68,7 @@ def test_a_split_is_exact_in_double_precision(data):
     def rates():
         drawn = {name: guide.posterior(name)[0] for name in model.priors()}
         blocks = batch.blocks
-        table = model.fields(drawn, blocks.features.double(), blocks.where.double(), blocks.parts, model.spec.lattices)
+        table = model.fields(drawn, blocks.features.double(), blocks.where.double(), blocks.parts, model.spec)
         hidden = torch.linspace(-1, 1, 4, dtype=torch.float64).expand(len(table), 4)
         shape, _ = model.loadings(drawn, model.spec.codes[0])
         return model.activity(hidden, table) @ shape

@@ -56,7 +56,7 @@ def test_learning_rates_of_what_is_off_are_left_out_and_no_others():
 
 def published(metagenes=7):
     config = replace(xfuse.PRESETS["paper"], metagenes=metagenes)
-    return config, Spec(10, ["a"], [[]], [5], [2], [[0]], 1.0, 1.0)
+    return config, Spec(10, ["a"], [[]], [None], [(0, 0, 0.0)], [5], [2], [[0]], 1.0, 1.0)
 
 
 def test_the_published_networks_have_as_many_parameters_as_published():

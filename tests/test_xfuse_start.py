@@ -18,8 +18,9 @@ from ppl_st.models import xfuse
 from ppl_st.models.xfuse import warm_start
 from ppl_st.models.xfuse.closed import Smoother
 from ppl_st.models.xfuse.data import Input
-from ppl_st.models.xfuse.model import LENGTHS, lattices_over, points_of, sides, spatial_field
+from ppl_st.models.xfuse.model import sides
 from ppl_st.models.xfuse.patches import tissue
+from ppl_st.models.xfuse.space import LENGTHS, lattices_over, points_of, spatial_field
 from ppl_st.models.xfuse.warm_start import (
     RESIDUAL_CLIP,
     THETA,
@@ -177,7 +178,7 @@ def test_a_few_extreme_spots_do_not_shorten_the_lengths():
 
 
 def test_the_spatial_field_has_unit_variance_and_the_stated_kernel():
-    lattices = lattices_over(60, 70, 5.0)
+    lattices = lattices_over((0, 0), (70, 60), 5.0)
     where = torch.stack(torch.meshgrid(torch.linspace(10, 50, 9), torch.linspace(10, 45, 8), indexing="ij"), -1)
     basis = spatial_field(lattices, torch.eye(points_of(lattices)), where).flatten(1).T  # [positions, points]
     distance = torch.cdist(where.flatten(0, 1), where.flatten(0, 1))
@@ -344,7 +345,7 @@ def test_regression_on_fewer_functions_than_rows_is_that_on_their_gram_matrices(
 def test_functions_of_the_image_are_means_over_the_pixels_of_a_spot():
     data = two_sections()
     tissues = [tissue(one) for one in data.sections]
-    model, spots = xfuse.sides(xfuse.build(settings(), xfuse._spec(data, 2.0, 1.0, 1.0)))[0], gather(data, tissues)
+    model, spots = xfuse.sides(xfuse.build(settings(), xfuse._spec(data, {}, [None, None], 2.0, 1.0, 1.0)))[0], gather(data, tissues)
     image, (first, *_) = warm_start.basis(model, spots, tissues)[1], np.flatnonzero(spots.section == 1)
     inside = tissues[1].features[:-1, tissues[1].label == spots.row[first] + 1]
     mean = torch.cos(inside.T @ model.frequency + model.phase).mean(0) * np.sqrt(2 / model.config.functions)
@@ -364,7 +365,7 @@ def test_spots_that_failed_teach_the_steps_nothing():
 
 def test_the_basis_is_made_in_blocks_of_columns(monkeypatch):
     data = two_sections()
-    spec = xfuse._spec(data, 0.6, 1.0, 1.0)  # short lengths: many points
+    spec = xfuse._spec(data, {}, [None, None], 0.6, 1.0, 1.0)  # short lengths: many points
     model = xfuse.sides(xfuse.build(settings(), spec))[0]
     tissues = [tissue(one) for one in data.sections]
     spots, points = gather(data, tissues), sum(map(points_of, spec.lattices))

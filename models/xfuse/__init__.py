@@ -15,7 +15,8 @@ GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metag
     o_lm         ~ Normal(0, 1), B_lm times exp(d_l o_l0 - d_l^2 / 2) exp(e_m o_lm - e_m^2 / 2), d_l = d / sqrt(sum_m B_lm): what no field explains
     x_lg         ~ NB(e^{t_g + E_g} sum_m B_lm e^{L_mg}, odds e^{u_g + F_g})                  closed under summation: pixels add up to spots
     psi_j are random cosines (a Gaussian process on color, gradient and local spread at three smoothings), N Gaussians on a fine and a coarse
-    lattice (a Gaussian process in space, half of its variance each). ``fields=False`` leaves both and delta out, as published.
+    lattice (a Gaussian process in space, half of its variance each). Of a section that lies over an earlier one (serial sections, `serial.py`) the
+    spatial field is rho that of the other at the same place of the tissue + sqrt(1 - rho^2) its own. ``fields=False`` leaves all and delta out.
 
 GUIDE
     normal q for all global sites (fields included), q(z | image, spots) by the recognition network. Step 0 is data-driven (`warm_start.py`);
@@ -23,7 +24,8 @@ GUIDE
     (``fields=False``: variances of location effects are learned).
 
 PREDICTIVE: globals once per draw and one latent image per draw and section, so draws are joint over genes and places; B_d is kept, any gene is
-    then one matrix product. Spatial field, depth and covariate effects of a section that the fit never saw are drawn from their priors.
+    then one matrix product. Spatial field, depth and covariate effects of a section that the fit never saw are drawn from their priors, the field's
+    share of a section of the fit that it lies over excepted.
 
 SYMBOLS  B patches of p x p pixels, M metagenes, G genes, J features, D levels, C channels.
 
@@ -54,23 +56,14 @@ from ppl_st.models.xfuse import warm_start
 from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.models.xfuse.metagenes import profiles as metagene_profiles
 from ppl_st.models.xfuse.metagenes import rounds
-from ppl_st.models.xfuse.model import (
-    PRESETS,
-    Config,
-    Guide,
-    Lattice,
-    Model,
-    Spec,
-    build,
-    lattices_over,
-    points_of,
-    sides,
-)
-from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
+from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Measured, Model, Spec, build, sides
+from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, tissue
+from ppl_st.models.xfuse.serial import Planes, corners, lattices_of, planes_of, tie_of, tied
+from ppl_st.models.xfuse.space import Lattice, Tie, lattices_over, points_of
 
 __all__ = [
     "PRESETS", "Batch", "Batches", "Config", "Data", "Guide", "Input", "MapDraw", "Model", "Predictor", "Section", "Spec", "batches", "build",
-    "edit", "empty", "maps", "novelty", "profiles", "quantities", "select", "spec_from", "spec_to", "start",
+    "edit", "empty", "lies_over", "maps", "novelty", "profiles", "quantities", "select", "spec_from", "spec_to", "start",
 ]  # fmt: skip
 
 
@@ -84,9 +77,12 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         working = warm_start.without_failed(spots, say) if config.fields else spots
         kernel = warm_start.learn_kernel(working, rng) if config.fields else None
         lengths = (kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)
-        spec = _spec(data, *lengths, warm_start.UNIT / float(spots.size.mean()) if config.fields else 1.0)
+        planes, ties = tied(data.sections, tissues, say) if config.fields and config.serial else ({}, [None] * len(tissues))
+        spec = _spec(data, planes, ties, *lengths, warm_start.UNIT / float(spots.size.mean()) if config.fields else 1.0)
         with rng_scope(seed, "start"):
             pair = build(config, spec)
+        for n, own in planes.items():
+            getattr(sides(pair)[0], f"planes_{n}").copy_(torch.from_numpy(own.values))
         if axes is not None:
             guide = sides(pair)[1]
             guide.center.copy_(torch.from_numpy(axes[0]))
@@ -131,7 +127,7 @@ def _scores(section: Section, axes: tuple[NDArray[np.float32], NDArray[np.float3
     return np.where(np.asarray(section.counts.sum(1)) > 0, found, 0.0).astype(np.float32)
 
 
-def _spec(data: Data, space: float, image: float, unit: float) -> Spec:
+def _spec(data: Data, planes: dict[int, Planes], ties: list[Tie | None], space: float, image: float, unit: float) -> Spec:
     levels = [len(names) for names in data.covariates.values()]
     codes = []
     for section in data.sections:
@@ -140,14 +136,10 @@ def _spec(data: Data, space: float, image: float, unit: float) -> Spec:
             if code < 0:  # unknown: a level of its own, shrunk towards the others by its prior
                 mine[c], levels[c] = levels[c], levels[c] + 1
         codes.append(mine)
-    lattices = [_lattices(section, space) for section in data.sections]
+    lattices = [lattices_of(n, data.sections, ties, space) for n in range(len(data.sections))]
     rows = [section.counts.shape[0] for section in data.sections]
-    return Spec(len(data.genes), [section.name for section in data.sections], lattices, rows, levels, codes, image, unit)
-
-
-def _lattices(section: Section, length: float) -> list[Lattice]:
-    height, width = section.label.shape
-    return lattices_over(height, width, max(length * pitch_of(section) / np.sqrt(2), 2.0))
+    shapes = [(*planes[n].values.shape[1:], float(planes[n].step)) if n in planes else (0, 0, 0.0) for n in range(len(data.sections))]
+    return Spec(len(data.genes), [section.name for section in data.sections], lattices, ties, shapes, rows, levels, codes, image, unit)
 
 
 def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
@@ -161,12 +153,13 @@ def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
 
 def spec_to(spec: Spec) -> dict[str, Any]:
     """The specification as plain JSON."""
-    return {**spec._asdict(), "lattices": [[list(lattice) for lattice in own] for own in spec.lattices]}
+    return spec._asdict()
 
 
 def spec_from(stored: dict[str, Any]) -> Spec:
     """Inverse of `spec_to`."""
-    return Spec(**{**stored, "lattices": [[Lattice(*values) for values in own] for own in stored["lattices"]]})
+    lattices = [[Lattice(*values) for values in own] for own in stored["lattices"]]
+    return Spec(**{**stored, "lattices": lattices, "ties": [tie and Tie(*tie) for tie in stored["ties"]]})
 
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
@@ -200,33 +193,10 @@ class _Canvas(NamedTuple):
     """A section as the networks see it, and its q(Z)."""
 
     tissue: Tissue
-    lattices: list[Lattice]
+    section: int
     known: int  # position among the sections of the fit; -1: a new one
     codes: list[int] | None
     latents: list[tuple[Tensor, Tensor]]
-
-
-class Measured(NamedTuple):
-    """A count at a location with a drawn effect of the measurement; the effect is observation noise, so the rate is the mean over it.
-
-    ``log_prob`` is that given the effect: averaged over draws it is the mixture.
-    """
-
-    law: Any
-    mean: Tensor
-
-    @property
-    def variance(self) -> Tensor:
-        """Of the count around ``mean``: unbiased over effects."""
-        return torch.as_tensor(self.law.variance + (self.law.mean - self.mean) ** 2)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Given the effect."""
-        return torch.as_tensor(self.law.log_prob(value))
-
-    def sample(self) -> Tensor:
-        """One count per location and gene."""
-        return torch.as_tensor(self.law.sample())
 
 
 class Predictor:
@@ -244,6 +214,7 @@ class Predictor:
         self.owners = np.concatenate(owners or [np.zeros(0)]).astype(np.int64)
         self.n_cells = len(self.owners)
         self.canvas: dict[tuple[int, int], _Canvas] = {}
+        self.specs: dict[int, Spec] = {}  # by section: of a new one the fit's with it at the end
         self.summed: dict[int, tuple[Any, Tensor, Tensor, dict[str, Tensor]]] = {}  # by draw: of the section that is being predicted
         self.current = (-1, -1)
 
@@ -321,13 +292,18 @@ class Predictor:
             seen = _tissue(one, axes, self.config)
             with torch.no_grad():
                 latents = guide.latents(seen.scaled(seen.image)[None], seen.spots[None])
-            lattices = self.spec.lattices[known] if known >= 0 else _new_lattices(one, self.spec)
-            self.canvas[section, chain] = _Canvas(seen, lattices, known, codes, latents)
+            self.canvas[section, chain] = _Canvas(seen, section, known, codes, latents)
         return self.canvas[section, chain]
+
+    def spec_with(self, local: _Canvas) -> Spec:
+        """The fit's specification; with a section that it never saw at the end, and the tie of this."""
+        if local.known < 0 and local.section not in self.specs:
+            self.specs[local.section] = _with_new(self.models[0], self.data.sections[local.section], local.tissue)
+        return self.spec if local.known >= 0 else self.specs[local.section]
 
     def _draw(self, local: _Canvas, chain: int, drawn: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """s a of one section [M, H, W] for one draw of the globals, and these with the effects of levels that the fit never saw."""
-        model = self.models[chain]
+        model, spec = self.models[chain], self.spec_with(local) if self.config.fields else self.spec
         height, width = local.tissue.label.shape
         z = [loc + sd * torch.randn_like(loc) for loc, sd in local.latents]
         full = dict(drawn)
@@ -337,27 +313,28 @@ class Predictor:
                 seen = len({codes[int(name.split("_")[1])] for codes in self.spec.codes})
                 full[f"new_{name}"] = math.sqrt((seen + 1) / max(seen - 1, 1)) * model.scale_of(name) * torch.randn(self.spec.genes)
         if self.config.fields and local.known < 0:
-            points, outputs = points_of(local.lattices), 1 + self.config.metagenes
-            full["space"] = torch.randn(points, outputs)
-            full["depth"] = (model.scale_of("depth") * torch.randn(1)).reshape(1)
+            points, outputs = points_of(spec.lattices[-1]), 1 + self.config.metagenes
+            full["space"] = torch.cat([drawn["space"], torch.randn(points, outputs)])
+            full["depth"] = torch.cat([drawn["depth"], (model.scale_of("depth") * torch.randn(1)).reshape(1)])
         fields = None
         if self.config.fields:
             columns, rows = torch.arange(width) + 0.5, torch.arange(height) + 0.5
             where = coarse(torch.stack([columns.expand(height, width), rows[:, None].expand(height, width)]))
             features = coarse(local.tissue.features)
-            lattices = self.spec.lattices if local.known >= 0 else [local.lattices]
-            part = (max(local.known, 0), 0, where[0].numel())
-            table = model.fields(full, features.flatten(1).T, where.flatten(1).T, [part], lattices).T.unflatten(1, where.shape[1:])
+            part = (local.known if local.known >= 0 else len(self.spec.lattices), 0, where[0].numel())
+            table = model.fields(full, features.flatten(1).T, where.flatten(1).T, [part], spec).T.unflatten(1, where.shape[1:])
             fine = F.interpolate(table[None], scale_factor=COARSE, mode="bilinear")[0, :, :height, :width]
             fields = fine.flatten(1).T
         activity = model.activity(model.hidden(model.decode(z, height, width)), fields)
         return activity.T.unflatten(1, (height, width)), full
 
 
-def _new_lattices(section: Section, spec: Spec) -> list[Lattice]:
-    """Of a section that the fit never saw: as fine as those of the first section (both are at the working resolution)."""
-    height, width = section.label.shape
-    return lattices_over(height, width, spec.lattices[0][0].step)
+def _with_new(model: Model, section: Section, seen: Tissue) -> Spec:
+    """With a section that the fit never saw: lattices as fine as those of the first (all are at the working resolution), tie by its image."""
+    spec, low, high = model.spec, *corners(section)[[0, 3]].tolist()
+    free = {n: Planes(getattr(model, f"planes_{n}").numpy(), step) for n, (*_, step) in enumerate(spec.planes) if step}
+    tie = tie_of(planes_of(section, seen), free) if free else None
+    return spec._replace(lattices=[*spec.lattices, lattices_over(low, high, spec.lattices[0][0].step)], ties=[*spec.ties, tie])
 
 
 def _real_rows(section: Section) -> NDArray[np.int64]:
@@ -383,6 +360,15 @@ def maps(
                 activity, full = predictor._draw(local, chain, drawn[d])
                 shape, odds = predictor.models[chain].loadings(full, local.codes, wanted)
             yield MapDraw(section, d, activity, shape, odds)
+
+
+def lies_over(predictor: Predictor, section: int) -> tuple[str, float] | None:
+    """Name of the fit's section that a section lies over (`ppl_st.models.xfuse.serial`) and their correlation; None: over none."""
+    if not predictor.config.fields:
+        return None
+    local = predictor.local((section, np.zeros(0, np.int64)), 0)
+    tie = predictor.spec_with(local).ties[local.known]
+    return None if tie is None else (predictor.spec.sections[tie.section], tie.share)
 
 
 def novelty(predictor: Predictor, reference: Predictor, tile: int = 32) -> list[NDArray[np.float64]]:

@@ -3,15 +3,62 @@
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import ndtri
+from scipy.stats import rankdata
 
-__all__ = ["Smooth", "Smoother", "logits_of", "nmf", "project"]
+__all__ = ["Kernel", "Smooth", "Smoother", "fit_kernel", "logits_of", "nmf", "normal_scores", "project"]
 
 SPACE_SHARES = np.linspace(0.0, 1.0, 6)  # of the signal's variance, the rest is the image's
 NOISE_SHARES = np.linspace(0.02, 0.98, 49)  # of all variance
 LEAST_SHARE = 0.05  # of a factor in a location, over equal shares: floor in the log
 TINY = 1e-10  # of the largest eigenvalue: below, there is none
 Array = NDArray[np.float64]
+
+
+class Kernel(NamedTuple):
+    """Hyper-parameters of step 2; lengths in pitches and in standardised features, variances (means over columns) as shares."""
+
+    length_space: float = 2.0
+    length_image: float = 4.0
+    space: float = 0.2
+    image: float = 0.4
+    noise: float = 0.4
+
+
+def normal_scores(x: Array) -> Array:
+    """Columns [n, k] with the ranks of x and the values of a standard normal."""
+    return np.asarray(ndtri((rankdata(x, axis=0) - 0.5) / len(x)))
+
+
+def fit_kernel(space: Array, image: Array, values: Array) -> Kernel:
+    """Step 2: lengths shared by the columns of ``values`` [n, k] (standardised), variances of each, by marginal likelihood.
+
+    Positions [n, 2] of different sections are far apart; image features are [n, F].
+    """
+    n, k = values.shape
+    distance = [torch.from_numpy(((x[:, None] - x[None]) ** 2).sum(-1)) for x in (space, image)]
+    columns = torch.from_numpy(values).T[..., None]  # [k, n, 1]
+    typical = np.log(np.array(Kernel()))
+    start = np.append(typical[:2], np.repeat(typical[2:], k))  # variances [3, k] of space, image and noise
+    spread = np.append([0.3, 0.3], np.full(3 * k, 1.5))  # weak log-normal priors keep what the data do not tell
+
+    def loss(x: Array) -> tuple[float, Array]:
+        log = torch.tensor(x, requires_grad=True)
+        length, variance = log[:2].exp(), log[2:].exp().reshape(3, k, 1, 1)
+        gram = sum(variance[i] * torch.exp(-0.5 * d / length[i] ** 2) for i, d in enumerate(distance))
+        factor = torch.linalg.cholesky(gram + (variance[2] + 1e-6) * torch.eye(n, dtype=torch.float64))  # [k, n, n]
+        fit = 0.5 * torch.linalg.solve_triangular(factor, columns, upper=False).square().sum()
+        total = fit + factor.diagonal(dim1=1, dim2=2).log().sum() + 0.5 * (((log - torch.from_numpy(start)) / torch.from_numpy(spread)) ** 2).sum()
+        total.backward()
+        assert log.grad is not None
+        return float(total.detach()), log.grad.numpy()
+
+    bounds = [(value - 4 * s, value + 4 * s) for value, s in zip(start, spread, strict=True)]
+    found = np.exp(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40}).x)
+    return Kernel(*(float(v) for v in (*found[:2], *found[2:].reshape(3, k).mean(1))))
 
 
 class Smooth(NamedTuple):

@@ -20,15 +20,15 @@ from ppl_st.inference.svi import Pair
 from ppl_st.models.xfuse.data import Input
 from ppl_st.models.xfuse.network import Generator, Norm, Recognition, head
 from ppl_st.models.xfuse.patches import Augment, Batch, aggregate
+from ppl_st.models.xfuse.serial import PLANES
+from ppl_st.models.xfuse.space import Lattice, Tie, field_of, points_of
 from ppl_st.product import ProductSharedOddsNegativeBinomial
 
-__all__ = ["PRESETS", "Config", "Guide", "Lattice", "Model", "Spec", "build", "sides"]
+__all__ = ["PRESETS", "Config", "Guide", "Measured", "Model", "Spec", "build", "sides"]
 
 NEGLIGIBLE = 0.01  # share of a metagene below which the shrinkage is flat
 LOG_RATE = (-30.0, 20.0)  # range of a log loading
 PER_OUTPUT = ("image_weights", "space", "location")  # sites with a column for the scale and one per metagene
-FINE = 4  # points per spacing of a lattice on which a spatial field is smoothed, linear in between
-LENGTHS = (1.0, 2.5)  # of a spatial field, over the shortest: its kernel is the mean of as many squared exponentials
 TURNED = 1200  # weights of a section's field up to which they are rotated: a matrix of their square is kept
 OUTSIDE = -10.0  # log scale off the tissue at the start, less that on it
 MOST_EFFECT = 1.0  # sd of the log effect of a location on its scale
@@ -49,6 +49,7 @@ class Config:
     condition: int = field(default=0, metadata={"ge": 0})  # scores of the spots that the recognition network sees; 0: the image alone
     hide: float = field(default=0.5, metadata={"ge": 0, "le": 1})  # how often it does not see them in training, so that it works without
     fields: bool = True  # spatial field and regression on image features, in scale and metagene activities
+    serial: bool = True  # sections whose images agree share a part of their spatial fields (`ppl_st.models.xfuse.serial`)
     nugget: bool = True  # log-normal effect of each location on its scale and metagenes: what no field explains
     functions: int = field(default=256, metadata={"ge": 1})  # random features of the regression
     image_weight: float = field(default=1.0, metadata={"ge": 0})  # of the image's log-likelihood
@@ -102,43 +103,19 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Lattice(NamedTuple):
-    """Where a part of a section's spatial field has its weights: h x w points, ``step`` pixels apart, from (x, y); the kernel's sd is one step."""
-
-    x: float
-    y: float
-    step: float
-    h: int
-    w: int
-
-    @property
-    def points(self) -> int:
-        """Number of weights per field."""
-        return self.h * self.w
-
-
 class Spec(NamedTuple):
     """What fixes the shapes of a pair."""
 
     genes: int
     sections: list[str]
     lattices: list[list[Lattice]]  # of each section, one per entry of `LENGTHS`
+    ties: list[Tie | None]  # of each section to an earlier one
+    planes: list[tuple[int, int, float]]  # of each section that others can be tied to: lattice of `Planes`, and its step; (0, 0, 0) of others
     rows: list[int]  # locations of each section
     levels: list[int]  # levels of each covariate, unknown ones included
     codes: list[list[int]]  # [sections][covariates] level of each
     length: float  # length scale of the regression in standardised features
     unit: float  # of the scale per pixel: its softplus is linear well above it and exponential well below
-
-
-def lattices_over(height: int, width: int, step: float) -> list[Lattice]:
-    """The lattices of a section, the finest with this step: one point beyond each border."""
-    steps = [float(step * length) for length in LENGTHS]  # no numpy scalar: it would make tensors float64, and no JSON
-    return [Lattice(-one, -one, one, *(math.ceil(side / one) + 3 for side in (height, width))) for one in steps]
-
-
-def points_of(lattices: Sequence[Lattice]) -> int:
-    """Number of weights per field of a section."""
-    return sum(lattice.points for lattice in lattices)
 
 
 class Model(PyroModule):
@@ -178,6 +155,8 @@ class Model(PyroModule):
             self.register_buffer("turn_image", torch.eye(config.functions))
             for n, points in enumerate(map(points_of, spec.lattices)):
                 self.register_buffer(f"turn_{n}", torch.eye(points if points <= TURNED else 0))
+                h, w, _ = spec.planes[n]
+                self.register_buffer(f"planes_{n}", torch.zeros(PLANES, h, w) if h else torch.zeros(0))
             self.amplitude = nn.Parameter(torch.zeros(2, outputs))  # log sd of the regression and of the spatial field
             self.outside = nn.Parameter(torch.tensor(OUTSIDE))  # of the scale
         if config.nugget:
@@ -218,19 +197,24 @@ class Model(PyroModule):
     # ---- expression ----
 
     def fields(
-        self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, parts: Sequence[tuple[int, int, int]], lattices: list[list[Lattice]]
+        self, drawn: dict[str, Tensor], features: Tensor, where: Tensor, parts: Sequence[tuple[int, int, int]], spec: Spec
     ) -> Tensor:
-        """Of k blocks of pixels, see `Blocks`: regression and spatial field of scale and metagenes, and log depth of the section [k, 1 + M + 1]."""
+        """Of k blocks of pixels, see `Blocks`: regression and spatial field of scale and metagenes, and log depth of the section [k, 1 + M + 1].
+
+        ``spec``: the model's, or that with lattices and tie of a new section at its end, whose weights are the last of those drawn.
+        """
         regression, spatial = self.amplitude.clamp(-6.0, 3.0).exp()
         x = torch.addmm(self.phase, features[:, :-1], self.frequency).cos_()  # [k, J]
         weights = self.turn_image @ (drawn["image_weights"] * regression) * math.sqrt(2 / self.config.functions)
-        lattice_weights = drawn["space"].split([points_of(own) for own in lattices])
-        space, depth = [], []
+        lattice_weights = drawn["space"].split([points_of(own) for own in spec.lattices])
+        used = {n for n, _, _ in parts}
+        own, space, depth = {}, [], []
+        for n in used | {tie.section for n in used if (tie := spec.ties[n])}:
+            own[n] = lattice_weights[n] * spatial
+            if n < len(self.spec.lattices) and len(own[n]) <= TURNED:
+                own[n] = getattr(self, f"turn_{n}") @ own[n]
         for n, start, stop in parts:
-            own = lattice_weights[n] * spatial
-            known = lattices is self.spec.lattices and len(own) <= TURNED
-            own = getattr(self, f"turn_{n}") @ own if known else own
-            space.append(spatial_field(lattices[n], own, where[None, start:stop])[:, 0].T)
+            space.append(field_of(n, spec.lattices, spec.ties, own, where[None, start:stop])[:, 0].T)
             depth.append(drawn["depth"][n].expand(stop - start))
         values = torch.addmm(torch.cat(space), x, weights) + F.pad(self.outside * features[:, -1:], (0, self.config.metagenes))
         return torch.cat([values, torch.cat(depth)[:, None]], 1)
@@ -296,7 +280,7 @@ class Model(PyroModule):
             z = self.decode([loc + sd * torch.randn_like(loc) for loc, sd in z], *batch.image.shape[-2:])
         fields, blocks = None, batch.blocks
         if self.config.fields and len(batch.pixels):
-            table = self.fields(drawn, blocks.features, blocks.where, blocks.parts, self.spec.lattices)
+            table = self.fields(drawn, blocks.features, blocks.where, blocks.parts, self.spec)
             fields = F.embedding_bag(blocks.corner, table, per_sample_weights=blocks.share, mode="sum")
         return self.activity(self.hidden(z)[batch.pixels], fields) * batch.pixel_weight[:, None]
 
@@ -409,31 +393,34 @@ class Guide(PyroModule):
         return out
 
 
+class Measured(NamedTuple):
+    """A count at a location with a drawn effect of the measurement; the effect is observation noise, so the rate is the mean over it.
+
+    ``log_prob`` is that given the effect: averaged over draws it is the mixture.
+    """
+
+    law: Any
+    mean: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the count around ``mean``: unbiased over effects."""
+        return torch.as_tensor(self.law.variance + (self.law.mean - self.mean) ** 2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Given the effect."""
+        return torch.as_tensor(self.law.log_prob(value))
+
+    def sample(self) -> Tensor:
+        """One count per location and gene."""
+        return torch.as_tensor(self.law.sample())
+
+
 def latent_shape(config: Config, level: int, height: int, width: int) -> tuple[int, int, int]:
     """Channels and sides of one level of Z for an image of this size."""
     multiple = 2 ** (config.depth - 1)
     rows, columns = (-(-side // multiple) * multiple // 2**level for side in (height, width))
     return config.channels * 2**level, rows, columns
-
-
-def spatial_field(lattices: Sequence[Lattice], weights: Tensor, where: Tensor) -> Tensor:
-    """Fields sum_k w_k N(d_k) of unit prior variance, equal shares by lattice, at positions: weights [points, O], where [P, P', 2] -> [O, P, P'].
-
-    A kernel is Gaussian with an sd of one lattice step, so that the covariance is squared exponential with a length of sqrt(2) steps. It is
-    formed on a lattice `FINE` times as fine, along one axis after the other, and linear in between.
-    """
-    field = torch.zeros(())
-    for lattice, own in zip(lattices, weights.split([lattice.points for lattice in lattices]), strict=True):
-        values = own.T.unflatten(1, (lattice.h, lattice.w))  # [O, h, w]
-        for axis, points in ((-2, lattice.h), (-1, lattice.w)):
-            fine = torch.arange((points - 1) * FINE + 1) / FINE
-            kernel = torch.exp(-0.5 * (fine[:, None] - torch.arange(points)) ** 2) / math.pi**0.25
-            values = kernel @ values if axis == -2 else values @ kernel.T
-        offset = torch.tensor([lattice.x, lattice.y])
-        span = torch.tensor([lattice.w - 1, lattice.h - 1]) * lattice.step
-        grid = 2 * (where - offset) / span - 1
-        field = field + F.grid_sample(values[None], grid[None], padding_mode="border", align_corners=True)[0]
-    return field / math.sqrt(len(lattices))
 
 
 def build(config: Config, spec: Spec) -> Pair:

@@ -30,17 +30,16 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import gammaln, ndtri
-from scipy.stats import rankdata
+from scipy.special import gammaln
 from torch import Tensor
 from torch.nn import functional as F
 
 from ppl_st.inference.pair import Pair
-from ppl_st.models.xfuse.closed import Smoother, logits_of, nmf, project
+from ppl_st.models.xfuse.closed import Kernel, Smoother, fit_kernel, logits_of, nmf, normal_scores, project
 from ppl_st.models.xfuse.data import Data
-from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, points_of, sides, spatial_field
+from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, sides
 from ppl_st.models.xfuse.patches import Tissue, color_of, pitch_of
+from ppl_st.models.xfuse.space import points_of, spatial_field
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "measured", "normal_scores", "without_failed"]
 
@@ -75,16 +74,6 @@ class Spots(NamedTuple):
     features: Array  # [n, F] means over the pixels of each
     pitch: Array  # [n] of its section, pixels
     row: NDArray[np.int64]  # [n] in its section
-
-
-class Kernel(NamedTuple):
-    """Hyper-parameters of step 2; lengths in pitches and in standardised features, variances (means over columns) as shares."""
-
-    length_space: float = 2.0
-    length_image: float = 4.0
-    space: float = 0.2
-    image: float = 0.4
-    noise: float = 0.4
 
 
 def gather(data: Data, tissues: Sequence[Tissue]) -> Spots:
@@ -155,39 +144,6 @@ def measured(data: Data, tissues: Sequence[Tissue]) -> list[Tissue]:
         kept_label = one.label.masked_fill(torch.isin(one.label, torch.from_numpy(failed)), 0) if len(failed) else one.label
         found.append(one._replace(label=kept_label))
     return found
-
-
-def normal_scores(x: Array) -> Array:
-    """Columns [n, k] with the ranks of x and the values of a standard normal."""
-    return np.asarray(ndtri((rankdata(x, axis=0) - 0.5) / len(x)))
-
-
-def fit_kernel(space: Array, image: Array, values: Array) -> Kernel:
-    """Step 2: lengths shared by the columns of ``values`` [n, k] (standardised), variances of each, by marginal likelihood.
-
-    Positions [n, 2] of different sections are far apart; image features are [n, F].
-    """
-    n, k = values.shape
-    distance = [torch.from_numpy(((x[:, None] - x[None]) ** 2).sum(-1)) for x in (space, image)]
-    columns = torch.from_numpy(values).T[..., None]  # [k, n, 1]
-    typical = np.log(np.array(Kernel()))
-    start = np.append(typical[:2], np.repeat(typical[2:], k))  # variances [3, k] of space, image and noise
-    spread = np.append([0.3, 0.3], np.full(3 * k, 1.5))  # weak log-normal priors keep what the data do not tell
-
-    def loss(x: Array) -> tuple[float, Array]:
-        log = torch.tensor(x, requires_grad=True)
-        length, variance = log[:2].exp(), log[2:].exp().reshape(3, k, 1, 1)
-        gram = sum(variance[i] * torch.exp(-0.5 * d / length[i] ** 2) for i, d in enumerate(distance))
-        factor = torch.linalg.cholesky(gram + (variance[2] + 1e-6) * torch.eye(n, dtype=torch.float64))  # [k, n, n]
-        fit = 0.5 * torch.linalg.solve_triangular(factor, columns, upper=False).square().sum()
-        total = fit + factor.diagonal(dim1=1, dim2=2).log().sum() + 0.5 * (((log - torch.from_numpy(start)) / torch.from_numpy(spread)) ** 2).sum()
-        total.backward()
-        assert log.grad is not None
-        return float(total.detach()), log.grad.numpy()
-
-    bounds = [(value - 4 * s, value + 4 * s) for value, s in zip(start, spread, strict=True)]
-    found = np.exp(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40}).x)
-    return Kernel(*(float(v) for v in (*found[:2], *found[2:].reshape(3, k).mean(1))))
 
 
 def _inverse_softplus(x: Array | float) -> Array:
@@ -346,7 +302,7 @@ def _location_effects(model: Model, guide: Guide, spots: Spots, level: Array, ty
         for rows in np.split(mine, range(BLOCK, len(mine), BLOCK)):
             features, where = (torch.from_numpy(part[rows]).float() for part in (spots.features, spots.xy))
             with torch.no_grad():
-                field = model.bias + model.fields(drawn, F.pad(features, (0, 1)), where, [(n, 0, len(rows))], model.spec.lattices)[:, :-1]
+                field = model.bias + model.fields(drawn, F.pad(features, (0, 1)), where, [(n, 0, len(rows))], model.spec)[:, :-1]
                 share = field[:, 1:].masked_fill(~model.active, -torch.inf).softmax(1).square().sum(1).double().numpy()
                 expected = level[n] * UNIT * F.softplus(field[:, 0]).double().numpy()
                 sd = np.minimum(float(model.log_nugget[0].exp()) * np.exp(typical / 2) / np.sqrt(expected), MOST_EFFECT)
@@ -417,7 +373,8 @@ def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Arra
     image, space = image @ turn, space.copy()
     offsets = np.cumsum([0, *map(points_of, model.spec.lattices)])
     for n in range(len(model.spec.lattices)):
-        part = np.ix_(spots.section == n, np.arange(offsets[n], offsets[n + 1]))
+        heirs = [n, *(k for k, tie in enumerate(model.spec.ties) if tie and tie.section == n)]
+        part = np.ix_(np.isin(spots.section, heirs), np.arange(offsets[n], offsets[n + 1]))
         if part[1].size <= TURNED and part[0].size:
             turn = np.linalg.svd(space[part], full_matrices=True)[2].T
             _write(getattr(model, f"turn_{n}"), turn)
@@ -426,17 +383,20 @@ def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Arra
 
 
 def basis(model: Model, spots: Spots, tissues: Sequence[Tissue]) -> tuple[Array, Array]:
-    """The model's basis functions at the spots: spatial, at their middles [n, points of all lattices], of the image, as the model has them means over
-    the pixels (functions of the mean features vary more) [n, J]; prior variance 1 each in sum."""
+    """The model's basis functions at the spots: spatial, at their middles [n, points of all lattices], ties included; of the image, as the model has
+    them means over the pixels (functions of the mean features vary more) [n, J]; prior variance 1 each in sum."""
     offsets = np.cumsum([0, *map(points_of, model.spec.lattices)])
     space = np.zeros((len(spots.section), offsets[-1]))
-    for n, lattices in enumerate(model.spec.lattices):
-        mine, points = np.flatnonzero(spots.section == n), points_of(lattices)
+    for n in range(len(tissues)):
+        mine, tie = np.flatnonzero(spots.section == n), model.spec.ties[n]
         where = torch.from_numpy(spots.xy[mine]).float()[:, None]  # [s, 1, 2]
-        for first in range(0, points if len(mine) else 0, COLUMNS):
-            some = torch.eye(points, min(COLUMNS, points - first)).roll(first, 0)
-            values = spatial_field(lattices, some, where)[..., 0]  # [some, s]
-            space[mine, offsets[n] + first : offsets[n] + first + len(values)] = values.T.numpy()
+        parts = [(n, 1.0, where)] if tie is None else [(n, math.sqrt(1 - tie.share**2), where), (tie.section, tie.share, tie.moved(where))]
+        for k, share, there in parts:
+            lattices, points = model.spec.lattices[k], points_of(model.spec.lattices[k])
+            for first in range(0, points if len(mine) else 0, COLUMNS):
+                some = torch.eye(points, min(COLUMNS, points - first)).roll(first, 0)
+                values = spatial_field(lattices, some, there)[..., 0]  # [some, s]
+                space[mine, offsets[k] + first : offsets[k] + first + len(values)] = share * values.T.numpy()
     image = np.zeros((len(spots.section), model.config.functions))
     for n, one in enumerate(tissues):
         mine, place = np.flatnonzero(spots.section == n), np.full(len(one.size) + 1, -1)
