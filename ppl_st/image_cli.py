@@ -15,7 +15,7 @@ from ppl_st.io import atomic, write_adata
 
 __all__ = ["Want", "predict_places", "write_shapes"]
 
-UNLIKE = 0.99  # share of the fit's tiles that are explained better, above which an image's tile is unlike the fit
+UNLIKE = 0.99  # share of the fit's tiles that are nearer to the others, above which an image's tile is unlike the fit
 ON = 0.5  # share of a place on tissue, below which it lies off it
 Want = Literal["spots", "areas", "cells", "maps", "differential", "summary"]
 REFUSED: dict[Want, tuple[str, ...]] = {  # options that mean nothing beside what is wanted

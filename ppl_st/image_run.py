@@ -210,15 +210,12 @@ class ImageRun(Run):
         return found
 
     def novelty(self, *, section: str | None = None) -> NDArray[np.float64]:
-        """Of every tile of `NOVELTY_TILE` pixels a side: the share of the fit's tiles whose image the model explains better [tiles y, tiles x].
+        """Of every tile of `NOVELTY_TILE` pixels a side: the share of the fit's tiles that are more like the others [tiles y, tiles x].
 
-        Near 1 nothing like it was in the fit, and what is predicted there is extrapolation. NaN off the tissue.
+        About .5 where it is like the fit's; near 1 nothing like it was in the fit, and what is predicted there is extrapolation. NaN off the tissue.
         """
-        own, fit = (
-            self.module.Predictor(self.pair, data, self.config, self.spec)
-            for data in (self.data._replace(sections=(self.section(section),)), self.data if self.fitted is None else self.fitted)
-        )
-        return np.asarray(self.module.novelty(own, fit, NOVELTY_TILE)[0])
+        fitted = self.data if self.fitted is None else self.fitted
+        return np.asarray(self.module.novelty([self.section(section)], fitted.sections, NOVELTY_TILE)[0])
 
     def differential(
         self, first: str, second: str, genes: Sequence[str] | None = None, *, draws: int = 50, seed: int = 0

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import label as ndimage_label
 
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 
 __all__ = [
     "VISIUM_RADIUS", "VISIUM_SPOT", "Slide", "Source", "image_size", "label_image", "label_spots", "nearest", "overlay", "read_image", "read_labels",
-    "resize", "sizes_alone", "tissue_mask", "to_rgb",
+    "resize", "sizes_alone", "tissue_mask", "to_rgb", "without_marks",
 ]  # fmt: skip
 
 Source: TypeAlias = str | Path | NDArray[Any]
@@ -32,6 +33,7 @@ _PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_SIDE = 8000  # pixels of a working image: more is hardly ever meant
 STRIP = 64  # rows
 MOST = 0.999  # share of an image's values that its full scale must hold
+MARK, PALER = 0.2, 0.75  # of the largest piece's area, and of its distance from the color of the glass: smaller and paler ones are no tissue
 SMALLEST = 1e-4  # share of the image below which a piece of tissue, or a hole in it, is dirt (the published (1 %)^2)
 
 VISIUM_SPOT = 65.0  # um: Space Ranger's spot_diameter_fullres is the size in pixels of a theoretical spot of 65 um, not of the printed one
@@ -305,8 +307,37 @@ def tissue_mask(image: NDArray[np.uint8], xy: NDArray[np.float64] | None = None)
     fluorescence); the distance is smoothed over 1/300 of the image. With ``xy`` [n, 2], positions known to lie on tissue, the threshold is lowered
     until 95 % of them do. Pieces and holes below `SMALLEST` of the image are removed. An image without contrast is tissue everywhere.
     """
-    from skimage.filters import gaussian, threshold_otsu
+    from skimage.filters import threshold_otsu
     from skimage.morphology import remove_small_holes, remove_small_objects
+
+    distance = _from_glass(image)
+    if np.ptp(distance) < 8:  # of 255: nothing to tell apart
+        return np.ones(image.shape[:2], bool)
+    threshold = float(threshold_otsu(distance))
+    if xy is not None and len(xy):
+        threshold = min(threshold, float(np.quantile(distance[_pixels(xy, distance.shape)], 0.05)))
+    size = max(8, int(SMALLEST * distance.size))
+    return np.asarray(remove_small_holes(remove_small_objects(distance >= threshold, max_size=size), max_size=size), bool)
+
+
+def without_marks(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A tissue mask [H, W] without what looks like marks, shadows and dirt on the slide: pieces smaller than `MARK` of the largest, and paler.
+
+    Paler: their mean distance from the color of the glass is less than `PALER` of that of the largest piece.
+    """
+    pieces, number = ndimage_label(mask)
+    if number < 2:
+        return mask
+    area = np.bincount(pieces.ravel())[1:]
+    depth = np.bincount(pieces.ravel(), _from_glass(image).ravel())[1:] / area
+    largest = area.argmax()
+    marks = (area < MARK * area[largest]) & (depth < PALER * depth[largest])
+    return np.asarray(mask & ~np.append(False, marks)[pieces])
+
+
+def _from_glass(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Smooth distance of every pixel from the color of the glass [H, W]; see `tissue_mask`."""
+    from skimage.filters import gaussian
 
     edge = max(1, min(image.shape[:2]) // 20)
     inner = np.zeros(image.shape[:2], bool)
@@ -319,14 +350,7 @@ def tissue_mask(image: NDArray[np.uint8], xy: NDArray[np.float64] | None = None)
     distance = np.empty(image.shape[:2], np.float32)
     for rows in _strips(len(distance)):
         distance[rows] = np.linalg.norm(image[rows].astype(np.float32) - glass, axis=2)
-    distance = gaussian(distance, max(1.0, max(image.shape[:2]) / 300))
-    if np.ptp(distance) < 8:  # of 255: nothing to tell apart
-        return np.ones(image.shape[:2], bool)
-    threshold = float(threshold_otsu(distance))
-    if xy is not None and len(xy):
-        threshold = min(threshold, float(np.quantile(distance[_pixels(xy, distance.shape)], 0.05)))
-    size = max(8, int(SMALLEST * distance.size))
-    return np.asarray(remove_small_holes(remove_small_objects(distance >= threshold, max_size=size), max_size=size), bool)
+    return np.asarray(gaussian(distance, max(1.0, max(image.shape[:2]) / 300)), np.float32)
 
 
 def _pixels(xy: NDArray[np.float64], shape: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

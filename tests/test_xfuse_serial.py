@@ -109,7 +109,7 @@ def test_fields_of_tied_sections_have_unit_variance_and_correlate():
     data = data_of(block.cut("a", np.eye(2), np.zeros(2))[0], block.cut("b", turn, moved)[0])
     tissues = [tissue(one) for one in data.sections]
     tie = serial.Tie(0, 0.8, (turn[0, 0], turn[0, 1], moved[0], turn[1, 0], turn[1, 1], moved[1]))
-    spec = xfuse._spec(data, {}, [None, tie], 2.0, 1.0, 1.0)
+    spec = xfuse._spec(data, {}, [None, tie], 0.0, 2.0, 1.0, 1.0)
     one, spots = sides(xfuse.build(options(), spec))[0], warm_start.gather(data, tissues)
     space = warm_start.basis(one, spots, tissues)[0]
     gram = space @ space.T
@@ -171,3 +171,14 @@ def test_an_image_alone_is_predicted_by_the_section_that_it_lies_over(worlds, mo
     assert pcc > 0.6 and abs(alone) < 0.15
     assert crps < 0.8 * crps_alone
     assert 0.85 < cover < 0.95
+
+
+@pytest.mark.parametrize(("rho", "low", "high"), [(0.0, 0.0, 0.4), (0.95, 0.8, 0.99)])
+def test_spots_say_how_much_of_the_images_correlation_holds_for_them(rho, low, high):
+    """Both sections show the same stain; their programs are the same, or have nothing to do with each other."""
+    block, (turn, moved) = Block(2), frame_of(1.1, 1, (4, 4))
+    data = data_of(block.cut("a", np.eye(2), np.zeros(2))[0], block.cut("b", turn, moved, rho=rho)[0], levels=())._replace(covariates={})
+    spec = xfuse.start(data, options(), 0, quiet)[1]
+    assert low <= spec.ties[1].share <= high
+    by_images = serial.tied(data.sections, [tissue(one) for one in data.sections], quiet)[1][1]
+    assert spec.ties[1].share == pytest.approx(by_images.shifted(spec.shift).share)

@@ -56,7 +56,7 @@ def test_learning_rates_of_what_is_off_are_left_out_and_no_others():
 
 def published(metagenes=7):
     config = replace(xfuse.PRESETS["paper"], metagenes=metagenes)
-    return config, Spec(10, ["a"], [[]], [None], [(0, 0, 0.0)], [5], [2], [[0]], 1.0, 1.0)
+    return config, Spec(10, ["a"], [[]], [None], 0.0, [(0, 0, 0.0)], [5], [2], [[0]], 1.0, 1.0)
 
 
 def test_the_published_networks_have_as_many_parameters_as_published():
@@ -109,7 +109,7 @@ def test_lengths_are_learned_without_dense_residuals_of_every_spot(data, monkeyp
     seen, residuals = [], warm_start.residuals
     monkeypatch.setattr(warm_start, "residuals", lambda some: seen.append(len(some.section)) or residuals(some))
     monkeypatch.setattr(warm_start, "fit_kernel", lambda space, image, scores: seen.append((len(space), len(image), len(scores))))
-    warm_start.learn_kernel(spots, np.random.default_rng(0), most=20)
+    warm_start.learn_kernel(spots, np.random.default_rng(0), 20)
     monkeypatch.setattr(warm_start, "MOST_SPOTS", 40)
-    warm_start.learn_kernel(spots, np.random.default_rng(0), most=20)
+    warm_start.learn_kernel(spots, np.random.default_rng(0), 20)
     assert seen == [60, (20, 20, 20), 40, (20, 20, 20)]

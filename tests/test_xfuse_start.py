@@ -345,7 +345,7 @@ def test_regression_on_fewer_functions_than_rows_is_that_on_their_gram_matrices(
 def test_functions_of_the_image_are_means_over_the_pixels_of_a_spot():
     data = two_sections()
     tissues = [tissue(one) for one in data.sections]
-    model, spots = xfuse.sides(xfuse.build(settings(), xfuse._spec(data, {}, [None, None], 2.0, 1.0, 1.0)))[0], gather(data, tissues)
+    model, spots = xfuse.sides(xfuse.build(settings(), xfuse._spec(data, {}, [None, None], 0.0, 2.0, 1.0, 1.0)))[0], gather(data, tissues)
     image, (first, *_) = warm_start.basis(model, spots, tissues)[1], np.flatnonzero(spots.section == 1)
     inside = tissues[1].features[:-1, tissues[1].label == spots.row[first] + 1]
     mean = torch.cos(inside.T @ model.frequency + model.phase).mean(0) * np.sqrt(2 / model.config.functions)
@@ -365,7 +365,7 @@ def test_spots_that_failed_teach_the_steps_nothing():
 
 def test_the_basis_is_made_in_blocks_of_columns(monkeypatch):
     data = two_sections()
-    spec = xfuse._spec(data, {}, [None, None], 0.6, 1.0, 1.0)  # short lengths: many points
+    spec = xfuse._spec(data, {}, [None, None], 0.0, 0.6, 1.0, 1.0)  # short lengths: many points
     model = xfuse.sides(xfuse.build(settings(), spec))[0]
     tissues = [tissue(one) for one in data.sections]
     spots, points = gather(data, tissues), sum(map(points_of, spec.lattices))

@@ -57,6 +57,7 @@ from ppl_st.models.xfuse.data import Data, Input, Section
 from ppl_st.models.xfuse.metagenes import profiles as metagene_profiles
 from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Measured, Model, Spec, build, sides
+from ppl_st.models.xfuse.novelty import novelty
 from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, tissue
 from ppl_st.models.xfuse.serial import Planes, corners, lattices_of, planes_of, tie_of, tied
 from ppl_st.models.xfuse.space import Lattice, Tie, lattices_over, points_of
@@ -75,10 +76,14 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         tissues = _tissues(data, axes, config)
         spots = warm_start.gather(data, tissues)
         working = warm_start.without_failed(spots, say) if config.fields else spots
-        kernel = warm_start.learn_kernel(working, rng) if config.fields else None
-        lengths = (kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)
         planes, ties = tied(data.sections, tissues, say) if config.fields and config.serial else ({}, [None] * len(tissues))
-        spec = _spec(data, planes, ties, *lengths, warm_start.UNIT / float(spots.size.mean()) if config.fields else 1.0)
+        kernel = warm_start.learn_kernel(working, rng) if config.fields else None
+        shift = warm_start.learn_shift(working, kernel, ties, rng) if kernel else 0.0
+        ties = [tie and tie.shifted(shift) for tie in ties]
+        if any(ties):
+            say(f"their spatial fields: by {', '.join(f'{tie.share:.2g}' for tie in ties if tie)}")
+        lengths = (kernel.length_space, kernel.length_image) if kernel else (1.0, 1.0)
+        spec = _spec(data, planes, ties, shift, *lengths, warm_start.UNIT / float(spots.size.mean()) if config.fields else 1.0)
         with rng_scope(seed, "start"):
             pair = build(config, spec)
         for n, own in planes.items():
@@ -127,7 +132,7 @@ def _scores(section: Section, axes: tuple[NDArray[np.float32], NDArray[np.float3
     return np.where(np.asarray(section.counts.sum(1)) > 0, found, 0.0).astype(np.float32)
 
 
-def _spec(data: Data, planes: dict[int, Planes], ties: list[Tie | None], space: float, image: float, unit: float) -> Spec:
+def _spec(data: Data, planes: dict[int, Planes], ties: list[Tie | None], shift: float, space: float, image: float, unit: float) -> Spec:
     levels = [len(names) for names in data.covariates.values()]
     codes = []
     for section in data.sections:
@@ -139,7 +144,7 @@ def _spec(data: Data, planes: dict[int, Planes], ties: list[Tie | None], space: 
     lattices = [lattices_of(n, data.sections, ties, space) for n in range(len(data.sections))]
     rows = [section.counts.shape[0] for section in data.sections]
     shapes = [(*planes[n].values.shape[1:], float(planes[n].step)) if n in planes else (0, 0, 0.0) for n in range(len(data.sections))]
-    return Spec(len(data.genes), [section.name for section in data.sections], lattices, ties, shapes, rows, levels, codes, image, unit)
+    return Spec(len(data.genes), [section.name for section in data.sections], lattices, ties, shift, shapes, rows, levels, codes, image, unit)
 
 
 def empty(config: Config, spec: Spec, data: Data, chains: int) -> Pair:
@@ -334,7 +339,8 @@ def _with_new(model: Model, section: Section, seen: Tissue) -> Spec:
     spec, low, high = model.spec, *corners(section)[[0, 3]].tolist()
     free = {n: Planes(getattr(model, f"planes_{n}").numpy(), step) for n, (*_, step) in enumerate(spec.planes) if step}
     tie = tie_of(planes_of(section, seen), free) if free else None
-    return spec._replace(lattices=[*spec.lattices, lattices_over(low, high, spec.lattices[0][0].step)], ties=[*spec.ties, tie])
+    lattices = [*spec.lattices, lattices_over(low, high, spec.lattices[0][0].step)]
+    return spec._replace(lattices=lattices, ties=[*spec.ties, tie and tie.shifted(spec.shift)])
 
 
 def _real_rows(section: Section) -> NDArray[np.int64]:
@@ -369,39 +375,6 @@ def lies_over(predictor: Predictor, section: int) -> tuple[str, float] | None:
     local = predictor.local((section, np.zeros(0, np.int64)), 0)
     tie = predictor.spec_with(local).ties[local.known]
     return None if tie is None else (predictor.spec.sections[tie.section], tie.share)
-
-
-def novelty(predictor: Predictor, reference: Predictor, tile: int = 32) -> list[NDArray[np.float64]]:
-    """Of every tile of ``tile`` x ``tile`` pixels: the share of the reference's tiles (on tissue) whose image the model explains better.
-
-    A tile is judged by the negative bound of its image per pixel, -log p(image | Z) + KL(q(Z) || p(Z)), at the mean of q given the image alone (a new
-    one has no spots). Values near 1: nothing like it was in the fit, and what is predicted there is extrapolation. NaN: less than a tenth is tissue.
-    """
-    known = np.sort(np.concatenate([values[np.isfinite(values)] for values in _image_bounds(reference, tile)]))
-    return [
-        np.where(np.isfinite(values), np.searchsorted(known, values) / max(1, len(known)), np.nan) for values in _image_bounds(predictor, tile)
-    ]
-
-
-def _image_bounds(predictor: Predictor, tile: int) -> list[NDArray[np.float64]]:
-    """Negative image bound per pixel of the tiles of every section, NaN off the tissue."""
-    out = []
-    for n, section in enumerate(predictor.data.sections):
-        local = predictor.local((n, np.zeros(0, np.int64)), 0)
-        model = predictor.models[0]
-        height, width = section.label.shape
-        with torch.no_grad():
-            image = local.tissue.scaled(local.tissue.image)[None]
-            alone = predictor.guides[0].latents(image, torch.zeros_like(local.tissue.spots)[None]) if predictor.config.condition else local.latents
-            law = model.image_law(model.decode([loc for loc, _ in alone], height, width))
-            cost = -law.log_prob(image).sum(1, keepdim=True)  # [1, 1, H, W]
-            for i, (loc, sd) in enumerate(alone):
-                kl = (0.5 * (loc**2 + sd**2 - 1) - sd.log()).sum(1, keepdim=True) / 4**i
-                cost += torch.nn.functional.interpolate(kl, scale_factor=2**i)[..., :height, :width]
-            on = torch.from_numpy(section.mask).float()[None, None]
-            pooled = [torch.nn.functional.avg_pool2d(x, tile, ceil_mode=True)[0, 0].double() for x in (cost * on, on)]
-        out.append(torch.where(pooled[1] > 0.1, pooled[0] / pooled[1].clamp_min(1e-9), torch.nan).numpy())
-    return out
 
 
 def quantities(pair: Pair, data: Data, config: Config, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -68,6 +68,7 @@ class Smooth(NamedTuple):
     dual: Array  # [2, n, k] of space and image: the posterior mean of a part is its Gram matrix (trace n) @ dual
     parts: Array  # [2, k] variances of space and image
     noise: Array  # [k]
+    evidence: Array  # [k] log marginal likelihood averaged over the shares, up to what depends on n alone
 
 
 class Smoother:
@@ -108,8 +109,9 @@ class Smoother:
             evidence.append(log_p)
             fits.append((share, variance, rotated, spectrum, vectors))
         log_p = np.stack(evidence)  # [mixes, s, k]
-        weight = np.exp(log_p - log_p.max((0, 1)))
-        weight /= weight.sum((0, 1))
+        weight = np.exp(log_p - (most := log_p.max((0, 1))))
+        total = weight.sum((0, 1))
+        weight /= total
         dual, parts, noise = np.zeros((2, *inside.shape)), np.zeros((2, k)), np.zeros(k)
         for w, (share, variance, rotated, spectrum, vectors) in zip(weight, fits, strict=True):
             signal = 1 - NOISE_SHARES[:, None]
@@ -120,7 +122,7 @@ class Smoother:
             noise += (w * variance * NOISE_SHARES[:, None]).sum(0)
         dual = self.together @ dual if self.few else dual
         fitted = sum(part @ (part.T @ one) for part, one in zip(self.functions, dual, strict=True))
-        return Smooth(np.asarray(fitted), dual, parts, noise)
+        return Smooth(np.asarray(fitted), dual, parts, noise, most + np.log(total))
 
 
 def nmf(x: Array, factors: int, rng: np.random.Generator, sweeps: int = 200) -> tuple[Array, Array]:

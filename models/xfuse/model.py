@@ -110,6 +110,7 @@ class Spec(NamedTuple):
     sections: list[str]
     lattices: list[list[Lattice]]  # of each section, one per entry of `LENGTHS`
     ties: list[Tie | None]  # of each section to an earlier one
+    shift: float  # of the logit of a tie's share, from the images' correlation to the spots'
     planes: list[tuple[int, int, float]]  # of each section that others can be tied to: lattice of `Planes`, and its step; (0, 0, 0) of others
     rows: list[int]  # locations of each section
     levels: list[int]  # levels of each covariate, unknown ones included

@@ -5,7 +5,8 @@ A section k whose image agrees with that of an earlier section r is tied to it. 
     field_k(xy) = rho f_r(A xy + t) + sqrt(1 - rho^2) f_k(xy),    A a rotation, mirrored or not
 
 with f_r, f_k independent Gaussian fields of unit variance, so that rho is the correlation of the two sections at one place of the tissue.
-Everything here comes from the images; counts have no say, so a section without counts can be tied as well.
+Everything here comes from the images, so a section without counts can be tied as well. Where both sections have spots these say how much of the
+images' correlation holds for them (`warm_start.learn_shift`), and then also for new sections.
 
 1. Overlay: tissue masks and smoothed image features on a lattice of `PER_PITCH` points per spot pitch. For every angle the best shift is the largest
    of all cross-correlations (Fourier transform); the best angle and shift are then refined.
@@ -70,7 +71,7 @@ def tied(sections: Sequence[Section], tissues: Sequence[Tissue], say: Callable[[
             free[n] = planes
         else:
             other = sections[tie.section].name
-            say(f"{section.name} lies over {other}: their images correlate by {tie.share:.2g}, so their spatial fields do")
+            say(f"{section.name} lies over {other}: their images correlate by {tie.share:.2g}")
     return free, ties
 
 

@@ -39,6 +39,10 @@ class Tie(NamedTuple):
     share: float
     frame: tuple[float, float, float, float, float, float]
 
+    def shifted(self, by: float) -> "Tie":
+        """With the logit of the share larger by so much."""
+        return self._replace(share=1 / (1 + (1 / self.share - 1) * math.exp(-by)))
+
     def moved(self, where: Tensor) -> Tensor:
         """Positions [..., 2] of the section as such of the other."""
         a, b, c, d, e, f = self.frame

@@ -30,6 +30,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 from scipy.special import gammaln
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,7 +40,7 @@ from ppl_st.models.xfuse.closed import Kernel, Smoother, fit_kernel, logits_of, 
 from ppl_st.models.xfuse.data import Data
 from ppl_st.models.xfuse.model import MOST_EFFECT, TURNED, Guide, Model, sides
 from ppl_st.models.xfuse.patches import Tissue, color_of, pitch_of
-from ppl_st.models.xfuse.space import points_of, spatial_field
+from ppl_st.models.xfuse.space import LENGTHS, Tie, points_of, spatial_field
 
 __all__ = ["Kernel", "constant_start", "data_start", "fit_kernel", "fit_odds", "learn_kernel", "measured", "normal_scores", "without_failed"]
 
@@ -53,6 +54,7 @@ ODDS = np.linspace(-5.0, 12.0, 35)  # they grow with the counts of a spot, so th
 RARE = 5.0  # above, the likelihood is followed only for genes for which it still rises, and that several spots show
 THETA = 100.0  # inverse dispersion in Pearson residuals
 RESIDUAL_CLIP = 8.0  # or the root of the count or its mean, if larger: single reads of rare genes are cut, what many reads say is not
+SHIFTS = np.linspace(-4.0, 2.0, 13)  # of the logit of a correlation of images, with a standard normal prior
 LEAST_ROOT = 0.2  # of its section's mean: floor of the smooth root of a depth
 LEAST_READS = 0.5  # floors of rates and profiles are at most this: a gene of which thousands of reads could be seen may be nearly absent
 LEAST_EFFECT = 0.1  # prior sd of covariates' effects, with which a new section draws its own; from 1 on, hundreds of steps do not bring it there
@@ -356,14 +358,46 @@ def _components(x: Array, number: int) -> tuple[Array, Array, Array]:
     return left[:, :k], values[:k], right[:k]
 
 
-def learn_kernel(spots: Spots, rng: np.random.Generator, components: int = 8, most: int = 300) -> Kernel:
-    """Step 2 on at most ``most`` spots, the components those of at most `MOST_SPOTS`: residuals are dense."""
+def learn_kernel(spots: Spots, rng: np.random.Generator, most: int = 300) -> Kernel:
+    """Step 2 on at most ``most`` spots."""
+    spots, scores = _some_scores(spots, rng, most)
+    return fit_kernel(np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section]), spots.features, scores)
+
+
+def learn_shift(spots: Spots, kernel: Kernel, ties: Sequence[Tie | None], rng: np.random.Generator, most: int = 300) -> float:
+    """What is to be added to the logit of the images' correlation of tied sections for that of their spots, by marginal likelihood given the lengths
+    of `learn_kernel`; 0 where no two tied sections have spots."""
+    found = {n: tie for n in np.unique(spots.section).tolist() if (tie := ties[n])}
+    if not any((spots.section == tie.section).any() for tie in found.values()):
+        return 0.0
+    spots, scores = _some_scores(spots, rng, most)
+    block, place = spots.section.copy(), spots.xy.copy()  # the section that each hangs on, and places in it
+    for n, tie in found.items():
+        mine = spots.section == n
+        block[mine], place[mine] = tie.section, tie.moved(torch.from_numpy(spots.xy[mine])).numpy()
+    where = np.column_stack([place / spots.pitch[:, None], 1e3 * block])
+    apart, same = cdist(where, where, "sqeuclidean"), spots.section[:, None] == spots.section
+    space = np.mean([np.exp(-apart / 2 / (kernel.length_space * length) ** 2) for length in LENGTHS], 0)
+    image = _root(np.exp(-cdist(spots.features, spots.features, "sqeuclidean") / 2 / kernel.length_image**2))
+    evidence = []
+    for shift in SHIFTS:
+        share = np.array([found[n].shifted(shift).share if n in found else 1.0 for n in spots.section.tolist()])
+        smooth = Smoother(_root(np.where(same, 1.0, share[:, None] * share) * space), image)(scores)
+        evidence.append(smooth.evidence.sum() - 0.5 * shift**2)
+    return float(SHIFTS[np.argmax(evidence)])
+
+
+def _some_scores(spots: Spots, rng: np.random.Generator, most: int, components: int = 8) -> tuple[Spots, Array]:
+    """At most ``most`` spots with normal scores of root depth and components, those of at most `MOST_SPOTS`: residuals are dense."""
     seen = np.sort((order := rng.permutation(len(spots.section)))[:MOST_SPOTS])
     keep, spots = np.isin(seen, order[:most]), Spots._make(part[seen] for part in spots)
     left, values, _ = _components(residuals(spots), components)
     scores = np.column_stack([np.sqrt(_depth(spots)[1]), left * values])
-    scores = normal_scores(scores - _by_section(scores, spots.section))
-    return fit_kernel(np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section])[keep], spots.features[keep], scores[keep])
+    return Spots._make(part[keep] for part in spots), normal_scores(scores - _by_section(scores, spots.section))[keep]
+
+
+def _root(gram: Array) -> Array:
+    return np.asarray(np.linalg.cholesky(gram + 1e-6 * np.eye(len(gram))))
 
 
 def rotate(model: Model, spots: Spots, space: Array, image: Array) -> tuple[Array, Array]:

@@ -28,6 +28,7 @@ from ppl_st.images import (
     read_labels,
     sizes_alone,
     tissue_mask,
+    without_marks,
 )
 from ppl_st.models.xfuse.data import FEW_SPOTS, Data, Input, Section
 from ppl_st.prepare.xfuse_frame import Frame, box_around, check_positions, inside_share, lie_outside, share_on
@@ -161,6 +162,9 @@ def new_image(
         on = np.ones(frame, bool)
     else:
         on = tissue_mask(pixels) if mask is None else read_labels(Path(mask), frame, mask=True) > 0
+    if mask is None and (marks := on & ~without_marks(pixels, on)).any():
+        say(f"{name}: small pale pieces ({marks.sum() / on.sum():.0%} of what is not glass) are taken for marks on the slide; if not, give --mask")
+        on &= ~marks
     if not on.any():
         raise UserError(
             f"image {image if isinstance(image, str | Path) else 'array'}: no tissue is found in it; if there is some, give --mask, an image that is "
