@@ -18,7 +18,7 @@ from ppl_st.models import xfuse
 from ppl_st.models.xfuse import warm_start
 from ppl_st.models.xfuse.closed import Smoother
 from ppl_st.models.xfuse.data import Input
-from ppl_st.models.xfuse.model import sides
+from ppl_st.models.xfuse.model import random_waves, sides
 from ppl_st.models.xfuse.patches import tissue
 from ppl_st.models.xfuse.space import LENGTHS, lattices_over, points_of, spatial_field
 from ppl_st.models.xfuse.warm_start import (
@@ -381,3 +381,22 @@ def test_the_basis_is_made_in_blocks_of_columns(monkeypatch):
     monkeypatch.setattr(warm_start, "spatial_field", spy)
     np.testing.assert_allclose(warm_start.basis(model, spots, tissues)[0], whole, atol=1e-6)
     assert max(widths) == 100 and sum(widths) == points == whole.shape[1] and (whole != 0).any(0).all()
+
+
+def test_random_waves_have_their_covariance_with_fewer_functions():
+    """The covariance of 256 functions of 15 inputs is nearer to the stated one than that of 384 with independent frequencies; variance exactly 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 15, generator=generator) * 0.35
+    exact = torch.exp(-0.5 * torch.cdist(x, x).square())
+
+    def error(frequency, phase):
+        basis = torch.cos(x @ frequency + phase) * (2 / len(phase)) ** 0.5
+        return (basis @ basis.T - exact).square().mean().sqrt(), basis.square().sum(1)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        ours = [error(*random_waves(15, 256)) for _ in range(5)]
+        independent = [error(torch.randn(15, 384), 2 * torch.pi * torch.rand(384))[0] for _ in range(5)]
+        assert random_waves(15, 5)[0].shape == (15, 5) and random_waves(15, 1)[1].shape == (1,)
+    assert sum(one for one, _ in ours) < sum(independent)
+    torch.testing.assert_close(ours[0][1], torch.ones(200))
