@@ -14,7 +14,7 @@ GENERATIVE STORY (n section, pixel xy, location l with pixels A_l, gene g, metag
     B_lm         = sum_{xy in A_l} s a_m                                                      eq. 12: aggregated before the genes
     o_lm         ~ Normal(0, 1), B_lm times exp(d_l o_l0 - d_l^2 / 2) exp(e_m o_lm - e_m^2 / 2), d_l = d / sqrt(sum_m B_lm): what no field explains
     x_lg         ~ NB(e^{t_g + E_g} sum_m B_lm e^{L_mg}, odds e^{u_g + F_g})                  closed under summation: pixels add up to spots
-    psi_j are random cosines (a Gaussian process on color, gradient and local spread at three smoothings), N Gaussians on a fine and a coarse
+    psi_j are random waves (a Gaussian process on color, gradient and local spread at three smoothings), N Gaussians on a fine and a coarse
     lattice (a Gaussian process in space, half of its variance each). Of a section that lies over an earlier one (serial sections, `serial.py`) the
     spatial field is rho that of the other at the same place of the tissue + sqrt(1 - rho^2) its own. ``fields=False`` leaves all and delta out.
 

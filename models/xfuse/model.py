@@ -51,7 +51,7 @@ class Config:
     fields: bool = True  # spatial field and regression on image features, in scale and metagene activities
     serial: bool = True  # sections whose images agree share a part of their spatial fields (`ppl_st.models.xfuse.serial`)
     nugget: bool = True  # log-normal effect of each location on its scale and metagenes: what no field explains
-    functions: int = field(default=256, metadata={"ge": 1})  # random features of the regression
+    functions: int = field(default=256, metadata={"ge": 1})  # random waves of the regression on image features (`random_waves`)
     image_weight: float = field(default=1.0, metadata={"ge": 0})  # of the image's log-likelihood
     metagenes: int = field(default=20, metadata={"ge": 1})  # most that there can be
     selection: Literal["fixed", "split", "ard"] = "fixed"  # how their number is found
