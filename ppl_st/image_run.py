@@ -201,9 +201,11 @@ class ImageRun(Run):
         return shape
 
     def lies_over(self, *, section: str | None = None) -> tuple[str, float] | None:
-        """The section of the fit that this one, or a new image, lies over (serial sections), and the correlation of their images; None: over none.
+        """The section of the fit that this one, or a new image, lies over (serial sections), and the correlation of their spatial fields; None: over
+        none.
 
-        By as much the spatial fields of the two correlate: what the spots of one say holds for the other at the same place of the tissue.
+        So far what the spots of one say holds for the other at the same place of the tissue: as far as the images agree, and the spots of serial
+        sections in the fit, if there are.
         """
         one = self.data._replace(sections=(self.section(section),))
         found: tuple[str, float] | None = self.module.lies_over(self.module.Predictor(self.pair, one, self.config, self.spec), 0)

@@ -33,7 +33,7 @@ _PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_SIDE = 8000  # pixels of a working image: more is hardly ever meant
 STRIP = 64  # rows
 MOST = 0.999  # share of an image's values that its full scale must hold
-MARK, PALER = 0.2, 0.75  # of the largest piece's area, and of its distance from the color of the glass: smaller and paler ones are no tissue
+MARK, GRAYER = 0.2, 0.5  # of the largest piece's area, and of how far it is from gray: smaller and grayer ones are no tissue
 SMALLEST = 1e-4  # share of the image below which a piece of tissue, or a hole in it, is dirt (the published (1 %)^2)
 
 VISIUM_SPOT = 65.0  # um: Space Ranger's spot_diameter_fullres is the size in pixels of a theoretical spot of 65 um, not of the printed one
@@ -321,24 +321,24 @@ def tissue_mask(image: NDArray[np.uint8], xy: NDArray[np.float64] | None = None)
 
 
 def without_marks(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A tissue mask [H, W] without what looks like marks, shadows and dirt on the slide: pieces smaller than `MARK` of the largest, and paler.
+    """A tissue mask [H, W] without what looks like marks and shadows on the slide: pieces below `MARK` of the largest, gray where that is not.
 
-    Paler: their mean distance from the color of the glass is less than `PALER` of that of the largest piece.
+    Of the mean difference of a piece from the color of the glass the spread of the channels is taken over its length: less than `GRAYER` of that
+    of the largest piece, whatever the depth of the stain. Gray images lose nothing.
     """
     pieces, number = ndimage_label(mask)
     if number < 2:
         return mask
     area = np.bincount(pieces.ravel())[1:]
-    depth = np.bincount(pieces.ravel(), _from_glass(image).ravel())[1:] / area
-    largest = area.argmax()
-    marks = (area < MARK * area[largest]) & (depth < PALER * depth[largest])
+    color = np.stack([np.bincount(pieces.ravel(), image[..., c].ravel())[1:] for c in range(3)], 1) / area[:, None]
+    difference = color - _glass(image)
+    hue = np.ptp(difference, axis=1) / np.maximum(np.linalg.norm(difference, axis=1), 1.0)
+    marks = (area < MARK * area.max()) & (hue < GRAYER * hue[area.argmax()])
     return np.asarray(mask & ~np.append(False, marks)[pieces])
 
 
-def _from_glass(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Smooth distance of every pixel from the color of the glass [H, W]; see `tissue_mask`."""
-    from skimage.filters import gaussian
-
+def _glass(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The color of the glass [3]; see `tissue_mask`."""
     edge = max(1, min(image.shape[:2]) // 20)
     inner = np.zeros(image.shape[:2], bool)
     inner[edge:-edge, edge:-edge] = True
@@ -346,7 +346,14 @@ def _from_glass(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     brightness = frame.mean(1)
     light = np.median(brightness) > 127
     cut = np.quantile(brightness, 0.75 if light else 0.25)
-    glass = np.median(frame[brightness >= cut] if light else frame[brightness <= cut], axis=0)
+    return np.asarray(np.median(frame[brightness >= cut] if light else frame[brightness <= cut], axis=0))
+
+
+def _from_glass(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Smooth distance of every pixel from the color of the glass [H, W]."""
+    from skimage.filters import gaussian
+
+    glass = _glass(image)
     distance = np.empty(image.shape[:2], np.float32)
     for rows in _strips(len(distance)):
         distance[rows] = np.linalg.norm(image[rows].astype(np.float32) - glass, axis=2)

@@ -277,3 +277,20 @@ def test_label_image_and_spot_columns_become_regions(tmp_path):
     discs = np.array([[0, 1, 2], [3, 4, 0]])  # the last is the virtual measurement
     label, names = regions_from_spots(pd.Series(["b", None, "a"]), discs)
     assert names == ("a", "b") and label.tolist() == [[0, 2, 0], [1, 0, 0]]
+
+
+def test_gray_pieces_beside_stained_tissue_are_marks():
+    image = np.full((200, 300, 3), 240, np.uint8)
+    image[60:140, 40:160] = (170, 120, 190)  # tissue
+    image[20:40, 200:240] = (230, 210, 235)  # a small piece of it, pale
+    image[160:180, 200:280] = (200, 200, 200)  # shadow
+    mask = (image != 240).any(2)
+    kept = images.without_marks(image, mask)
+    assert not kept[165, 210] and kept[30, 210] and kept[100, 100] and (mask & ~kept).sum() == 20 * 80
+    pen = image.copy()
+    pen[180:] = 40  # the largest piece is gray itself
+    pen[60:140, 100:160] = 240
+    dark = (pen != 240).any(2)
+    assert np.array_equal(images.without_marks(pen, dark), dark)
+    gray = np.repeat(image.mean(2, keepdims=True).astype(np.uint8), 3, 2)
+    assert np.array_equal(images.without_marks(gray, mask), mask)

@@ -1,5 +1,7 @@
 """Serial sections: one is laid over another by their images, and what is known of one says much of the other."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -39,8 +41,8 @@ class Block:
         self.loadings = self.rng.gamma(0.3, size=(PROGRAMS, GENES)) + 0.02
         self.loadings /= self.loadings.sum(1, keepdims=True)
 
-    def cut(self, name, turn, shift, *, rho=1.0, counts=True, code=0):
-        """A section with pixels (x, y) at turn @ (x, y) + shift of the block, the programs correlated with its by rho."""
+    def cut(self, name, turn, shift, *, rho=1.0, code=0, pitch=PITCH, left=SIDE):
+        """A section with pixels (x, y) at turn @ (x, y) + shift of the block, the programs correlated with its by rho; the first ``left`` columns."""
         rng = self.rng
         columns, rows = np.meshgrid(np.arange(SIDE) + 0.5, np.arange(SIDE) + 0.5)
         x, y = np.tensordot(turn, np.stack([columns, rows]), 1) + np.reshape(shift, (2, 1, 1))
@@ -55,19 +57,17 @@ class Block:
         field = np.stack([rho * at(f) + np.sqrt(1 - rho**2) * smooth(rng, 18) for f in self.programs], -1)
         share = np.exp(1.5 * field) / np.exp(1.5 * field).sum(-1, keepdims=True)
         label, where, means = np.zeros((SIDE, SIDE), np.int64), [], []
-        for row in np.arange(PITCH, SIDE - PITCH / 2, PITCH):
-            for column in np.arange(PITCH, SIDE - PITCH / 2, PITCH):
-                disc = (rows - row) ** 2 + (columns - column) ** 2 <= 9
+        for row in np.arange(pitch, SIDE - pitch / 2, pitch):
+            for column in np.arange(pitch, left - pitch / 2, pitch):
+                disc = (rows - row) ** 2 + (columns - column) ** 2 <= (0.3 * pitch) ** 2
                 if mask[disc].all():
                     where.append((column, row))
                     label[disc] = len(where)
                     means.append(400 * share[disc].mean(0) @ self.loadings)
-        truth = rng.poisson(means)
-        kept = sp.csr_matrix(np.asarray(truth, np.float32)) if counts else sp.csr_matrix((0, GENES), dtype=np.float32)
-        if not counts:
-            label = np.zeros_like(label)
-        section = Section(name, image, label, kept, -1, mask, np.array(where if counts else np.zeros((0, 2))), 3.0, np.array([code]), None)
-        return section._replace(pitch=PITCH), truth, np.array(where)
+        truth, some = rng.poisson(means), np.s_[:, :left]
+        kept = sp.csr_matrix(np.asarray(truth, np.float32))
+        section = Section(name, image[some], label[some], kept, -1, mask[some], np.array(where), 0.3 * pitch, np.array([code]), None)
+        return section._replace(pitch=pitch), truth, np.array(where)
 
 
 def frame_of(angle, mirror, shift):
@@ -98,6 +98,10 @@ def test_unlike_and_empty_sections_are_not_tied():
     cuts = [Block(seed).cut("a", np.eye(2), np.zeros(2))[0] for seed in range(6)]
     planes = [serial.planes_of(one, tissue(one)) for one in cuts]
     assert all(serial.tie_of(planes[k], {0: planes[n]}) is None for k in range(6) for n in range(k))
+    rows, columns = np.mgrid[:SIDE, :SIDE] - SIDE / 2
+    small = [one._replace(mask=np.hypot(rows, columns) < 2.5 * PITCH) for one in cuts]
+    small = [serial.planes_of(one._replace(image=np.where(one.mask[..., None], one.image, 240)), tissue(one)) for one in small]
+    assert all(serial.tie_of(small[k], {0: small[n]}) is None for k in range(6) for n in range(k))
     blank = cuts[0]._replace(image=np.full_like(cuts[0].image, 200), mask=np.ones_like(cuts[0].mask))
     empty = blank._replace(mask=np.zeros_like(blank.mask))
     for other in (blank, empty):
@@ -152,7 +156,11 @@ def predicted(worlds, *more):
         for side in pair:
             side.eval()
         looked = data._replace(sections=(second._replace(counts=sp.csr_matrix(second.counts.shape, dtype=np.float32)),))
-        predictor = xfuse.Predictor(pair, looked, config, xfuse.spec_from(xfuse.spec_to(spec)))
+        stored = xfuse.spec_from(json.loads(json.dumps(xfuse.spec_to(spec))))
+        assert stored == spec
+        predictor = xfuse.Predictor(pair, looked, config, stored)
+        over = xfuse.lies_over(predictor, 0)
+        assert over is None if more else over[0] == "a" and over[1] > 0.8
         frequent = np.argsort(-truth.sum(0))[:15]
         own = sp.csr_matrix(truth[:, frequent].astype(np.float32))
         result, scores = posterior_predictive(predictor, chains_of(pair), frequent, draws=40, seed=0, truth=own)
@@ -173,12 +181,31 @@ def test_an_image_alone_is_predicted_by_the_section_that_it_lies_over(worlds, mo
     assert 0.85 < cover < 0.95
 
 
-@pytest.mark.parametrize(("rho", "low", "high"), [(0.0, 0.0, 0.4), (0.95, 0.8, 0.99)])
-def test_spots_say_how_much_of_the_images_correlation_holds_for_them(rho, low, high):
-    """Both sections show the same stain; their programs are the same, or have nothing to do with each other."""
+@pytest.mark.parametrize(("rho", "pitch", "low", "high"), [(0.0, PITCH, 0.0, 0.4), (0.95, PITCH, 0.8, 0.995), (0.95, 7.0, 0.8, 0.995)])
+def test_spots_say_how_much_of_the_images_correlation_holds_for_them(rho, pitch, low, high):
+    """Both sections show the same stain; their programs are the same, or have nothing to do with each other. Their pixels may differ in size."""
     block, (turn, moved) = Block(2), frame_of(1.1, 1, (4, 4))
-    data = data_of(block.cut("a", np.eye(2), np.zeros(2))[0], block.cut("b", turn, moved, rho=rho)[0], levels=())._replace(covariates={})
+    moved = moved + (1 - PITCH / pitch) * turn @ np.full(2, SIDE / 2)
+    turn = turn * PITCH / pitch
+    second = block.cut("b", turn, moved, rho=rho, pitch=pitch)[0]
+    data = data_of(block.cut("a", np.eye(2), np.zeros(2))[0], second, levels=())._replace(covariates={})
     spec = xfuse.start(data, options(), 0, quiet)[1]
     assert low <= spec.ties[1].share <= high
     by_images = serial.tied(data.sections, [tissue(one) for one in data.sections], quiet)[1][1]
     assert spec.ties[1].share == pytest.approx(by_images.shifted(spec.shift).share)
+
+
+def test_a_tie_ends_where_the_other_section_does():
+    """Beyond the other's crop a field is the section's own, of unit variance: the value at the border says nothing there."""
+    block = Block(3)
+    data = data_of(block.cut("a", np.eye(2), np.zeros(2), left=80)[0], block.cut("b", np.eye(2), np.zeros(2))[0])
+    spec = xfuse._spec(data, {}, [None, serial.Tie(0, 0.9, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))], 0.0, 2.0, 1.0, 1.0)
+    spec = spec._replace(lattices=[xfuse.lattices_over((0, 0), (80, SIDE), spec.lattices[0][0].step), spec.lattices[1]])  # as of a new section
+    one, tissues = sides(xfuse.build(options(), spec))[0], [tissue(each) for each in data.sections]
+    spots = warm_start.gather(data, tissues)
+    space = warm_start.basis(one, spots, tissues)[0]
+    inside, beyond = (spots.section == 1) & (spots.xy[:, 0] < 80), (spots.section == 1) & (spots.xy[:, 0] > 80 + 4 * spec.lattices[0][0].step)
+    assert beyond.sum() > 10
+    np.testing.assert_allclose((space[beyond] ** 2).sum(1), 1.0, atol=0.05)
+    points = points_of(spec.lattices[0])
+    assert (space[beyond, :points] ** 2).sum(1).max() < 0.01 and (space[inside, :points] ** 2).sum(1).min() > 0.7

@@ -58,7 +58,7 @@ from ppl_st.models.xfuse.metagenes import profiles as metagene_profiles
 from ppl_st.models.xfuse.metagenes import rounds
 from ppl_st.models.xfuse.model import PRESETS, Config, Guide, Measured, Model, Spec, build, sides
 from ppl_st.models.xfuse.novelty import novelty
-from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, tissue
+from ppl_st.models.xfuse.patches import COARSE, Batch, Batches, Tissue, aggregate, coarse, pitch_of, tissue
 from ppl_st.models.xfuse.serial import Planes, corners, lattices_of, planes_of, tie_of, tied
 from ppl_st.models.xfuse.space import Lattice, Tie, lattices_over, points_of
 
@@ -78,7 +78,8 @@ def start(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> 
         working = warm_start.without_failed(spots, say) if config.fields else spots
         planes, ties = tied(data.sections, tissues, say) if config.fields and config.serial else ({}, [None] * len(tissues))
         kernel = warm_start.learn_kernel(working, rng) if config.fields else None
-        shift = warm_start.learn_shift(working, kernel, ties, rng) if kernel else 0.0
+        pitches = np.array([pitch_of(section) for section in data.sections])
+        shift = warm_start.learn_shift(working, kernel, ties, pitches, rng) if kernel else 0.0
         ties = [tie and tie.shifted(shift) for tie in ties]
         if any(ties):
             say(f"their spatial fields: by {', '.join(f'{tie.share:.2g}' for tie in ties if tie)}")
@@ -164,7 +165,8 @@ def spec_to(spec: Spec) -> dict[str, Any]:
 def spec_from(stored: dict[str, Any]) -> Spec:
     """Inverse of `spec_to`."""
     lattices = [[Lattice(*values) for values in own] for own in stored["lattices"]]
-    return Spec(**{**stored, "lattices": lattices, "ties": [tie and Tie(*tie) for tie in stored["ties"]]})
+    ties = [tie and Tie(tie[0], tie[1], tuple(tie[2])) for tie in stored["ties"]]
+    return Spec(**{**stored, "lattices": lattices, "ties": ties, "planes": [tuple(shape) for shape in stored["planes"]]})
 
 
 def batches(data: Data, config: Config, seed: int) -> Batches:
@@ -369,7 +371,7 @@ def maps(
 
 
 def lies_over(predictor: Predictor, section: int) -> tuple[str, float] | None:
-    """Name of the fit's section that a section lies over (`ppl_st.models.xfuse.serial`) and their correlation; None: over none."""
+    """Name of the fit's section that a section lies over (`ppl_st.models.xfuse.serial`) and the correlation of their fields; None: over none."""
     if not predictor.config.fields:
         return None
     local = predictor.local((section, np.zeros(0, np.int64)), 0)

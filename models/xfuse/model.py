@@ -421,8 +421,8 @@ class Measured(NamedTuple):
 def random_waves(inputs: int, number: int) -> tuple[Tensor, Tensor]:
     """Frequencies [inputs, number] and phases [number]: sqrt(2 / number) cos(x frequency + phase) have the covariance exp(-|x - y|^2 / 2), nearly.
 
-    Cosine and sine of each frequency; directions are orthogonal, as many at a time as there are inputs, lengths those of normal vectors. 256 are then
-    as good as 500 to 1,000 with independent frequencies and phases (Yu et al., 2016; Sutherland and Schneider, 2015).
+    Cosine and sine of each frequency; directions are orthogonal, as many at a time as there are inputs, lengths those of normal vectors. On
+    two pairs of sections 256 were as good as 500 to 1,000 with independent frequencies and phases (Yu et al., 2016; Sutherland and Schneider, 2015).
     """
     pairs = -(-number // 2)
     turns = [torch.linalg.qr(torch.randn(inputs, inputs))[0] for _ in range(-(-pairs // inputs))]

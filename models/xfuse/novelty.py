@@ -25,6 +25,8 @@ NEAREST = 3
 VARYING = 10  # features of which a tile has a standard deviation as well: those smoothed over less than a pitch
 TISSUE = 0.1  # share of a tile
 SHRINK = 0.05  # of the covariance of tiles towards that of unrelated ones
+MOST = 4000  # tiles of the fit that others are compared with, drawn where there are more
+BLOCK = 1000  # tiles of which distances are kept at once
 Array = NDArray[np.float64]
 
 
@@ -38,25 +40,32 @@ def novelty(sections: Sequence[Section], fitted: Sequence[Section], tile: int) -
     middle, spread = fit.mean(0), np.maximum(fit.std(0), 1e-6)
     correlation = (1 - SHRINK) * ((fit - middle) / spread).T @ ((fit - middle) / spread) / len(fit) + SHRINK * np.eye(fit.shape[1])
     unit = np.linalg.inv(np.linalg.cholesky(correlation)).T / spread[:, None]
-    fit = (fit - middle) @ unit
-    apart, at = cdist(fit, fit), np.concatenate(places)
-    touching = (owner[:, None] == owner) & (np.abs(at[:, None] - at).max(-1) <= 1)
-    touching[(~touching).sum(1) < NEAREST] = False
-    apart[touching | np.eye(len(fit), dtype=bool)] = np.inf
-    own = np.sort(_distance(apart))
+    some = np.sort(np.random.default_rng(0).permutation(len(fit))[:MOST])
+    fit, owner, place = (fit[some] - middle) @ unit, owner[some], np.concatenate(places)[some]
+    at = np.column_stack([place, 3 * owner * (place.max() + 1)])  # sections do not touch
+    own = np.sort(_distance(fit, fit, at))
     found = []
     for section in sections:
-        tiles, at = _tiles(section, tile)
+        tiles, where = _tiles(section, tile)
         values = np.full([-(-side // tile) for side in section.mask.shape], np.nan)
-        values[tuple(at.T)] = np.searchsorted(own, _distance(cdist((tiles - middle) @ unit, fit))) / len(own)
+        values[tuple(where.T)] = np.searchsorted(own, _distance((tiles - middle) @ unit, fit)) / len(own)
         found.append(values)
     return found
 
 
-def _distance(apart: Array) -> Array:
-    """Mean over the nearest [n] of distances [n, m]."""
-    nearest = np.sort(apart, axis=1)[:, :NEAREST]
-    return np.asarray(np.where(np.isfinite(nearest), nearest, 0.0).sum(1) / np.maximum(np.isfinite(nearest).sum(1), 1))
+def _distance(tiles: Array, fit: Array, at: NDArray[np.int64] | None = None) -> Array:
+    """Mean distance of tiles [n, k] to the nearest of the fit's [m, k]; of the fit's own, at places ``at`` [m, 3], to those that do not touch."""
+    found = []
+    for first in range(0, len(tiles), BLOCK):
+        apart = cdist(tiles[first : first + BLOCK], fit)
+        if at is not None:
+            touching = np.abs(at[first : first + BLOCK, None] - at).max(-1) <= 1
+            touching[(~touching).sum(1) < NEAREST] = False
+            apart[touching] = np.inf
+            apart[np.arange(len(apart)), first + np.arange(len(apart))] = np.inf
+        nearest = np.sort(np.partition(apart, min(NEAREST, len(fit)) - 1, axis=1)[:, :NEAREST], axis=1)
+        found.append(np.where(np.isfinite(nearest), nearest, 0.0).sum(1) / np.maximum(np.isfinite(nearest).sum(1), 1))
+    return np.concatenate([np.zeros(0), *found])
 
 
 def _tiles(section: Section, tile: int) -> tuple[Array, NDArray[np.int64]]:

@@ -1,6 +1,6 @@
 r"""Serial sections: slices cut one after the other from a block of tissue look alike, and what is known of one says much of the next.
 
-A section k whose image agrees with that of an earlier section r is tied to it. Its spatial field is
+A section k whose image agrees with that of an earlier section r, itself not tied, is tied to it. Its spatial field is
 
     field_k(xy) = rho f_r(A xy + t) + sqrt(1 - rho^2) f_k(xy),    A a rotation, mirrored or not
 
@@ -12,11 +12,12 @@ images' correlation holds for them (`warm_start.learn_shift`), and then also for
    of all cross-correlations (Fourier transform); the best angle and shift are then refined.
 2. Correlation: the features of both sections at points one pitch apart and a pitch from the border (nearer to it they show the glass, whatever the
    tissue), as Gaussian processes with the covariance of the model's fields (shortest length 1 pitch) in the common frame, times rho between the
-   sections, plus noise. rho maximises the marginal likelihood of all features together. Sections are tied if rho is at least `LEAST` and twice
-   as near to 1 as where the images are laid over each other otherwise (mirrored, turned) as well as can be: unrelated images have 0 to .6 both ways,
-   serial ones .85 and .9 against .2 and .4.
+   sections, plus noise. rho is its posterior mean given all features together, 0 where that gains less than `GAIN`. Sections are tied if rho is at
+   least `LEAST` and twice as near to 1 as where the images are laid over each other otherwise (mirrored, turned) as well as can be: unrelated images
+   have 0 to .6 both ways, serial ones .85 against .2 and .4.
 
-Sections are taken at one scale: pitches of both have the same length in the tissue.
+Sections hang on sections that hang on none. They are taken at one scale: pitches of both have the same length in the tissue. Not found are sections
+of tissue that is its own mirror image, as of a whole brain, and such as show less than half of what the other does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,7 @@ COMPARED = slice(1, 6)  # of the planes: those smoothed over a third, of which t
 FEATURE = 0.1  # weight of a feature's square in an overlay, that of the mask is 1
 PROMISING = 0.6  # cosine of two overlaid sections; below, no correlation is looked for
 RHO = np.array([0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96])
+GAIN = 10.0  # nats of log marginal likelihood over rho = 0, below which a correlation is not believed: there is little tissue
 LEAST = 0.7
 NEARER = 0.5  # of what the correlation elsewhere lacks to 1, at most: a small or smooth tissue can be laid over any other fairly well
 APART = np.deg2rad(40)
@@ -90,11 +92,13 @@ def lattices_of(n: int, sections: Sequence[Section], ties: Sequence[Tie | None],
 
 def planes_of(section: Section, tissue: Tissue) -> Planes:
     """What is compared of a section."""
-    step, mask = pitch_of(section) / PER_PITCH, section.mask
+    step, mask = pitch_of(section.shown or section) / PER_PITCH, section.mask
     at = np.meshgrid(*(np.arange(0, side - 0.5, step) for side in mask.shape), indexing="ij")
-    width = max(1, round(step))
-    found = [uniform_filter(np.asarray(plane * mask, np.float32), width) for plane in (np.float32(1), *tissue.features.numpy()[SMOOTH])]
-    return Planes(np.stack([map_coordinates(plane, at, order=1, mode="nearest") for plane in found]), step)
+    width = 2 * (round(step) // 2) + 1  # odd: a mean about the middle of a pixel
+    values = np.empty((PLANES, *at[0].shape), np.float32)
+    for n, plane in enumerate((np.float32(1), *tissue.features.numpy()[SMOOTH])):
+        map_coordinates(uniform_filter(np.asarray(plane * mask, np.float32), width), at, values[n], order=1, mode="nearest")
+    return Planes(values, step)
 
 
 def tie_of(one: Planes, others: Mapping[int, Planes]) -> Tie | None:
@@ -109,7 +113,8 @@ def tie_of(one: Planes, others: Mapping[int, Planes]) -> Tie | None:
                 break
         (rho, turn, shift), elsewhere = found[0], found[-1][0]
         if rho >= LEAST and 1 - rho <= NEARER * (1 - elsewhere) and (best is None or rho > best.share):
-            matrix, moved = turn[::-1, ::-1] * other.step / one.step, shift[::-1] * other.step  # rows and columns to x and y, lattices to pixels
+            matrix = turn[::-1, ::-1] * other.step / one.step  # rows and columns to x and y, lattices to pixels, whose middles are at .5
+            moved = shift[::-1] * other.step + 0.5 - matrix @ (0.5, 0.5)
             best = Tie(number, rho, (*matrix[0].tolist(), float(moved[0]), *matrix[1].tolist(), float(moved[1])))
     return best
 
@@ -201,4 +206,5 @@ def _correlation(one: Planes, other: Planes, turn: Array, shift: Array) -> float
         variance = ((vectors.T @ y) ** 2).T @ (1 / spectrum.T) / len(y)  # [features, shares]
         log_p = -0.5 * len(y) * np.log(np.maximum(variance, 1e-12)) - 0.5 * np.log(spectrum).sum(1)
         evidence.append(log_p.max(1).sum())
-    return float(RHO[np.argmax(evidence)])
+    weight = np.exp(np.array(evidence) - max(evidence))
+    return float(RHO @ weight / weight.sum()) if max(evidence) - evidence[0] >= GAIN else 0.0

@@ -39,6 +39,14 @@ class Tie(NamedTuple):
     share: float
     frame: tuple[float, float, float, float, float, float]
 
+    def share_at(self, there: Tensor, lattices: Sequence[Lattice]) -> Tensor:
+        """The share at positions [..., 2] of the other section with these lattices: less, and soon 0, beyond where that has a field."""
+        lattice = lattices[0]
+        low = torch.tensor([lattice.x, lattice.y]) + lattice.step
+        high = low + torch.tensor([lattice.w - 3, lattice.h - 3]) * lattice.step
+        out = torch.maximum(low - there, there - high).clamp_min(0.0) / lattice.step
+        return self.share * torch.exp(-0.5 * out.square().sum(-1))
+
     def shifted(self, by: float) -> "Tie":
         """With the logit of the share larger by so much."""
         return self._replace(share=1 / (1 + (1 / self.share - 1) * math.exp(-by)))
@@ -89,5 +97,6 @@ def field_of(
     tie, own = ties[n], spatial_field(lattices[n], weights[n], where)
     if tie is None:
         return own
-    other = spatial_field(lattices[tie.section], weights[tie.section], tie.moved(where))
-    return tie.share * other + math.sqrt(1 - tie.share**2) * own
+    there = tie.moved(where)
+    share = tie.share_at(there, lattices[tie.section])
+    return share * spatial_field(lattices[tie.section], weights[tie.section], there) + (1 - share.square()).sqrt() * own

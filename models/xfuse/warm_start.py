@@ -364,9 +364,9 @@ def learn_kernel(spots: Spots, rng: np.random.Generator, most: int = 300) -> Ker
     return fit_kernel(np.column_stack([spots.xy / spots.pitch[:, None], 1e3 * spots.section]), spots.features, scores)
 
 
-def learn_shift(spots: Spots, kernel: Kernel, ties: Sequence[Tie | None], rng: np.random.Generator, most: int = 300) -> float:
+def learn_shift(spots: Spots, kernel: Kernel, ties: Sequence[Tie | None], pitches: Array, rng: np.random.Generator, most: int = 300) -> float:
     """What is to be added to the logit of the images' correlation of tied sections for that of their spots, by marginal likelihood given the lengths
-    of `learn_kernel`; 0 where no two tied sections have spots."""
+    of `learn_kernel`; 0 where no two tied sections have spots. ``pitches`` [sections] in pixels of each."""
     found = {n: tie for n in np.unique(spots.section).tolist() if (tie := ties[n])}
     if not any((spots.section == tie.section).any() for tie in found.values()):
         return 0.0
@@ -375,7 +375,7 @@ def learn_shift(spots: Spots, kernel: Kernel, ties: Sequence[Tie | None], rng: n
     for n, tie in found.items():
         mine = spots.section == n
         block[mine], place[mine] = tie.section, tie.moved(torch.from_numpy(spots.xy[mine])).numpy()
-    where = np.column_stack([place / spots.pitch[:, None], 1e3 * block])
+    where = np.column_stack([place / pitches[block][:, None], 1e3 * block])
     apart, same = cdist(where, where, "sqeuclidean"), spots.section[:, None] == spots.section
     space = np.mean([np.exp(-apart / 2 / (kernel.length_space * length) ** 2) for length in LENGTHS], 0)
     image = _root(np.exp(-cdist(spots.features, spots.features, "sqeuclidean") / 2 / kernel.length_image**2))
@@ -424,13 +424,16 @@ def basis(model: Model, spots: Spots, tissues: Sequence[Tissue]) -> tuple[Array,
     for n in range(len(tissues)):
         mine, tie = np.flatnonzero(spots.section == n), model.spec.ties[n]
         where = torch.from_numpy(spots.xy[mine]).float()[:, None]  # [s, 1, 2]
-        parts = [(n, 1.0, where)] if tie is None else [(n, math.sqrt(1 - tie.share**2), where), (tie.section, tie.share, tie.moved(where))]
+        parts = [(n, torch.ones(len(mine)), where)]
+        if tie is not None:
+            share = tie.share_at(there := tie.moved(where), model.spec.lattices[tie.section])[:, 0]
+            parts = [(n, (1 - share.square()).sqrt(), where), (tie.section, share, there)]
         for k, share, there in parts:
             lattices, points = model.spec.lattices[k], points_of(model.spec.lattices[k])
             for first in range(0, points if len(mine) else 0, COLUMNS):
                 some = torch.eye(points, min(COLUMNS, points - first)).roll(first, 0)
                 values = spatial_field(lattices, some, there)[..., 0]  # [some, s]
-                space[mine, offsets[k] + first : offsets[k] + first + len(values)] = share * values.T.numpy()
+                space[mine, offsets[k] + first : offsets[k] + first + len(values)] = (share * values).T.numpy()
     image = np.zeros((len(spots.section), model.config.functions))
     for n, one in enumerate(tissues):
         mine, place = np.flatnonzero(spots.section == n), np.full(len(one.size) + 1, -1)

@@ -163,7 +163,7 @@ def new_image(
     else:
         on = tissue_mask(pixels) if mask is None else read_labels(Path(mask), frame, mask=True) > 0
     if mask is None and (marks := on & ~without_marks(pixels, on)).any():
-        say(f"{name}: small pale pieces ({marks.sum() / on.sum():.0%} of what is not glass) are taken for marks on the slide; if not, give --mask")
+        say(f"{name}: small gray pieces ({marks.sum() / on.sum():.0%} of what is not glass) are taken for marks on the slide; if not, give --mask")
         on &= ~marks
     if not on.any():
         raise UserError(
