@@ -33,7 +33,7 @@ _PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_SIDE = 8000  # pixels of a working image: more is hardly ever meant
 STRIP = 64  # rows
 MOST = 0.999  # share of an image's values that its full scale must hold
-MARK, GRAYER = 0.2, 0.5  # of the largest piece's area, and of how far it is from gray: smaller and grayer ones are no tissue
+MARK, GRAYER = 0.2, 0.7  # of the largest piece's area, and of how far it is from gray: smaller and grayer ones are no tissue
 SMALLEST = 1e-4  # share of the image below which a piece of tissue, or a hole in it, is dirt (the published (1 %)^2)
 
 VISIUM_SPOT = 65.0  # um: Space Ranger's spot_diameter_fullres is the size in pixels of a theoretical spot of 65 um, not of the printed one
