@@ -1,6 +1,6 @@
 """Simulation-based calibration of every method: table and figure of BENCHMARKS.md.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/benchmarks/sbc.py run METHOD DIR      # siid, vista, spaim, spagene, xfuse
+    OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/benchmarks/sbc.py run METHOD DIR      # siid, vista, spaim, spagene, xfuse, ..._genes
     OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/benchmarks/sbc.py show DIR            # prints the table, writes DIR/sbc_ranks.png
 """
 
@@ -23,6 +23,7 @@ def run(method, folder):
     began = time.process_time()
     found = sbc_methods.METHODS[method]()
     stored = {f"{name}|{field}": value for name, ranks in found.items() for field, value in ranks._asdict().items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
     np.savez(Path(folder) / f"{method}.npz", **stored)
     print(f"{method}: {time.process_time() - began:.0f} cpu s", flush=True)
 
