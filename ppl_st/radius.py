@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
+from scipy.optimize import minimize
 from scipy.sparse.linalg import svds
 from scipy.spatial import cKDTree
 
@@ -237,7 +238,20 @@ class _RadiusTrial:
             if not known:
                 radius = _refined(radii, self.scores(radii, shift).sum(axis=1))
                 best = self.scores(np.array([radius]), shift)[0]
-        return shift if best.sum() - start.sum() > _CLEAR and _clearly_better(best, start) else np.zeros(2)
+        if best.sum() - start.sum() <= _CLEAR or not _clearly_better(best, start):
+            return np.zeros(2)
+        if known:
+            return shift
+
+        def loss(at: Floats) -> float:  # shift in pitches and log radius together: one after the other they stop on the ridge between them
+            if np.hypot(*at[:2]) > _MAX_SHIFT:
+                return np.inf
+            return -float(self.scores(np.exp(at[2:]).clip(radii[0], radii[-1]), at[:2] * self.pitch)[0].sum())
+
+        middle = np.append(shift / self.pitch, np.log(radius))
+        simplex = np.vstack([middle, middle + np.diag([0.05, 0.05, 0.1])])
+        found = minimize(loss, middle, method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 0.003, "fatol": 0.5, "maxfev": 120})
+        return np.asarray(found.x[:2] * self.pitch)
 
 
 def _scaled(counts: sparse.csr_matrix) -> sparse.csr_matrix:

@@ -281,11 +281,12 @@ def test_real_pair_radius_in_time(real: tuple[Array, Array, sparse.csr_matrix, s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 6, 10])  # where the shift and the radius, found in turn, stopped 3 to 6 um from the best
 def test_real_pair_radius_under_noise_gene_factors_depth_and_shift(
-    real: tuple[Array, Array, sparse.csr_matrix, sparse.csr_matrix],
+    real: tuple[Array, Array, sparse.csr_matrix, sparse.csr_matrix], seed: int
 ) -> None:
     cells, spots, x, v = real
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     x, v = x.copy(), v.tocsc()
     for counts in (x, v):
         counts.data = rng.binomial(counts.data.astype(int), 0.5).astype(np.float32)
@@ -301,7 +302,7 @@ def test_real_pair_radius_under_noise_gene_factors_depth_and_shift(
     )
     radius, info = infer_radius(cells, spots + np.array([8.0, -6.0]), x, v)
     assert radius == pytest.approx(27.5, rel=0.1)
-    assert np.allclose(info.shift, [-8, 6], atol=3)  # what to add to the spots
+    assert np.allclose(info.shift, [-8, 6], atol=1)  # what to add to the spots
     assert info.radius_unshifted > 1.15 * radius  # an ignored shift looks like a wider spot
 
 
