@@ -250,8 +250,8 @@ class _RadiusTrial:
 
         middle = np.append(shift / self.pitch, np.log(radius))
         simplex = np.vstack([middle, middle + np.diag([0.05, 0.05, 0.1])])
-        found = minimize(loss, middle, method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 0.003, "fatol": 0.5, "maxfev": 120})
-        return np.asarray(found.x[:2] * self.pitch)
+        solved = minimize(loss, middle, method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 0.003, "fatol": 0.5, "maxfev": 120})
+        return np.asarray(solved.x[:2] * self.pitch)
 
 
 def _scaled(counts: sparse.csr_matrix) -> sparse.csr_matrix:
