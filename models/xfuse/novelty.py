@@ -42,7 +42,7 @@ def novelty(sections: Sequence[Section], fitted: Sequence[Section], tile: int) -
     unit = np.linalg.inv(np.linalg.cholesky(correlation)).T / spread[:, None]
     some = np.sort(np.random.default_rng(0).permutation(len(fit))[:MOST])
     fit, owner, place = (fit[some] - middle) @ unit, owner[some], np.concatenate(places)[some]
-    at = np.column_stack([place, 3 * owner * (place.max() + 1)])  # sections do not touch
+    at = np.column_stack([place, 2 * owner])  # sections do not touch
     own = np.sort(_distance(fit, fit, at))
     found = []
     for section in sections:
