@@ -7,6 +7,7 @@ r"""Where a fit starts: the best gene-wise constant model, and on top of it meta
    K_k = a_sk exp(-d_s^2 / 2 l_s^2) + a_ik exp(-d_i^2 / 2 l_i^2) + noise_k, d_s in spot pitches within a section, d_i between standardised image
    features. A few spots that failed (depth below `FAILED` of their section's median) are left out. The model's own kernel in space has a
    longer length beside l_s (`LENGTHS`): a depth varies more slowly than what the genes differ in.
+   How far fields of sections that lie over each other correlate (`serial.py`): marginal likelihood of the same columns, given the lengths.
 3. Metagenes: each column is smoothed with its own share of noise (the eigenvectors of K serve all), the smooth counts are factorised
    (Kullback-Leibler NMF), and profiles and shares of the factors are the start of e^L and of the activities. Depth is smoothed as its square root:
    in the logarithm a spot that failed outweighs all others.
