@@ -106,8 +106,9 @@ def count_layer(name, data, config, hyper, place, draw, fit, simulations):
 
     Places [n, q] are held; ``draw(rng)`` gives loadings [q, G] from the method's prior and ``fit(problem, genes, loadings)`` their posterior given
     those of the other shared genes. Counts of the shared genes follow the law of `ppl_st.models.common.counts` at the values ``hyper``. One more
-    gene of the target, deep and the same everywhere, makes a cell's total its depth. Levels are made to be per count of the shared genes. So what is
-    ranked is what the layer infers; the directions of a method, found in the counts themselves, are not put to the test.
+    gene of the target, the same everywhere and 2,000 times as deep as the others together, makes a cell's total its depth (20 times are too few: the
+    shared genes' own maps are then a part of it, and measured slopes come out flat). Levels are made to be per count of the
+    shared genes. So what is ranked is what the layer infers; the directions of a method, found in the counts themselves, are not put to the test.
     """
     share, doubt = true_shares(data)
     measured, sites = np.isin(np.arange(len(share)), data.panel), ("log_gain", "slope", "log_theta")
@@ -122,7 +123,7 @@ def count_layer(name, data, config, hyper, place, draw, fit, simulations):
         rate = depth * np.exp(gain) * grown / (depth * grown).sum(0) * depth.sum()
         counts = np.zeros((len(depth), data.counts.shape[1] + 1), np.float32)
         counts[:, data.columns] = rng.poisson(rate * rng.gamma(np.exp(log_theta), np.exp(-log_theta), rate.shape))[:, data.panel]
-        counts[:, -1:] = rng.poisson(20 * depth)
+        counts[:, -1:] = rng.poisson(2000 * depth)
         again = data._replace(counts=sp.csr_matrix(counts))
         learned = learn_hyper(again, config, number, quiet, lambda problem, genes: fit(problem, genes, loadings))
         layer = CountLayer(again, learned, len(loadings))
@@ -154,12 +155,12 @@ class Held(NamedTuple):
         return self.known
 
 
-def coherent(hyper):
-    """A first fit's values with slopes near 1 and no bend: there, the loadings of the simulated log-normalised counts are those that were drawn.
+def coherent(hyper, slope):
+    """A first fit's values without a bend and with slopes near ``slope``, where the loadings of simulated log-normalised counts are those drawn.
 
     The methods take loadings of log-normalised counts for those of the map. Steeper slopes make them larger, and e and the slopes share the factor.
     """
-    return hyper._replace(slope=(1.1, 0.0, 0.25), bend=0.0)
+    return hyper._replace(slope=(slope, 0.0, 0.25), bend=0.0)
 
 
 def gene_world():
@@ -167,8 +168,9 @@ def gene_world():
     return spatial_field(seed=1, n_cells=200, n_reference=200, n_genes=40, n_panel=20, n_types=3, platform_sd=0.3, rho=10.0)
 
 
-def spaim_genes(simulations=40):
-    """`count_layer` under SpaIM's prior of loadings; places, signal and noise are a first fit's, without process and regression."""
+def spaim_genes(simulations=160, slope=0.9):
+    """`count_layer` under SpaIM's prior of loadings; places, signal and noise are a first fit's, without process and regression. At slopes of .9 the
+    doubt e, which is 1 in this world, is learned as 1.00 on average."""
     from ppl_st.models import spaim
     from ppl_st.models.spaim.kernel import SELF
     from ppl_st.models.spaim.model import Layer
@@ -193,11 +195,12 @@ def spaim_genes(simulations=40):
         layer.scores, layer.ratio, layer.noise, layer.regressed = loadings[:, problem.panel], ratio, noise, np.zeros((len(noise), len(inner)))
         return Held(layer, place)
 
-    return count_layer("SpaIM", data, config, coherent(spec.hyper), place, draw, fit, simulations)
+    return count_layer("SpaIM", data, config, coherent(spec.hyper, slope), place, draw, fit, simulations)
 
 
-def spagene_genes(simulations=10):
-    """`count_layer` under the prior of SpaGene's translator; places, signal and noise are a first fit's, the latter two estimated anew."""
+def spagene_genes(simulations=160, slope=1.1):
+    """`count_layer` under the prior of SpaGene's translator; places, signal and noise are a first fit's, the latter two estimated anew. e is learned
+    as .87; at slopes of 1.7 as .99, but exp(slope f) is then far from a standardised log-normalised count."""
     from ppl_st.models import spagene
     from ppl_st.models.spagene.closed import Closed, features
     from ppl_st.models.spagene.model import direction_of
@@ -220,7 +223,7 @@ def spagene_genes(simulations=10):
         own = SimpleNamespace(loadings=known, scale=torch.zeros(len(noise)))  # cells are placed without a doubt
         return Held(Closed(problem, own, other, spec.ratios[0], inner), place)
 
-    return count_layer("SpaGene", data, config, coherent(spec.hypers[0]), place, draw, fit, simulations)
+    return count_layer("SpaGene", data, config, coherent(spec.hypers[0], slope), place, draw, fit, simulations)
 
 
 def siid(simulations=20):
