@@ -20,7 +20,7 @@ from different fits count S / (S - 1) times in the CRPS, at most one part in S i
 
 The log score is exact for the mixture of S laws. The CRPS is not: its closed form, sum_k (F(k) - 1[x <= k])^2 with F the mean of the S distribution
 functions, runs over every count up to the far tail and costs a hundred times the sorted draws, whose error all but vanishes in the mean over the
-cells of a gene (BENCHMARKS.md).
+cells of a gene (RECORD.md).
 
 Peak memory is about S x cells x genes x 12 bytes of one block plus the result; ``memory_gb`` bounds the block, not the S draws of the global sites,
 which all stay in memory (SIID with 160 factors and 18,000 genes: 100 draws of xi are 1.2 GB). Draws of a block are sorted and summarised beside those

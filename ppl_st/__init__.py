@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# torch's threads spin while they wait; on a shared machine that cost a factor of seven (BENCHMARKS.md). Read when torch is loaded.
+# torch's threads spin while they wait; on a shared machine that cost a factor of seven (tests/benchmarks/RECORD.md). Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["METHODS", "Run", "UserError", "__version__", "fit", "load", "recalibrate"]

@@ -25,6 +25,7 @@ from ppl_st.data import matched
 from ppl_st.errors import UserError
 from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER, read_entries
 from ppl_st.metrics import bootstrap_mean, score_prediction
+from ppl_st.models import METHODS
 from ppl_st.posterior import Run
 from ppl_st.report import read_json, read_scores
 from ppl_st.stack import cross_stacked, stacking_weights, unlike_inputs
@@ -172,6 +173,11 @@ def _of_evaluation(folder: Path) -> Tables:
 
 def _of_run(run: Run, folder: Path, given: Source | None, draws: int, seed: int, say: Callable[[str], None]) -> Tables:
     """The same of a run, on its held-out genes."""
+    if METHODS[run.method].reference == "image":
+        raise UserError(
+            f"compare: {folder} is a run of {run.method}, which learns from every gene of its spots: it is judged on hidden spots. Evaluate each "
+            f"variant (ppl-st evaluate --methods {run.method} ... --holdout-spots 0.5 --seed 0) and compare those folders"
+        )
     if given is None:
         raise UserError(f"{folder} is a run: give the counts to judge it by (--truth)")
     truth = run.counts_of(given)

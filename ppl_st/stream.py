@@ -195,7 +195,7 @@ def var_of(
 
     ``trust`` is the squared correlation that Poisson counts around the predicted rates would have with them. What the model does not know of a
     gene's level or dispersion is left out: a level does not lower a correlation, a dispersion that was never seen is a guess; both made the ranking
-    of genes worse (BENCHMARKS.md). ``between_fits`` is the share of the doubt about the rate that comes from fits (seeds, chains) which disagree.
+    of genes worse (RECORD.md). ``between_fits`` is the share of the doubt about the rate that comes from fits (seeds, chains) which disagree.
     """
     var = pd.DataFrame({"measured": run.measured[index]}, index=run.genes[index])
     var["trust"] = spread / np.maximum(spread + mean, 1e-12)

@@ -117,7 +117,7 @@ def test_vista_knows_how_little_a_shallow_reference_says_of_a_level():
 
 @pytest.mark.slow
 def test_intervals_of_measured_genes_hold_another_measurement(monkeypatch, tmp_path):
-    """Counts drawn anew from the true rates: not the ones that the states have seen. Numbers of BENCHMARKS.md, printed with ``-s``."""
+    """Counts drawn anew from the true rates: not the ones that the states have seen. Numbers of RECORD.md, printed with ``-s``."""
     kept, build = [], simulate._simulation
     monkeypatch.setattr(simulate, "_simulation", lambda *args, **kwargs: kept.append(args) or build(*args, **kwargs))
     sim = spatial_field(seed=3, n_cells=1200, n_reference=1200, n_genes=160, n_panel=80, theta=2.0)

@@ -1,4 +1,4 @@
-"""The SVI answer beside NUTS on problems small enough for it: where a guide is right, where it is not, and by how much (BENCHMARKS.md).
+"""The SVI answer beside NUTS on problems small enough for it: where a guide is right, where it is not, and by how much (RECORD.md).
 
 SpaIM's exact layer is held against NUTS in `test_sbc.py`; SpaGene's translator is the same algebra.
 """

@@ -8,7 +8,7 @@ so that its Gram matrix over the reference is diagonal: the posterior of beta is
 inside the reference; s_g^2 is what is left there, per degree of freedom. Standardising removes gene-wise platform effects, unit length the difference
 in noise between platforms; where a cell lies in the tissue's manifold is what is left.
 
-Where target and reference are alike this beats a linear regression by far (Molecular Cartography, .47 -> .52 of correlation, BENCHMARKS.md);
+Where target and reference are alike this beats a linear regression by far (Molecular Cartography, .47 -> .52 of correlation, RECORD.md);
 how much of it enters a map is chosen on inner held-out genes (`ppl_st.models.common.inner.learn_hyper`; VISTA: `ppl_st.models.vista.inner`).
 
 n target cells, M reference cells, P panel genes, L landmarks, F features, g genes.

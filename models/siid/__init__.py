@@ -16,7 +16,7 @@ GENERATIVE STORY (preset "default")
 GUIDE
     normal q(xi), q(log phi), points for theta of measured genes, *hyper-priors* for phi and theta of genes that the cells never measured,
     q(W_i, r_i | x, v, Q): the closed-form gamma posterior after a fixed number of EM sweeps (`activity.py`), no per-cell parameters. Training
-    uses its mean (with draws, independent noise in the activities distorts the profiles, BENCHMARKS.md); prediction draws from it. Several starts
+    uses its mean (with draws, independent noise in the activities distorts the profiles, RECORD.md); prediction draws from it. Several starts
     (``chains``) are fitted side by side and kept as the modes of the posterior: averaging over modes is worth more than any single one.
 
 LIKELIHOOD OF THE CELLS (``likelihood=``: "nb", "poisson", "zinb" or a function of your own, `ppl_st.observation`)

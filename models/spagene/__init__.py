@@ -39,7 +39,7 @@ GUIDE
 SYMBOLS  n spatial and M reference cells, A genes of the target, G of the reference, P of both; q and L latent dimensions; B cells of a minibatch.
 
 DIFFERENCES from paper and released code
-    * default: the autoencoders are linear and in closed form, so is the translator; coordinates smooth the codes; both compared in BENCHMARKS.md;
+    * default: the autoencoders are linear and in closed form, so is the translator; coordinates smooth the codes; both compared in RECORD.md;
     * genes that only the target has place its cells, as in the paper; no gene or cell is filtered out;
     * preprocessing of ``preset="paper"`` (square root, clipped at mean + 2 sd of positive counts) sees training genes only;
     * frozen means frozen: evaluation mode, codes cached. Released: dropout and batch statistics move on in stage 2, and every step re-encodes;

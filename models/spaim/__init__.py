@@ -29,7 +29,7 @@ SYMBOLS  n cells, A genes of the target, P of them shared with the reference, G 
 DIFFERENCES from paper and released code
     * scale: the published cosine losses leave a gene's level and spread free; here both have hyper-priors, so counts and intervals mean something;
     * features: the paper's networks have millions of weights for a few hundred training genes at most; the kernel needs a handful of numbers and is
-      the default, the networks are a setting (``preset="network"``, ``preset="paper"``; of these BENCHMARKS.md compares "paper" alone). Features
+      the default, the networks are a setting (``preset="network"``, ``preset="paper"``; of these RECORD.md compares "paper" alone). Features
       that a network learns by the marginal likelihood are not offered;
     * the noise s_k is one per direction, not per cell; a dispersion per cell was tried and brought nothing;
     * coordinates enter as the share of the spatial neighbors in a cell's place (chosen on inner genes), which stands for a spatial prior on loadings;

@@ -30,7 +30,7 @@ PREDICTIVE: globals once per draw and one latent image per draw and section, so 
 SYMBOLS  B patches of p x p pixels, M metagenes, G genes, J features, D levels, C channels.
 
 DIFFERENCES from paper and released code
-    * spatial field and image regression in the generator: networks alone, trained for minutes, are below a Gaussian process (BENCHMARKS.md);
+    * spatial field and image regression in the generator: networks alone, trained for minutes, are below a Gaussian process (RECORD.md);
     * genes of one draw share one latent image (released: a new one for every ten genes); location ids are int64 (released: float32);
     * weights of spots make the sums over measurements unbiased (`patches.py`); metagenes on a fixed maximum with masks (`metagenes.py`), a split
       subtracts log 2 and changes no mean; group norm; log-odds shared, Gamma functions at the non-zero counts only;

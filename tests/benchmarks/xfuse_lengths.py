@@ -1,4 +1,4 @@
-"""Lengths of XFuse's spatial kernel, in closed form: its columns at hidden spots, beside a Gaussian process per gene. Numbers in BENCHMARKS.md.
+"""Lengths of XFuse's spatial kernel, in closed form: its columns at hidden spots, beside a Gaussian process per gene. Numbers in RECORD.md.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/xfuse_lengths.py SEEDS A.h5ad A.jpg [B.h5ad B.jpg ...]      # files of one pair, several pairs with "--"
 
