@@ -1,6 +1,5 @@
 """fit and load: from files or AnnData to a `Run`. The only room that knows data, methods and inference at once."""
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -205,7 +204,7 @@ def _fit_seeds(
         stored = configs.read(place / "config.toml", wanted)
         if replace(stored, fit=replace(stored.fit, device=wanted.fit.device)) != wanted:
             raise UserError(f"--resume: {place} was begun with other settings (config.toml); all seeds need the same, as in the first command")
-        before = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["inputs"]
+        before = run_folder.read_json(place / "manifest.json").get("inputs", {})
         other = sorted({*unlike_inputs(before, described), *(set(before) ^ set(described))}) if described else []
         if other:
             raise UserError(f"--resume: {place} was begun with another --{' and --'.join(other)}; all seeds need the same, as in the first command")
@@ -265,7 +264,7 @@ def load(path: str | Path) -> Run:
         )
         raise UserError(f"{folder}: {what}" + ("" if folder.exists() else " (it does not exist)"))
     method, module, settings, data, cells, other, manifest = _stored(folder)
-    record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+    record = run_folder.read_json(folder / "fit.json")
     spec = _spec_from(module, record, manifest, folder)
     pair = module.empty(settings, spec, data, record["chains"])
     run_folder.load_weights(folder, pair)
@@ -279,7 +278,7 @@ def _seeds(folder: Path) -> list[int]:
         if begun:
             raise UserError(f"{folder}: holds {', '.join(begun)}, and not all seeds are finished: continue with --resume and the same --seeds")
         return []
-    return list(json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("seeds", []))
+    return list(run_folder.read_json(folder / "manifest.json").get("seeds", []))
 
 
 def _spec_from(module: Any, record: dict[str, Any], manifest: dict[str, Any], folder: Path) -> Any:
@@ -308,11 +307,10 @@ def _refuse_used(folder: Path) -> None:
 
 def _stored(folder: Path) -> tuple[str, Any, Any, Any, Counts, Counts, dict[str, Any]]:
     """Method, settings and data of a run folder."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / 'manifest.json'}: cannot be read ({error}); is {folder} a run folder?") from error
-    method = manifest["method"]
+    manifest = run_folder.read_json(folder / "manifest.json")
+    method = manifest.get("method")
+    if method not in METHODS:
+        raise UserError(f"{folder / 'manifest.json'}: names no method of this ppl_st ({method}); is {folder} a run folder? If so, it is damaged")
     module = load_method(method)
     try:
         settings = configs.read(folder / "config.toml", module.PRESETS["default"])
@@ -352,7 +350,7 @@ def _resume(
         configs.write(settings, folder / "config.toml")
     record = None
     if (folder / "fit.json").is_file() and (folder / "state.pt").is_file():
-        record = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        record = run_folder.read_json(folder / "fit.json")
     return train(stored, module, settings, data, cells, other, manifest, folder, record, progress, say)
 
 

@@ -15,6 +15,7 @@ log probabilities all folders kept, up to 2,000, picked by name: how many is sai
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,11 +24,12 @@ from ppl_st.api import Source, load
 from ppl_st.conformal import INNER_CELLS, inner_rows
 from ppl_st.data import matched
 from ppl_st.errors import UserError
-from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER, read_entries
+from ppl_st.evaluate import BYTES_PER_PREDICTION, UPPER
+from ppl_st.evaluation_folder import read_entries, read_scores
 from ppl_st.metrics import bootstrap_mean, score_prediction
 from ppl_st.models import METHODS
 from ppl_st.posterior import Run
-from ppl_st.report import read_json, read_scores
+from ppl_st.run_folder import read_json
 from ppl_st.stack import cross_stacked, stacking_weights, unlike_inputs
 
 __all__ = ["METRICS", "compare"]
@@ -83,28 +85,31 @@ def compare(
     talk = say or (lambda line: None)
     if metric not in METRICS:
         raise UserError(f"compare: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+    places = [Path(source).resolve() for source in sources]
+    if twice := [source for k, source in enumerate(sources) if places[k] in places[:k]]:
+        raise UserError(f"compare: {twice[0]} is given twice; name each folder once")
     _check_alike([Path(source) for source in sources], talk)
-    tables: dict[str, pd.DataFrame] = {}
-    entries: dict[str, pd.DataFrame] = {}
-    first: tuple[Path, np.ndarray] | None = None  # of the runs, with its cells
+    found: list[tuple[str, Path, pd.DataFrame, pd.DataFrame | None]] = []  # method, folder, scores, log probabilities
+    first: Seen | None = None  # of the runs
     for source in map(Path, sources):
         if (source / "scores.csv").is_file():
             scored, log_probs = _of_evaluation(source)
         else:
             run = load(source)
-            cells = np.sort(run.target.names)
-            first = first or (source, cells)
-            if not np.array_equal(cells, first[1]):
-                raise UserError(f"compare: {source} was fitted on other cells than {first[0]}; fit both on the same target")
+            own = Seen(source, np.sort(run.target.names), frozenset(run.genes[run.measured].tolist()), run.manifest.get("inputs", {}))
+            first = first or own
+            _check_seen(own, first, talk)
             scored, log_probs = _of_run(run, source, truth, draws, seed, talk)
         for name, table in scored.items():
+            table = table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
             if metric not in table or not np.isfinite(table[metric].astype(float)).all():
                 talk(f"{source}: {name} has no {metric} that is finite for every gene, and is left out")
                 continue
-            label = name if name not in tables else f"{name} ({source})"
-            tables[label] = table.assign(coverage_error=(table["coverage_90"] - 0.9).abs()) if "coverage_90" in table else table
-            if name in log_probs:
-                entries[label] = log_probs[name]
+            found.append((name, source, table, log_probs.get(name)))
+    names = [name for name, *_ in found]
+    labels = [name if names.count(name) == 1 else f"{name} ({source})" for name, source, *_ in found]
+    tables = {label: table for label, (_, _, table, _) in zip(labels, found, strict=True)}
+    entries = {label: log_prob for label, (*_, log_prob) in zip(labels, found, strict=True) if log_prob is not None}
     if len(tables) < 2:
         raise UserError(f"compare: {len(tables)} methods with {metric}; there is nothing to compare")
     common = sorted(set.intersection(*(set(table.index) for table in tables.values())))
@@ -123,6 +128,29 @@ def compare(
         return ranked
     order = [str(name) for name in ranked.index]
     return _with_stack(ranked, {name: entries[name] for name in order}, genes, seed, talk)
+
+
+class Seen(NamedTuple):
+    """What a run was fitted to."""
+
+    folder: Path
+    cells: np.ndarray  # names, sorted
+    genes: frozenset[str]  # that the target and the reference share and the fit was shown
+    inputs: dict[str, Any]
+
+
+def _check_seen(own: Seen, first: Seen, say: Callable[[str], None]) -> None:
+    """Refuse runs on other cells; say where they saw other genes or files: their difference is then not one of methods alone."""
+    if not np.array_equal(own.cells, first.cells):
+        raise UserError(f"compare: {own.folder} was fitted on other cells than {first.folder}; fit both on the same target")
+    if odd := sorted(own.genes ^ first.genes):
+        say(
+            f"compare: {len(odd)} genes were shown to one of {own.folder} and {first.folder} and hidden from the other, e.g. {', '.join(odd[:3])}: "
+            "not the same split; fit both with the same --hold-out"
+        )
+    for role in unlike_inputs(first.inputs, own.inputs):
+        if role != "hold-out":
+            say(f"compare: {own.folder} was fitted to another {role} ({own.inputs[role]['path']}) than {first.folder} ({first.inputs[role]['path']})")
 
 
 def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
@@ -146,6 +174,8 @@ def _check_alike(folders: Sequence[Path], say: Callable[[str], None]) -> None:
     for folder in runs if records else []:
         first, known = records[0]
         given, own = known.get("inputs", {}), read_json(folder / "manifest.json").get("inputs", {})
+        if known.get("folds") is not None:
+            say(f"compare: the fits of {first} hid one fold of genes after the other, {folder} what it was told to: they learned from other genes")
         if "target" in unlike_inputs(given, own):
             where = [one["target"]["path"] or "in memory" for one in (own, given)]
             say(f"compare: {folder} was fitted to another target ({where[0]}) than {first} is of ({where[1]}): they may be scored in other cells")
@@ -215,7 +245,7 @@ def _ranked(tables: dict[str, pd.DataFrame], metric: str, seed: int) -> pd.DataF
         row |= {"wins": float((sign * values > sign * best).mean()), "gene_rank": float(places[name])}
         others = [other for other in METRICS if other != metric and other in tables[name]]
         rows.append(row | {other: tables[name][other].mean() for other in others})
-    return pd.DataFrame(rows).set_index("method")
+    return pd.DataFrame(rows).astype({"rank": "Int64"}).set_index("method")
 
 
 def _standard_error(values: np.ndarray) -> float:
@@ -228,6 +258,7 @@ def _with_stack(
     """The table with stacking weights, and the mixture as its last row; its difference is to the best method on the same cells."""
     cells = sorted(set.intersection(*(set(table.index) for table in entries.values())))
     if not cells or len(genes) < 2:
+        say(f"{len(genes)} genes and {len(cells)} cells in common: too few for weights and the row {STACK}")
         return ranked
     if len(cells) < LEAST_CELLS and max(map(len, entries.values())) >= INNER_CELLS:
         say(
@@ -243,4 +274,4 @@ def _with_stack(
     row |= {"lo": interval.lo, "hi": interval.hi, "dse": _standard_error(difference), "wins": float((difference > 0).mean())}
     table = pd.concat([ranked, pd.DataFrame([row], index=pd.Index([STACK], name="method"))])
     table.insert(list(table.columns).index("gene_rank") + 1, "weight", [*stacking_weights(log_prob), np.nan])
-    return table.assign(rank=table["rank"].astype("Int64"))
+    return table.astype({"rank": "Int64"})

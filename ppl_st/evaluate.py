@@ -35,16 +35,15 @@ from ppl_st.baselines import REFERENCE_BASELINES, SPOT_BASELINES, Split, supervi
 from ppl_st.conformal import inner_rows
 from ppl_st.data import Counts, gene_folds, shared_genes
 from ppl_st.errors import UserError
-from ppl_st.io import atomic
+from ppl_st.evaluation_folder import begun, refuse_evaluated, write_csv, write_entries
 from ppl_st.layers import read_layers
 from ppl_st.metrics import bootstrap_mean, log1p_normalise, score_prediction, score_table
 from ppl_st.models import METHODS, load_method
 from ppl_st.pairs import as_given, read_like, read_pair
 from ppl_st.peers import PEERS, check, draw_scores
 from ppl_st.prepare import MIN_SHARED, load_prepare, refuse_few_genes
-from ppl_st.run_folder import begun, refuse_evaluated
 
-__all__ = ["RANKED", "Evaluation", "evaluate", "read_entries", "read_folds", "summarise"]
+__all__ = ["RANKED", "Evaluation", "evaluate", "read_folds", "summarise"]
 
 RANKED = ("raw_pcc", "raw_scc", "raw_partial_pcc", "log_pcc", "log_scc", "log_partial_pcc", "log_score")
 UPPER = "upper reference: sees truth"
@@ -424,27 +423,3 @@ def _peak_gb() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def write_entries(folder: Path, methods: list[str], entries: list[pd.DataFrame]) -> None:
-    """Store log predictive probabilities [cells, genes] of every method, given split after split, methods in turn, as ``log_prob.npz``."""
-    tables = [pd.concat(entries[k :: len(methods)], axis=1) for k in range(len(methods))]
-    with atomic(folder / "log_prob.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(
-            file, methods=np.array(methods), cells=tables[0].index.to_numpy(dtype=str), genes=tables[0].columns.to_numpy(dtype=str),
-            log_prob=np.stack([table.to_numpy(dtype=np.float32) for table in tables]),
-        )  # fmt: skip
-
-
-def read_entries(folder: Path) -> dict[str, pd.DataFrame]:
-    """Method -> log predictive probabilities [cells, genes] of an evaluation; nothing if it kept none."""
-    if not (folder / "log_prob.npz").is_file():
-        return {}
-    with np.load(folder / "log_prob.npz", allow_pickle=False) as stored:
-        methods, cells, genes, table = (stored[name] for name in ("methods", "cells", "genes", "log_prob"))
-    return {str(method): pd.DataFrame(one, cells, genes) for method, one in zip(methods, table, strict=True)}
-
-
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    with atomic(path) as temporary:
-        table.to_csv(temporary, index=False)

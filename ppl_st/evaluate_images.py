@@ -24,7 +24,8 @@ from ppl_st import config as configs
 from ppl_st.api import Source, fit_sections
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
-from ppl_st.evaluate import Evaluation, labelled, line_of, reset_peak, summarise, write_csv
+from ppl_st.evaluate import Evaluation, labelled, line_of, reset_peak, summarise
+from ppl_st.evaluation_folder import begun, refuse_evaluated, write_csv
 from ppl_st.image_baselines import IMAGE_BASELINES, SPATIAL, Places, Split
 from ppl_st.image_features import image_features
 from ppl_st.image_run import ImageRun, spots_of
@@ -34,7 +35,6 @@ from ppl_st.models import METHODS, load_method
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.prepare import load_prepare
 from ppl_st.prepare.xfuse import section_at, without
-from ppl_st.run_folder import begun, refuse_evaluated
 from ppl_st.slides import read_slides
 
 __all__ = ["evaluate_spots", "hidden_rows", "score_baselines", "score_hidden", "visible"]

@@ -33,7 +33,7 @@ from ppl_st.io import atomic, refuse_inputs, refuse_suffix
 from ppl_st.models.xfuse.data import Data, Section
 from ppl_st.posterior import Run
 from ppl_st.prepare.xfuse import new_image, refuse_cut, section_at
-from ppl_st.run_folder import inputs_of, write_json, write_text
+from ppl_st.run_folder import inputs_of, read_arrays, write_json, write_text
 from ppl_st.slides import positions
 
 __all__ = ["ImageRun", "read_sections", "spots_of", "write_inputs"]
@@ -396,11 +396,7 @@ def write_inputs(folder: Path, config: Any, manifest: dict[str, Any], spots: Cou
 def read_sections(folder: Path) -> tuple[Data, Counts]:
     """What `write_inputs` wrote."""
     spots = read_counts(folder / "target.h5ad", role="target", layer="X")
-    try:
-        with np.load(folder / "sections.npz", allow_pickle=False) as stored:
-            arrays = dict(stored)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'sections.npz'}: cannot be read ({error}); is the run folder whole?") from error
+    arrays = read_arrays(folder / "sections.npz")
     fields, covariates = json.loads(str(arrays.pop("about")))
     sections = []
     for n, (values, matrix) in enumerate(zip(fields, _split(spots, fields), strict=True)):

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ppl_st.errors import UserError
+from ppl_st.evaluation_folder import read_scores, read_summary
+from ppl_st.run_folder import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Section", "Table", "evaluation_report", "overview", "read_json", "write_report"]
+__all__ = ["Section", "Table", "evaluation_report", "overview", "write_report"]
 
 # Metrics of an evaluation that are worth a column, by table: column of summary.csv -> name and direction.
 OVERVIEW = {
@@ -275,7 +276,7 @@ def evaluation_report(folder: Path, path: str | Path) -> None:
 def _evaluation(folder: Path) -> list[Section]:
     from ppl_st.plots import metric_strip
 
-    summary, scores = pd.read_csv(folder / "summary.csv"), read_scores(folder)
+    scores, summary = read_scores(folder), read_summary(folder)
     tables = [
         Table(f"{title}: mean / median over genes, [95 % interval of the mean], #rank", table)
         for title, table in overview(summary).items()
@@ -288,32 +289,6 @@ def _evaluation(folder: Path) -> list[Section]:
     genes, folds = scores["gene"].nunique(), scores["fold"].nunique()
     text = f"{genes} held-out genes in {folds} fold{'s' if folds > 1 else ''}. Every row saw the same split."
     return [Section("Scores", text, tables, figures)]
-
-
-def is_of_sweep(table: Path) -> bool:
-    """Whether a ``scores.csv`` or ``summary.csv`` is that of a sweep: it has variants."""
-    with open(table, encoding="utf-8") as lines:
-        return "variant" in lines.readline().strip().split(",")
-
-
-def read_scores(folder: Path) -> pd.DataFrame:
-    """``scores.csv`` of an evaluation, a row per method and gene; gene and fold are text, also where they read "nan".
-
-    That of a sweep is refused.
-    """
-    if is_of_sweep(folder / "scores.csv"):
-        raise UserError(f"{folder}: is a sweep; give one or several of its evaluations, {folder}/<variant>/seed<k>")
-    return pd.read_csv(folder / "scores.csv", converters={"gene": str, "fold": str})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a folder of ours."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the folder is damaged, make it again") from error
-    assert isinstance(content, dict)
-    return content
 
 
 def _section(section: Section) -> dict[str, Any]:

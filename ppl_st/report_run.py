@@ -23,7 +23,8 @@ from ppl_st.checks import predictive_checks
 from ppl_st.data import Counts
 from ppl_st.errors import UserError
 from ppl_st.posterior import Run
-from ppl_st.report import Section, evaluation_report, read_json, write_report
+from ppl_st.report import Section, evaluation_report, write_report
+from ppl_st.run_folder import read_json
 from ppl_st.stack import Spec as Mixture
 from ppl_st.warning_signs import LOW_TRUST, UPPER, reference_kind, warning_signs
 

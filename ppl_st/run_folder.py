@@ -18,14 +18,17 @@ and ``manifest.json``.
 
 import json
 import shlex
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ppl_st import config as configs
 from ppl_st.conformal import Inner, Recalibration
@@ -71,7 +74,7 @@ def inputs_of(folder: Path, tables: Mapping[str, Counts]) -> Iterator[None]:
     except BaseException:
         for file in new:
             file.unlink(missing_ok=True)
-        _remove_empty(made)
+        remove_empty(made)
         raise
 
 
@@ -88,11 +91,11 @@ def fresh(folder: Path | None) -> Iterator[None]:
         if folder is not None and not (folder / "fit.json").exists():
             for name in INPUTS:
                 (folder / name).unlink(missing_ok=True)
-            _remove_empty(made)
+            remove_empty(made)
         raise
 
 
-def _remove_empty(folders: Iterable[Path]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     """Remove folders, innermost first, up to the first that holds something."""
     for one in folders:
         if not one.is_dir():
@@ -128,9 +131,13 @@ def write_result(folder: Path, pair: Pair, record: dict[str, Any]) -> None:
 
 def load_weights(folder: Path, pair: Pair) -> None:
     """Read the weights of a finished run into ``pair``."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(str(folder / "weights.safetensors"))
+    try:
+        tensors = load_file(str(folder / "weights.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'weights.safetensors'}: cannot be read ({error}); the file is damaged, repeat the fit") from error
     try:
         for side, module in zip(("model", "guide"), pair, strict=True):
             module.load_state_dict({name[len(side) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{side}.")})
@@ -151,14 +158,12 @@ def read_inner(folder: Path) -> tuple[Inner | None, Recalibration | None]:
     """Scores of inner held-out genes and the correction, if the run has them."""
     if not (folder / "recalibration.json").is_file():
         return None, None
+    remedy = f"repeat `ppl-st recalibrate {shlex.quote(str(folder))}`"
+    made, stored = read_json(folder / "recalibration.json", remedy), read_arrays(folder / "inner.npz", remedy)
     try:
-        made = Recalibration(**json.loads((folder / "recalibration.json").read_text(encoding="utf-8")))
-        with np.load(folder / "inner.npz", allow_pickle=False) as stored:
-            return Inner(*(stored[name] for name in Inner._fields)), made
-    except (OSError, TypeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{folder / 'recalibration.json'}: cannot be read ({error}); remove it, and repeat `ppl-st recalibrate {shlex.quote(str(folder))}`"
-        ) from error
+        return Inner(*(stored[name] for name in Inner._fields)), Recalibration(**made)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder}: recalibration.json and inner.npz are not of this ppl_st ({error}); {remedy}") from error
 
 
 def drop_correction(folder: Path) -> bool:
@@ -169,32 +174,24 @@ def drop_correction(folder: Path) -> bool:
     return found
 
 
-def refuse_evaluated(folder: Path) -> None:
-    """A folder with anything of an older evaluation is no place for a new one, which would be mixed with it."""
-    old = [name for name in ("scores.csv", "summary.csv", "log_prob.npz") if (folder / name).exists()]
-    if old:
-        raise UserError(f"{folder}: already holds an evaluation ({', '.join(old)}); choose another --out, or remove the folder")
-
-
-@contextmanager
-def begun(folder: Path | None, record: dict[str, Any]) -> Iterator[None]:
-    """An evaluation in ``folder``, which gets ``evaluation.json`` first: what cannot be written is said before any fit.
-
-    Where the block ends with an error and no scores, the record and the folders made for it go again; scores of finished splits stay.
-    """
-    if folder is None:
-        yield
-        return
-    refuse_evaluated(folder)  # again: another process may have written there while the data were read
-    made = [one for one in (folder, *folder.parents) if not one.exists()]  # innermost first
-    write_json(folder / "evaluation.json", record)
+def read_json(path: Path, remedy: str = "the folder is damaged, make it again") -> dict[str, Any]:
+    """The object in a JSON file of a folder of ours."""
     try:
-        yield
-    except BaseException:
-        if not (folder / "scores.csv").exists():
-            (folder / "evaluation.json").unlink(missing_ok=True)
-            _remove_empty(made)
-        raise
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no object ({str(content)[:60]}); {remedy}")
+    return content
+
+
+def read_arrays(path: Path, remedy: str = "the folder is damaged, make it again") -> dict[str, NDArray[Any]]:
+    """The arrays of a .npz file of a folder of ours."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

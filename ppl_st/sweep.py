@@ -42,10 +42,11 @@ from ppl_st import config as configs
 from ppl_st.compare import METRICS
 from ppl_st.errors import UserError
 from ppl_st.evaluate import evaluate, read_folds
+from ppl_st.evaluation_folder import is_of_sweep, read_scores
 from ppl_st.io import atomic
 from ppl_st.metrics import bootstrap_mean
 from ppl_st.models import load_method
-from ppl_st.report import is_of_sweep, read_json, read_scores
+from ppl_st.run_folder import read_json
 
 __all__ = ["read_spec", "summarise", "sweep"]
 

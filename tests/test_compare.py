@@ -10,7 +10,8 @@ from scipy.stats import poisson
 from ppl_st import api
 from ppl_st.compare import compare
 from ppl_st.errors import UserError
-from ppl_st.evaluate import UPPER, write_entries
+from ppl_st.evaluate import UPPER
+from ppl_st.evaluation_folder import write_entries
 from ppl_st.posterior import Run
 from ppl_st.simulate import checkerboard
 
@@ -103,7 +104,7 @@ def write_sections(folder, methods, holdout=0.5, seed=0, sections=("left", "righ
 def test_evaluations_of_images_are_paired_by_gene_and_section(tmp_path):
     a, b = write_sections(tmp_path / "a", {"xfuse": 0.0, "gp_space": -1.0}), write_sections(tmp_path / "b", {"xfuse": 0.2, "gp_space": -1.0})
     table = compare([a, b])
-    assert list(table.index) == [f"xfuse ({b})", "xfuse"] and (table["genes"] == 20).all() and "weight" not in table
+    assert list(table.index) == [f"xfuse ({b})", f"xfuse ({a})"] and (table["genes"] == 20).all() and "weight" not in table
     assert table["difference"].tolist() == pytest.approx([0, -0.2]) and table["lo"].tolist() == pytest.approx(table["hi"].tolist())
     best = np.sin(np.arange(20)) + 1.7  # a gene's sections are no independent evidence: it counts once
     assert table["log_score"].iloc[0] == pytest.approx(best.mean()) and table["se"].iloc[0] == pytest.approx(best.std(ddof=1) / np.sqrt(20))
@@ -124,6 +125,18 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         compare([a])
     with pytest.raises(UserError, match="unknown metric 'pcc'"):
         compare([a, b], metric="pcc")
+    with pytest.raises(UserError, match="a is given twice"):
+        compare([a, b, a])
+    c = write(tmp_path / "c", {"one": 0.0, "two": 0.1})
+    assert compare([c], metric="coverage_error")["coverage_error"].tolist() == pytest.approx([0.1, 0.1])
+    whole = (c / "scores.csv").read_text()
+    for part, what in ((whole[:20], "has no column gene|has no row|ends in"), (whole[:-5], "ends in the middle of a row")):
+        (c / "scores.csv").write_text(part)
+        with pytest.raises(UserError, match=rf"c/scores.csv: ({what})"):
+            compare([a, c])
+    (b / "log_prob.npz").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(UserError, match=r"b/log_prob.npz: cannot be read"):
+        compare([a, b])
     with pytest.raises(UserError, match="does not exist"):
         compare([a, tmp_path / "nowhere"])
     twice = pd.concat([pd.read_csv(a / "scores.csv")] * 2)
@@ -213,16 +226,22 @@ def test_runs_are_scored_on_their_held_out_genes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--truth"):
         compare([tmp_path / "long", tmp_path / "short"])
     table = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth, draws=20)
-    assert set(table.index) == {f"siid ({tmp_path / 'long'})", "siid", "stack"} and (table["genes"] == 10).all()
+    long_one, short_one = (f"siid ({tmp_path / name})" for name in ("long", "short"))
+    assert set(table.index) == {long_one, short_one, "stack"} and (table["genes"] == 10).all()
     assert table["difference"].iloc[0] == 0 > table["difference"].iloc[1]
     record = api.load(tmp_path / "short").record
-    assert table.loc["siid", "seconds"] == pytest.approx(record["start_seconds"] + record["seconds"]) and record["start_seconds"] > 0
+    assert table.loc[short_one, "seconds"] == pytest.approx(record["start_seconds"] + record["seconds"]) and record["start_seconds"] > 0
     assert table["weight"].iloc[:2].sum() == pytest.approx(1) and table["weight"].iloc[0] > table["weight"].iloc[1]
     assert table.loc["stack", "difference"] > -0.01 and table["rank"].tolist()[:2] == [1, 2]
     long = api.load(tmp_path / "long").score(sim.truth, draws=20)
-    assert table.loc[f"siid ({tmp_path / 'long'})", "log_score"] == pytest.approx(long["log_score"].mean())
-    alone = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth[:, :1].copy(), draws=5)  # no other gene to learn weights from
-    assert len(alone) == 2 and "weight" not in alone
+    assert table.loc[long_one, "log_score"] == pytest.approx(long["log_score"].mean())
+    said = []
+    alone = compare([tmp_path / "short", tmp_path / "long"], truth=sim.truth[:, :1].copy(), draws=5, say=said.append)
+    assert len(alone) == 2 and "weight" not in alone and "1 genes and" in said[-1]  # no other gene to learn weights from
+    assert not any("not the same split" in line for line in said)
+    api.fit("siid", target=sim.target, reference=sim.reference, hold_out=sim.target.var_names[:3], out=tmp_path / "fewer", overrides=fast)
+    compare([tmp_path / "fewer", tmp_path / "long"], truth=sim.truth, draws=5, say=said.append)
+    assert any("3 genes were shown to one of" in line and "not the same split" in line for line in said)
     widths, predict = [], Run.predict
     monkeypatch.setattr(Run, "predict", lambda self, genes, **options: widths.append(len(genes)) or predict(self, genes, **options))
     monkeypatch.setattr("ppl_st.compare.BYTES_PER_PREDICTION", 1e9 / 160 / 4)  # room for four genes

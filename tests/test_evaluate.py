@@ -13,6 +13,7 @@ from ppl_st.config import hash_path
 from ppl_st.data import gene_folds, read_counts
 from ppl_st.errors import UserError
 from ppl_st.evaluate_images import evaluate_spots
+from ppl_st.evaluation_folder import read_entries
 from ppl_st.metrics import score_table
 from ppl_st.report import overview
 from ppl_st.report_run import report_folder
@@ -74,7 +75,7 @@ def test_log_probabilities_are_kept_of_the_same_cells_whatever_the_seed(world, p
     kept = []
     for seed in (0, 1):
         ev.evaluate(["siid"], world.target, world.reference, folds=3, max_folds=1, seed=seed, baselines=False, out=tmp_path / str(seed))
-        kept.append(ev.read_entries(tmp_path / str(seed))["siid"].index.tolist())
+        kept.append(read_entries(tmp_path / str(seed))["siid"].index.tolist())
     assert kept[0] == kept[1] and len(kept[0]) == 40
 
 
@@ -205,7 +206,7 @@ def test_a_real_fit_against_a_truth_file(world, tmp_path):
     # The files hold the same numbers, and the report is made from them alone.
     np.testing.assert_allclose(pd.read_csv(out / "summary.csv")["mean"], done.summary["mean"])
     assert len(pd.read_csv(out / "scores.csv")) == len(done.scores)
-    (entries,) = ev.read_entries(out).values()
+    (entries,) = read_entries(out).values()
     mine = done.scores[done.scores["method"] == "siid"].set_index("gene")["log_score"]
     np.testing.assert_allclose(entries.mean(0), mine[entries.columns], rtol=1e-4)  # fewer cells than are kept
     tables = overview(pd.read_csv(out / "summary.csv"))

@@ -445,6 +445,6 @@ def test_commands_say_what_is_wrong(base):
     assert not any((base / f"x.{end}").exists() for end in ("zarr", "h5ad"))
     assert "52 spots (of the largest section) cannot be cut into 53 parts" in refused("recalibrate", run, "--folds", 53)
     few = ("evaluate", "--methods", "xfuse", *inputs(base), "--holdout-spots", 0.01, "--out", base / "x")
-    assert "a share of 0.01 of 52 spots hides none" in refused(*few) and "is judged on hidden spots" in refused("compare", run, run)
+    assert "a share of 0.01 of 52 spots hides none" in refused(*few) and "is judged on hidden spots" in refused("compare", run)
     assert "needs one --target and a --reference" in refused("evaluate", "--methods", "siid", "--target", image, "--out", base / "x")
     assert not (base / "new").exists()

@@ -119,9 +119,14 @@ def test_load_refuses_what_is_no_finished_run(run, tmp_path):
     with pytest.raises(UserError, match=r"interrupted.*--resume"):
         api.load(tmp_path / "half")
     shutil.copytree(run.folder, tmp_path / "broken")
-    (tmp_path / "broken" / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json"):
+    (tmp_path / "broken" / "recalibration.json").write_text("{}")
+    (tmp_path / "broken" / "inner.npz").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(UserError, match=r"broken/inner\.npz: cannot be read .*ppl-st recalibrate"):
         api.load(tmp_path / "broken")
+    for name, text in (("weights.safetensors", None), ("fit.json", None), ("manifest.json", None), ("manifest.json", "{}"), ("manifest.json", "[]")):
+        (tmp_path / "broken" / name).write_bytes((run.folder / name).read_bytes()[:60] if text is None else text.encode())
+        with pytest.raises(UserError, match=rf"broken/{name}: .* damaged"):
+            api.load(tmp_path / "broken")
     shutil.copytree(run.folder, tmp_path / "older")
     record = json.loads((run.folder / "fit.json").read_text())
     record["spec"]["an_older_name"] = 1
