@@ -128,11 +128,11 @@ def rank_plot(ranks: "Mapping[str, ArrayLike]", draws: int, *, columns: int = 3,
 
 
 def ceiling_plot(ceiling: "ArrayLike", reached: "ArrayLike", label: str) -> "Figure":
-    """One dot per gene: the correlation ``reached`` against the noise ``ceiling``, both [genes]; nothing lies above the diagonal but by chance."""
+    """One dot per gene: the correlation ``reached`` against the noise ``ceiling``, both [genes]; the ceiling is an estimate."""
     figure, ax = single_panel(4.0, 4.0)
     x, y = np.asarray(ceiling, dtype=float), np.asarray(reached, dtype=float)
     low = min(0.0, float(np.nanmin(y, initial=0.0)))
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as good as counting noise allows")
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as good as the true rate, if noise is Poisson")
     ax.scatter(x, y, s=14, color=COLORS[0], alpha=0.6, linewidths=0)
     ax.set(xlim=(0, 1), ylim=(low, 1))
     ax.set_xlabel("noise ceiling of the correlation")

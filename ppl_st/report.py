@@ -99,7 +99,8 @@ HOW_TO_READ = {
     "on average over new genes, not of each single gene.",
     "PCC, SCC": "Pearson and Spearman correlation over cells, per gene; 1 is perfect, a constant prediction counts as 0.",
     "depth-controlled": "Correlation after the total count of the cell is accounted for. Cell size alone can explain much of a plain correlation.",
-    "noise ceiling": "The best correlation any rate could reach against counts with Poisson noise. Compare with it, not with 1.",
+    "noise ceiling": "About the correlation that the true rate would reach if counts were Poisson around it. Compare with it, not with 1; it is an "
+    "estimate, and noise beyond Poisson lowers it.",
     "log score, CRPS": "Proper scores of the whole predictive distribution. A higher log score and a lower CRPS are better; only differences "
     "on the same genes and cells mean something.",
     "baselines": "Cheap methods on the same split. Rows marked as upper reference have seen the truth on other cells.",

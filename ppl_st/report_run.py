@@ -134,7 +134,7 @@ def report_run(
     links = {gene: f"#gene={quote(gene, safe='')}" for gene in browsed}
     short = report_sections.in_short(run, scores, methods, noun) + note
     page = [
-        Section("In short", short, warnings=warning_signs(run, scores, methods, noun, boundless)),
+        Section("In short", short, warnings=warning_signs(run, scores, methods, noun, boundless, checks)),
         Section("Gene browser", f"{why} {about}", html=browser),
     ]
     if counted is not None:
@@ -279,7 +279,7 @@ def _observed(run: Run, truth: Counts | None, cells: NDArray[np.str_], genes: li
 
 
 def _facts(scores: pd.DataFrame, gene: str, measured: bool) -> dict[str, str]:
-    facts = {"in the panel": "yes: the fit saw these counts"} if measured else {"in the panel": "no: never measured"}
+    facts = {"in the panel": "yes: the fit saw these counts"} if measured else {"in the panel": "no: hidden from the fit, or never measured"}
     if gene in scores.index:
         row = scores.loc[gene]
         facts["trust"] = f"{row['trust']:.2f}" + (" (low)" if row["trust"] < LOW_TRUST else "")

@@ -29,6 +29,10 @@ UNITS = {
     "variance: pattern": "share", "variance: doubt": "share", "variance: noise": "share",
 }  # fmt: skip
 TOP = 8  # genes that are named of a metagene
+OF_CEILING = (
+    "The noise ceiling is what the true rate would reach against counts that are Poisson around it, estimated from the gene's mean and variance: "
+    "counts that are noisier have a lower one, and single genes of few counts may lie above it, or have 0, by chance."
+)
 OF_GUARANTEE = "The interval is the one with the guarantee, at this level alone; CRPS and PIT are of the forecast that is corrected without it."
 
 __all__ = ["accuracy", "calibration", "checked", "fit", "genes", "in_short", "inner_calibration", "metagenes", "risk_of"]
@@ -70,7 +74,8 @@ def _verdict(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]
     others = {name: float(table["raw_pcc"].mean()) for name, table in methods.items() if name not in (run.method, UPPER)}
     if others:
         best = max(others, key=lambda name: others[name])
-        found += f" (best cheap baseline: {others[best]:.2f}; most that counting noise allows: {scores['raw_ceiling'].mean():.2f})"
+        ceiling = f"the true rates would reach about {scores['raw_ceiling'].mean():.2f} if noise were Poisson"
+        found += f" (best cheap baseline: {others[best]:.2f}; {ceiling})"
     column = "recalibrated_coverage" if "recalibrated_coverage" in scores else "coverage_90"
     level, kind = (run.recalibration.level, "recalibrated ") if run.recalibration is not None else (0.9, "")
     inside = scores[column]
@@ -88,7 +93,7 @@ def accuracy(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]
     means = means.dropna(axis=1, how="all")
     means.loc["noise ceiling", "raw_pcc"] = scores["raw_ceiling"].mean()
     table = Table(
-        f"Means over {len(scores)} held-out genes. PCC and SCC: 1 is perfect, the noise ceiling is the best that any rate could reach.",
+        f"Means over {len(scores)} held-out genes. PCC and SCC: 1 is perfect. {OF_CEILING}",
         means.rename(columns=COLUMNS).rename_axis("method"),
         UNITS,
     )
@@ -99,16 +104,20 @@ def accuracy(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]
     figures = {
         "Correlation with the held-out counts (no unit, 1 is perfect): one dot per gene, bar and number at the median, beside the three best "
         "baselines and the upper reference. The further right, the better.": plots.metric_strip(strip, panels),
-        "Correlation over cells (no unit) against the best that counting noise allows, one dot per gene: the distance to the dashed line is what a "
-        "better model could gain.": calibration_plots.ceiling_plot(scores["raw_ceiling"], scores["raw_pcc"], "correlation reached"),
+        f"Correlation over cells (no unit) against the noise ceiling, one dot per gene. {OF_CEILING} What lies between a dot and the dashed line is "
+        "what a better model could gain, and noise beyond Poisson.": calibration_plots.ceiling_plot(
+            scores["raw_ceiling"], scores["raw_pcc"], "correlation reached"
+        ),
     }
     risk = risk_of(scores["raw_pcc"])
     ranks = {"the model's trust": scores["trust"], "mean count": scores["mean_count"], "best possible order": -risk}
     curves = {name: risk_coverage(risk, rank) for name, rank in ranks.items()}
+    trust, plain, best_area = (curve.area for curve in curves.values())
+    verdict = f"{trust:.3f}, {'less' if trust < plain else 'no less'} than the mean count's {plain:.3f} (best possible {best_area:.3f})"
     figures[
         "What goes wrong (1 - PCC squared, 1 where the PCC is negative; no unit) on average over the genes that are kept, when genes are dropped "
         "from the least trusted on: the lower the curve, the better the ranking. Trust is worth something where its curve lies below that of the "
-        "mean count."
+        f"mean count: here the area under it is {verdict}."
     ] = calibration_plots.risk_curve({name: (curve.retained, curve.risk) for name, curve in curves.items()}, "mean 1 - PCC² of the genes kept")
     return Section("Accuracy on held-out genes", tables=[table], figures=figures)
 
@@ -211,7 +220,11 @@ def checked(checks: Checks, noun: str, true: bool) -> Section:
     library = float(checks.library["inside"].mean())
     rows[f"library of a {noun} (sum over the genes looked at)"] = f"{library:.0%} of the {noun}s"
     table = pd.DataFrame({"inside the middle 90 %": list(rows.values())}, index=pd.Index(list(rows), name="of the measured counts"))
-    seen = "hidden from the fit: about nine in ten should lie inside" if true else "that the fit saw: levels are known to it, so bands are narrow"
+    seen = "hidden from the fit: about nine in ten should lie inside" if true else (
+        "that the fit saw. Their maps follow these very counts, noise included, and the model's data have noise once more: so they vary more than "
+        "the measured ones, and levels, which are known, have narrow bands. Means should agree; whether the rest is right, genes say that were "
+        "hidden (--hold-out and --truth)"
+    )
     text = (
         "The model made up counts for all cells several times, with everything that it does not know drawn anew each time. Where the measured "
         f"counts differ from all of these, the model misses that side of the data. These are genes {seen}. Moran's I says how alike neighboring "

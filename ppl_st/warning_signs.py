@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from ppl_st.checks import Checks
 from ppl_st.models import METHODS
 from ppl_st.models.xfuse.data import FEW_SPOTS
 from ppl_st.posterior import Run
@@ -15,9 +16,12 @@ __all__ = ["LOW_TRUST", "UPPER", "reference_kind", "warning_signs"]
 UPPER = "upper reference: ridge that saw the truth of other cells"
 FEW_GENES, FEW_ROWS, FEW_COUNTS = 50, 200, 10  # below: a warning
 POOR_REFERENCE, LOW_TRUST = 0.5, 0.05
+LEAST_TOGETHER = 0.8  # of the cells have their library inside the middle 90 %; below: a warning
 
 
-def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str, boundless: int) -> list[str]:
+def warning_signs(
+    run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame], noun: str, boundless: int, checks: Checks | None = None
+) -> list[str]:
     """What should lower the reader's trust, with its number and, where there is one, a remedy. ``boundless``: genes with an infinite ``upper``."""
     found = []
     if reference_kind(run) != "image":
@@ -36,8 +40,9 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
     unseen = scores.index.isin(run.genes[~run.measured])
     if unseen.any() and not methods:
         found.append(
-            f"Off the panel: {int(unseen.sum())} of {len(scores)} genes looked at were never counted here, so nothing in these data says how right "
-            "their maps are. Trust ranks them; genes of the panel that a fit does not see (--hold-out, `ppl-st evaluate`) show how well they do."
+            f"Off the panel: {int(unseen.sum())} of {len(scores)} genes looked at are not among the counts of this fit, so these do not say "
+            "how right their maps are. Trust ranks them; genes of the panel that a fit does not see (--hold-out, `ppl-st evaluate`) show how well "
+            "they do."
         )
     if run.record.get("skipped"):
         found.append(f"{len(run.record['skipped'])} steps of the fit were not finite and were skipped.")
@@ -63,6 +68,13 @@ def warning_signs(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataF
             found.append(
                 f"Coverage: raw 90 % intervals hold {covered.mean():.0%} of the held-out counts overall, and for {int(bad.sum())} of {len(covered)} "
                 "genes less than 80 % or more than 97 %."
+            )
+        together = 1.0 if checks is None else float(checks.library["inside"].mean())
+        if together < LEAST_TOGETHER:
+            found.append(
+                f"Sums over genes: the library over the held-out genes lies in the middle 90 % of the model's for {together:.0%} of the {noun}s. "
+                f"Errors that the genes of a {noun} share are larger than drawn, or a gene's level is far off: sums over genes (signature scores) "
+                "are surer than they should be."
             )
         means = {name: float(table["raw_pcc"].mean()) for name, table in methods.items()}
         better = [f"{name} ({value:.3f})" for name, value in means.items() if name != UPPER and value > means[run.method]]

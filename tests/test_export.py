@@ -117,6 +117,7 @@ def test_log_likelihood_of_held_out_genes(run, sim, exported, tmp_path, quiet_ar
     np.testing.assert_array_equal(idata["predictions_constant_data"]["count"].values, sim.truth.X.toarray())
     assert idata["predictions_constant_data"]["count"].dims == idata["predictions"]["count"].dims[2:]
     plain = quiet_arviz.from_netcdf(exported)["log_likelihood"]["library"]
+    assert "compare" in quiet_arviz.from_netcdf(exported)["log_likelihood"].attrs["note"]
     np.testing.assert_array_equal(idata["log_likelihood"]["library"].values, plain.values)
     assert loo_pit(quiet_arviz, idata).shape == (250,)  # a truth takes nothing away from the checks of the fit
     loo = quiet_arviz.loo(idata)

@@ -15,7 +15,7 @@ import torch
 from ppl_st import api, calibration_plots, refit, report_run, report_sections
 from ppl_st.browser import decode
 from ppl_st.calibration import GRID
-from ppl_st.checks import predictive_checks
+from ppl_st.checks import Checks, predictive_checks
 from ppl_st.conformal import KNOTS, Inner, Recalibration
 from ppl_st.errors import UserError
 from ppl_st.simulate import checkerboard
@@ -130,11 +130,19 @@ def test_warnings_say_what_was_measured(run):
     assert "about right on the data that it was measured on" in intervals and "hides genes of the panel in turn" in intervals
 
 
+def test_sums_over_genes_that_the_model_is_too_sure_of_are_a_warning(run):
+    scores = pd.DataFrame({"trust": [0.5, 0.6], "coverage_90": 0.9, "raw_pcc": 0.5}, index=["a", "b"])
+    for inside, told in ((0.72, 1), (0.88, 0)):
+        checks = Checks(pd.DataFrame(), pd.DataFrame({"inside": [inside] * 10}))
+        found = warning_signs(run, scores, {run.method: scores}, "cell", 0, checks)
+        assert sum(line.startswith("Sums over genes") and "for 72%" in line for line in found) == told
+
+
 def test_genes_off_the_panel_are_a_warning_where_no_truth_judges_them(run):
     names = [run.genes[run.measured][0], *run.genes[~run.measured][:2]]
     scores = pd.DataFrame({"trust": 0.5, "coverage_90": 0.9, "raw_pcc": 0.5}, index=names)
     told = [line for line in warning_signs(run, scores, {}, "cell", 0) if line.startswith("Off the panel")]
-    assert len(told) == 1 and "2 of 3 genes looked at were never counted here" in told[0]
+    assert len(told) == 1 and "2 of 3 genes looked at are not among the counts of this fit" in told[0]
     assert not any("Off the panel" in line for line in warning_signs(run, scores, {run.method: scores}, "cell", 0))
     assert not any("Off the panel" in line for line in warning_signs(run, scores.iloc[:1], {}, "cell", 0))
 
