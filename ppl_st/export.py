@@ -50,8 +50,8 @@ STREAMED_BYTES = 5e8  # a .zarr with more draws is written block by block
 BLOCK_CELLS = 1024  # of a block, at most
 BLOCK_BYTES = 5e8  # of the draws of a block
 IN_SAMPLE = (
-    "Of counts that the fit saw and that placed their cells: loo, loo_pit and compare cannot take them back. Compare methods by counts that they were "
-    "not shown: log_likelihood of the predictions (export with a truth), or ppl-st compare."
+    "Of counts that the fit saw and that placed their cells: loo, loo_pit and compare cannot take them back. Compare methods by counts that they "
+    "were not shown: log_likelihood of the predictions (export with a truth), or ppl-st compare."
 )
 
 
