@@ -64,9 +64,10 @@ def pit_bounds(draws: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(draws), np.asarray(truth)
     if x.shape[1:] != y.shape:
         raise UserError(f"pit_bounds: draws have shape {x.shape}, truth {y.shape}; need [S, ...] and [...]")
-    if (odd := np.isnan(y)).any():
-        where = np.argwhere(odd)[0].tolist()
-        raise UserError(f"pit_bounds: the truth is NaN at {int(odd.sum())} of {y.size} entries, first at {where}; leave them out")
+    for name, values in (("truth is", y), ("draws are", x)):
+        if (odd := np.isnan(values)).any():
+            where = np.argwhere(odd)[0].tolist()
+            raise UserError(f"pit_bounds: the {name} NaN at {int(odd.sum())} of {values.size} entries, first at {where}; leave them out")
     s = x.shape[0]
     return (x < y).sum(0) / (s + 1.0), ((x <= y).sum(0) + 1.0) / (s + 1.0)
 
@@ -212,6 +213,10 @@ def variance_decomposition(rate_mean: Any, rate_sd: Any, count_sd: Any) -> pd.Da
     the dispersion as well: a few draws of a heavy tail can be most of it. ``var["trust"]`` leaves out level and dispersion.
     """
     mean, sd, count = (np.asarray(layer, dtype=np.float64) for layer in (rate_mean, rate_sd, count_sd))
+    if not mean.shape == sd.shape == count.shape or mean.ndim != 2:
+        raise UserError(
+            f"variance_decomposition: rate_mean {mean.shape}, rate_sd {sd.shape}, count_sd {count.shape}; need three layers [cells, genes] alike"
+        )
     between, epistemic = mean.var(0), (sd**2).mean(0)
     noise = np.maximum((count**2).mean(0) - epistemic, 0.0)
     return pd.DataFrame({"between": between, "epistemic": epistemic, "noise": noise})

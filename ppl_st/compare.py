@@ -213,7 +213,8 @@ def _of_run(run: Run, folder: Path, given: Source | None, draws: int, seed: int,
     truth = run.counts_of(given)
     held_out = [gene for gene in run.genes[~run.measured] if gene in set(truth.genes)]
     if not held_out:
-        raise UserError(f"{folder}: none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run")
+        what = f"none of the {len(truth.genes)} genes of the truth ({truth.source}) was held out from this run"
+        raise UserError(f"{folder}: {what}; fit it with --hold-out")
     say(f"{folder}: {run.method}, {len(held_out)} held-out genes; its seconds are those of the fit, an evaluation's those of prediction, too")
     cells = len(run.target.names)
     kept = inner_rows(run.target.names)

@@ -267,7 +267,7 @@ def _remedy(adata: anndata.AnnData, key: str) -> str:
     if adata.raw is not None and key != "raw":
         others.append("raw")
     have = f" (this file also has {_some(others)})" if others else ""
-    return f"pass the raw counts as layers['counts'], or name their layer with --set layer=...{have}"
+    return f"pass the raw counts as layers['counts'], or name their layer with --set layer=... of fit and evaluate{have}"
 
 
 def _coordinates(
@@ -355,7 +355,8 @@ def matched(truth: Counts, cells: Counts, genes: NDArray[np.str_]) -> sparse.csr
     order = pd.Index(counts.names).get_indexer(pd.Index(cells.names))
     if (order < 0).any():
         missing = cells.names[order < 0]
-        raise UserError(f"truth ({counts.source}) lacks {len(missing)} of the {len(order)} cells, e.g. {missing[0]}")
+        lost = f"{len(missing)} of the {len(order)} cells, e.g. {missing[0]}"
+        raise UserError(f"truth ({counts.source}) lacks {lost}; give counts of the run's own cells, under their names")
     return sparse.csr_matrix(counts.matrix[order])
 
 

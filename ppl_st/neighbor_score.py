@@ -76,7 +76,14 @@ def neighbor_intervals(
     """
     known, y, new = (np.asarray(x, dtype=np.float64) for x in (inner, truth, predicted))
     if known.shape != y.shape or len(new) != len(known) or not 0 < level < 1:
-        raise UserError(f"neighbor_intervals: inner {known.shape}, truth {y.shape}, predicted {new.shape}, level {level}")
+        raise UserError(
+            f"neighbor_intervals: inner {known.shape}, truth {y.shape}, predicted {new.shape}, level {level}; need inner and truth [cells, m] alike, "
+            "predicted [cells, genes], and a level between 0 and 1"
+        )
+    for name, values in (("inner", known), ("truth", y), ("predicted", new)):
+        if (odd := ~np.isfinite(values)).any():
+            at = np.argwhere(odd)[0].tolist()
+            raise UserError(f"neighbor_intervals: {name} is not finite at {int(odd.sum())} of {values.size} entries, first at {at}; leave them out")
     both = np.hstack([known, new])
     scale = neighbor_scale(both, graph)
     score, m = np.abs(y - known) / scale[:, : known.shape[1]], known.shape[1]

@@ -78,6 +78,8 @@ def pool(estimates: Any, variances: Any, *, level: float = 0.95) -> Pooled:
     UserError
         Fewer than two draws, unlike shapes, a negative or non-finite value.
     """
+    if not 0 < level < 1:
+        raise UserError(f"pool: level {level} is no share between 0 and 1; 95 % is 0.95")
     q, u = np.asarray(estimates, dtype=np.float64), np.asarray(variances, dtype=np.float64)
     if q.shape != u.shape or q.ndim == 0 or q.shape[0] < 2:
         raise UserError(f"pool: estimates have shape {q.shape}, variances {u.shape}; need the same [K >= 2 draws, ...]")
@@ -242,9 +244,12 @@ def ligand_receptor(counts: Any, graph: sp.csr_matrix, pairs: Any) -> Statistic:
     ``pairs`` [pairs, 2] columns of ``counts`` (ligand, receptor); W is ``graph`` with rows that sum to 1. The variance is that under random exchange
     of the receptor's values between cells, which is exact. A pair without a count of one of the two has score 0.
     """
-    x, index = _counts(counts), np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    if index.size and (index.min() < 0 or index.max() >= x.shape[1]):
-        raise UserError(f"ligand_receptor: pairs name column {int(index.max())} of {x.shape[1]} genes")
+    x, given = _counts(counts), np.asarray(pairs)
+    if given.size % 2 or (given.size and given.dtype.kind not in "iu"):
+        raise UserError(f"ligand_receptor: pairs are {given.dtype} of shape {given.shape}; need numbers of columns [pairs, 2], not names of genes")
+    index = given.astype(np.int64).reshape(-1, 2)
+    if (odd := index[(index < 0) | (index >= x.shape[1])]).size:
+        raise UserError(f"ligand_receptor: pairs name column {odd[0]}; there are {x.shape[1]} genes, 0 to {x.shape[1] - 1}")
     w = _graph(graph, len(x))
     degree = np.asarray(w.sum(1)).ravel()
     w = sp.csr_matrix(sp.diags(1 / np.where(degree > 0, degree, 1.0)) @ w)

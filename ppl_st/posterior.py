@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -396,9 +397,11 @@ class Run:
             index = pd.Index(self.genes).get_indexer(pd.Index(genes))
             if (index < 0).any():
                 missing = genes[index < 0]
+                close = get_close_matches(str(missing[0]), self.genes.tolist(), n=1)
                 raise UserError(
-                    f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}; it knows the "
-                    f"{len(self.genes)} genes of its reference (genes.txt in its folder)"
+                    f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}"
+                    f"{f' (did you mean {close[0]}?)' if close else ''}; it knows the {len(self.genes)} genes of its reference (genes.txt in its "
+                    "folder)"
                 )
         if not index.size:
             raise UserError(f"{self.folder or f'this run of {self.method}'}: no gene is left to predict, all are measured; name genes with --genes")

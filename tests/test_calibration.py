@@ -103,7 +103,11 @@ def test_pit_bounds_of_draws_are_uniform_for_any_number_of_draws():
 def test_a_truth_that_is_no_number_has_no_pit():
     with pytest.raises(ValueError, match=r"truth is NaN at 1 of 6 entries, first at \[1, 2\]"):
         pit_bounds(np.zeros((5, 2, 3)), np.array([[0, 1, 2], [3, 4, np.nan]]))
+    with pytest.raises(ValueError, match=r"draws are NaN at 2 of 6 entries, first at \[0, 1\]"):
+        pit_bounds(np.array([[0, np.nan], [1, np.nan], [2, 3]]), np.array([0, 1]))
     assert (pit_bounds(np.zeros((5, 2), int), np.array([0, 1]))[1] == [1, 1]).all()
+    with pytest.raises(UserError, match="three layers"):
+        variance_decomposition(np.ones((3, 2)), np.ones((3, 2)), np.ones((2, 2)))
 
 
 def test_risk_coverage_by_hand_and_its_limits():

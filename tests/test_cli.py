@@ -151,10 +151,12 @@ def test_recalibrate_changes_what_predict_writes(folder, tmp_path):
 
 def test_compare_ranks_runs_and_evaluations(folder, tmp_path):
     truth = folder / "data" / "truth.h5ad"
-    said = ok("compare", folder / "run", folder / "run", "--truth", truth, "--draws", 5, "--out", tmp_path / "c.csv")
-    assert "difference to the best" in said.output
+    shutil.copytree(folder / "run", tmp_path / "twin")
+    said = ok("compare", folder / "run", tmp_path / "twin", "--truth", truth, "--draws", 5, "--out", tmp_path / "c.csv")
+    assert "difference to the best" in said.output and "not the same split" not in said.output
     assert pd.read_csv(tmp_path / "c.csv")["difference"].tolist() == pytest.approx([0, 0, 0], abs=1e-6)  # the last is the stack
-    assert "--truth" in refused("compare", folder / "run", folder / "run")
+    assert "--truth" in refused("compare", folder / "run", tmp_path / "twin")
+    assert "is given twice" in refused("compare", folder / "run", folder / "run", "--truth", truth)
 
 
 def test_export_and_report(folder, tmp_path):

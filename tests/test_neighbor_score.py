@@ -22,6 +22,8 @@ def test_scale_by_hand():
     np.testing.assert_allclose(found[2], 1)
     with pytest.raises(UserError, match="need"):
         neighbor_scale(p, graph[:2])
+    with pytest.raises(UserError, match=r"predicted is not finite at 1 of 9 entries, first at \[0, 2\]"):
+        neighbor_intervals(p, p, np.where(np.arange(9).reshape(3, 3) == 2, np.nan, 1.0), graph)
 
 
 def test_memory_of_the_scale_does_not_grow_with_neighbors_times_genes(monkeypatch):

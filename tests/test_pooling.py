@@ -35,6 +35,8 @@ def test_rules_by_hand():
 def test_what_cannot_be_pooled_is_refused():
     with pytest.raises(UserError, match="K >= 2"):
         pool([1.0], [1.0])
+    with pytest.raises(UserError, match="level 95 is no share"):
+        pool([1.0, 2.0], [1.0, 1.0], level=95)
     with pytest.raises(UserError, match="not negative"):
         pool([1.0, 2.0], [1.0, -1.0])
     with pytest.raises(UserError, match="1 draws"):
@@ -136,6 +138,9 @@ def test_a_pattern_is_found_and_a_constant_gene_is_nothing(tissue):
     assert tenths.estimate[0] == tenths.variance[0] == 0
     with pytest.raises(UserError, match="graph"):
         morans_i(np.ones((60, 1)), sp.csr_matrix((60, 60)))
+    for pairs, said in (([["a", "b"]], "not names of genes"), ([[-1, 0]], "name column -1; there are 2 genes"), ([[0, 1, 0]], "numbers of columns")):
+        with pytest.raises(UserError, match=said):
+            ligand_receptor(np.ones((60, 2)), graph, pairs)
 
 
 class World:
