@@ -55,7 +55,7 @@ def in_short(run: Run, scores: pd.DataFrame, methods: Mapping[str, pd.DataFrame]
     if rows:
         other = (
             f" and {len(run.reference.names):,} {rows} with {len(run.genes):,} genes ({_source(run, 'reference')}), so "
-            f"{int((~run.measured).sum()):,} genes are predicted that the {noun}s never measured"
+            f"{int((~run.measured).sum()):,} genes are predicted that are not among the {noun}s' counts here"
         )
     seeds = run.record.get("seeds", [])
     if seeds:
