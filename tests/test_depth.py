@@ -6,7 +6,8 @@ import torch
 
 import ppl_st
 from machine import dear
-from ppl_st.inference.predict import posterior_predictive
+from ppl_st.inference.predict import draw_globals, posterior_predictive
+from ppl_st.inference.randomness import rng_scope
 from ppl_st.models import spaim
 from ppl_st.models.common.counts import Codes, Hyper, log_mean
 from ppl_st.models.common.inner import Fold, own_depth
@@ -26,6 +27,25 @@ def test_a_depth_is_the_total_of_all_genes_of_the_target():
     np.testing.assert_allclose(np.corrcoef(depth, every)[0, 1], 1.0, rtol=1e-5)  # total + a mean total: a line
     assert np.corrcoef(depth, shared)[0, 1] < 0.95
     assert depth.sum() == pytest.approx(shared.sum(), rel=1e-3)  # levels are per count of the shared genes
+
+
+def test_the_genes_of_a_cell_share_what_is_not_known_of_its_depth():
+    """One draw of all that is global, many of what is local: each cell's rates move together, by as much as a depth known from its counts may."""
+    world = small_world()
+    run = ppl_st.fit("spaim", target=world.target, reference=world.reference, overrides=["clusters=8", "process=0", "depth_prior=0.5"], seed=0)
+    predictor = spaim.Predictor(run.pair, run.data, run.config, run.spec)
+    batch, (drawn,) = next(iter(predictor.blocks(60))), draw_globals(predictor.chains, 1, 0)
+    local, rates = predictor.local(batch, 0), []
+    for number in range(400):
+        with torch.no_grad(), rng_scope(0, "local", number):
+            first = predictor.count_dist(batch, 0, drawn, local, torch.arange(4)).mean
+        with torch.no_grad(), rng_scope(0, "local", number):
+            rates.append(torch.cat([first, predictor.count_dist(batch, 0, drawn, local, torch.arange(20, 24)).mean], 1).double().numpy())
+    factor = np.stack(rates) / np.mean(rates, 0)  # [draws, cells, genes]
+    np.testing.assert_allclose(factor, factor[:, :, :1].repeat(8, 2), rtol=1e-4)  # one number per cell, also between blocks of genes
+    totals = np.asarray(run.data.counts.sum(1)).ravel()
+    assert np.mean(factor[:, :, 0].var(0) * (totals[:60] + 0.5 * totals.mean())) == pytest.approx(1.0, abs=0.05)
+    assert abs(np.corrcoef(factor[:, 0, 0], factor[:, 1, 0])[0, 1]) < 0.2  # each cell its own
 
 
 @pytest.mark.parametrize("likelihood", ["nb", pytest.param("poisson", marks=dear)])

@@ -1,5 +1,7 @@
 """SpaGene's doubt: nothing untrained in a prediction, the encoder's and the translator's reach unmeasured genes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -41,7 +43,8 @@ def test_the_translators_noise_is_in_predictions_where_a_factor_trains_it(data, 
         assert bool((after > before + 1e-3).all()) == bool(factor)
 
 
-def test_a_networks_doubt_of_codes_and_translations_widens_unmeasured_genes(world):
+def test_a_networks_doubt_of_codes_and_translations_widens_unmeasured_genes(world, monkeypatch):
+    monkeypatch.setattr("ppl_st.models.common.predictor.Gamma", lambda known, _: SimpleNamespace(sample=lambda: torch.ones_like(known)))  # depths
     run = ppl_st.fit("spagene", target=world.target, reference=world.reference, preset="network", overrides=[*SMALL, "checkpoints=0"], seed=0)
     (chain,) = chains_of(run.pair)
     direction, bias = direction_of(chain, 0), model_of(chain).side(0).encoder[-1].bias.data[6:]  # log sd of the 6 codes

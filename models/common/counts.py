@@ -6,7 +6,8 @@ r"""From a standardised map f of a gene to its counts.
     x_ig    ~ NB(rate_ig, theta_g)
     depth_i ~ total_i + a T, T the usual total in the cell's section: posterior mean of a depth that is Gamma over cells, known from a total over all
               genes of the target (also those that the reference lacks); a, chosen on inner genes (as counts: a T), is larger the less these say of
-              the others. Scaled so that its sum is that of the counts of the shared genes
+              the others. Scaled so that its sum is that of the counts of the shared genes. In draws Gamma(total_i + a T) of that mean, one for all
+              genes of the cell: sums over genes are off together
     c_g(b)  = log of the mean of exp(b v_ig) over cells of the fit, weighted by their depths
     bend(m) = log(1 + k m) / k (its argument kept above 0; k = 0: m itself), so exp(slope bend(m)) = (1 + k m)^(slope / k)
 
@@ -246,7 +247,11 @@ class CountLayer(PyroModule):
 
     def log_depth(self, totals: NDArray[np.float64], relative: NDArray[np.float64]) -> NDArray[np.float32]:
         """Log depth of cells with these totals over all genes of the target, in sections that are ``relative`` times as deep as the fit, [n]."""
-        return np.asarray(float(self.offset) + np.log(np.maximum(totals, 0.5) + float(self.added) * relative), dtype=np.float32)
+        return np.asarray(float(self.offset) + np.log(self.known(totals, relative)), dtype=np.float32)
+
+    def known(self, totals: NDArray[np.float64], relative: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Shape of the gamma posterior of the depths of cells with these totals, the counts that they are known from, [n]."""
+        return np.asarray(np.maximum(totals, 0.5) + float(self.added) * relative)
 
     def learn_own(self, data: Problem, place: Callable[[NDArray[np.int64]], NDArray[np.float32]], codes: Callable[[NDArray[np.int64]], Any]) -> None:
         """Level, slope and theta of the measured genes from their own counts, slope and theta also from the hyper-priors: a gene without counts has

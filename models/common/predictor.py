@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributions import Gamma
 
 from ppl_st.inference.pair import Pair
 from ppl_st.likelihood_math import LOG_MEAN_RANGE
@@ -125,15 +126,18 @@ class MapPredictor:
         """Rows of the result that the block owns."""
         return batch.rows
 
-    def local(self, batch: Cells, chain: int) -> tuple[Tensor, Tensor]:
-        """Places [n, q] and log depth [n, 1] of the cells."""
-        every = all_counts(self.data.counts[batch.rows])
+    def local(self, batch: Cells, chain: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Places [n, q], log depth [n, 1] of the cells, and how many counts that is known from [n, 1] (None: it is no guess)."""
+        every, relative, layer = all_counts(self.data.counts[batch.rows]), self.data.relative[batch.rows], self.guides[chain].counts
         place = smoothed_place(self.guides[chain], self.data, self.smoothing, batch.rows)
-        return torch.from_numpy(place), torch.from_numpy(self.guides[chain].counts.log_depth(every, self.data.relative[batch.rows]))[:, None]
+        log_depth, known = layer.log_depth(every, relative), layer.known(every, relative)
+        return torch.from_numpy(place), torch.from_numpy(log_depth)[:, None], torch.from_numpy(known)[:, None]
 
     def count_dist(self, batch: Cells, chain: int, drawn: dict[str, Tensor], local: Any, genes: Tensor) -> Any:
-        """p(count | draw): a gene's loadings are the same in all cells; what differs from cell to cell is drawn here."""
-        place, log_depth = local
+        """p(count | draw): a gene's loadings are the same in all cells; what differs from cell to cell, its depth and noise, is drawn here."""
+        place, log_depth, known = local
+        if known is not None:  # first: the same for every block of genes
+            log_depth = log_depth + Gamma(known, known).sample().log().float()
         slope = drawn["slope"][genes].clamp_min(0)
         bent, steep, spread = self._trend(chain, place, genes)
         difference = self._draw(chain, drawn, genes) - self._mean(chain, genes)[0]
@@ -155,7 +159,7 @@ class MapPredictor:
 
         ``factor`` [n, 1]: median total over a cell's own (over the shared genes); None: log-normalised counts are not wanted.
         """
-        place, log_depth = local
+        place, log_depth, _ = local
         counts = self.guides[chain].counts
         trend, _ = bend(place @ self._mean(chain, genes)[0], counts.bend)
         loc, scale = counts.slope_loc[genes], counts.slope_scale[genes]

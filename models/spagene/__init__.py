@@ -300,10 +300,10 @@ class TurnedPredictor(MapPredictor):
         super().__init__([Pair(chain.model, one) for chain, one in zip(chains, directions, strict=True)], directions, data, 0.0, config.likelihood)
         self.depth = median_depth(all_counts(data.reference))
 
-    def local(self, batch: Any, chain: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def local(self, batch: Any, chain: int) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Places [n, q] and the common log depth [n, 1]."""
-        place, log_depth = super().local(batch, chain)
-        return place, torch.full_like(log_depth, float(np.log(self.depth)))
+        place, log_depth, _ = super().local(batch, chain)
+        return place, torch.full_like(log_depth, float(np.log(self.depth))), None
 
 
 def turned(pair: Pair, data: Data) -> tuple[Any, Data]:
