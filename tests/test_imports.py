@@ -67,6 +67,7 @@ ROOMS: dict[str, set[str]] = {
     "prepare": {"asked", "data", "pairs", "spatial", "radius", "layers", "images", "annotations", "models"},  # checked counts -> a method's problem
     "stream": {"io", "inference"},  # tables that are written while they are computed
     "run_folder": {"io", "data", "pairs", "config", "conformal", "inference"},
+    "evaluation_folder": {"io", "run_folder"},
     "style": {"data"},  # a run seen as its reference
     "posterior": {"asked", "io", "data", "pairs", "inference", "metrics", "calibration", "conformal", "export", "stream", "style"},
     "export": {"io", "data", "inference"},
@@ -74,7 +75,7 @@ ROOMS: dict[str, set[str]] = {
     "checks": {"data", "inference", "spatial", "posterior", "calibration", "pooling"},
     "plots": {"data", "posterior", "metrics", "calibration"},
     "calibration_plots": {"plots"},
-    "report": {"io", "data", "posterior", "metrics", "calibration", "plots"},
+    "report": {"io", "data", "posterior", "metrics", "calibration", "plots", "run_folder", "evaluation_folder"},
 }
 ROOMS["stack"] = {"data", "inference", "models", "posterior"}
 ROOMS["browser"] = set()  # arrays -> an interactive page fragment
@@ -86,7 +87,7 @@ ROOMS["image_cli"] = set(ROOMS)
 ROOMS["demo_images"] = set(ROOMS)
 ROOMS["compare"] = set(ROOMS)
 ROOMS["sweep"] = set(ROOMS)
-ROOMS["warning_signs"] = {"models", "posterior"}
+ROOMS["warning_signs"] = {"models", "posterior", "checks"}
 ROOMS["report_sections"] = {
     "report", "plots", "calibration_plots", "calibration", "conformal", "checks", "config", "models", "posterior", "warning_signs",
 }  # fmt: skip

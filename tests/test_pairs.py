@@ -1,5 +1,7 @@
 """Two files read by one gene_key: it counts where the column is, and it must be somewhere."""
 
+import shutil
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -71,7 +73,8 @@ def test_a_truth_is_read_as_the_files_of_the_fit(tmp_path):
     np.testing.assert_array_equal(run.predict(target=target, draws=8).X, run.predict(target=world.target, draws=8).X)
     assert run.arviz_groups(draws=2, truth=truth)["predictions_constant_data"]["count"].sum() > 0
     run.export(tmp_path / "p.nc", draws=2, truth=truth)
-    assert compare([run.folder, run.folder], truth=truth, draws=8)["genes"].iloc[0] == 10
+    shutil.copytree(run.folder, tmp_path / "twin")
+    assert compare([run.folder, tmp_path / "twin"], truth=truth, draws=8)["genes"].iloc[0] == 10
     report_folder(run.folder, tmp_path / "r.html", truth=truth, draws=8)
     judged = evaluate(["siid"], target, reference, truth=truth, overrides=overrides, baselines=False, draws=8).scores
     assert set(judged["gene"]) == set(world.truth.var_names)
