@@ -230,6 +230,8 @@ class ImageRun(Run):
             log2_fold_change (mean over draws), sd, q05, q95, probability_up (share of draws above 0) and ratio, |mean| / sd, which ranks.
         """
         wanted = self._index(genes)
+        if first == second:
+            raise UserError(f"differential: {first!r} is compared with itself; name two annotated regions")
         every = np.arange(len(self.genes))
         regions = [(n, one) for n, one in enumerate(self.data.sections) if one.annotation is not None]
         for name in (first, second):

@@ -32,6 +32,7 @@ _TIFF = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".qptiff")
 _PILLOW = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_SIDE = 8000  # pixels of a working image: more is hardly ever meant
 STRIP = 64  # rows
+ORIENTATION = 274  # EXIF tag: 1 where the image is stored as it is to be shown
 MOST = 0.999  # share of an image's values that its full scale must hold
 MARK, GRAYER = 0.2, 0.7  # of the largest piece's area, and of how far it is from gray: smaller and grayer ones are no tissue
 SMALLEST = 1e-4  # share of the image below which a piece of tissue, or a hole in it, is dirt (the published (1 %)^2)
@@ -118,6 +119,11 @@ def read_image(source: Source, *, scale: float = 1.0) -> NDArray[np.uint8]:
         if kind == "tiff":
             pixels, box = _shrunk_tiff(file, shape, _name(source))
             return resize(to_rgb(pixels, _name(source)), shape, box)
+        if (turned := int(file.getexif().get(ORIENTATION, 1))) != 1:
+            raise UserError(
+                f"image {_name(source)}: is stored turned (EXIF orientation {turned}), so programs differ in where its pixels lie; save it upright "
+                "(PIL.ImageOps.exif_transpose), with positions in the pixels of that"
+            )
         drafted = file.draft("RGB" if file.mode != "L" else "L", (shape[1], shape[0])) if file.format == "JPEG" else None
         if file.mode in ("P", "PA", "LA", "La", "RGBa"):
             file = file.convert("RGBA")
@@ -268,6 +274,8 @@ def _shrunk_tiff(file: Any, shape: tuple[int, int], name: str) -> tuple[NDArray[
     if stored not in ("MINISBLACK", "MINISWHITE", "RGB") and not (stored == "YCBCR" and "JP" in packed):  # JPEG's decoder returns RGB
         raise UserError(f"image {name}: its colors are stored as {stored}; save it in RGB")
     height, width = level.shape[level.axes.index("Y")], level.shape[level.axes.index("X")]
+    if stored != "RGB" and not level.keyframe.extrasamples and int(np.prod(level.shape)) // (height * width) in (2, 4):
+        raise UserError(f"image {name}: its {axes} {level.shape} are no color and no alpha; of a fluorescence stack choose or combine three channels")
     channels = max(1, int(np.prod(level.shape)) // (height * width))
     factor = max(1, int(min(height / shape[0], width / shape[1])))
     as_stored = factor == 1 and level.dtype.kind in "uif"  # nothing to average: no floats

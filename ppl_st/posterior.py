@@ -400,8 +400,7 @@ class Run:
                 close = get_close_matches(str(missing[0]), self.genes.tolist(), n=1)
                 raise UserError(
                     f"{len(missing)} of {len(index)} genes cannot be predicted by this run, e.g. {', '.join(missing[:3])}"
-                    f"{f' (did you mean {close[0]}?)' if close else ''}; it knows the {len(self.genes)} genes of its reference (genes.txt in its "
-                    "folder)"
+                    f"{f' (did you mean {close[0]}?)' if close else ''}; it knows the {len(self.genes)} genes of genes.txt in its folder"
                 )
         if not index.size:
             raise UserError(f"{self.folder or f'this run of {self.method}'}: no gene is left to predict, all are measured; name genes with --genes")

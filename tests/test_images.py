@@ -145,6 +145,15 @@ def test_what_is_no_image_is_said(picture, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=text):
             images.read_image(tmp_path / name)
+    turned = Image.Exif()
+    turned[images.ORIENTATION] = 6
+    Image.fromarray(picture).save(tmp_path / "turned.jpg", exif=turned)
+    with pytest.raises(UserError, match=r"stored turned \(EXIF orientation 6\).*save it upright"):
+        images.read_image(tmp_path / "turned.jpg")
+    for stains in (2, 4):
+        tifffile.imwrite(tmp_path / "stains.ome.tif", np.full((stains, 20, 30), 50, np.uint8), photometric="minisblack", metadata={"axes": "CYX"})
+        with pytest.raises(UserError, match="no color and no alpha; of a fluorescence stack"):
+            images.read_image(tmp_path / "stains.ome.tif")
     with pytest.raises(UserError, match="never enlarged"):
         images.read_image(tmp_path / "a.png", scale=2)
     with pytest.raises(UserError, match=r"input.scale=0.05"):

@@ -161,6 +161,12 @@ def test_mirrored_and_shifted_spots_are_found(tmp_path):
     right = adata.copy()
     right.obsm["spatial"] = np.array([WIDTH, 0]) + adata.obsm["spatial"] * [-1, 1]
     assert "x counted from the right" in refused(right, image, tmp_path)
+    x, y = adata.obsm["spatial"].T
+    longer = np.concatenate([image, np.full((150, WIDTH, 3), 242, np.uint8)])  # the tissue is in none of its middles
+    height = len(longer)
+    for how, xy in (("half a turn", (WIDTH - x, height - y)), ("a quarter to the left", (height - y, x)), ("a quarter to the right", (y, WIDTH - x))):
+        right.obsm["spatial"] = np.column_stack(xy)
+        assert f"turned by {how}, 100% would lie on tissue" in refused(right, longer, tmp_path)
     right.obsm["spatial"] = adata.obsm["spatial"] + [5000, 0]
     assert f"{adata.n_obs} of {adata.n_obs} spots lie outside the image (400 x 300 px)" in refused(right, image, tmp_path)
 

@@ -165,10 +165,15 @@ def new_image(
     if mask is None and (marks := on & ~without_marks(pixels, on)).any():
         say(f"{name}: small gray pieces ({marks.sum() / on.sum():.0%} of what is not glass) are taken for marks on the slide; if not, give --mask")
         on &= ~marks
+    what = image if isinstance(image, str | Path) else "array"
+    if np.ptp(pixels.reshape(-1, 3), axis=0).max() == 0:
+        color = ", ".join(map(str, pixels[0, 0]))
+        raise UserError(f"image {what}: is one color everywhere ({color}): nothing can be predicted from it; is it the right file?")
+    if not on.any() and mask not in (None, "none"):
+        raise UserError(f"image {what}: the mask {mask} is 0 everywhere on it; give an image that is not 0 on the tissue")
     if not on.any():
         raise UserError(
-            f"image {image if isinstance(image, str | Path) else 'array'}: no tissue is found in it; if there is some, give --mask, an image that is "
-            "not 0 on it, or --mask none: all of the image is tissue"
+            f"image {what}: no tissue is found in it; if there is some, give --mask, an image that is not 0 on it, or --mask none: it is all tissue"
         )
     tissue = np.argwhere(on)[:, ::-1].astype(np.float64)
     box = box_around(tissue, pixels.shape[:2], max(config.margin * np.ptp(tissue, axis=0).max(), 4 * first.radius))

@@ -66,6 +66,9 @@ def _readings(frame: Frame, mask: NDArray[np.bool_]) -> dict[str, NDArray[np.flo
         "with x and y exchanged": xy[:, ::-1],
         "with x counted from the right": np.array([width, 0]) + xy * [-1, 1],
         "with y counted from below": np.array([0, height]) + xy * [1, -1],
+        "turned by half a turn": np.array([width, height]) - xy,
+        "turned by a quarter to the left": np.column_stack([xy[:, 1], height - xy[:, 0]]),
+        "turned by a quarter to the right": np.column_stack([width - xy[:, 1], xy[:, 0]]),
     }
     middle = np.argwhere(mask)[:, ::-1].mean(0) + 0.5 if mask.any() else np.array([width, height]) / 2
     factor = float(np.hypot(*middle)) / max(float(np.hypot(*xy.mean(0))), 1e-300)
