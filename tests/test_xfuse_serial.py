@@ -93,6 +93,17 @@ def test_sections_are_laid_over_each_other(angle, mirror, shift):
     assert np.abs(error).max() < 0.25 * PITCH
 
 
+def test_an_overlay_is_not_held_by_the_points_of_the_lattice():
+    """A copy without its first rows and columns: the shift is theirs, whether or not it is a whole number of the lattice's steps."""
+    whole = Block(0).cut("a", np.eye(2), np.zeros(2))[0]
+    first, off = serial.planes_of(whole, tissue(whole)), []
+    for k in range(1, 5):
+        part = whole._replace(image=whole.image[k:, k:], label=whole.label[k:, k:], mask=whole.mask[k:, k:], centers=whole.centers - k)
+        tie = serial.tie_of(serial.planes_of(part, tissue(part)), {0: first})
+        off.append(float(np.abs(tie.moved(torch.tensor([[60.0, 60.0], [120.0, 90.0]])).numpy() - k - [[60, 60], [120, 90]]).max()))
+    assert max(off) < 0.06 * PITCH, off
+
+
 def test_unlike_and_empty_sections_are_not_tied():
     """The best of all overlays of two unrelated images of similar outlines; and images in which there is nothing to see."""
     cuts = [Block(seed).cut("a", np.eye(2), np.zeros(2))[0] for seed in range(6)]

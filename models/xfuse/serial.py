@@ -151,20 +151,27 @@ def _refined(one: Planes, other: Planes, angle: float, mirror: float, shift: Arr
     middle = np.average(points, axis=1, weights=mask)  # of the tissue, about which it is turned
     there = _turn(angle, mirror) @ middle + shift / every
     norm, reach = max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-9), max(float(middle.max()), 1.0)
+    least = 0.5 * float(np.linalg.norm(a))  # of what is laid over: a corner that fits is no overlay
 
     def placed(x: Array) -> tuple[Array, Array]:
         turn = _turn(angle + float(x[0]) / reach, mirror)
         return turn, there + x[1:] - turn @ middle
 
-    def loss(x: Array) -> float:
+    def product(x: Array) -> tuple[float, float]:
+        """Of the planes with what they are laid over, and the norm of that: between points it is smaller, as interpolation blurs."""
         turn, moved = placed(x)
         at = turn @ points + moved[:, None]
-        return -sum(float(map_coordinates(p, at, order=1) @ q.ravel()) for p, q in zip(a, b, strict=True)) / norm
+        found = [map_coordinates(p, at, order=1) for p in a]
+        return float(sum(f @ q.ravel() for f, q in zip(found, b, strict=True))), float(np.sqrt(sum(f @ f for f in found)))
+
+    def loss(x: Array) -> float:
+        both, size = product(x)
+        return -both / max(size, least, 1e-9) / max(float(np.linalg.norm(b)), 1e-9)
 
     simplex = np.vstack([np.zeros(3), 2 * np.eye(3)])  # in points of the lattice
     found = minimize(loss, np.zeros(3), method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 0.05, "fatol": 1e-5})
     turn, moved = placed(found.x)
-    return -float(found.fun), turn, moved * every
+    return product(found.x)[0] / norm, turn, moved * every
 
 
 def _spacing(one: Planes, other: Planes) -> int:
