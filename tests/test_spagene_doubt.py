@@ -44,7 +44,8 @@ def test_the_translators_noise_is_in_predictions_where_a_factor_trains_it(data, 
 
 
 def test_a_networks_doubt_of_codes_and_translations_widens_unmeasured_genes(world, monkeypatch):
-    monkeypatch.setattr("ppl_st.models.common.predictor.Gamma", lambda known, _: SimpleNamespace(sample=lambda: torch.ones_like(known)))  # depths
+    # Depths as if they were known: what is not known of them would be in all three alike.
+    monkeypatch.setattr("ppl_st.models.common.predictor.Gamma", lambda known, _: SimpleNamespace(sample=lambda: torch.ones_like(known)))
     run = ppl_st.fit("spagene", target=world.target, reference=world.reference, preset="network", overrides=[*SMALL, "checkpoints=0"], seed=0)
     (chain,) = chains_of(run.pair)
     direction, bias = direction_of(chain, 0), model_of(chain).side(0).encoder[-1].bias.data[6:]  # log sd of the 6 codes

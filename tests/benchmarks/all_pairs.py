@@ -1,6 +1,6 @@
 """Every method of the zoo on every real pair there is, one code, one table: what a change of a method has to be looked at with.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/all_pairs.py run DIR [NAME ...]      # all of `PAIRS` (about 25 cpu minutes), or some
+    OMP_NUM_THREADS=1 python tests/benchmarks/all_pairs.py run DIR [NAME ...]      # all of `PAIRS` (about 35 minutes), or some
     python tests/benchmarks/all_pairs.py show DIR [OLD_DIR]                        # tables as in BENCHMARKS.md; beside those of another code
 
 Defaults, seed 0, 100 draws, five folds over genes (images: half of the spots of both sections hidden, then each section's image alone; SIID: the
